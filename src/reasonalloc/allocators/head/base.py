@@ -1,0 +1,83 @@
+"""The interface of a head allocator, and what its members share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.errors import UsageError
+from reasonalloc.registry import Registry
+
+
+@dataclass(frozen=True)
+class HeadQuery:
+    """What a head allocator may know of one layer at a boundary.
+
+    Attributes:
+        scores: [batch, kv_heads, n] float32, the policy's scores; -inf where no candidate stands.
+        lengths: [batch, kv_heads] int64, tokens that each head holds now: the ceiling.
+        total: [batch] int64, tokens that the layer may keep, at most ``lengths.sum(1)``.
+        layer_total: the layer's budget, an upper bound of ``total``.
+        least: [batch] int64, tokens that every head has to keep (window, sinks, prompt).
+        window: always-kept recent tokens per head.
+    """
+
+    scores: Tensor
+    lengths: Tensor
+    total: Tensor
+    layer_total: int
+    least: Tensor
+    window: int
+
+    def floor(self, share: float, margin: int) -> Tensor:
+        """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
+        heads = self.lengths.shape[1]
+        mean = self.layer_total // heads
+        wanted = min(max(int(share * mean), self.window + margin), mean)
+        floor = self.least.clamp_min(wanted).minimum(self.total // heads)
+        return floor[:, None].minimum(self.lengths)
+
+    def pooled_counts(self, score_norm: str) -> Tensor:
+        """Candidates of each head among the layer's best: [batch, kv_heads] int64.
+
+        ``k = total - kv_heads * window`` candidates are asked for over all heads, tau is the k-th
+        largest score, and every candidate with ``score >= tau`` counts (ties included).
+        ``score_norm="length"`` first multiplies a head's scores by its number of candidates:
+        scores that are softmaxes over a head's own length are then comparable between heads.
+        """
+        batch, heads, n = self.scores.shape
+        scores = self.scores
+        if score_norm == "length":
+            scores = scores * (self.lengths - self.window).clamp_min(1)[..., None]
+        flat = scores.reshape(batch, heads * n)
+        k = (self.total - heads * self.window).clamp_min(0)
+        ordered = flat.sort(dim=-1, descending=True).values
+        tau = ordered.gather(1, (k - 1).clamp(0, heads * n - 1)[:, None])
+        chosen = (scores >= tau[..., None]) & (scores > -torch.inf)
+        return chosen.sum(-1) * (k > 0).long()[:, None]
+
+
+def check_score_norm(owner: str, score_norm: str) -> None:
+    """Refuse anything but ``paper`` and ``length``."""
+    if score_norm not in ("paper", "length"):
+        raise UsageError(f"{owner}: score_norm={score_norm!r} must be 'paper' or 'length'")
+
+
+class HeadAllocator(ABC):
+    """Decides at every boundary how many tokens each KV head of a layer keeps."""
+
+    equal: ClassVar[bool] = False
+    """True if every head gets the same whenever the total divides evenly."""
+    needs_scores: ClassVar[bool] = True
+    """False if ``scores`` may be anything."""
+
+    @abstractmethod
+    def allocate(self, query: HeadQuery) -> Tensor:
+        """[batch, kv_heads] int64: sums to ``total``, at most ``lengths``, without host syncs."""
+
+
+HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.allocators.head")

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.allocators.head.base import HEAD_ALLOCATORS, HeadAllocator, HeadQuery
+from reasonalloc.allocators.rounding import robustify
+
+
+@HEAD_ALLOCATORS.register("uniform", source="the usual default; R-KV, SnapKV, H2O")
+@dataclass(frozen=True)
+class Uniform(HeadAllocator):
+    """The layer's total split evenly; what does not divide goes to the first heads."""
+
+    equal: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+
+    def allocate(self, query: HeadQuery) -> Tensor:
+        demand = torch.ones_like(query.lengths)
+        lower = torch.zeros_like(query.lengths)
+        return robustify(demand, query.total, lower, query.lengths, exponent=1.0)

@@ -1,0 +1,54 @@
+"""The interface of a layer allocator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from reasonalloc.registry import Registry
+
+
+@dataclass(frozen=True)
+class LayerQuery:
+    """What a layer allocator may know.
+
+    Attributes:
+        layers: number of layers that hold a compressible cache.
+        kv_heads: KV heads per layer.
+        budget: mean retained tokens per (layer, KV head).
+        window: always-kept recent tokens per head.
+        n_sink: always-kept first tokens per head.
+        model_id: name of the model, for messages.
+        config_hash: fingerprint of the model's configuration (see ``profiles.config_hash``).
+    """
+
+    layers: int
+    kv_heads: int
+    budget: int
+    window: int
+    n_sink: int = 0
+    model_id: str = ""
+    config_hash: str = ""
+
+    @property
+    def total(self) -> int:
+        """Retained tokens of the whole model."""
+        return self.layers * self.kv_heads * self.budget
+
+    @property
+    def least(self) -> int:
+        """Smallest total of one layer: window and sinks of every head."""
+        return self.kv_heads * (self.window + self.n_sink)
+
+
+class LayerAllocator(ABC):
+    """Decides, before the first token, how many tokens each layer may keep."""
+
+    @abstractmethod
+    def allocate(self, query: LayerQuery) -> list[int]:
+        """Return ``layers`` integers >= ``query.least`` that sum to ``query.total``."""
+
+
+LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry(
+    "layer allocator", "reasonalloc.allocators.layer"
+)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
+from reasonalloc.allocators.rounding import robustify
+from reasonalloc.errors import UsageError
+from reasonalloc.profiles import load_profile
+
+
+@LAYER_ALLOCATORS.register("profile", source="ReasonAlloc, arXiv 2606.11164 (level 1, the wave)")
+@dataclass(frozen=True)
+class FromProfile(LayerAllocator):
+    """Budgets proportional to a calibrated demand to the power gamma, clipped around the mean."""
+
+    path: str = ""
+    gamma: float = 0.5
+    least: float = 0.25
+    most: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1 <= self.most:
+            raise UsageError(
+                f"profile: least={self.least} and most={self.most} are multiples of the mean: "
+                "give 0 <= least <= 1 <= most"
+            )
+
+    def allocate(self, query: LayerQuery) -> list[int]:
+        if not self.path:
+            raise UsageError(
+                "layers='profile' needs a profile file: pass profile='FILE.json' "
+                "(--profile FILE.json), made for this model"
+            )
+        profile = load_profile(self.path)
+        profile.check_model(query.model_id, query.config_hash, query.layers)
+        mean = query.kv_heads * query.budget
+        count = query.layers
+        lower = min(max(int(self.least * mean), query.least), mean)
+        upper = max(int(self.most * mean), mean)
+        budgets = robustify(
+            torch.tensor(profile.demand_mean, dtype=torch.float64),
+            torch.tensor(query.total),
+            torch.full((count,), lower),
+            torch.full((count,), upper),
+            self.gamma,
+        )
+        return [int(b) for b in budgets]

@@ -1,0 +1,104 @@
+"""Attention of many queries at once: prefill, and chunks on top of a compressed cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BLOCK_ELEMENTS = 1 << 25  # explicit logits are worked off in blocks of queries
+
+
+def repeat_heads(tensor: Tensor, query_heads: int) -> Tensor:
+    """[batch, kv_heads, ...] repeated to [batch, query_heads, ...], group by group."""
+    group = query_heads // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of a chunk of queries.
+
+    Args:
+        query: [batch, query_heads, q, head_dim].
+        keys, values: [batch, kv_heads, n, ...].
+        mask: bool, broadcastable to [batch, query_heads, q, n], or None for a causal chunk whose
+            last query sees the last key (``q == n`` or ``q == 1``).
+        scaling, softcap: of the logits.
+
+    Returns:
+        [batch, query_heads, q, value_dim].
+    """
+    heads = query.shape[1]
+    keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
+            scale=scaling,
+        )
+    blocks = []
+    for start, stop in _blocks(query, keys):
+        weights = _weights(query, keys, mask, scaling, softcap, start, stop)
+        blocks.append(weights.to(values.dtype) @ values)
+    return torch.cat(blocks, dim=2)
+
+
+def received_attention(
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    query_valid: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention that each key receives: [batch, kv_heads, n] float32.
+
+    Summed over queries (padding excluded) and over the query heads of the group. Arguments as
+    for ``attend``; ``query_valid`` is [batch, q] bool, or None if every query is a real token.
+    """
+    batch, kv_heads, n, _ = keys.shape
+    repeated = repeat_heads(keys, query.shape[1])
+    total = torch.zeros(batch, kv_heads, n, device=keys.device)
+    for start, stop in _blocks(query, repeated):
+        weights = _weights(query, repeated, mask, scaling, softcap, start, stop)
+        if query_valid is not None:
+            weights = weights * query_valid[:, None, start:stop, None]
+        total += weights.sum(dim=2).view(batch, kv_heads, -1, n).sum(dim=2)
+    return total
+
+
+def _blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:
+    batch, heads, queries, _ = query.shape
+    rows = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * keys.shape[2]))
+    return [(start, min(start + rows, queries)) for start in range(0, queries, rows)]
+
+
+def _weights(
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    start: int,
+    stop: int,
+) -> Tensor:
+    logits = (query[:, :, start:stop] @ keys.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    queries, n = query.shape[2], keys.shape[2]
+    if mask is None:
+        rows = torch.arange(start, stop, device=query.device)[:, None] + (n - queries)
+        visible = torch.arange(n, device=query.device) <= rows
+    else:
+        visible = mask[:, :, start:stop]
+    return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(dim=-1)

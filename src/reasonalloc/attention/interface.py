@@ -1,0 +1,90 @@
+"""The interface of an attention backend over a slab."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reasonalloc.errors import UsageError
+from reasonalloc.registry import Registry
+
+
+class SlabView(Protocol):
+    """What a backend reads of a layer's storage (``reasonalloc.cache.Slab``).
+
+    Either every run has the same length (``uniform_length`` is a number: then ``rows`` gives a
+    strided view without a copy), or runs are described by ``offsets`` and ``lengths``.
+    """
+
+    keys: Tensor
+    """[batch, slots, head_dim]"""
+    values: Tensor
+    """[batch, slots, value_dim]"""
+    kv_heads: int
+    uniform_length: int | None
+
+    @property
+    def offsets(self) -> Tensor:
+        """[batch, kv_heads] int64, first slot of each head's run."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch, kv_heads] int64, tokens in each head's run."""
+        ...
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """[batch, kv_heads, uniform_length, ...] view of a [batch, slots, ...] tensor."""
+        ...
+
+
+class Backend(ABC):
+    """Attention of one new query per sequence over the slab. Stateless."""
+
+    @abstractmethod
+    def decode(
+        self,
+        query: Tensor,
+        slab: SlabView,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to everything that the slab holds.
+
+        Args:
+            query: [batch, query_heads, 1, head_dim].
+            slab: the layer's storage, the new token included.
+            scaling: factor of the logits.
+            softcap: soft-capping of the logits, or None.
+            need_weights: also return what each slot received.
+
+        Returns:
+            Output [batch, query_heads, 1, value_dim] and, if asked for, weights [batch, slots]
+            float32 summed over the query heads of each slot's KV head.
+        """
+
+
+BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attention.backends")
+
+
+def choose_backend(name: str) -> Backend:
+    """Backend by name; ``auto`` is ``sdpa``, the fastest one so far on every device.
+
+    Raises:
+        UsageError: unknown name, with the nearest suggestion.
+    """
+    if name != "auto" and name not in BACKENDS.entries():
+        known = ", ".join(["auto", *BACKENDS.entries()])
+        raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
+    return BACKENDS.create("sdpa" if name == "auto" else name)
+
+
+def slot_mask(slab: SlabView) -> Tensor:
+    """[batch, kv_heads, slots] bool: slots that hold a token of the head."""
+    slots = torch.arange(slab.keys.shape[1], device=slab.keys.device)
+    start = slab.offsets[..., None]
+    return (slots >= start) & (slots < start + slab.lengths[..., None])

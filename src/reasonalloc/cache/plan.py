@@ -1,0 +1,108 @@
+"""Exact bytes of a compressed cache, known before the first token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One attention layer of a model.
+
+    Attributes:
+        kv_heads, query_heads: heads per layer.
+        head_dim: width of a key and of a value.
+        sliding_window: tokens that the layer sees, or None if it sees everything. Layers with a
+            sliding window keep their own cache and have no budget.
+    """
+
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+
+    @property
+    def compressible(self) -> bool:
+        """Whether the layer has a budget."""
+        return self.sliding_window is None
+
+    def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Bytes of keys and values that the model's own cache holds after ``tokens`` tokens."""
+        kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
+        return 2 * batch * self.kv_heads * kept * self.head_dim * itemsize
+
+
+def slab_slots(total: int, kv_heads: int, interval: int) -> int:
+    """Slots per sequence: the layer's budget and the growth of every head between compressions."""
+    return total + kv_heads * interval
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a cache with ``batch`` sequences. KV bytes are keys and values alone.
+
+    Attributes:
+        shapes: all attention layers.
+        totals: retained tokens of each compressible layer right after a compression.
+        batch: sequences.
+        interval, window: cadence.
+        itemsize: bytes of one number of the cache's dtype.
+        keeps_queries, keeps_attention: what the policy needs besides keys and values.
+    """
+
+    shapes: tuple[LayerShape, ...]
+    totals: tuple[int, ...]
+    batch: int
+    interval: int
+    window: int
+    itemsize: int
+    keeps_queries: bool = False
+    keeps_attention: bool = False
+
+    @property
+    def _slabs(self) -> list[tuple[LayerShape, int]]:
+        shapes = [s for s in self.shapes if s.compressible]
+        return list(zip(shapes, self.totals, strict=True))
+
+    @property
+    def slab_bytes(self) -> int:
+        """KV bytes of the slabs: allocated once, the same after any number of tokens."""
+        return sum(
+            2 * self.batch * slab_slots(t, s.kv_heads, self.interval) * s.head_dim * self.itemsize
+            for s, t in self._slabs
+        )
+
+    @property
+    def floor_bytes(self) -> int:
+        """KV bytes in use right after a compression."""
+        return sum(2 * self.batch * t * s.head_dim * self.itemsize for s, t in self._slabs)
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Positions, run tables and what the policy observes, besides keys and values."""
+        per_slot = 4 + (4 if self.keeps_attention else 0)
+        size = 0
+        for shape, total in self._slabs:
+            size += self.batch * slab_slots(total, shape.kv_heads, self.interval) * per_slot
+            size += 2 * self.batch * shape.kv_heads * 8
+            if self.keeps_queries:
+                size += (
+                    self.batch * self.window * shape.query_heads * shape.head_dim * self.itemsize
+                )
+        return size
+
+    def sliding_bytes(self, tokens: int) -> int:
+        """KV bytes of the layers with a sliding window after ``tokens`` tokens."""
+        return sum(
+            s.full_bytes(self.batch, tokens, self.itemsize)
+            for s in self.shapes
+            if not s.compressible
+        )
+
+    def kv_bytes(self, tokens: int) -> int:
+        """KV bytes of the whole cache after ``tokens`` tokens per sequence."""
+        return self.slab_bytes + self.sliding_bytes(tokens)
+
+    def full_bytes(self, tokens: int) -> int:
+        """KV bytes of the model's own full cache after ``tokens`` tokens per sequence."""
+        return sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)

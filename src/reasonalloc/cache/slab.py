@@ -1,0 +1,216 @@
+"""The slab: ragged storage of one layer, allocated once (DESIGN: "Storage")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reasonalloc.cache.host import DeferredMax
+
+
+@dataclass
+class Rows:
+    """Tokens of a layer as rows per (sequence, KV head) that point into flat storage.
+
+    Attributes:
+        keys: [batch, m, head_dim], values: [batch, m, value_dim], the storage pointed into.
+        positions: [batch, m] int32, position of each token in its sequence.
+        attention: [batch, m] float32, attention received so far, or None if not tracked.
+        index: [batch, kv_heads, n] int64, into dimension 1 of the storage; the first ``lengths``
+            entries of a row are its tokens in the order of their positions.
+        lengths: [batch, kv_heads] int64.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    attention: Tensor | None
+    index: Tensor
+    lengths: Tensor
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """[batch, m, ...] storage as [batch, kv_heads, n, ...] rows; padding repeats tokens."""
+        batch, heads, n = self.index.shape
+        index = self.index.reshape(batch, heads * n)
+        if flat.dim() == 3:
+            taken = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2]))
+            return taken.view(batch, heads, n, -1)
+        return flat.gather(1, index).view(batch, heads, n)
+
+
+class Slab:
+    """Keys and values of one layer: ``slots`` per sequence, shared by the heads as runs.
+
+    Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
+    positions, with room to grow behind. Physical lengths live here; logical positions are
+    ``positions``. While every run is known to have one length, that length is a host number
+    (``uniform_length``) and no table on the device is touched.
+
+    Args:
+        batch, kv_heads: number of sequences and of KV heads.
+        slots: slots per sequence, at least ``kv_heads`` times the longest run in uniform use.
+        head_dim, value_dim: widths of keys and values.
+        track_attention: keep a float32 per slot for the attention received.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        track_attention: bool = False,
+    ) -> None:
+        self.kv_heads = kv_heads
+        self.slots = slots
+        # Zeros, not empty: a masked slot's weight is 0, and 0 times garbage may be NaN.
+        self.keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
+        self.positions = torch.zeros(batch, slots, dtype=torch.int32, device=device)
+        self.attention = torch.zeros(batch, slots, device=device) if track_attention else None
+        self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
+        self._run = slots // kv_heads
+        self.uniform_length: int | None = 0
+        self._longest: DeferredMax | int = 0
+        self._appended = 0
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.keys.shape[0]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Bytes allocated for everything else."""
+        tensors = [self.positions, self._offsets, self._lengths, self.attention]
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def offsets(self) -> Tensor:
+        """[batch, kv_heads] int64, first slot of each run."""
+        if self.uniform_length is not None:
+            starts = torch.arange(self.kv_heads, device=self.keys.device) * self._run
+            return starts.expand(self.batch, -1)
+        return self._offsets
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch, kv_heads] int64, tokens of each run."""
+        if self.uniform_length is not None:
+            return torch.full_like(self._lengths, self.uniform_length)
+        return self._lengths
+
+    @property
+    def longest(self) -> int:
+        """Upper bound of the longest run, known to the host without waiting for the device."""
+        if self.uniform_length is not None:
+            return self.uniform_length
+        if isinstance(self._longest, DeferredMax):
+            self._longest = self._longest.get()
+        return min(self._longest + self._appended, self.slots)
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """Strided view [batch, kv_heads, uniform_length, ...] of a [batch, slots, ...] tensor."""
+        runs = flat[:, : self.kv_heads * self._run]
+        shape = (self.batch, self.kv_heads, self._run, *flat.shape[2:])
+        return runs.view(shape)[:, :, : self.uniform_length]
+
+    def make_ragged(self) -> None:
+        """Describe the runs by device tables from now on, wherever they are."""
+        if self.uniform_length is None:
+            return
+        self._longest, self._appended = self.uniform_length, 0
+        self._offsets.copy_(self.offsets)
+        self._lengths.fill_(self.uniform_length)
+        self.uniform_length = None
+
+    def append(
+        self, key: Tensor, value: Tensor, position: int | Tensor, valid: Tensor | None
+    ) -> None:
+        """Add one token to every run.
+
+        Args:
+            key: [batch, kv_heads, 1, head_dim]; value: [batch, kv_heads, 1, value_dim].
+            position: the token's position: one for all sequences, or [batch] int64.
+            valid: [batch, 1] bool, false where the token is padding and is not kept; None if all
+                are real.
+        """
+        if valid is not None or isinstance(position, Tensor):
+            self.make_ragged()
+        if self.uniform_length is not None:
+            at = self.uniform_length
+            if at >= self._run:
+                raise RuntimeError(f"a run of {self._run} slots is full: compress before appending")
+            self.uniform_length = at + 1
+            self.rows(self.keys)[:, :, at] = key[:, :, 0]
+            self.rows(self.values)[:, :, at] = value[:, :, 0]
+            self.rows(self.positions)[:, :, at] = position
+            if self.attention is not None:
+                self.rows(self.attention)[:, :, at] = 0.0
+            return
+        slot = self._offsets + self._lengths
+        self.keys.scatter_(1, slot[..., None].expand(-1, -1, key.shape[-1]), key[:, :, 0])
+        self.values.scatter_(1, slot[..., None].expand(-1, -1, value.shape[-1]), value[:, :, 0])
+        if isinstance(position, Tensor):
+            filled = position[:, None].expand(-1, self.kv_heads).to(torch.int32)
+            self.positions.scatter_(1, slot, filled)
+        else:
+            self.positions.scatter_(1, slot, position)
+        if self.attention is not None:
+            self.attention.scatter_(1, slot, 0.0)
+        self._lengths += 1 if valid is None else valid.long()
+        self._appended += 1
+
+    def as_rows(self) -> Rows:
+        """Everything that the slab holds, as rows that point into it."""
+        index = torch.arange(self.longest, device=self.keys.device)
+        index = (self.offsets[..., None] + index).clamp_max(self.slots - 1)
+        return Rows(
+            self.keys, self.values, self.positions, self.attention, index, self.lengths.clone()
+        )
+
+    def rewrite(self, rows: Rows, keep: Tensor, uniform_length: int | None) -> None:
+        """Replace the content by the kept tokens of ``rows``: one gather per tensor.
+
+        The room that is left over is shared evenly, so that every head can grow by the same
+        number of tokens: by ``interval`` when the layer is filled up to its budget.
+
+        Args:
+            rows: may point into this slab.
+            keep: [batch, kv_heads, n] bool.
+            uniform_length: the number of tokens kept by every head of every sequence, if the host
+                knows that they are equal; None otherwise.
+        """
+        lengths = keep.sum(dim=-1)
+        if uniform_length is None:
+            slack = (self.slots - lengths.sum(dim=1, keepdim=True)) // self.kv_heads
+            room = lengths + slack
+            offsets = room.cumsum(dim=1) - room
+            self._longest, self._appended = DeferredMax(lengths), 0
+        else:
+            starts = torch.arange(self.kv_heads, device=self.keys.device) * self._run
+            offsets = starts.expand(self.batch, -1)
+        target = (offsets[..., None] + keep.cumsum(dim=-1) - 1).masked_fill(~keep, self.slots)
+        source = torch.zeros(self.batch, self.slots + 1, dtype=torch.int64, device=keep.device)
+        source.scatter_(1, target.flatten(1), rows.index.flatten(1))
+        source = source[:, :-1]
+        for own, flat in ((self.keys, rows.keys), (self.values, rows.values)):
+            own.copy_(flat.gather(1, source[..., None].expand(-1, -1, own.shape[-1])))
+        self.positions.copy_(rows.positions.gather(1, source))
+        if self.attention is not None and rows.attention is not None:
+            self.attention.copy_(rows.attention.gather(1, source))
+        self._offsets.copy_(offsets)
+        self._lengths.copy_(lengths)
+        self.uniform_length = uniform_length

@@ -1,0 +1,265 @@
+"""The cadence of one layer: observe; at the boundary score, allocate, select, compact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reasonalloc.allocators.head import HeadAllocator, HeadQuery
+from reasonalloc.attention import Backend
+from reasonalloc.attention.dense import attend, received_attention
+from reasonalloc.cache import Rows, Slab, slab_slots
+from reasonalloc.config import CompressionConfig
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.policies import Candidates, Policy
+from reasonalloc.prefill import joined_rows, over_past
+from reasonalloc.recorder import Recorder
+from reasonalloc.selection import select
+from reasonalloc.window import QueryWindow
+
+
+class LayerCompressor:
+    """Cache and attention of one layer under a budget. Knows no engine.
+
+    Args:
+        layer: index of the layer in the model.
+        total: tokens that all KV heads together keep after a compression.
+        config: budget, cadence, options.
+        policy, heads, backend: which tokens, how many per head, how they are read.
+        recorder: takes note of every compression.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        total: int,
+        config: CompressionConfig,
+        policy: Policy,
+        heads: HeadAllocator,
+        backend: Backend,
+        recorder: Recorder,
+    ) -> None:
+        self.layer = layer
+        self.total = total
+        self._config = config
+        self._policy = policy
+        self._heads = heads
+        self._backend = backend
+        self._recorder = recorder
+        self.slab: Slab | None = None
+        self._queries: QueryWindow | None = None
+        self._columns = 0  # tokens per sequence so far, padding included
+        self._seen: int | Tensor = 0  # real tokens per sequence: one number, or [batch] int64
+        self._prompt: int | Tensor = 0  # real tokens of the first prefill
+        self._held = 0  # upper bound of the tokens held by a sequence, over all heads
+        self._since = 0  # decode steps since the last boundary
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Bytes besides keys and values."""
+        slab = 0 if self.slab is None else self.slab.bookkeeping_bytes
+        return slab + (0 if self._queries is None else self._queries.nbytes)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of new tokens over the cache and themselves; stores them, compresses if due.
+
+        A call with several tokens, and the first call, is a prefill: attended densely, with a
+        boundary right after it. A call with one token is a decode step.
+
+        Args:
+            query: [batch, query_heads, q, head_dim] after RoPE.
+            key: [batch, kv_heads, q, head_dim] after RoPE; value: [batch, kv_heads, q, value_dim].
+            mask: [batch, 1, q, q] bool over the new tokens, or None if all are real and causal.
+                A key that the last query cannot see is padding and is not stored.
+            scaling, softcap: of the attention logits.
+
+        Returns:
+            [batch, query_heads, q, value_dim].
+        """
+        queries = query.shape[2]
+        slab = self.slab if self.slab is not None else self._allocate(query, key, value)
+        if key.shape[0] != slab.batch:
+            raise UsageError(
+                f"the cache holds {slab.batch} sequences, the new tokens come in {key.shape[0]}: "
+                "use a new cache for another batch size"
+            )
+        valid = _valid(mask, queries)
+        if valid is not None and isinstance(self._seen, int):
+            batch = slab.batch
+            self._seen = torch.full((batch,), self._seen, device=key.device)
+        if queries == 1 and self._columns > 0:
+            return self._decode(slab, query, key, value, valid, scaling, softcap)
+        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap)
+
+    def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
+        batch, kv_heads, _, head_dim = key.shape
+        self.slab = Slab(
+            batch,
+            kv_heads,
+            slab_slots(self.total, kv_heads, self._config.interval),
+            head_dim,
+            value.shape[-1],
+            dtype=key.dtype,
+            device=key.device,
+            track_attention=self._policy.needs_attention,
+        )
+        if self._policy.needs_queries:
+            self._queries = QueryWindow(query, self._config.window)
+        return self.slab
+
+    def _decode(
+        self,
+        slab: Slab,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        slab.append(key, value, self._seen, valid)
+        if self._queries is not None:
+            self._queries.push(query, self._seen, valid)
+        out, received = self._backend.decode(
+            query, slab, scaling, softcap, self._policy.needs_attention
+        )
+        if received is not None and slab.attention is not None:
+            slab.attention += received if valid is None else received * valid
+        self._seen = self._seen + (1 if valid is None else valid.squeeze(1).long())
+        self._columns += 1
+        self._held += slab.kv_heads
+        self._since += 1
+        if self._since == self._config.interval:
+            self._since = 0
+            if self._held > self.total:
+                self._compress(slab, slab.as_rows(), scaling, softcap)
+        return out
+
+    def _prefill(
+        self,
+        slab: Slab,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        heads, columns = key.shape[1:3]
+        past = slab.as_rows() if self._columns else None
+        keys, values, visible = key, value, mask
+        if past is not None:
+            keys = torch.cat([past.gather(past.keys), key], dim=2)
+            values = torch.cat([past.gather(past.values), value], dim=2)
+            visible = over_past(past, mask, columns, query.shape[1])
+        out = attend(query, keys, values, visible, scaling, softcap)
+        received = None
+        if self._policy.needs_attention:
+            received = received_attention(query, keys, visible, valid, scaling, softcap)
+        if self._queries is not None:
+            self._queries.push(query, self._seen, valid)
+        rows = joined_rows(past, key, value, self._seen, valid, received)
+        if self._columns == 0:
+            self._prompt = columns if valid is None else valid.sum(dim=1)
+            self._check_prompt(columns, heads)
+        self._seen = self._seen + (columns if valid is None else valid.sum(dim=1))
+        self._columns += columns
+        self._held += heads * columns
+        self._since = 0
+        if self._held > self.total:
+            self._compress(slab, rows, scaling, softcap)
+        else:
+            index = torch.arange(rows.index.shape[-1], device=key.device)
+            equal = isinstance(self._seen, int) and slab.uniform_length is not None
+            slab.rewrite(
+                rows, index < rows.lengths[..., None], rows.index.shape[-1] if equal else None
+            )
+        return out
+
+    def _check_prompt(self, columns: int, heads: int) -> None:
+        room = self.total // heads - self._config.window
+        if self._config.protect_prompt and columns > room:
+            raise UsageError(
+                f"protect_prompt: the prompt has {columns} tokens, but layer {self.layer} keeps "
+                f"{self.total // heads} per head, {self._config.window} of them for the window: "
+                f"raise the budget, shorten the prompt to {max(room, 0)} or do not protect it"
+            )
+
+    def _compress(self, slab: Slab, rows: Rows, scaling: float, softcap: float | None) -> None:
+        config = self._config
+        candidates = Candidates(
+            lengths=rows.lengths,
+            positions=rows.gather(rows.positions).long(),
+            load_keys=lambda: rows.gather(rows.keys),
+            queries=None if self._queries is None else self._queries.read(self._seen, slab),
+            query_positions=None if self._queries is None else self._queries.positions(self._seen),
+            attention=None if rows.attention is None else rows.gather(rows.attention),
+            seen=_per_sequence(self._seen, slab),
+            window=config.window,
+            scaling=scaling,
+            softcap=softcap,
+            layer=self.layer,
+            seed=config.seed,
+        )
+        forced = self._forced(candidates)
+        scores = self._policy.score(candidates).float()
+        scores = scores.clamp_min(torch.finfo(scores.dtype).min)
+        if forced is not None:
+            scores = scores.masked_fill(forced, torch.inf)
+        scores = scores.masked_fill(~candidates.evictable, -torch.inf)
+        held = rows.lengths.sum(dim=1)
+        least = torch.full_like(held, config.window)
+        if forced is not None:
+            least = least + forced.sum(dim=-1).amax(dim=1)
+        budgets = self._heads.allocate(
+            HeadQuery(
+                scores, rows.lengths, held.clamp_max(self.total), self.total, least, config.window
+            )
+        )
+        keep = select(scores, rows.lengths, budgets, config.window, self._policy.recent_fraction)
+        # One length for all runs, known here: equal shares of a total that divides, no padding.
+        equal = self._heads.equal and self.total % slab.kv_heads == 0
+        equal = equal and isinstance(self._seen, int) and slab.uniform_length is not None
+        slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
+        self._held = min(self._held, self.total)
+        self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
+
+    def _forced(self, candidates: Candidates) -> Tensor | None:
+        """[batch, kv_heads, n] bool: sinks and protected prompt among the evictable tokens."""
+        first: int | Tensor = self._config.n_sink
+        if self._config.protect_prompt:
+            prompt = self._prompt
+            if isinstance(prompt, Tensor):
+                first = prompt.clamp_min(first)[:, None, None]
+            else:
+                first = max(prompt, first)
+        elif first == 0:
+            return None
+        return (candidates.positions < first) & candidates.evictable
+
+
+def _valid(mask: Tensor | None, queries: int) -> Tensor | None:
+    """[batch, q] bool from the mask's last row: which of the new tokens are real."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape[-1] != queries:
+        raise UnsupportedError(
+            f"an attention mask of shape {tuple(mask.shape)} and type {mask.dtype} cannot be used "
+            "on a compressed cache: pass a 2-D padding mask, or none"
+        )
+    return mask[:, 0, -1, :]
+
+
+def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:
+    if isinstance(seen, Tensor):
+        return seen
+    return torch.full((slab.batch,), seen, device=slab.keys.device)

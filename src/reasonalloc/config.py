@@ -1,0 +1,125 @@
+"""What a run is asked to do: the arm (policy / layers / heads), the budget and the cadence."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from reasonalloc.errors import UsageError, unknown_name
+
+RecordLevel = Literal["off", "budgets", "tokens"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method: which tokens (``policy``), how many per layer, how many per KV head."""
+
+    policy: str = "rkv"
+    layers: str = "uniform"
+    heads: str = "uniform"
+
+    def __str__(self) -> str:
+        return f"{self.policy}/{self.layers}/{self.heads}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named arm; ``arm`` is None for the full cache."""
+
+    arm: Arm | None
+    summary: str
+
+
+PRESETS: dict[str, Preset] = {
+    "full": Preset(None, "no compression: the model's own full cache"),
+    "rkv": Preset(Arm("rkv"), "R-KV, equal budgets"),
+    "snapkv": Preset(Arm("snapkv"), "SnapKV at every boundary, equal budgets"),
+    "h2o": Preset(Arm("h2o"), "H2O with really accumulated attention, equal budgets"),
+    "streaming_llm": Preset(Arm("streaming_llm"), "sinks and the most recent, equal budgets"),
+    "random": Preset(Arm("random"), "random eviction: the control"),
+    "pyramid-rkv": Preset(Arm("rkv", "pyramid"), "R-KV with linearly falling layer budgets"),
+    "adakv": Preset(Arm("snapkv", "uniform", "adakv"), "SnapKV with AdaKV's head budgets"),
+    "reasonalloc": Preset(
+        Arm("rkv", "profile", "reasonalloc"), "R-KV, layers from a profile, heads online"
+    ),
+}
+
+
+def parse_arm(text: str) -> Arm | None:
+    """Read a preset's name or ``policy/layers/heads``; None means the full cache.
+
+    Raises:
+        UsageError: neither a preset nor three parts. Names inside are checked when used.
+    """
+    if text in PRESETS:
+        return PRESETS[text].arm
+    depth, parts, current = 0, [], ""
+    for char in text:  # a slash inside parentheses belongs to a parameter, such as a path
+        depth += (char == "(") - (char == ")")
+        if char == "/" and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += char
+    parts.append(current)
+    if len(parts) == 1:
+        raise unknown_name("arm", text, PRESETS)
+    if len(parts) != 3 or not all(p.strip() for p in parts):
+        raise UsageError(
+            f"arm {text!r} has {len(parts)} parts: write policy/layers/heads, "
+            "for example rkv/uniform/uniform, or a preset's name"
+        )
+    return Arm(*(p.strip() for p in parts))
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Settings of a compressed cache, validated at construction.
+
+    Attributes:
+        budget: mean number of retained tokens per (layer, KV head) right after a compression,
+            the observation window included.
+        arm: policy, layer allocator, head allocator.
+        interval: generated tokens between two compressions; a head grows by so many meanwhile.
+        window: most recent tokens that are always kept and whose queries are observed.
+        n_sink: first tokens of each sequence that are always kept (0: none).
+        protect_prompt: keep every token of the first prompt.
+        seed: seed of the ``random`` policy.
+        profile: path of a profile file for the ``profile`` layer allocator.
+        attention: ``auto``, or a name from ``reasonalloc ls``.
+        record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
+    """
+
+    budget: int
+    arm: Arm = Arm()
+    interval: int = 128
+    window: int = 8
+    n_sink: int = 0
+    protect_prompt: bool = False
+    seed: int = 0
+    profile: str | os.PathLike[str] | None = None
+    attention: str = "auto"
+    record: RecordLevel = "off"
+
+    def __post_init__(self) -> None:
+        for name, least in (("budget", 1), ("interval", 1), ("window", 1), ("n_sink", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"{name}={value!r} must be a whole number of tokens")
+            if value < least:
+                raise UsageError(f"{name}={value} is too small: give at least {least}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise UsageError(f"seed={self.seed!r} must be a whole number")
+        if self.budget < self.window + self.n_sink:
+            raise UsageError(
+                f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
+                f"sinks ({self.n_sink}): give a budget of at least {self.window + self.n_sink}"
+            )
+        if self.record not in ("off", "budgets", "tokens"):
+            raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))
+        if self.profile is not None and not self.arm.layers.startswith("profile"):
+            raise UsageError(
+                f"profile={str(self.profile)!r} has no effect with layers={self.arm.layers!r}: "
+                "use layers='profile' or the preset 'reasonalloc', or leave the profile out"
+            )

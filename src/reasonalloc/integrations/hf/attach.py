@@ -1,0 +1,242 @@
+"""``attach`` a KV budget to a transformers model, ``detach`` it again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
+from reasonalloc.attention import choose_backend
+from reasonalloc.cache import LayerShape, MemoryPlan
+from reasonalloc.compressor import LayerCompressor
+from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
+from reasonalloc.errors import CompressionNeverHappened, UsageError
+from reasonalloc.integrations.hf import attention
+from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.generation import check_generate
+from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.policies import POLICIES
+from reasonalloc.profiles import config_hash
+from reasonalloc.recorder import Recorder
+
+_HANDLE = "_reasonalloc"
+
+
+def layer_totals(
+    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
+) -> tuple[int, ...]:
+    """Retained tokens of every layer under a budget, all its KV heads together.
+
+    Args:
+        config: settings of the run.
+        shapes: all attention layers of the model.
+        model_config: the model's text configuration.
+        name: the model's name, for messages.
+    """
+    budgeted = [shape for shape in shapes if shape.compressible]
+    spec = config.arm.layers
+    allocator = LAYER_ALLOCATORS.create(spec)
+    if config.profile is not None:
+        if getattr(allocator, "path", None):
+            raise UsageError(
+                f"profile={str(config.profile)!r} and layers={spec!r} both name a file"
+            )
+        spec = spec.partition("(")[0]
+        allocator = type(allocator)(**{**vars(allocator), "path": os.fspath(config.profile)})
+    query = LayerQuery(
+        layers=len(budgeted),
+        kv_heads=budgeted[0].kv_heads,
+        budget=config.budget,
+        window=config.window,
+        n_sink=config.n_sink,
+        model_id=name,
+        config_hash=config_hash(model_config.to_dict()),
+    )
+    totals = allocator.allocate(query)
+    if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
+        raise RuntimeError(f"layer allocator {spec!r} broke its contract: {totals}")
+    return tuple(totals)
+
+
+class Attachment:
+    """A model with a KV budget. Use it as a context manager, or call ``detach``.
+
+    Attributes:
+        config: the settings.
+        shapes: all attention layers of the model.
+        totals: retained tokens per layer under a budget, all its KV heads together.
+    """
+
+    def __init__(self, model: Any, config: CompressionConfig) -> None:
+        self.config = config
+        self.shapes = check_model(model)
+        self._policy = POLICIES.create(config.arm.policy)
+        self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
+        self._backend = choose_backend(config.attention)
+        self._text_config = text_config(model)
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.totals = layer_totals(config, self.shapes, self._text_config, name)
+        self._model: Any = model
+        self._original = model.config._attn_implementation
+        self._last: weakref.ref[BudgetCache] | None = None
+        self.recorder: Recorder | None = None
+
+    def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
+        """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
+        return MemoryPlan(
+            shapes=self.shapes,
+            totals=self.totals,
+            batch=batch,
+            interval=self.config.interval,
+            window=self.config.window,
+            itemsize=(dtype or self._model.dtype).itemsize,
+            keeps_queries=self._policy.needs_queries,
+            keeps_attention=self._policy.needs_attention,
+        )
+
+    def new_cache(self) -> BudgetCache:
+        """An empty cache, for ``generate(..., past_key_values=cache)`` or a plain forward call."""
+        self._require_model()
+        recorder = Recorder(self.config.record)
+        totals = iter(self.totals)
+        layers: list[LayerCompressor | LayerShape] = [
+            LayerCompressor(
+                index, next(totals), self.config, self._policy, self._heads, self._backend, recorder
+            )
+            if shape.compressible
+            else shape
+            for index, shape in enumerate(self.shapes)
+        ]
+        cache = BudgetCache(layers, recorder, self)
+        self._last, self.recorder = weakref.ref(cache), recorder
+        return cache
+
+    @property
+    def cache(self) -> BudgetCache | None:
+        """The cache of the latest ``generate`` call, while something still holds it."""
+        return None if self._last is None else self._last()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate`` on a compressed cache; same arguments, same result."""
+        model = self._require_model()
+        cache = check_generate(model, self, args, kwargs)
+        kwargs["past_key_values"] = cache
+        before = cache.recorder.compressions
+        result = type(model).generate(model, *args, **kwargs)
+        if cache.recorder.compressions == before:
+            warnings.warn(
+                f"the cache was never compressed: {cache.get_seq_length()} tokens per sequence did "
+                f"not exceed the budget of {self.config.budget} at any boundary "
+                f"(every {self.config.interval} tokens), so this run equals the full cache",
+                CompressionNeverHappened,
+                stacklevel=2,
+            )
+        return result
+
+    def detach(self) -> None:
+        """Give the model its own attention and ``generate`` back; harmless when repeated."""
+        model, self._model = self._model, None
+        if model is None:
+            return
+        model.__dict__.pop("generate", None)
+        model.__dict__.pop(_HANDLE, None)
+        model.set_attn_implementation(self._original)
+
+    def _install(self) -> None:
+        attention.register()
+        self._model.set_attn_implementation(attention.IMPLEMENTATION)
+        self._model.__dict__[_HANDLE] = self
+        self._model.__dict__["generate"] = self.generate
+
+    def _require_model(self) -> Any:
+        if self._model is None:
+            raise UsageError("this attachment was detached: call attach() again")
+        return self._model
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: Any,
+    *,
+    budget: int,
+    arm: str | None = None,
+    policy: str | None = None,
+    layers: str | None = None,
+    heads: str | None = None,
+    interval: int = 128,
+    window: int = 8,
+    n_sink: int = 0,
+    protect_prompt: bool = False,
+    seed: int = 0,
+    profile: str | os.PathLike[str] | None = None,
+    attention: str = "auto",
+    record: RecordLevel = "off",
+) -> Attachment:
+    """Put a KV budget on a transformers model; ``model.generate`` then works as before.
+
+    Args:
+        model: a decoder-only model from ``AutoModelForCausalLM``.
+        budget: mean retained tokens per (layer, KV head) right after a compression.
+        arm: a preset (``reasonalloc ls``) or ``policy/layers/heads``; instead of the next three.
+        policy: which tokens stay (default ``rkv``).
+        layers: how many per layer (default ``uniform``).
+        heads: how many per KV head (default ``uniform``).
+        interval, window, n_sink, protect_prompt, seed, profile, attention, record: see
+            ``CompressionConfig``.
+
+    Returns:
+        The attachment: a context manager with ``detach``, ``plan``, ``new_cache``, ``recorder``.
+
+    Raises:
+        UsageError: a wrong argument.
+        UnsupportedError: a model that cannot work, with the reason.
+    """
+    if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
+        raise UsageError("this model has a KV budget already: detach(model) first")
+    if arm is not None:
+        given = {"policy": policy, "layers": layers, "heads": heads}
+        if clash := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"arm={arm!r} and {clash[0]}={given[clash[0]]!r}: give one of the two")
+        parsed = parse_arm(arm)
+        if parsed is None:
+            raise UsageError("arm='full' means no compression: do not attach anything")
+    else:
+        parsed = Arm(policy or "rkv", layers or "uniform", heads or "uniform")
+    config = CompressionConfig(
+        budget=budget,
+        arm=parsed,
+        interval=interval,
+        window=window,
+        n_sink=n_sink,
+        protect_prompt=protect_prompt,
+        seed=seed,
+        profile=profile,
+        attention=attention,
+        record=record,
+    )
+    attachment = Attachment(model, config)
+    attachment._install()
+    return attachment
+
+
+def detach(model: Any) -> None:
+    """Remove the KV budget from a model, if it has one."""
+    attachment = getattr(model, "__dict__", {}).get(_HANDLE)
+    if isinstance(attachment, Attachment):
+        attachment.detach()

@@ -1,0 +1,104 @@
+"""The attention and mask functions that are registered with transformers as ``reasonalloc``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from reasonalloc.attention.dense import attend
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.cache import layer_of
+
+IMPLEMENTATION = "reasonalloc"
+# Arguments of other attention features, which would be ignored silently.
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "attention_sinks", "cache")
+
+
+def register() -> None:
+    """Make ``reasonalloc`` known to transformers; harmless when repeated."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
+
+
+def mask_forward(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Mask over what the cache announces in ``get_mask_sizes``; see transformers' ``sdpa_mask``.
+
+    A compressed layer announces the new tokens alone. For one such token nothing but its own
+    validity matters: on a GPU that is passed on without looking, since looking would wait.
+    """
+    if q_length == 1 and kv_length == 1 and kwargs.get("local_size") is None:
+        if attention_mask is None or attention_mask.shape[-1] <= kv_offset:
+            return None
+        valid = attention_mask[:, kv_offset, None, None, None].bool()
+        if valid.device.type == "cpu" and bool(valid.all()):
+            return None
+        return valid
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+    return mask
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers' interface.
+
+    Keys that come from a compressed layer carry that layer; all others (sliding layers, a forward
+    pass without a cache) are attended to as usual.
+
+    Args:
+        query: [batch, query_heads, q, head_dim]; key, value: [batch, kv_heads, n, head_dim].
+
+    Returns:
+        [batch, q, query_heads, head_dim] and no attention weights.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} passes {name!r} to its attention, which is not supported "
+                "under a KV budget: detach ReasonAlloc to run this model"
+            )
+    layer = layer_of(key)
+    if layer is not None:
+        out = layer.attend(query, key, value, attention_mask, scaling, softcap)
+    elif softcap is not None:
+        out = attend(query, key, value, attention_mask, scaling, softcap)
+    else:
+        kwargs.pop("output_attentions", None)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return out.transpose(1, 2).contiguous(), None

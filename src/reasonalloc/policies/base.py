@@ -1,0 +1,119 @@
+"""The interface of a policy: one pure function over the candidates of a layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.errors import UsageError
+from reasonalloc.registry import Registry
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a policy may know of one layer at a boundary. ``n`` is the longest head's length.
+
+    A row ``[b, h]`` holds ``lengths[b, h]`` tokens in the order of their positions, then padding.
+    All but the last ``window`` tokens of a row are candidates for eviction.
+
+    Attributes:
+        lengths: [batch, kv_heads] int64.
+        positions: [batch, kv_heads, n] int64, position of each token in its sequence.
+        load_keys: returns the keys, [batch, kv_heads, n, head_dim], after RoPE.
+        queries: [batch, kv_heads, group, window, head_dim], queries of the last ``window`` tokens
+            after RoPE, oldest first, or None unless ``needs_queries``.
+        query_positions: [batch, window] int64, their positions; negative where there is none yet.
+        attention: [batch, kv_heads, n] float32, attention received since the token came, summed
+            over queries and over the query heads of the group; None unless ``needs_attention``.
+        seen: [batch] int64, tokens of each sequence so far.
+        window: most recent tokens that are always kept.
+        scaling: factor of the attention logits.
+        softcap: soft-capping of the attention logits, or None.
+        layer: index of the layer.
+        seed: seed of the run.
+    """
+
+    lengths: Tensor
+    positions: Tensor
+    load_keys: Callable[[], Tensor]
+    queries: Tensor | None
+    query_positions: Tensor | None
+    attention: Tensor | None
+    seen: Tensor
+    window: int
+    scaling: float
+    softcap: float | None
+    layer: int
+    seed: int
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[batch, kv_heads, n, head_dim]; gathered on first use."""
+        return self.load_keys()
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[n] int64: 0, 1, ..."""
+        return torch.arange(self.positions.shape[-1], device=self.positions.device)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[batch, kv_heads, n] bool: a token, not padding."""
+        return self.index < self.lengths[..., None]
+
+    @cached_property
+    def evictable(self) -> Tensor:
+        """[batch, kv_heads, n] bool: a token that is not among the last ``window``."""
+        return self.index < (self.lengths - self.window)[..., None]
+
+
+class Policy(ABC):
+    """Scores candidates. Pure: no budget, no memory, no state of its own."""
+
+    needs_queries: ClassVar[bool] = False
+    """Ask for ``queries`` and ``query_positions``."""
+    needs_attention: ClassVar[bool] = False
+    """Ask for ``attention``: the decode step then computes attention weights explicitly."""
+    recent_fraction: ClassVar[float] = 0.0
+    """Share of a head's budget that goes to its most recent tokens, whatever their scores."""
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> Tensor:
+        """[batch, kv_heads, n] float32, higher is kept; only evictable entries are looked at."""
+
+
+POLICIES: Registry[Policy] = Registry("policy", "reasonalloc.policies")
+
+
+def window_logits(candidates: Candidates) -> Tensor:
+    """Attention logits of the observation window: [batch, kv_heads, group, window, n] float32."""
+    queries = candidates.queries
+    if queries is None:
+        raise RuntimeError("a policy that reads queries must set needs_queries")
+    keys = candidates.keys[:, :, None].float()
+    logits = queries.float() @ keys.transpose(-1, -2) * candidates.scaling
+    if candidates.softcap is not None:
+        logits = torch.tanh(logits / candidates.softcap) * candidates.softcap
+    return logits
+
+
+def causal(candidates: Candidates) -> Tensor:
+    """[batch, kv_heads, 1, window, n] bool: keys that each window query could see."""
+    queries = candidates.query_positions
+    if queries is None:
+        raise RuntimeError("a policy that reads queries must set needs_queries")
+    earlier = candidates.positions[:, :, None, :] <= queries[:, None, :, None]
+    return (earlier & candidates.valid[:, :, None, :])[:, :, None]
+
+
+def check_kernel(owner: str, kernel: int) -> int:
+    """Validate the size of a pooling kernel (odd, positive)."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise UsageError(f"{owner}: kernel={kernel} must be an odd number >= 1")
+    return kernel

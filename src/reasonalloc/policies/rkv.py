@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reasonalloc.errors import UsageError
+from reasonalloc.policies.base import POLICIES, Candidates, Policy, check_kernel, window_logits
+
+_BLOCK_ELEMENTS = 1 << 25  # similarity is worked off in blocks of rows: at most 128 MiB of fp32
+
+
+@POLICIES.register("rkv", source="R-KV, arXiv 2505.24133")
+@dataclass(frozen=True)
+class RKV(Policy):
+    """Importance to the window's queries against redundancy among keys: lam * I - (1 - lam) * R."""
+
+    lam: float = 0.1
+    kernel: int = 7
+    threshold: float = 0.5
+    needs_queries: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_kernel("rkv", self.kernel)
+        if not 0 <= self.lam <= 1:
+            raise UsageError(f"rkv: lam={self.lam} must lie between 0 and 1")
+
+    def score(self, candidates: Candidates) -> Tensor:
+        importance = self._importance(candidates)
+        redundancy = _redundancy(candidates.keys, candidates.valid, self.threshold)
+        return self.lam * importance - (1 - self.lam) * redundancy
+
+    def _importance(self, candidates: Candidates) -> Tensor:
+        logits = window_logits(candidates).amax(dim=2)
+        evictable = candidates.evictable
+        logits = logits.masked_fill(~evictable[:, :, None], torch.finfo(logits.dtype).min)
+        weights = logits.softmax(dim=-1).mean(dim=2).masked_fill(~evictable, 0.0)
+        return F.max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2)
+
+
+def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Softmax over a head's keys of their mean cosine similarity to the others.
+
+    In each row the latest similar key (cosine above ``threshold``) is not counted, so that the
+    most recent of near-duplicates looks least redundant (R-KV, ``cal_similarity``).
+
+    Args:
+        keys: [batch, kv_heads, n, head_dim].
+        valid: [batch, kv_heads, n] bool.
+
+    Returns:
+        [batch, kv_heads, n] float32.
+    """
+    batch, heads, n, _ = keys.shape
+    unit = keys.float()
+    unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-8)
+    unit = unit.masked_fill(~valid[..., None], 0.0)
+    index = torch.arange(n, device=keys.device)
+    sums = torch.zeros(batch, heads, n, device=keys.device)
+    rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
+    for start in range(0, n, rows):
+        block = unit[:, :, start : start + rows] @ unit.transpose(-1, -2)
+        own = index[start : start + rows, None]
+        block = block.masked_fill(index == own, 0.0)
+        latest = torch.where(block > threshold, index, -1).amax(dim=-1, keepdim=True)
+        sums += block.masked_fill(index == latest, 0.0).sum(dim=2)
+    mean = sums / valid.sum(dim=-1, keepdim=True).clamp_min(1)
+    return mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=-1)

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.policies.base import POLICIES, Candidates, Policy, causal, window_logits
+
+
+@POLICIES.register("tova", source="TOVA, arXiv 2401.06104, per KV head")
+@dataclass(frozen=True)
+class Tova(Policy):
+    """Attention of the last query, averaged over the query heads of the KV head's group."""
+
+    needs_queries: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        logits = window_logits(candidates)
+        logits = logits.masked_fill(~causal(candidates), torch.finfo(logits.dtype).min)
+        return logits[:, :, :, -1].softmax(dim=-1).mean(dim=2)

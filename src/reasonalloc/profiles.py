@@ -1,0 +1,144 @@
+"""Calibration profiles: JSON files, validated on load and bound to the model they were made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reasonalloc.errors import UsageError
+
+SCHEMA_VERSION = 1
+OBJECTIVES = ("attention-mass",)
+# What a configuration says about where it was loaded from, not about the model.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Fingerprint of a model's configuration (as from ``config.to_dict()``): 16 hex digits."""
+    kept = {
+        k: v
+        for k, v in config.items()
+        if k not in _NOT_THE_MODEL and not k.startswith("_") and v is not None
+    }
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Demand per layer: tokens needed to keep a share ``rho`` of the attention mass (METHOD.md).
+
+    Attributes:
+        model_id: name of the model, for messages.
+        config_hash: the model's fingerprint; a profile fits that configuration only.
+        rho: share of attention mass, 0 < rho < 1.
+        steps: generated tokens per prompt.
+        prompt_hashes: SHA-256 of each calibration prompt.
+        demand_mean: [layers] tokens, mean over heads, steps and prompts.
+        demand_max: [layers] tokens, maximum over heads, mean over steps and prompts.
+        curves: [prompts][layers] tokens, the mean demand of each prompt.
+    """
+
+    model_id: str
+    config_hash: str
+    rho: float
+    steps: int
+    prompt_hashes: list[str]
+    demand_mean: list[float]
+    demand_max: list[float]
+    curves: list[list[float]]
+    objective: str = "attention-mass"
+    version: int = SCHEMA_VERSION
+
+    def check_model(self, model_id: str, fingerprint: str, layers: int) -> None:
+        """Refuse a profile of another model.
+
+        Raises:
+            UsageError: the layer count or the configuration's fingerprint differs.
+        """
+        if len(self.demand_mean) != layers:
+            raise UsageError(
+                f"profile: made for {self.model_id!r} with {len(self.demand_mean)} layers, but "
+                f"{model_id!r} has {layers} compressible layers: calibrate this model"
+            )
+        if self.config_hash != fingerprint:
+            raise UsageError(
+                f"profile: made for {self.model_id!r} (configuration {self.config_hash}), not for "
+                f"{model_id!r} (configuration {fingerprint}): calibrate this model"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON, replacing ``path`` only once everything is written."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".part")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.replace(target)
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read and validate a profile file.
+
+    Raises:
+        UsageError: the file is missing, is no JSON or breaks the schema; says what and where.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"profile {str(path)!r} is not valid JSON: {error}") from None
+    try:
+        return _validated(data)
+    except UsageError as error:
+        raise UsageError(f"profile {str(path)!r} is broken: {error}; calibrate again") from None
+
+
+def _validated(data: Any) -> Profile:
+    if not isinstance(data, dict):
+        raise UsageError("the top level must be an object")
+    if data.get("version") != SCHEMA_VERSION:
+        raise UsageError(f"version={data.get('version')!r}, expected {SCHEMA_VERSION}")
+    names = set(Profile.__dataclass_fields__)
+    if missing := sorted(names - set(data)):
+        raise UsageError(f"missing {', '.join(missing)}")
+    if extra := sorted(set(data) - names):
+        raise UsageError(f"unknown field {', '.join(extra)}")
+    if data["objective"] not in OBJECTIVES:
+        raise UsageError(f"objective={data['objective']!r}, expected one of {OBJECTIVES}")
+    for name in ("model_id", "config_hash"):
+        if not isinstance(data[name], str):
+            raise UsageError(f"{name} must be text")
+    if not _is_number(data["rho"]) or not 0 < data["rho"] < 1:
+        raise UsageError(f"rho={data['rho']!r} must lie between 0 and 1")
+    if not isinstance(data["steps"], int) or data["steps"] < 1:
+        raise UsageError(f"steps={data['steps']!r} must be a positive whole number")
+    hashes, curves = data["prompt_hashes"], data["curves"]
+    if not isinstance(hashes, list) or not all(isinstance(h, str) for h in hashes):
+        raise UsageError("prompt_hashes must be a list of texts")
+    layers = _check_demand("demand_mean", data["demand_mean"], None)
+    _check_demand("demand_max", data["demand_max"], layers)
+    if not isinstance(curves, list) or len(curves) != len(hashes):
+        raise UsageError("curves must hold one list per prompt hash")
+    for index, curve in enumerate(curves):
+        _check_demand(f"curves[{index}]", curve, layers)
+    return Profile(**data)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_demand(name: str, values: Any, length: int | None) -> int:
+    if not isinstance(values, list) or not values:
+        raise UsageError(f"{name} must be a list of numbers, one per layer")
+    if length is not None and len(values) != length:
+        raise UsageError(f"{name} has {len(values)} entries, demand_mean has {length}")
+    for index, value in enumerate(values):
+        if not _is_number(value) or value < 0:
+            raise UsageError(f"{name}[{index}]={value!r} must be a number >= 0")
+    return len(values)

@@ -1,0 +1,37 @@
+"""Which candidates stay, given scores and integer budgets per (sequence, KV head)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select(
+    scores: Tensor, lengths: Tensor, budgets: Tensor, window: int, recent_fraction: float = 0.0
+) -> Tensor:
+    """Keep each head's most recent tokens and, of the others, those with the highest scores.
+
+    ``max(window, floor(recent_fraction * budget))`` most recent tokens stay (fewer if the budget
+    is smaller). Equal scores: the earlier token stays.
+
+    Args:
+        scores: [batch, kv_heads, n] float32; entries beyond ``lengths`` are ignored.
+        lengths: [batch, kv_heads] int64.
+        budgets: [batch, kv_heads] int64, at most ``lengths``.
+        window: most recent tokens that stay.
+        recent_fraction: see ``Policy.recent_fraction``.
+
+    Returns:
+        [batch, kv_heads, n] bool with exactly ``budgets`` true entries per head.
+    """
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    recent = torch.floor(budgets.double() * recent_fraction).long().clamp_min(window)
+    recent = recent.minimum(budgets)[..., None]
+    length = lengths[..., None]
+    open_ = index < length - recent
+    floor = torch.finfo(scores.dtype).min
+    ordered = scores.clamp_min(floor).masked_fill(~open_, -torch.inf)
+    order = ordered.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, index.expand_as(order).contiguous())
+    best = open_ & (rank < budgets[..., None] - recent)
+    return best | ((index >= length - recent) & (index < length))

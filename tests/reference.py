@@ -1,0 +1,212 @@
+"""Slow, plain references: one head and one token at a time, straight from the definitions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Head:
+    """One KV head of one sequence at a boundary, tokens in the order of their positions."""
+
+    keys: torch.Tensor  # [n, d]
+    positions: list[int]
+    queries: torch.Tensor  # [group, window, d], oldest first
+    query_positions: list[int]
+    attention: list[float]
+    window: int
+    scaling: float
+    layer: int = 0
+    head: int = 0
+    seen: int = 0
+    seed: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.positions)
+
+
+def softmax(values: list[float]) -> list[float]:
+    top = max(values)
+    powers = [math.exp(v - top) for v in values]
+    return [p / sum(powers) for p in powers]
+
+
+def logits(head: Head, group: int, query: int) -> list[float]:
+    q = head.queries[group, query]
+    return [float(q @ head.keys[i]) * head.scaling for i in range(head.n)]
+
+
+def score_streaming_llm(head: Head, sinks: int = 4) -> list[float]:
+    return [math.inf if p < sinks else float(p) for p in head.positions]
+
+
+def score_knorm(head: Head) -> list[float]:
+    scores = []
+    for key in head.keys:
+        mantissa, exponent = math.frexp(math.sqrt(float((key.float() ** 2).sum())))
+        scores.append(-math.ldexp(round(mantissa * 2**14) / 2**14, exponent))
+    return scores
+
+
+def score_tova(head: Head) -> list[float]:
+    groups = [softmax(logits(head, g, -1)) for g in range(head.queries.shape[0])]
+    return [sum(g[i] for g in groups) / len(groups) for i in range(head.n)]
+
+
+def score_h2o(head: Head) -> list[float]:
+    return list(head.attention)
+
+
+def score_snapkv(head: Head, kernel: int = 5, pooling: str = "avg") -> list[float]:
+    last = head.n - head.window
+    sums = [0.0] * last
+    groups = head.queries.shape[0]
+    for g in range(groups):
+        for w, position in enumerate(head.query_positions):
+            row = logits(head, g, w)
+            visible = [i for i in range(head.n) if head.positions[i] <= position]
+            weights = softmax([row[i] for i in visible])
+            for i, weight in zip(visible, weights, strict=True):
+                if i < last:
+                    sums[i] += weight / groups
+    return _pool(sums, kernel, pooling)
+
+
+def _pool(values: list[float], kernel: int, pooling: str) -> list[float]:
+    half = kernel // 2
+    out = []
+    for i in range(len(values)):
+        near = [values[j] for j in range(i - half, i + half + 1) if 0 <= j < len(values)]
+        out.append(sum(near) / kernel if pooling == "avg" else max(near))
+    return out
+
+
+def score_rkv(head: Head, lam: float = 0.1, kernel: int = 7, threshold: float = 0.5) -> list[float]:
+    last = head.n - head.window
+    sums = [0.0] * last
+    for w in range(len(head.query_positions)):
+        groups = [logits(head, g, w)[:last] for g in range(head.queries.shape[0])]
+        for i, weight in enumerate(softmax([max(column) for column in zip(*groups, strict=True)])):
+            sums[i] += weight / len(head.query_positions)
+    importance = _pool(sums, kernel, "max")
+    columns = [0.0] * head.n
+    unit = [k.float() / (k.float().norm() + 1e-8) for k in head.keys]
+    for i in range(head.n):
+        row = [0.0 if i == j else float(unit[i] @ unit[j]) for j in range(head.n)]
+        similar = [j for j in range(head.n) if row[j] > threshold]
+        if similar:
+            row[similar[-1]] = 0.0
+        columns = [c + r for c, r in zip(columns, row, strict=True)]
+    redundancy = softmax([c / head.n for c in columns])[:last]
+    return [lam * i - (1 - lam) * r for i, r in zip(importance, redundancy, strict=True)]
+
+
+def _mix(z: int) -> int:
+    mask = (1 << 64) - 1
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def score_random(head: Head) -> list[float]:
+    mask = (1 << 64) - 1
+    key = _mix((head.seed * 0x9E3779B97F4A7C15 + head.layer) & mask)
+    key = _mix((_mix((key + head.seen) & mask) + head.head) & mask)
+    return [(_mix((key + p) & mask) & ((1 << 24) - 1)) / (1 << 24) for p in head.positions]
+
+
+SCORES: dict[str, Any] = {
+    "streaming_llm": score_streaming_llm,
+    "knorm": score_knorm,
+    "tova": score_tova,
+    "h2o": score_h2o,
+    "snapkv": score_snapkv,
+    "rkv": score_rkv,
+    "random": score_random,
+}
+RECENT_FRACTION = {"h2o": 0.5}
+
+
+def robustify(
+    demand: list[float], total: int, lower: list[int], upper: list[int], exponent: float
+) -> list[int]:
+    """METHOD.md: bisection on the scale, then largest-remainder rounding."""
+    weights = [max(d, 1e-12) ** exponent for d in demand]
+
+    def clipped(scale: float) -> list[float]:
+        return [
+            min(max(scale * w, lo), hi) for w, lo, hi in zip(weights, lower, upper, strict=True)
+        ]
+
+    low, high = 0.0, 1.0
+    while sum(clipped(high)) < total and high < 1e30:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(clipped(middle)) < total else (low, middle)
+    return round_to_total(clipped(high), total, upper)
+
+
+def round_to_total(values: list[float], total: int, upper: list[int]) -> list[int]:
+    base = [min(math.floor(v + 5e-7), hi) for v, hi in zip(values, upper, strict=True)]
+    remainder = [round((v - b) * 1e6) for v, b in zip(values, base, strict=True)]
+    open_ = [i for i in range(len(base)) if base[i] < upper[i]]
+    for i in sorted(open_, key=lambda i: (-remainder[i], i))[: total - sum(base)]:
+        base[i] += 1
+    return base
+
+
+def pooled_counts(
+    scores: list[list[float]], total: int, window: int, lengths: list[int], score_norm: str
+) -> list[int]:
+    """``scores``: of the candidates alone, per head."""
+    if score_norm == "length":
+        scores = [
+            [s * max(n - window, 1) for s in row] for row, n in zip(scores, lengths, strict=True)
+        ]
+    k = max(total - len(scores) * window, 0)
+    pool = sorted((s for row in scores for s in row), reverse=True)
+    if k == 0 or not pool:
+        return [0] * len(scores)
+    tau = pool[min(k, len(pool)) - 1]
+    return [sum(s >= tau for s in row) for row in scores]
+
+
+def head_budgets(
+    name: str,
+    scores: list[list[float]],
+    lengths: list[int],
+    layer_total: int,
+    window: int,
+    least: int,
+    score_norm: str = "length",
+) -> list[int]:
+    heads = len(lengths)
+    total = min(layer_total, sum(lengths))
+    if name == "uniform":
+        return robustify([1.0] * heads, total, [0] * heads, lengths, 1.0)
+    counts = pooled_counts(scores, total, window, lengths, score_norm)
+    mean = layer_total // heads
+    share, margin = (0.25, 8) if name == "reasonalloc" else (0.0, 0)
+    floor = min(max(int(share * mean), window + margin), mean)
+    floor = min(max(least, floor), total // heads)
+    lower = [min(floor, n) for n in lengths]
+    if name == "reasonalloc":
+        return robustify([c + window for c in counts], total, lower, lengths, 0.5)
+    mixed = [0.8 * (c + window) + 0.2 * total / heads for c in counts]
+    return robustify(mixed, total, lower, lengths, 1.0)
+
+
+def select(
+    scores: list[float], length: int, budget: int, window: int, recent_fraction: float
+) -> list[int]:
+    """Indices that stay, ascending. ``scores``: at least those of the candidates."""
+    recent = min(max(window, math.floor(recent_fraction * budget)), budget)
+    free = list(range(length - recent)) if length > recent else []
+    best = sorted(free, key=lambda i: (-scores[i], i))[: budget - recent]
+    return sorted(best) + list(range(max(length - recent, 0), length))

@@ -1,0 +1,131 @@
+"""A whole model under a budget, slowly: every decision by the references, one head at a time.
+
+transformers' own DynamicCache keeps all keys; what a compressed cache would still hold is a list
+of positions per (layer, head), and attention is computed over those positions alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from reference import RECENT_FRACTION, SCORES, Head, head_budgets, select
+
+
+class Simulator:
+    """Registers itself as the attention of ``model`` and decodes greedily (batch 1, no padding)."""
+
+    def __init__(
+        self,
+        model: Any,
+        totals: tuple[int, ...],
+        policy: str,
+        heads: str,
+        interval: int,
+        window: int,
+        n_sink: int = 0,
+        protect_prompt: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.totals, self.policy, self.heads = totals, policy, heads
+        self.interval, self.window = interval, window
+        self.n_sink, self.protect_prompt, self.seed = n_sink, protect_prompt, seed
+        self.kept: dict[int, list[list[int]]] = {}
+        self.received: dict[int, list[dict[int, float]]] = {}
+        self.queries: dict[int, list[torch.Tensor]] = {}
+        self.since: dict[int, int] = {}
+        self.prompt = 0
+
+    def generate(self, ids: torch.Tensor, new_tokens: int) -> list[int]:
+        original = self.model.config._attn_implementation
+        AttentionInterface.register("simulator", self.attention)
+        AttentionMaskInterface.register("simulator", sdpa_mask)
+        self.model.set_attn_implementation("simulator")
+        self.prompt = ids.shape[1]
+        try:
+            with torch.no_grad():
+                out = self.model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+        finally:
+            self.model.set_attn_implementation(original)
+        return [int(t) for t in out[0, ids.shape[1] :]]
+
+    def attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float = 1.0,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer, heads, columns, end = module.layer_idx, key.shape[1], query.shape[2], key.shape[2]
+        group = query.shape[1] // heads
+        first = layer not in self.kept
+        if first:
+            self.kept[layer] = [[] for _ in range(heads)]
+            self.received[layer] = [{} for _ in range(heads)]
+            self.queries[layer], self.since[layer] = [], 0
+        out = torch.zeros(1, query.shape[1], columns, value.shape[-1])
+        new = list(range(end - columns, end))
+        for h in range(heads):
+            for p in new:
+                self.received[layer][h][p] = 0.0
+            for i, p in enumerate(new):
+                visible = self.kept[layer][h] + [q for q in new if q <= p]
+                for g in range(group):
+                    row = h * group + g
+                    logits = key[0, h, visible] @ query[0, row, i] * scaling
+                    if softcap is not None:
+                        logits = torch.tanh(logits / softcap) * softcap
+                    weights = logits.float().softmax(0)
+                    out[0, row, i] = weights @ value[0, h, visible]
+                    for q, weight in zip(visible, weights.tolist(), strict=True):
+                        self.received[layer][h][q] += weight
+            self.kept[layer][h] += new
+        self.queries[layer] += [query[0, :, i] for i in range(columns)]
+        self.since[layer] += 1
+        if first or columns > 1 or self.since[layer] == self.interval:
+            self.since[layer] = 0
+            if sum(len(row) for row in self.kept[layer]) > self.totals[layer]:
+                self.compress(layer, key, scaling, end)
+        return out.transpose(1, 2).contiguous(), None
+
+    def compress(self, layer: int, key: torch.Tensor, scaling: float, end: int) -> None:
+        heads, window = key.shape[1], self.window
+        recent = torch.stack(self.queries[layer][-window:], dim=1)
+        group = recent.shape[0] // heads
+        first = max(self.n_sink, self.prompt if self.protect_prompt else 0)
+        scores, least = [], window
+        for h in range(heads):
+            kept = self.kept[layer][h]
+            head = Head(
+                keys=key[0, h, kept],
+                positions=kept,
+                queries=recent[h * group : (h + 1) * group],
+                query_positions=list(range(end - window, end)),
+                attention=[self.received[layer][h][p] for p in kept],
+                window=window,
+                scaling=scaling,
+                layer=layer,
+                head=h,
+                seen=end,
+                seed=self.seed,
+            )
+            row = SCORES[self.policy](head)[: len(kept) - window]
+            forced = [p < first for p in kept[: len(kept) - window]]
+            least = max(least, window + sum(forced))
+            scores.append([math.inf if f else s for s, f in zip(row, forced, strict=True)])
+        lengths = [len(row) for row in self.kept[layer]]
+        budgets = head_budgets(self.heads, scores, lengths, self.totals[layer], window, least)
+        for h in range(heads):
+            stay = select(
+                scores[h], lengths[h], budgets[h], window, RECENT_FRACTION.get(self.policy, 0.0)
+            )
+            self.kept[layer][h] = [self.kept[layer][h][i] for i in stay]

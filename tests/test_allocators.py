@@ -1,0 +1,128 @@
+"""Budgets: integers, exact sums and bounds, equal to the plain references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
+from reasonalloc.allocators.rounding import robustify
+from reasonalloc.errors import UsageError
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[int], float]:
+    n = draw(st.integers(1, 9))
+    demand = draw(st.lists(st.floats(0, 1e4), min_size=n, max_size=n))
+    lower = draw(st.lists(st.integers(0, 40), min_size=n, max_size=n))
+    upper = [lo + draw(st.integers(0, 300)) for lo in lower]
+    total = draw(st.integers(sum(lower), sum(upper)))
+    return demand, total, lower, upper, draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+
+
+@given(st.lists(problems(), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_robustify(batch: list[tuple[list[float], int, list[int], list[int], float]]) -> None:
+    for demand, total, lower, upper, exponent in batch:
+        budgets = robustify(
+            torch.tensor([demand], dtype=torch.float64),
+            torch.tensor([total]),
+            torch.tensor([lower]),
+            torch.tensor([upper]),
+            exponent,
+        )[0].tolist()
+        assert sum(budgets) == total
+        assert all(lo <= b <= hi for lo, b, hi in zip(lower, budgets, upper, strict=True))
+        slow = reference.robustify(demand, total, lower, upper, exponent)
+        assert max(abs(a - b) for a, b in zip(budgets, slow, strict=True)) <= 1  # ties of 1e-6
+
+
+@pytest.mark.parametrize("demand", [[1, 4, 9, 16], [5, 5, 5, 5], [0, 0, 1, 100]])
+@pytest.mark.parametrize("total", [40, 41, 77, 100, 160])
+def test_robustify_equals_bisection(demand: list[float], total: int) -> None:
+    lower, upper = [4] * 4, [60, 30, 80, 40]
+    fast = robustify(
+        torch.tensor(demand), torch.tensor(total), torch.tensor(lower), torch.tensor(upper), 0.5
+    )
+    assert fast.tolist() == reference.robustify(demand, total, lower, upper, 0.5)
+
+
+@st.composite
+def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
+    batch, heads, window = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    lengths = [[draw(st.integers(0, 40)) for _ in range(heads)] for _ in range(batch)]
+    layer_total = draw(st.integers(heads * window, heads * 45))
+    seed = draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, heads, 40, generator=generator)
+    if draw(st.booleans()):
+        scores = (scores * 4).round() / 4  # many ties
+    index = torch.arange(40)
+    length = torch.tensor(lengths)
+    scores = scores.masked_fill(index >= (length - window)[..., None], -torch.inf)
+    rows = [
+        [scores[b, h, : max(lengths[b][h] - window, 0)].tolist() for h in range(heads)]
+        for b in range(batch)
+    ]
+    total = length.sum(1).clamp_max(layer_total)
+    least = torch.full_like(total, window)
+    return HeadQuery(scores, length, total, layer_total, least, window), rows
+
+
+@given(head_queries(), st.sampled_from(["paper", "length"]))
+@settings(max_examples=150, deadline=None)
+def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: str) -> None:
+    query, rows = made
+    for name in HEAD_ALLOCATORS.entries():
+        spec = name if name == "uniform" else f"{name}(score_norm={norm})"
+        budgets = HEAD_ALLOCATORS.create(spec).allocate(query)
+        assert budgets.dtype == torch.int64
+        assert torch.equal(budgets.sum(1), query.total)
+        assert bool((budgets <= query.lengths).all()) and bool((budgets >= 0).all())
+        for b, row in enumerate(rows):
+            lengths = query.lengths[b].tolist()
+            slow = reference.head_budgets(
+                name, row, lengths, query.layer_total, query.window, query.window, norm
+            )
+            assert budgets[b].tolist() == slow, name
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.integers(1, 16),
+    st.integers(0, 8),
+    st.integers(0, 500),
+)
+@settings(max_examples=100, deadline=None)
+def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, extra: int) -> None:
+    query = LayerQuery(layers, heads, window + n_sink + extra, window, n_sink)
+    for spec in ("uniform", "pyramid", "pyramid(beta=5)"):
+        budgets = LAYER_ALLOCATORS.create(spec).allocate(query)
+        assert len(budgets) == layers and sum(budgets) == layers * heads * query.budget
+        assert min(budgets) >= query.least
+
+
+def test_pyramid_is_the_published_line() -> None:
+    budget, window, layers = 128, 8, 32
+    free = budget - window
+    least, most = free / 20, 2 * free - free / 20
+    line = [most - i * (most - least) / (layers - 1) + window for i in range(layers)]
+    budgets = LAYER_ALLOCATORS.create("pyramid").allocate(LayerQuery(layers, 8, budget, window))
+    assert max(abs(b - 8 * x) for b, x in zip(budgets, line, strict=True)) <= 1
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_parameters_are_checked() -> None:
+    for spec in ("pyramid(beta=0)", "pyramid(gamma=1)", "pyramid(1, 2)", "pyramid(beta=x)"):
+        with pytest.raises(UsageError):
+            LAYER_ALLOCATORS.create(spec)
+    for spec in ("adakv(safeguard=2)", "reasonalloc(mu=-1)", "reasonalloc(score_norm=none)"):
+        with pytest.raises(UsageError):
+            HEAD_ALLOCATORS.create(spec)
+    with pytest.raises(UsageError, match="did you mean 'reasonalloc'"):
+        HEAD_ALLOCATORS.create("reasonaloc")

@@ -1,0 +1,134 @@
+"""Backends and dense attention against one head and one query at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reasonalloc.attention import BACKENDS, choose_backend
+from reasonalloc.attention.dense import attend, received_attention
+from reasonalloc.cache import Slab
+from reasonalloc.errors import UsageError
+
+
+def filled_slab(
+    seed: int, lengths: list[list[int]], uniform: bool, dtype: torch.dtype = torch.float32
+) -> Slab:
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads = len(lengths), len(lengths[0])
+    slots = max(sum(row) for row in lengths) + heads * 3
+    if uniform:
+        slots = heads * (lengths[0][0] + 3)
+    slab = Slab(batch, heads, slots, 8, 8, dtype=dtype, device=torch.device("cpu"))
+    m = max(max(row) for row in lengths)
+    flat = torch.randn(batch, heads * m, 8, generator=generator).to(dtype)
+    rows = slab.as_rows()
+    rows.keys, rows.values = flat, flat.flip(1)
+    rows.positions = torch.zeros(batch, heads * m, dtype=torch.int32)
+    rows.index = (torch.arange(heads)[:, None] * m + torch.arange(m)).expand(batch, -1, -1)
+    keep = torch.arange(m) < torch.tensor(lengths)[..., None]
+    slab.rewrite(rows, keep, lengths[0][0] if uniform else None)
+    return slab
+
+
+def slow_decode(
+    query: torch.Tensor, slab: Slab, scaling: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, query_heads = query.shape[:2]
+    out = torch.zeros_like(query)
+    received = torch.zeros(batch, slab.slots)
+    for b in range(batch):
+        for q in range(query_heads):
+            h = q // (query_heads // slab.kv_heads)
+            start = int(slab.offsets[b, h])
+            run = slice(start, start + int(slab.lengths[b, h]))
+            logits = slab.keys[b, run].float() @ query[b, q, 0].float() * scaling
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            weights = logits.softmax(0)
+            received[b, run] += weights
+            out[b, q, 0] = (weights @ slab.values[b, run].float()).to(query.dtype)
+    return out, received
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4).flatmap(
+        lambda heads: st.lists(
+            st.lists(st.integers(1, 20), min_size=heads, max_size=heads), min_size=1, max_size=3
+        )
+    ),
+    st.integers(1, 4),
+    st.sampled_from([None, 2.0]),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_decode(
+    seed: int, lengths: list[list[int]], group: int, softcap: float | None, uniform: bool
+) -> None:
+    if uniform:
+        lengths = [[lengths[0][0]] * len(lengths[0])] * len(lengths)
+    slab = filled_slab(seed, lengths, uniform)
+    query = torch.randn(len(lengths), len(lengths[0]) * group, 1, 8)
+    expected, received = slow_decode(query, slab, 0.3, softcap)
+    for name in BACKENDS.entries():
+        for need_weights in (False, True):
+            out, weights = BACKENDS.create(name).decode(query, slab, 0.3, softcap, need_weights)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+            assert (weights is not None) == need_weights
+            if weights is not None:
+                torch.testing.assert_close(weights, received, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_decode_in_half_precision(dtype: torch.dtype, uniform: bool) -> None:
+    slab = filled_slab(0, [[7, 7], [7, 7]] if uniform else [[3, 9], [12, 1]], uniform, dtype)
+    query = torch.randn(2, 4, 1, 8).to(dtype)
+    expected, _ = slow_decode(query, slab, 0.3, None)
+    for name in BACKENDS.entries():
+        out, _ = BACKENDS.create(name).decode(query, slab, 0.3, None, False)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("masked", [True, False])
+def test_dense(softcap: float | None, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reasonalloc.attention import dense
+
+    monkeypatch.setattr(dense, "_BLOCK_ELEMENTS", 200)  # several blocks of queries
+    batch, heads, group, n = 2, 2, 3, 9
+    query = torch.randn(batch, heads * group, n, 8)
+    keys, values = torch.randn(batch, heads, n, 8), torch.randn(batch, heads, n, 8)
+    visible = torch.ones(n, n, dtype=torch.bool).tril().expand(batch, 1, n, n).clone()
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    if masked:
+        valid[1, :4] = False
+        visible &= valid[:, None, None, :]
+    mask = visible if masked else None
+    out = attend(query, keys, values, mask, 0.3, softcap)
+    received = received_attention(query, keys, mask, valid if masked else None, 0.3, softcap)
+    expected = torch.zeros(batch, heads, n)
+    for b in range(batch):
+        for q in range(heads * group):
+            for i in range(n):
+                if not valid[b, i]:
+                    continue
+                seen = visible[b, 0, i]
+                logits = keys[b, q // group, seen] @ query[b, q, i] * 0.3
+                if softcap is not None:
+                    logits = torch.tanh(logits / softcap) * softcap
+                weights = logits.softmax(0)
+                expected[b, q // group, seen] += weights
+                torch.testing.assert_close(
+                    out[b, q, i], weights @ values[b, q // group, seen], rtol=1e-4, atol=1e-5
+                )
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(UsageError, match="'flash' is unknown: choose one of auto, eager, sdpa"):
+        choose_backend("flash")

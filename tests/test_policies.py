@@ -1,0 +1,132 @@
+"""Every policy's scores over a ragged batch equal the per-head reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reasonalloc.errors import UsageError
+from reasonalloc.policies import POLICIES, Candidates, rkv
+
+SPECS = {
+    "streaming_llm": {"sinks": 2},
+    "knorm": {},
+    "tova": {},
+    "h2o": {},
+    "snapkv": {"kernel": 7, "pooling": "max"},
+    "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
+    "random": {},
+}
+
+
+def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Candidates:
+    """Random candidates; keys are clustered so that some are near-duplicates."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, dim = len(lengths), len(lengths[0]), 8
+    n = max(max(row) for row in lengths)
+    centres = torch.randn(5, dim, generator=generator)
+    pick = torch.randint(0, 5, (batch, heads, n), generator=generator)
+    keys = centres[pick] + 0.5 * torch.randn(batch, heads, n, dim, generator=generator)
+    gaps = torch.randint(1, 4, (batch, heads, n), generator=generator)
+    positions = gaps.cumsum(-1)
+    length = torch.tensor(lengths)
+    # The last token of every head is the newest one of the sequence, as in a real cache.
+    newest = int(positions.max()) + 1
+    last = positions.gather(-1, (length - 1)[..., None])
+    positions = positions + (newest - last)
+    return Candidates(
+        lengths=length,
+        positions=positions,
+        load_keys=lambda: keys,
+        queries=torch.randn(batch, heads, group, window, dim, generator=generator),
+        query_positions=torch.arange(newest - window + 1, newest + 1).expand(batch, -1),
+        attention=torch.rand(batch, heads, n, generator=generator),
+        seen=torch.full((batch,), newest + 1),
+        window=window,
+        scaling=0.4,
+        softcap=None,
+        layer=3,
+        seed=seed,
+    )
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 2).flatmap(
+        lambda heads: st.lists(
+            st.lists(st.integers(9, 30), min_size=heads, max_size=heads), min_size=1, max_size=2
+        )
+    ),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
+@settings(max_examples=25, deadline=None)
+def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) -> None:
+    candidates = ragged(seed, lengths, group, window)
+    assert set(SPECS) == set(POLICIES.entries())
+    for name, parameters in SPECS.items():
+        arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
+        for spec, kwargs in ((name, {}), (f"{name}({arguments})", parameters)):
+            fast = POLICIES.create(spec).score(candidates)
+            assert fast.dtype == torch.float32 and fast.shape == candidates.positions.shape
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    slow = reference.SCORES[name](head_of(candidates, b, h), **kwargs)
+                    free = length - window
+                    expected = torch.tensor(slow[:free])
+                    torch.testing.assert_close(fast[b, h, :free], expected, rtol=1e-4, atol=1e-6)
+
+
+def head_of(c: Candidates, b: int, h: int) -> reference.Head:
+    n = int(c.lengths[b, h])
+    assert c.queries is not None and c.query_positions is not None and c.attention is not None
+    return reference.Head(
+        keys=c.keys[b, h, :n],
+        positions=c.positions[b, h, :n].tolist(),
+        queries=c.queries[b, h],
+        query_positions=c.query_positions[b].tolist(),
+        attention=c.attention[b, h, :n].tolist(),
+        window=c.window,
+        scaling=c.scaling,
+        layer=c.layer,
+        head=h,
+        seen=int(c.seen[b]),
+        seed=c.seed,
+    )
+
+
+def test_similarity_in_blocks_equals_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = ragged(1, [[30, 22], [9, 30]], 2, 4)
+    whole = POLICIES.create("rkv").score(candidates)
+    monkeypatch.setattr(rkv, "_BLOCK_ELEMENTS", 500)
+    torch.testing.assert_close(POLICIES.create("rkv").score(candidates), whole)
+
+
+def test_rkv_keeps_the_latest_of_duplicates() -> None:
+    candidates = ragged(2, [[20]], 1, 4)
+    keys = torch.randn(1, 1, 20, 8)
+    keys[0, 0, 11] = keys[0, 0, 3]
+    made = Candidates(**{**vars(candidates), "load_keys": lambda: keys} | {})
+    scores = POLICIES.create("rkv(lam=0)").score(made)[0, 0]
+    assert scores[11] > scores[3]
+
+
+def test_random_is_uniform_and_new_at_every_boundary() -> None:
+    first = ragged(3, [[4000 // 2] * 2], 1, 4)
+    scores = POLICIES.create("random").score(first)
+    assert 0.45 < float(scores.mean()) < 0.55 and float(scores.std()) > 0.27
+    later = Candidates(**{**vars(first), "seen": first.seen + 1})
+    again = POLICIES.create("random").score(later)
+    correlation = torch.corrcoef(torch.stack([scores.flatten(), again.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "spec", ["rkv(lam=2)", "rkv(kernel=4)", "snapkv(pooling=sum)", "streaming_llm(sinks=-1)"]
+)
+def test_parameters_are_checked(spec: str) -> None:
+    with pytest.raises(UsageError):
+        POLICIES.create(spec)
