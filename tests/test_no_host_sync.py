@@ -1,0 +1,69 @@
+"""An event reads nothing back from the device: it runs on tensors that have no data at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
+from reasonalloc.attention import BACKENDS
+from reasonalloc.cache import Slab
+from reasonalloc.policies import POLICIES, Candidates
+from reasonalloc.selection import select
+
+BATCH, HEADS, GROUP, WINDOW, N, DIM = 2, 3, 2, 4, 30, 8
+
+
+def test_fake_tensors_notice_reads() -> None:
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        int(torch.ones(3).max())
+
+
+@pytest.mark.parametrize("heads", HEAD_ALLOCATORS.entries())
+@pytest.mark.parametrize("policy", POLICIES.entries())
+def test_event_and_decode_step(policy: str, heads: str) -> None:
+    with FakeTensorMode():
+        slab = Slab(
+            BATCH,
+            HEADS,
+            HEADS * N,
+            DIM,
+            DIM,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            track_attention=True,
+        )
+        slab.uniform_length = N - 1
+        slab.append(
+            torch.ones(BATCH, HEADS, 1, DIM),
+            torch.ones(BATCH, HEADS, 1, DIM),
+            torch.full((BATCH,), N - 1),
+            torch.ones(BATCH, 1, dtype=torch.bool),
+        )
+        query = torch.ones(BATCH, HEADS * GROUP, 1, DIM)
+        for backend in BACKENDS.entries():
+            BACKENDS.create(backend).decode(query, slab, 1.0, None, False)
+        rows = slab.as_rows()
+        candidates = Candidates(
+            lengths=rows.lengths,
+            positions=rows.gather(rows.positions).long(),
+            load_keys=lambda: rows.gather(rows.keys),
+            queries=torch.ones(BATCH, HEADS, GROUP, WINDOW, DIM),
+            query_positions=torch.arange(WINDOW).expand(BATCH, -1),
+            attention=torch.ones(BATCH, HEADS, N),
+            seen=torch.full((BATCH,), N),
+            window=WINDOW,
+            scaling=1.0,
+            softcap=None,
+            layer=0,
+            seed=0,
+        )
+        made = POLICIES.create(policy)
+        scores = made.score(candidates)
+        total = torch.full((BATCH,), HEADS * 10)
+        least = torch.full((BATCH,), WINDOW)
+        query_ = HeadQuery(scores, rows.lengths, total, HEADS * 10, least, WINDOW)
+        budgets = HEAD_ALLOCATORS.create(heads).allocate(query_)
+        keep = select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction)
+        slab.rewrite(rows, keep, None)
