@@ -1,0 +1,78 @@
+"""The attention-mass profile against a plain reference over eager attention weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import reasonalloc
+from models import prompt, tiny
+from reasonalloc.calibration import attention_mass
+from reasonalloc.errors import UsageError
+from reasonalloc.profiles import load_profile
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_demand_equals_the_definition(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    prompts, every, window, rho = [prompt(30), prompt(17, seed=4)], 8, 5, 0.8
+    before = model.config._attn_implementation
+    profile = attention_mass(model, prompts, rho=rho, max_new_tokens=30, every=every, window=window)
+    assert model.config._attn_implementation == before
+    budgeted = [
+        i
+        for i, kind in enumerate(getattr(model.config, "layer_types", ["full_attention"] * 3))
+        if kind == "full_attention"
+    ]
+    model.set_attn_implementation("eager")
+    means: list[list[float]] = []
+    maxima: list[list[float]] = []
+    for ids in prompts:
+        out = model.generate(ids, max_new_tokens=30, do_sample=False)
+        # Step t feeds token prompt + t - 1; it is the last of the queries at that sample.
+        ends = [ids.shape[1] + step for step in range(every, 30, every)]
+        weights = [model(out[:, :end], output_attentions=True).attentions for end in ends]
+        rows = []
+        for layer in budgeted:
+            rows.append([needed(w[layer][0], window, rho) for w in weights])
+        means.append([sum(map(sum, row)) / (3 * len(row)) for row in rows])
+        maxima.append([sum(map(max, row)) / len(row) for row in rows])
+    for curve, expected in zip(profile.curves, means, strict=True):
+        assert curve == pytest.approx(expected)
+    assert profile.demand_mean == pytest.approx([sum(c) / 2 for c in zip(*means, strict=True)])
+    assert profile.demand_max == pytest.approx([sum(c) / 2 for c in zip(*maxima, strict=True)])
+    profile.save(tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == profile
+    model = tiny(name)
+    with reasonalloc.attach(model, budget=24, arm="reasonalloc", profile=tmp_path / "p.json") as a:
+        assert sum(a.totals) == len(budgeted) * 3 * 24
+
+
+def needed(weights: torch.Tensor, window: int, rho: float) -> list[int]:
+    """Per KV head: keys needed, from [query_heads, n, n] attention weights."""
+    counts = []
+    group = weights.shape[0] // 3
+    for head in range(3):
+        rows = weights[head * group : (head + 1) * group, -window:].flatten(0, 1)
+        mass = sorted(rows.mean(0).tolist(), reverse=True)
+        total, count = 0.0, 0
+        while total < rho:
+            total += mass[count]
+            count += 1
+        counts.append(count)
+    return counts
+
+
+def test_wrong_arguments() -> None:
+    model = tiny("llama")
+    with pytest.raises(UsageError, match="rho=1"):
+        attention_mass(model, [prompt(5)], rho=1.0)
+    with pytest.raises(UsageError, match="none given"):
+        attention_mass(model, [])
+    with pytest.raises(UsageError, match="nothing was measured"):
+        attention_mass(model, [prompt(5)], max_new_tokens=20)
+    with pytest.raises(UsageError, match="every=0"):
+        attention_mass(model, [prompt(5)], every=0)
+    assert model.config._attn_implementation != "reasonalloc-calibration"
