@@ -42,7 +42,7 @@ def logits(head: Head, group: int, query: int) -> list[float]:
 
 
 def score_streaming_llm(head: Head, sinks: int = 4) -> list[float]:
-    return [math.inf if p < sinks else float(p) for p in head.positions]
+    return [math.inf if p < sinks else float(p - head.seen) for p in head.positions]
 
 
 def score_knorm(head: Head) -> list[float]:
@@ -130,6 +130,7 @@ SCORES: dict[str, Any] = {
     "random": score_random,
 }
 RECENT_FRACTION = {"h2o": 0.5}
+SHARES = ("rkv", "snapkv", "tova")  # policies whose scores are shares of a head's tokens
 
 
 def robustify(
@@ -185,12 +186,13 @@ def head_budgets(
     window: int,
     least: int,
     score_norm: str = "length",
+    shares: bool = True,
 ) -> list[int]:
     heads = len(lengths)
     total = min(layer_total, sum(lengths))
     if name == "uniform":
         return robustify([1.0] * heads, total, [0] * heads, lengths, 1.0)
-    counts = pooled_counts(scores, total, window, lengths, score_norm)
+    counts = pooled_counts(scores, total, window, lengths, score_norm if shares else "paper")
     mean = layer_total // heads
     share, margin = (0.25, 8) if name == "reasonalloc" else (0.0, 0)
     floor = min(max(int(share * mean), window + margin), mean)
@@ -203,10 +205,22 @@ def head_budgets(
 
 
 def select(
-    scores: list[float], length: int, budget: int, window: int, recent_fraction: float
+    scores: list[float],
+    length: int,
+    budget: int,
+    window: int,
+    recent_fraction: float,
+    forced: set[int] | None = None,
 ) -> list[int]:
-    """Indices that stay, ascending. ``scores``: at least those of the candidates."""
-    recent = min(max(window, math.floor(recent_fraction * budget)), budget)
-    free = list(range(length - recent)) if length > recent else []
-    best = sorted(free, key=lambda i: (-scores[i], i))[: budget - recent]
-    return sorted(best) + list(range(max(length - recent, 0), length))
+    """Indices that stay, ascending. ``scores``: at least those of the candidates.
+
+    In the order of their claims: the window, what is forced, the share of recent tokens (newest
+    first), then the best scores.
+    """
+    claims = list(range(length - 1, max(length - window, 0) - 1, -1))
+    claims += sorted((forced or set()) - set(claims))
+    recent = min(math.floor(recent_fraction * budget), max(budget - len(forced or ()), window))
+    claims += [i for i in range(length - 1, max(length - recent, 0) - 1, -1) if i not in claims]
+    rest = [i for i in range(length) if i not in claims]
+    claims += sorted(rest, key=lambda i: (-scores[i], i))
+    return sorted(claims[:budget])

@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from reference import RECENT_FRACTION, SCORES, Head, head_budgets, select
+from reference import RECENT_FRACTION, SCORES, SHARES, Head, head_budgets, select
 
 
 class Simulator:
@@ -102,7 +102,7 @@ class Simulator:
         recent = torch.stack(self.queries[layer][-window:], dim=1)
         group = recent.shape[0] // heads
         first = max(self.n_sink, self.prompt if self.protect_prompt else 0)
-        scores, least = [], window
+        scores, least, forced_sets = [], window, []
         for h in range(heads):
             kept = self.kept[layer][h]
             head = Head(
@@ -121,11 +121,20 @@ class Simulator:
             row = SCORES[self.policy](head)[: len(kept) - window]
             forced = [p < first for p in kept[: len(kept) - window]]
             least = max(least, window + sum(forced))
+            forced_sets.append({i for i, f in enumerate(forced) if f})
             scores.append([math.inf if f else s for s, f in zip(row, forced, strict=True)])
         lengths = [len(row) for row in self.kept[layer]]
-        budgets = head_budgets(self.heads, scores, lengths, self.totals[layer], window, least)
+        shares = self.policy in SHARES
+        budgets = head_budgets(
+            self.heads, scores, lengths, self.totals[layer], window, least, shares=shares
+        )
         for h in range(heads):
             stay = select(
-                scores[h], lengths[h], budgets[h], window, RECENT_FRACTION.get(self.policy, 0.0)
+                scores[h],
+                lengths[h],
+                budgets[h],
+                window,
+                RECENT_FRACTION.get(self.policy, 0.0),
+                forced_sets[h],
             )
             self.kept[layer][h] = [self.kept[layer][h][i] for i in stay]

@@ -70,7 +70,7 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
     ]
     total = length.sum(1).clamp_max(layer_total)
     least = torch.full_like(total, window)
-    return HeadQuery(scores, length, total, layer_total, least, window), rows
+    return HeadQuery(scores, length, total, layer_total, least, window, draw(st.booleans())), rows
 
 
 @given(head_queries(), st.sampled_from(["paper", "length"]))
@@ -86,7 +86,14 @@ def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: 
         for b, row in enumerate(rows):
             lengths = query.lengths[b].tolist()
             slow = reference.head_budgets(
-                name, row, lengths, query.layer_total, query.window, query.window, norm
+                name,
+                row,
+                lengths,
+                query.layer_total,
+                query.window,
+                query.window,
+                norm,
+                query.shares,
             )
             assert budgets[b].tolist() == slow, name
 

@@ -11,6 +11,7 @@ from reasonalloc.attention import BACKENDS
 from reasonalloc.cache import Slab
 from reasonalloc.policies import POLICIES, Candidates
 from reasonalloc.selection import select
+from reasonalloc.window import QueryWindow
 
 BATCH, HEADS, GROUP, WINDOW, N, DIM = 2, 3, 2, 4, 30, 8
 
@@ -43,14 +44,17 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         )
         query = torch.ones(BATCH, HEADS * GROUP, 1, DIM)
         for backend in BACKENDS.entries():
-            BACKENDS.create(backend).decode(query, slab, 1.0, None, False)
+            for need_weights in (False, True):
+                BACKENDS.create(backend).decode(query, slab, 1.0, None, need_weights)
+        window = QueryWindow(query, WINDOW)
+        window.push(query, torch.full((BATCH,), N - 1), torch.ones(BATCH, 1, dtype=torch.bool))
         rows = slab.as_rows()
         candidates = Candidates(
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
             load_keys=lambda: rows.gather(rows.keys),
-            queries=torch.ones(BATCH, HEADS, GROUP, WINDOW, DIM),
-            query_positions=torch.arange(WINDOW).expand(BATCH, -1),
+            queries=window.read(torch.full((BATCH,), N), slab),
+            query_positions=window.positions(torch.full((BATCH,), N)),
             attention=torch.ones(BATCH, HEADS, N),
             seen=torch.full((BATCH,), N),
             window=WINDOW,
@@ -65,5 +69,5 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         least = torch.full((BATCH,), WINDOW)
         query_ = HeadQuery(scores, rows.lengths, total, HEADS * 10, least, WINDOW)
         budgets = HEAD_ALLOCATORS.create(heads).allocate(query_)
-        keep = select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction)
+        keep = select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction, scores > 0)
         slab.rewrite(rows, keep, None)

@@ -10,10 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DeepseekV3Config,
+    DiffLlamaConfig,
     DynamicCache,
+    GenerationConfig,
     GptOssConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     T5Config,
 )
 
@@ -45,6 +48,9 @@ def one_sentence(error: BaseException) -> None:
         ({"budget": 64, "arm": "full"}, "no compression"),
         ({"budget": 64, "arm": "rkv", "policy": "h2o"}, "one of the two"),
         ({"budget": 64, "policy": "rkv(lambda=1)"}, "'lambda'"),
+        ({"budget": 64, "policy": "rkv(lam=.1, lam=.2)"}, "given twice"),
+        ({"budget": 64, "policy": "rkv(threshold=nan)"}, "finite"),
+        ({"budget": 64, "policy": ""}, "cannot be read"),
         ({"budget": 64, "attention": "flash"}, "'flash' is unknown"),
         ({"budget": 64, "record": "all"}, "record level"),
         ({"budget": 64, "layers": "profile"}, "needs a profile file"),
@@ -137,6 +143,9 @@ def test_models(name: str, make: Any, message: str) -> None:
         ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
         ({"cache_implementation": "static"}, "another cache"),
         ({"use_cache": False}, "use_cache=False"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "beam search"),
+        ({"guidance_scale": 2.0}, "classifier-free guidance"),
+        ({"prefill_chunk_size": 4}, "prefill in chunks"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "attention weights"),
     ],
 )
@@ -172,9 +181,94 @@ def test_caches() -> None:
         for change in (cache.crop, cache.reorder_cache, cache.batch_repeat_interleave):
             with pytest.raises(UnsupportedError):
                 change(torch.tensor([0]))
-    with pytest.raises(UnsupportedError, match="attached model only"):
+    with pytest.raises(UsageError, match="was detached"):
+        model(prompt(1, 2), past_key_values=cache)
+
+
+def test_a_positional_configuration_is_looked_at() -> None:
+    model = tiny("llama")
+    model.generation_config.num_beams = 3
+    with reasonalloc.attach(model, budget=20):
+        for config in (GenerationConfig(use_cache=False, num_beams=1), GenerationConfig()):
+            with pytest.raises(UnsupportedError):
+                model.generate(prompt(10), config, max_new_tokens=5)
+    model.generation_config.num_beams = 1
+    model.generation_config.cache_implementation = "hybrid"  # as in Gemma checkpoints
+    with reasonalloc.attach(model, budget=20):
+        assert model.generate(prompt(30), max_new_tokens=5).shape == (1, 35)
+
+
+def test_interrupted_call() -> None:
+    model = tiny("llama")
+    with reasonalloc.attach(model, budget=20, interval=4) as attached:
+        cache = attached.new_cache()
         model(prompt(10), past_key_values=cache)
-        model(prompt(1), past_key_values=cache)
+        hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(UsageError, match="interrupted or failed"):
+            model(prompt(1), past_key_values=cache)
+        assert model.generate(prompt(30), max_new_tokens=9).shape == (1, 39)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_training_and_short_masks() -> None:
+    model = tiny("llama")
+    with reasonalloc.attach(model, budget=20) as attached:
+        cache = attached.new_cache()
+        model(prompt(10), past_key_values=cache)
+        with pytest.raises(UsageError, match="mask covers 2 tokens"):
+            model(prompt(2), past_key_values=cache, attention_mask=torch.ones(1, 2))
+        with pytest.raises(UsageError, match="the cache has seen 10"):
+            model.generate(prompt(10), past_key_values=cache, max_new_tokens=3)
+        model.train()
+        with pytest.raises(UnsupportedError, match="cannot be trained through"):
+            model(prompt(10), past_key_values=attached.new_cache())
+        model(prompt(10), use_cache=False).logits.sum().backward()
+
+
+def test_attention_that_is_not_plain() -> None:
+    """Changed values, and keys that are attended to twice."""
+    model = AutoModelForCausalLM.from_config(
+        DiffLlamaConfig(**{**COMMON, "num_key_value_heads": 2})
+    ).eval()
+    with (
+        reasonalloc.attach(model, budget=20),
+        pytest.raises(UnsupportedError, match="changes its keys or values"),
+    ):
+        model.generate(prompt(10), max_new_tokens=5)
+
+
+def test_longrope() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 40,
+    }
+    config = Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=40)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with reasonalloc.attach(model, budget=16, interval=4):
+        with pytest.raises(UnsupportedError, match="at most 10 new tokens"):
+            model.generate(prompt(30), max_new_tokens=30)
+        assert model.generate(prompt(30), max_new_tokens=10, do_sample=False).shape == (1, 40)
+
+
+def test_wrappers_and_shared_configurations() -> None:
+    model = tiny("llama")
+    with pytest.raises(UnsupportedError, match="attach to the model inside"):
+        reasonalloc.attach(torch.nn.Sequential(model), budget=20)
+    twin = type(model)(model.config)
+    with (
+        reasonalloc.attach(model, budget=20),
+        pytest.raises(UsageError, match="shares its configuration"),
+    ):
+        reasonalloc.attach(twin, budget=20)
 
 
 def test_prompts() -> None:

@@ -61,10 +61,13 @@ def test_layer_budgets(layers: str) -> None:
     compare("qwen3", 30, 40, budget=24, policy="snapkv", layers=layers, interval=8, window=4)
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("options", [{"n_sink": 5}, {"protect_prompt": True}])
-def test_forced_tokens(heads: str, options: dict[str, int]) -> None:
-    compare("qwen2", 18, 60, budget=30, heads=heads, interval=8, window=4, **options)
+@pytest.mark.parametrize("policy", sorted(SCORES))
+@pytest.mark.parametrize("options", [{"n_sink": 15}, {"protect_prompt": True}])
+def test_forced_tokens(policy: str, options: dict[str, int]) -> None:
+    for heads in ("uniform", "reasonalloc"):
+        compare(
+            "qwen2", 22, 50, budget=30, policy=policy, heads=heads, interval=8, window=4, **options
+        )
 
 
 def test_total_that_does_not_divide_and_short_prompt() -> None:

@@ -16,18 +16,33 @@ from reasonalloc.selection import select
     st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1, max_size=6),
     st.integers(1, 8),
     st.sampled_from([0.0, 0.5, 0.9]),
+    st.integers(0, 12),
 )
 @settings(max_examples=100, deadline=None)
 def test_select(
-    seed: int, heads: list[tuple[int, int]], window: int, recent_fraction: float
+    seed: int, heads: list[tuple[int, int]], window: int, recent_fraction: float, first: int
 ) -> None:
     lengths = [length for length, _ in heads]
     budgets = [min(length, budget) for length, budget in heads]
     n = max([*lengths, 1])
     scores = torch.randint(0, 6, (1, len(heads), n), generator=_seeded(seed)).float()
-    keep = select(scores, torch.tensor([lengths]), torch.tensor([budgets]), window, recent_fraction)
+    # The first tokens are forced, as far as every budget has room for them.
+    counts = [max(0, min(first, b - window)) for b in budgets]
+    forced = (torch.arange(n) < torch.tensor(counts)[:, None])[None]
+    keep = select(
+        scores,
+        torch.tensor([lengths]),
+        torch.tensor([budgets]),
+        window,
+        recent_fraction,
+        forced if first else None,
+    )
     for h, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
-        slow = reference.select(scores[0, h].tolist(), length, budget, window, recent_fraction)
+        first_ones = set(range(counts[h]))
+        slow = reference.select(
+            scores[0, h].tolist(), length, budget, window, recent_fraction, first_ones
+        )
+        assert first_ones <= set(slow)
         assert keep[0, h].nonzero().flatten().tolist() == slow
         assert len(slow) == budget
         assert set(range(length - min(window, budget), length)) <= set(slow)

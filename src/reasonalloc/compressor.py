@@ -91,6 +91,8 @@ class LayerCompressor:
                 f"the cache holds {slab.batch} sequences, the new tokens come in {key.shape[0]}: "
                 "use a new cache for another batch size"
             )
+        # Under autocast keys and values come in different types.
+        key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
         valid = _valid(mask, queries)
         if valid is not None and isinstance(self._seen, int):
             batch = slab.batch
@@ -170,10 +172,11 @@ class LayerCompressor:
         rows = joined_rows(past, key, value, self._seen, valid, received)
         if self._columns == 0:
             self._prompt = columns if valid is None else valid.sum(dim=1)
-            self._check_prompt(columns, heads)
+            if self._config.protect_prompt:
+                self._check_prompt(columns if valid is None else int(valid.sum(1).max()), heads)
         self._seen = self._seen + (columns if valid is None else valid.sum(dim=1))
         self._columns += columns
-        self._held += heads * columns
+        self._held += heads * _most(valid, columns)
         self._since = 0
         if self._held > self.total:
             self._compress(slab, rows, scaling, softcap)
@@ -185,11 +188,11 @@ class LayerCompressor:
             )
         return out
 
-    def _check_prompt(self, columns: int, heads: int) -> None:
+    def _check_prompt(self, tokens: int, heads: int) -> None:
         room = self.total // heads - self._config.window
-        if self._config.protect_prompt and columns > room:
+        if tokens > room:
             raise UsageError(
-                f"protect_prompt: the prompt has {columns} tokens, but layer {self.layer} keeps "
+                f"protect_prompt: the prompt has {tokens} tokens, but layer {self.layer} keeps "
                 f"{self.total // heads} per head, {self._config.window} of them for the window: "
                 f"raise the budget, shorten the prompt to {max(room, 0)} or do not protect it"
             )
@@ -222,10 +225,18 @@ class LayerCompressor:
             least = least + forced.sum(dim=-1).amax(dim=1)
         budgets = self._heads.allocate(
             HeadQuery(
-                scores, rows.lengths, held.clamp_max(self.total), self.total, least, config.window
+                scores,
+                rows.lengths,
+                held.clamp_max(self.total),
+                self.total,
+                least,
+                config.window,
+                self._policy.sums_to_one,
             )
         )
-        keep = select(scores, rows.lengths, budgets, config.window, self._policy.recent_fraction)
+        keep = select(
+            scores, rows.lengths, budgets, config.window, self._policy.recent_fraction, forced
+        )
         # One length for all runs, known here: equal shares of a total that divides, no padding.
         equal = self._heads.equal and self.total % slab.kv_heads == 0
         equal = equal and isinstance(self._seen, int) and slab.uniform_length is not None
@@ -257,6 +268,13 @@ def _valid(mask: Tensor | None, queries: int) -> Tensor | None:
             "on a compressed cache: pass a 2-D padding mask, or none"
         )
     return mask[:, 0, -1, :]
+
+
+def _most(valid: Tensor | None, columns: int) -> int:
+    """Upper bound of the real tokens among new columns; exact where looking costs no wait."""
+    if valid is None or valid.device.type != "cpu":
+        return columns
+    return int(valid.sum(dim=1).max())
 
 
 def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:

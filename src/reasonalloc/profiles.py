@@ -14,17 +14,23 @@ from reasonalloc.errors import UsageError
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("attention-mass",)
-# What a configuration says about where it was loaded from, not about the model.
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+# What makes an architecture. Loading routes and later changes (dtype, padding token, quantisation,
+# resized vocabulary) alter other fields of a configuration, and never these.
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "layer_types",
+    "sliding_window",
+)
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Fingerprint of a model's configuration (as from ``config.to_dict()``): 16 hex digits."""
-    kept = {
-        k: v
-        for k, v in config.items()
-        if k not in _NOT_THE_MODEL and not k.startswith("_") and v is not None
-    }
+    """Fingerprint of a model's architecture (from ``config.to_dict()``): 16 hex digits."""
+    kept = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -35,7 +41,7 @@ class Profile:
 
     Attributes:
         model_id: name of the model, for messages.
-        config_hash: the model's fingerprint; a profile fits that configuration only.
+        config_hash: the model's fingerprint; a profile fits that architecture only.
         rho: share of attention mass, 0 < rho < 1.
         steps: generated tokens per prompt.
         prompt_hashes: SHA-256 of each calibration prompt.

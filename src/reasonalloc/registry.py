@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def _arguments(owner: str, cls: type[Any], text: str) -> dict[str, Any]:
         key = key.strip()
         if key not in by_name:
             raise unknown_name(f"parameter of {owner}", key, by_name)
+        if key in values:
+            raise UsageError(f"{owner}: {key} is given twice")
         values[key] = _convert(owner, key, raw.strip(), type(by_name[key].default))
     return values
 
@@ -100,6 +103,9 @@ def _convert(owner: str, key: str, raw: str, kind: type[Any]) -> Any:
             raise UsageError(f"{owner}: {key}={raw!r} must be true or false")
         return raw.lower() == "true"
     try:
-        return kind(raw)
+        value = kind(raw)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
-        raise UsageError(f"{owner}: {key}={raw!r} must be of type {kind.__name__}") from None
+        raise UsageError(f"{owner}: {key}={raw!r} must be a finite {kind.__name__}") from None

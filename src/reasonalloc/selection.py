@@ -7,12 +7,18 @@ from torch import Tensor
 
 
 def select(
-    scores: Tensor, lengths: Tensor, budgets: Tensor, window: int, recent_fraction: float = 0.0
+    scores: Tensor,
+    lengths: Tensor,
+    budgets: Tensor,
+    window: int,
+    recent_fraction: float = 0.0,
+    forced: Tensor | None = None,
 ) -> Tensor:
     """Keep each head's most recent tokens and, of the others, those with the highest scores.
 
     ``max(window, floor(recent_fraction * budget))`` most recent tokens stay (fewer if the budget
-    is smaller). Equal scores: the earlier token stays.
+    is smaller), but never so many that a forced token would have to go. Equal scores: the earlier
+    token stays.
 
     Args:
         scores: [batch, kv_heads, n] float32; entries beyond ``lengths`` are ignored.
@@ -20,12 +26,17 @@ def select(
         budgets: [batch, kv_heads] int64, at most ``lengths``.
         window: most recent tokens that stay.
         recent_fraction: see ``Policy.recent_fraction``.
+        forced: [batch, kv_heads, n] bool, tokens outside the window that stay whatever their
+            scores, or None.
 
     Returns:
         [batch, kv_heads, n] bool with exactly ``budgets`` true entries per head.
     """
     index = torch.arange(scores.shape[-1], device=scores.device)
     recent = torch.floor(budgets.double() * recent_fraction).long().clamp_min(window)
+    if forced is not None:
+        scores = scores.masked_fill(forced, torch.inf)
+        recent = recent.minimum((budgets - forced.sum(dim=-1)).clamp_min(window))
     recent = recent.minimum(budgets)[..., None]
     length = lengths[..., None]
     open_ = index < length - recent

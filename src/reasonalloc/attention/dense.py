@@ -92,7 +92,7 @@ def _weights(
     start: int,
     stop: int,
 ) -> Tensor:
-    logits = (query[:, :, start:stop] @ keys.transpose(-1, -2)).float() * scaling
+    logits = (query[:, :, start:stop] * scaling @ keys.transpose(-1, -2)).float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     queries, n = query.shape[2], keys.shape[2]

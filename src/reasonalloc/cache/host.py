@@ -20,7 +20,7 @@ class DeferredMax:
             self._value = torch.empty((), dtype=largest.dtype, pin_memory=True)
             self._value.copy_(largest, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(largest.device))
         else:
             self._value = largest
 

@@ -80,6 +80,8 @@ class Policy(ABC):
     """Ask for ``queries`` and ``query_positions``."""
     needs_attention: ClassVar[bool] = False
     """Ask for ``attention``: the decode step then computes attention weights explicitly."""
+    sums_to_one: ClassVar[bool] = False
+    """Scores are shares of a head's own tokens, so that they shrink as the head grows."""
     recent_fraction: ClassVar[float] = 0.0
     """Share of a head's budget that goes to its most recent tokens, whatever their scores."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, Policy, check_kernel, window_logits
 
-_BLOCK_ELEMENTS = 1 << 25  # similarity is worked off in blocks of rows: at most 128 MiB of fp32
+_BLOCK_ELEMENTS = 1 << 23  # similarity is worked off in blocks of rows, each of 32 MiB in fp32
 
 
 @POLICIES.register("rkv", source="R-KV, arXiv 2505.24133")
@@ -22,6 +22,7 @@ class RKV(Policy):
     kernel: int = 7
     threshold: float = 0.5
     needs_queries: ClassVar[bool] = True
+    sums_to_one: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_kernel("rkv", self.kernel)
@@ -58,14 +59,14 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     unit = keys.float()
     unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-8)
     unit = unit.masked_fill(~valid[..., None], 0.0)
-    index = torch.arange(n, device=keys.device)
+    index = torch.arange(n, device=keys.device, dtype=torch.int32)
     sums = torch.zeros(batch, heads, n, device=keys.device)
     rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
     for start in range(0, n, rows):
         block = unit[:, :, start : start + rows] @ unit.transpose(-1, -2)
         own = index[start : start + rows, None]
-        block = block.masked_fill(index == own, 0.0)
+        block.masked_fill_(index == own, 0.0)
         latest = torch.where(block > threshold, index, -1).amax(dim=-1, keepdim=True)
-        sums += block.masked_fill(index == latest, 0.0).sum(dim=2)
+        sums += block.masked_fill_(index == latest, 0.0).sum(dim=2)
     mean = sums / valid.sum(dim=-1, keepdim=True).clamp_min(1)
     return mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=-1)

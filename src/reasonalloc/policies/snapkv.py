@@ -26,6 +26,7 @@ class SnapKV(Policy):
     kernel: int = 5
     pooling: str = "avg"
     needs_queries: ClassVar[bool] = True
+    sums_to_one: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_kernel("snapkv", self.kernel)

@@ -22,4 +22,5 @@ class StreamingLLM(Policy):
 
     def score(self, candidates: Candidates) -> Tensor:
         positions = candidates.positions
-        return torch.where(positions < self.sinks, torch.inf, positions.float())
+        age = (positions - candidates.seen[:, None, None]).float()  # exact, however long the text
+        return torch.where(positions < self.sinks, torch.inf, age)

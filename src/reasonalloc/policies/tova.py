@@ -15,6 +15,7 @@ class Tova(Policy):
     """Attention of the last query, averaged over the query heads of the KV head's group."""
 
     needs_queries: ClassVar[bool] = True
+    sums_to_one: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> Tensor:
         logits = window_logits(candidates)

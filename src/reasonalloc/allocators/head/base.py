@@ -24,6 +24,7 @@ class HeadQuery:
         layer_total: the layer's budget, an upper bound of ``total``.
         least: [batch] int64, tokens that every head has to keep (window, sinks, prompt).
         window: always-kept recent tokens per head.
+        shares: scores are shares of a head's own tokens (``Policy.sums_to_one``).
     """
 
     scores: Tensor
@@ -32,6 +33,7 @@ class HeadQuery:
     layer_total: int
     least: Tensor
     window: int
+    shares: bool = False
 
     def floor(self, share: float, margin: int) -> Tensor:
         """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
@@ -46,12 +48,12 @@ class HeadQuery:
 
         ``k = total - kv_heads * window`` candidates are asked for over all heads, tau is the k-th
         largest score, and every candidate with ``score >= tau`` counts (ties included).
-        ``score_norm="length"`` first multiplies a head's scores by its number of candidates:
-        scores that are softmaxes over a head's own length are then comparable between heads.
+        ``score_norm="length"`` first multiplies scores that are shares of a head's own tokens by
+        the head's number of candidates, which makes them comparable between heads.
         """
         batch, heads, n = self.scores.shape
         scores = self.scores
-        if score_norm == "length":
+        if score_norm == "length" and self.shares:
             scores = scores * (self.lengths - self.window).clamp_min(1)[..., None]
         flat = scores.reshape(batch, heads * n)
         k = (self.total - heads * self.window).clamp_min(0)

@@ -11,7 +11,7 @@ from reasonalloc.attention.interface import BACKENDS, Backend, SlabView, slot_ma
 @BACKENDS.register("eager", source="plain PyTorch; the reference of every other backend")
 @dataclass(frozen=True)
 class Eager(Backend):
-    """Explicit softmax in float32; gives attention weights and soft-caps."""
+    """Explicit products, softmax in float32; gives attention weights and soft-caps."""
 
     def decode(
         self,
@@ -26,22 +26,22 @@ class Eager(Backend):
         grouped = query.reshape(batch, heads, query_heads // heads, head_dim)
         if slab.uniform_length is not None:
             keys, values = slab.rows(slab.keys), slab.rows(slab.values)
-            weights = _softmax(grouped @ keys.transpose(-1, -2), scaling, softcap, None)
+            weights = _softmax(grouped * scaling @ keys.transpose(-1, -2), softcap, None)
             out = weights.to(values.dtype) @ values
         else:
             # Every query head against every slot; a slot counts for the heads of its run only.
             mask = slot_mask(slab)[:, :, None]
-            logits = (query.squeeze(2) @ slab.keys.transpose(-1, -2)).view(
+            logits = (query.squeeze(2) * scaling @ slab.keys.transpose(-1, -2)).view(
                 batch, heads, query_heads // heads, -1
             )
-            weights = _softmax(logits, scaling, softcap, mask)
+            weights = _softmax(logits, softcap, mask)
             out = weights.flatten(1, 2).to(slab.values.dtype) @ slab.values
         received = _received(weights, slab) if need_weights else None
         return out.reshape(batch, query_heads, 1, -1), received
 
 
-def _softmax(logits: Tensor, scaling: float, softcap: float | None, mask: Tensor | None) -> Tensor:
-    logits = logits.float() * scaling
+def _softmax(logits: Tensor, softcap: float | None, mask: Tensor | None) -> Tensor:
+    logits = logits.float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:

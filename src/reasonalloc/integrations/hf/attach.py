@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -19,7 +20,7 @@ from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.generation import check_generate
+from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.policies import POLICIES
 from reasonalloc.profiles import config_hash
@@ -80,10 +81,16 @@ class Attachment:
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(config.attention)
         self._text_config = text_config(model)
+        if self._text_config._attn_implementation == attention.IMPLEMENTATION:
+            raise UsageError(
+                "this model shares its configuration with a model that has a KV budget: give it a "
+                "copy of the configuration, or detach the other one"
+            )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
         self._model: Any = model
-        self._original = model.config._attn_implementation
+        self._own_generate = model.__dict__.get("generate")
+        self._original = self._implementations(self._text_config._attn_implementation)
         self._last: weakref.ref[BudgetCache] | None = None
         self.recorder: Recorder | None = None
 
@@ -100,20 +107,33 @@ class Attachment:
             keeps_attention=self._policy.needs_attention,
         )
 
+    @property
+    def attached(self) -> bool:
+        """Whether the model still runs under the budget."""
+        return self._model is not None
+
+    def _implementations(self, name: str) -> str | dict[str, str]:
+        """What ``set_attn_implementation`` takes to change the text model alone."""
+        config = self._model.config
+        if self._text_config is config:
+            return name
+        keys = [k for k in config.sub_configs if getattr(config, k, None) is self._text_config]
+        return dict.fromkeys(keys, name)
+
     def new_cache(self) -> BudgetCache:
         """An empty cache, for ``generate(..., past_key_values=cache)`` or a plain forward call."""
         self._require_model()
         recorder = Recorder(self.config.record)
         totals = iter(self.totals)
-        layers: list[LayerCompressor | LayerShape] = [
+        layers = [
             LayerCompressor(
                 index, next(totals), self.config, self._policy, self._heads, self._backend, recorder
             )
             if shape.compressible
-            else shape
+            else None
             for index, shape in enumerate(self.shapes)
         ]
-        cache = BudgetCache(layers, recorder, self)
+        cache = BudgetCache(layers, self.shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
         return cache
 
@@ -127,9 +147,11 @@ class Attachment:
         model = self._require_model()
         cache = check_generate(model, self, args, kwargs)
         kwargs["past_key_values"] = cache
-        before = cache.recorder.compressions
-        result = type(model).generate(model, *args, **kwargs)
-        if cache.recorder.compressions == before:
+        own = self._own_generate or functools.partial(type(model).generate, model)
+        with cache.only_real_tokens():
+            result = own(*args, **kwargs)
+        check_result(result, cache)
+        if cache.recorder.compressions == 0:
             warnings.warn(
                 f"the cache was never compressed: {cache.get_seq_length()} tokens per sequence did "
                 f"not exceed the budget of {self.config.budget} at any boundary "
@@ -145,12 +167,14 @@ class Attachment:
         if model is None:
             return
         model.__dict__.pop("generate", None)
+        if self._own_generate is not None:
+            model.__dict__["generate"] = self._own_generate
         model.__dict__.pop(_HANDLE, None)
         model.set_attn_implementation(self._original)
 
     def _install(self) -> None:
         attention.register()
-        self._model.set_attn_implementation(attention.IMPLEMENTATION)
+        self._model.set_attn_implementation(self._implementations(attention.IMPLEMENTATION))
         self._model.__dict__[_HANDLE] = self
         self._model.__dict__["generate"] = self.generate
 
@@ -217,7 +241,12 @@ def attach(
         if parsed is None:
             raise UsageError("arm='full' means no compression: do not attach anything")
     else:
-        parsed = Arm(policy or "rkv", layers or "uniform", heads or "uniform")
+        default = Arm()
+        parsed = Arm(
+            default.policy if policy is None else policy,
+            default.layers if layers is None else layers,
+            default.heads if heads is None else heads,
+        )
     config = CompressionConfig(
         budget=budget,
         arm=parsed,

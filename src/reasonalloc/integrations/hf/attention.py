@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from reasonalloc.attention.dense import attend
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import layer_of
 
 IMPLEMENTATION = "reasonalloc"
@@ -41,8 +41,14 @@ def mask_forward(
     A compressed layer announces the new tokens alone. For one such token nothing but its own
     validity matters: on a GPU that is passed on without looking, since looking would wait.
     """
-    if q_length == 1 and kv_length == 1 and kwargs.get("local_size") is None:
-        if attention_mask is None or attention_mask.shape[-1] <= kv_offset:
+    new_alone = kv_length == q_length and kwargs.get("local_size") is None
+    if new_alone and attention_mask is not None and attention_mask.shape[-1] < kv_offset + q_length:
+        raise UsageError(
+            f"the attention mask covers {attention_mask.shape[-1]} tokens, but the cache has seen "
+            f"{kv_offset} and {q_length} are new: pass a mask over all of them"
+        )
+    if new_alone and q_length == 1:
+        if attention_mask is None:
             return None
         valid = attention_mask[:, kv_offset, None, None, None].bool()
         if valid.device.type == "cpu" and bool(valid.all()):
@@ -93,6 +99,11 @@ def attention_forward(
             )
     layer = layer_of(key)
     if layer is not None:
+        if module.training:
+            raise UnsupportedError(
+                "a compressed cache cannot be trained through: call model.eval(), or leave "
+                "past_key_values out"
+            )
         out = layer.attend(query, key, value, attention_mask, scaling, softcap)
     elif softcap is not None:
         out = attend(query, key, value, attention_mask, scaling, softcap)

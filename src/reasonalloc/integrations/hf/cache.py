@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,51 +12,83 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from reasonalloc.cache import LayerShape
 from reasonalloc.compressor import LayerCompressor
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.recorder import Recorder
 
 _TAG = "_reasonalloc_layer"
+_FOREIGN_ATTENTION = (
+    "this model changes its keys or values between cache and attention, or attends twice to the "
+    "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
+)
+
+
+class Owner(Protocol):
+    """What a cache must know of the attachment that made it."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still runs under the budget."""
+        ...
 
 
 def layer_of(key: Tensor) -> SlabLayer | None:
-    """The compressed layer that these keys were handed to, or None."""
-    layer = getattr(key, _TAG, None)
-    return layer if isinstance(layer, SlabLayer) else None
+    """The compressed layer that these keys were handed to, or None.
+
+    Raises:
+        UnsupportedError: the layer has attended with these keys already.
+    """
+    tag = getattr(key, _TAG, None)
+    if tag is not None and not isinstance(tag, SlabLayer):
+        raise UnsupportedError(_FOREIGN_ATTENTION)
+    return tag
 
 
 class SlabLayer(CacheLayerMixin):
     """One layer under a budget.
 
     ``update`` only hands the new keys on, tagged with this layer: they are stored when the
-    attention function has the query and the padding as well. A model that does not pass the very
-    same keys to its attention is noticed in the next forward pass.
+    attention function has the query and the padding as well.
+
+    Args:
+        compressor: storage and cadence.
+        shape: what the model's configuration says of the layer.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, compressor: LayerCompressor) -> None:
+    def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.compressor = compressor
+        self.decode_is_real = False
+        self._shape = shape
         self._logical = 0
-        self._pending = False
+        self._values: Tensor | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether tokens were announced and not attended to."""
+        return self._values is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the slab is allocated by the first attention call."""
+        """Check the shapes; the slab is allocated by the first attention call."""
+        found = (key_states.shape[1], key_states.shape[3])
+        if found != (self._shape.kv_heads, self._shape.head_dim):
+            raise UnsupportedError(
+                f"layer {self.compressor.layer} has {found[0]} KV heads of width {found[1]}, but "
+                f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
+                "its memory cannot be planned"
+            )
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Tag new keys [batch, kv_heads, q, head_dim] and count them."""
-        if self._pending:
-            raise UnsupportedError(
-                "this model changes its keys between cache and attention, or its attention is not "
-                "ReasonAlloc's: a cache made by attach() works on the attached model only"
-            )
-        self._pending = True
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._values = value_states
         self._logical += key_states.shape[-2]
         setattr(key_states, _TAG, self)
         return key_states, value_states
@@ -70,10 +103,16 @@ class SlabLayer(CacheLayerMixin):
         softcap: float | None,
     ) -> Tensor:
         """Store the new tokens and attend, see ``LayerCompressor.forward``."""
-        self._pending = False
-        delattr(key, _TAG)  # the tag would keep the cache alive through the keys
-        with torch.no_grad():
-            return self.compressor.forward(query, key, value, mask, scaling, softcap)
+        if value is not self._values:
+            raise UnsupportedError(_FOREIGN_ATTENTION)
+        if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
+            mask = None
+        # A cache may be used inside and outside of inference mode; its tensors are plain ones.
+        with torch.inference_mode(False), torch.no_grad():
+            out = self.compressor.forward(query, key, value, mask, scaling, softcap)
+        setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
+        self._values = None
+        return out
 
     def get_seq_length(self) -> int:
         """Logical length: tokens per sequence so far, padding and evicted ones included."""
@@ -116,26 +155,66 @@ class BudgetCache(Cache):
     """The cache that ``attach`` gives to ``generate``; pass it on to continue a conversation.
 
     Args:
-        layers: one entry per model layer: a compressor, or the shape of a sliding layer.
+        layers: one entry per model layer: a compressor, or None for a layer that slides.
+        shapes: what the model's configuration says of each layer.
         recorder: collects the compressions of all layers.
+        owner: the attachment that made the cache.
     """
 
     def __init__(
-        self, layers: Sequence[LayerCompressor | LayerShape], recorder: Recorder, owner: object
+        self,
+        layers: Sequence[LayerCompressor | None],
+        shapes: Sequence[LayerShape],
+        recorder: Recorder,
+        owner: Owner,
     ) -> None:
         self.recorder = recorder
         self.owner = owner
         super().__init__(
             layers=[
-                SlabLayer(layer)
-                if isinstance(layer, LayerCompressor)
-                else DynamicSlidingWindowLayer(sliding_window=layer.sliding_window or 0)
-                for layer in layers
+                SlabLayer(layer, shape)
+                if layer is not None
+                else DynamicSlidingWindowLayer(sliding_window=shape.sliding_window or 0)
+                for layer, shape in zip(layers, shapes, strict=True)
             ]
         )
+        self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
 
-    def _slabs(self) -> list[SlabLayer]:
-        return [layer for layer in self.layers if isinstance(layer, SlabLayer)]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values to a layer; refuses a cache that is out of step.
+
+        Raises:
+            UsageError: the attachment is gone, or an earlier call broke off in the middle.
+            UnsupportedError: a layer before this one has not attended with what it was given.
+        """
+        if not self.owner.attached:
+            raise UsageError(
+                "this cache belongs to a KV budget that was detached: attach again and start anew"
+            )
+        if layer_idx == 0:
+            lengths = {layer.get_seq_length() for layer in self._compressed}
+            if len(lengths) > 1 or any(layer.pending for layer in self._compressed):
+                raise UsageError(
+                    "an earlier call on this cache was interrupted or failed, so its layers are "
+                    "out of step: start with a new cache"
+                )
+        elif any(layer.pending for layer in self._compressed):
+            raise UnsupportedError(_FOREIGN_ATTENTION)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    @contextmanager
+    def only_real_tokens(self) -> Iterator[None]:
+        """Inside, single new tokens are never padding: their masks need not be looked at."""
+        for layer in self._compressed:
+            layer.decode_is_real = True
+        try:
+            yield
+        finally:
+            for layer in self._compressed:
+                layer.decode_is_real = False
 
     def _sliding_bytes(self) -> int:
         tensors = [
@@ -149,19 +228,19 @@ class BudgetCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes held now for keys and values, over all layers."""
-        slabs = [s.compressor.slab for s in self._slabs()]
+        slabs = [s.compressor.slab for s in self._compressed]
         return sum(s.kv_bytes for s in slabs if s is not None) + self._sliding_bytes()
 
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes held now besides keys and values."""
-        return sum(s.compressor.bookkeeping_bytes for s in self._slabs())
+        return sum(s.compressor.bookkeeping_bytes for s in self._compressed)
 
     @property
     def used_kv_bytes(self) -> int:
         """Bytes of keys and values of the tokens that are retained now. Waits for the device."""
         size = self._sliding_bytes()
-        for layer in self._slabs():
+        for layer in self._compressed:
             slab = layer.compressor.slab
             if slab is not None:
                 width = slab.keys.shape[-1] * slab.keys.element_size()
@@ -172,5 +251,5 @@ class BudgetCache(Cache):
     @property
     def retained_tokens(self) -> list[list[list[int]]]:
         """[layers][batch][kv_heads] tokens held now, of the layers under a budget."""
-        slabs = [s.compressor.slab for s in self._slabs()]
+        slabs = [s.compressor.slab for s in self._compressed]
         return [slab.lengths.tolist() for slab in slabs if slab is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +24,9 @@ _REFUSED = {
     "dola_layers": "DoLa decoding",
     "constraints": "constrained beam search",
     "force_words_ids": "constrained beam search",
-    "cache_implementation": "another cache implementation",
     "output_attentions": "returning attention weights",
-    "negative_prompt_ids": "classifier-free guidance",
+    "guidance_scale": "classifier-free guidance",
+    "prefill_chunk_size": "prefill in chunks, each of which would be compressed",
 }
 
 
@@ -37,11 +39,16 @@ def check_generate(
         UnsupportedError: a generation mode that needs a cache that can go back or be reordered.
         UsageError: a foreign cache, or a prompt that does not fit.
     """
-    settings = kwargs.get("generation_config") or model.generation_config
+    bound = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs)
+    call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    passed = call.get("generation_config")
 
     def given(name: str) -> Any:
-        value = kwargs.get(name)
-        return getattr(settings, name, None) if value is None else value
+        """As transformers merges them: the call, the passed configuration, the model's own."""
+        for source in (call.get(name), getattr(passed, name, None)):
+            if source is not None:
+                return source
+        return getattr(model.generation_config, name, None)
 
     if (given("num_beams") or 1) > 1:
         raise UnsupportedError(
@@ -49,7 +56,7 @@ def check_generate(
             "beams reorder the cache: use num_beams=1, sampling or num_return_sequences"
         )
     for name, mode in _REFUSED.items():
-        if given(name):
+        if given(name) and not (name == "guidance_scale" and given(name) == 1):
             raise UnsupportedError(
                 f"{mode} ({name}) cannot run under a KV budget: leave {name} out, or detach"
             )
@@ -57,7 +64,13 @@ def check_generate(
         raise UnsupportedError(
             "use_cache=False leaves nothing to compress: use the cache or detach"
         )
-    cache = kwargs.get("past_key_values")
+    kind = given("cache_implementation")
+    if kind not in (None, "hybrid"):  # "hybrid": what Gemma checkpoints say, transformers drops it
+        raise UnsupportedError(
+            f"cache_implementation={kind!r} asks for another cache, which would not be compressed: "
+            "leave it out, or detach"
+        )
+    cache = call.get("past_key_values")
     if cache is not None and not isinstance(cache, BudgetCache):
         raise UsageError(
             f"past_key_values is a {type(cache).__name__}, which would not be compressed: pass a "
@@ -67,36 +80,87 @@ def check_generate(
         raise UsageError(
             "past_key_values was made under another attachment: budgets differ, so start anew"
         )
-    _check_prompt(model, attachment, cache, args, kwargs)
+    prompt = _prompt_shape(call)
+    if prompt is not None:
+        _check_prompt(model, attachment, cache, prompt, given)
     return cache if cache is not None else attachment.new_cache()
+
+
+def _prompt_shape(call: dict[str, Any]) -> tuple[int, int] | None:
+    """Columns of the prompt and the real tokens of its longest sequence."""
+    prompt = call.get("inputs", call.get("input_ids"))
+    if prompt is None:
+        prompt = call.get("inputs_embeds")
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
+        return None
+    columns = int(prompt.shape[1])
+    mask = call.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return columns, int(mask.sum(dim=1).max())
+    return columns, columns
 
 
 def _check_prompt(
     model: Any,
     attachment: Attachment,
     cache: BudgetCache | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    prompt: tuple[int, int],
+    given: Callable[[str], Any],
 ) -> None:
-    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if prompt is None:
-        prompt = kwargs.get("inputs_embeds")
-    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
-        return
-    columns = int(prompt.shape[1])
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(limit, int) and columns > limit:
+    columns, tokens = prompt
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
         raise UsageError(
-            f"the prompt has {columns} tokens, but the model has {limit} positions: shorten it"
+            f"the prompt has {tokens} tokens, but the model has {limit} positions: shorten it"
         )
-    config = attachment.config
-    if config.protect_prompt and (cache is None or cache.get_seq_length() == 0):
+    seen = 0 if cache is None else cache.get_seq_length()
+    if seen and columns <= seen:
+        raise UsageError(
+            f"the prompt has {columns} tokens, but the cache has seen {seen}: pass the whole "
+            "conversation, the new turn at its end"
+        )
+    new = given("max_new_tokens")
+    end = columns + new if new else (given("max_length") or 0)
+    switch = rope_switch(config)
+    if switch is not None and columns <= switch < end:
+        raise UnsupportedError(
+            f"the rotary embedding of this model changes at {switch} tokens (longrope), where "
+            f"transformers drops the cache: end before that, at most {switch - columns} new tokens"
+        )
+    settings = attachment.config
+    if settings.protect_prompt and not seen:
         shape = next(s for s in attachment.shapes if s.compressible)
-        room = min(attachment.totals) // shape.kv_heads - config.window
-        if columns > room:
+        room = min(attachment.totals) // shape.kv_heads - settings.window
+        if tokens > room:
             raise UsageError(
-                f"protect_prompt: the prompt has {columns} tokens, but the smallest layer has room "
-                f"for {max(room, 0)} besides its window at budget={config.budget}: raise the "
-                f"budget to at least {columns + config.window}, shorten the prompt, or do not "
+                f"protect_prompt: the prompt has {tokens} tokens, but the smallest layer has room "
+                f"for {max(room, 0)} besides its window at budget={settings.budget}: raise the "
+                f"budget to at least {tokens + settings.window}, shorten the prompt, or do not "
                 "protect it"
             )
+
+
+def rope_switch(config: Any) -> int | None:
+    """Length at which a longrope model changes its rotary embedding, or None."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    switch = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return switch if isinstance(switch, int) else None
+
+
+def check_result(result: Any, cache: BudgetCache) -> None:
+    """Make sure that the whole generation went through the cache.
+
+    Raises:
+        UnsupportedError: the model went on without it.
+    """
+    sequences = getattr(result, "sequences", result)
+    if isinstance(sequences, torch.Tensor) and cache.get_seq_length() < sequences.shape[1] - 1:
+        raise UnsupportedError(
+            f"the model left its cache after {cache.get_seq_length()} of {sequences.shape[1]} "
+            "tokens and went on uncompressed: this model cannot run under a KV budget"
+        )

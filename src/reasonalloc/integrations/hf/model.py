@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError
 
@@ -37,6 +39,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse("its attention is not causal")
     layers = getattr(config, "num_hidden_layers", None)
     query_heads = getattr(config, "num_attention_heads", None)
+    if getattr(config, "per_layer_attributes", None) or hasattr(config, "global_head_dim"):
+        raise refuse("the shapes of its layers differ")
     if not isinstance(layers, int) or not isinstance(query_heads, int):
         raise refuse("its configuration does not give the number of layers and attention heads")
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -73,6 +77,11 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
         UnsupportedError: it cannot work, with the reason.
     """
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{name} is no transformers model: attach to the model inside, before wrapping or "
+            "compiling it"
+        )
     shapes = layer_shapes(text_config(model), name)
     if not hasattr(model, "generate"):
         raise UnsupportedError(f"{name} has no generate(): load it with AutoModelForCausalLM")

@@ -1,0 +1,1 @@
+"""The command line: ``reasonalloc run | plan | ls | doctor | demo``."""

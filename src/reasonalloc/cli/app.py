@@ -1,0 +1,43 @@
+"""The commands; their modules load torch only when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from reasonalloc.cli import calibrate, demo, doctor, ls, plan, run
+from reasonalloc.version import __version__
+
+app = typer.Typer(
+    name="reasonalloc",
+    help="Keep the KV cache of reasoning language models inside a fixed budget while decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"reasonalloc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keep the KV cache of reasoning language models inside a fixed budget while decoding."""
+
+
+app.command("run")(run.command)
+app.command("plan")(plan.command)
+app.command("calibrate")(calibrate.command)
+app.command("ls")(ls.command)
+app.command("doctor")(doctor.command)
+app.command("demo")(demo.command)

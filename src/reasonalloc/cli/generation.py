@@ -1,0 +1,211 @@
+"""One generation that is watched: text, tokens, times and bytes as they come."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, TextStreamer, set_seed
+
+from reasonalloc.cli.options import Layout
+from reasonalloc.errors import CompressionNeverHappened
+from reasonalloc.integrations.hf import Attachment
+from reasonalloc.loading import quiet
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: upper bound of generated tokens.
+        temperature: 0 is greedy.
+        top_p: share of probability that is sampled from.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of ``generate``: the model's own defaults for sampling play no part."""
+        if self.temperature == 0:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        return {
+            "do_sample": True,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+        }
+
+
+@dataclass
+class Progress:
+    """Where a generation stands; times in seconds, sizes in bytes.
+
+    Attributes:
+        layout: the model's layers and their budgets.
+        itemsize: bytes of one number of the cache.
+        prompt_tokens: length of the prompt.
+        tokens: generated so far.
+        text: generated so far, without special tokens.
+        prefill_seconds: until the first token.
+        decode_seconds: from the first to the latest token.
+        stopped: ``end`` (the model's end token), ``length``, ``interrupted``, or ``running``.
+    """
+
+    layout: Layout
+    itemsize: int
+    prompt_tokens: int
+    cache: Any
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stopped: str = "running"
+
+    @property
+    def speed(self) -> float:
+        """Generated tokens per second, without the prefill."""
+        steps = len(self.tokens) - 1
+        return steps / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that went through the cache, evicted ones included."""
+        return int(self.cache.get_seq_length())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Measured: bytes that keys and values hold now."""
+        if self.layout.config is not None:
+            return int(self.cache.kv_bytes)
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the plan says that ``kv_bytes`` is."""
+        if self.layout.config is None:
+            return self.full_bytes
+        return self.layout.plan(1, self.itemsize).kv_bytes(self.cached_tokens)
+
+    @property
+    def full_bytes(self) -> int:
+        """What the model's own full cache takes at this length."""
+        return self.layout.full_bytes(1, self.cached_tokens, self.itemsize)
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Measured: what the compressed cache holds besides keys and values."""
+        return 0 if self.layout.config is None else int(self.cache.bookkeeping_bytes)
+
+    @property
+    def layer_compressions(self) -> int:
+        """Compressions, every layer counted."""
+        return 0 if self.layout.config is None else int(self.cache.recorder.compressions)
+
+    def line(self) -> str:
+        """The state in one line."""
+        from reasonalloc.cli.output import human
+
+        if not self.tokens:
+            return f"reading the prompt ({self.prompt_tokens} tokens)"
+        parts = [f"{len(self.tokens)} tokens", f"{self.speed:.1f} tok/s"]
+        now, full = self.kv_bytes, self.full_bytes
+        parts.append(f"KV {human(now)}")
+        if self.layout.config is not None:
+            saved = full - now
+            parts.append(
+                f"saves {human(saved)} of {human(full)}"
+                if saved > 0
+                else f"a full cache holds {human(full)} so far"
+            )
+        return " | ".join(parts)
+
+
+class _Meter(TextStreamer):
+    """Passes tokens and text on while ``generate`` runs."""
+
+    def __init__(
+        self, tokenizer: Any, progress: Progress, watch: Callable[[Progress, str], None]
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._progress, self._watch = progress, watch
+        self._start = self._first = time.perf_counter()
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Called by ``generate`` with the prompt first, then with each token."""
+        progress, now = self._progress, time.perf_counter()
+        if self._prompt_seen:
+            if not progress.tokens:
+                self._first = now
+                progress.prefill_seconds = now - self._start
+            progress.tokens.extend(int(t) for t in value.flatten())
+            progress.decode_seconds = now - self._first
+        self._prompt_seen = True
+        super().put(value)  # type: ignore[no-untyped-call]
+        self._watch(progress, "")
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with text that later tokens do not change."""
+        self._progress.text += text
+        self._watch(self._progress, text)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: torch.Tensor,
+    sampling: Sampling,
+    layout: Layout,
+    attachment: Attachment | None,
+    watch: Callable[[Progress, str], None],
+) -> Progress:
+    """Generate for one prompt; Ctrl-C ends it early and is no error.
+
+    Args:
+        model: with the attachment, or without for the full cache.
+        tokenizer: turns tokens into text.
+        prompt: [1, n] token ids.
+        sampling: how tokens are chosen.
+        layout: the model's layers.
+        attachment: None for the full cache.
+        watch: called with the state and each new piece of text (it may be empty).
+    """
+    cache = DynamicCache(config=model.config) if attachment is None else attachment.new_cache()
+    progress = Progress(layout, model.dtype.itemsize, int(prompt.shape[1]), cache)
+    meter = _Meter(tokenizer, progress, watch)
+    set_seed(sampling.seed)
+    prompt = prompt.to(model.device)
+    watch(progress, "")
+    try:
+        with warnings.catch_warnings(), quiet(), torch.inference_mode():
+            warnings.simplefilter("ignore", CompressionNeverHappened)
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+                streamer=meter,
+                **sampling.arguments(),
+            )
+        full_length = len(progress.tokens) >= sampling.max_new_tokens
+        ended = progress.tokens[-1:] and progress.tokens[-1] in _end_tokens(model)
+        progress.stopped = "length" if full_length and not ended else "end"
+    except KeyboardInterrupt:
+        meter.end()  # type: ignore[no-untyped-call]
+        progress.stopped = "interrupted"
+    return progress
+
+
+def _end_tokens(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
