@@ -13,6 +13,7 @@ from rich.table import Table
 from reasonalloc.errors import UsageError
 
 _STEPS = "KMGT"
+_UNBROKEN = 16  # characters; shorter cells, such as names, are never folded
 
 
 def human(size: int) -> str:
@@ -82,8 +83,15 @@ def grid(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[str]], tit
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, header_style="dim"
     )
-    for name, number in columns:
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
+    cells = [tuple(row) for row in rows]
+    for index, (name, number) in enumerate(columns):
+        width = max((len(row[index]) for row in cells), default=0)
+        table.add_column(
+            name,
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=width if width <= _UNBROKEN else None,
+        )
+    for row in cells:
         table.add_row(*row)
     return table
