@@ -10,8 +10,10 @@ import torch
 import reasonalloc
 from models import prompt, tiny
 from reasonalloc.calibration import attention_mass
+from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.profiles import load_profile
+from tiny_folder import save_tiny
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
@@ -76,3 +78,36 @@ def test_wrong_arguments() -> None:
     with pytest.raises(UsageError, match="every=0"):
         attention_mass(model, [prompt(5)], every=0)
     assert model.config._attn_implementation != "reasonalloc-calibration"
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny(tmp_path / "model")
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "profile.json"
+    prompts.write_text('{"problem": "w1 w2 w3"}\n\n{"question": "w4 w5"}\n')
+    base = ["calibrate", str(folder), "--prompts", str(prompts), "-o", str(out)]
+    assert main([*base, "--every", "4", "--max-new-tokens", "12", "--rho", "0.9"]) == 0
+    profile = load_profile(out)
+    assert profile.rho == 0.9 and len(profile.curves) == 2
+    assert "Written to" in capsys.readouterr().out
+    run = ["run", str(folder), "--prompt", "w1 w2 w3 w4", "--max-new-tokens", "8", "--json"]
+    arm = ["--arm", "reasonalloc", "--profile", str(out), "--budget", "9", "--interval", "4"]
+    assert main([*run, *arm]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompt"),
+        ("{", "line 1 is not valid JSON"),
+        ('{"text": "x"}', "line 1 has none of prompt"),
+    ],
+)
+def test_command_with_bad_prompts(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(text)
+    arguments = ["calibrate", "no/model", "--prompts", str(prompts), "-o", str(tmp_path / "o")]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert main([*arguments[:-1], str(tmp_path / "none" / "o")]) == 2
