@@ -1,0 +1,1 @@
+"""Running arms on tasks, grading, and what the results say."""

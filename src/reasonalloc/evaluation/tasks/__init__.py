@@ -1,0 +1,1 @@
+"""Tasks: problems with exact answers, and their graders."""
