@@ -107,11 +107,12 @@ def test_similarity_in_blocks_equals_all_at_once(monkeypatch: pytest.MonkeyPatch
 
 def test_rkv_keeps_the_latest_of_duplicates() -> None:
     candidates = ragged(2, [[20]], 1, 4)
-    keys = torch.randn(1, 1, 20, 8)
-    keys[0, 0, 11] = keys[0, 0, 3]
-    made = Candidates(**{**vars(candidates), "load_keys": lambda: keys} | {})
-    scores = POLICIES.create("rkv(lam=0)").score(made)[0, 0]
-    assert scores[11] > scores[3]
+    keys = torch.eye(20, 32)[None, None].clone()
+    keys[0, 0, 7] = keys[0, 0, 11] = keys[0, 0, 3]
+    made = Candidates(**{**vars(candidates), "load_keys": lambda: keys})
+    redundancy = rkv._redundancy(made.keys, made.valid, 0.5)[0, 0]
+    # Each row leaves its latest duplicate out: token 3 is counted twice, 7 once, 11 never.
+    assert redundancy[3] > redundancy[7] > redundancy[11] == redundancy[12]
 
 
 def test_random_is_uniform_and_new_at_every_boundary() -> None:
