@@ -453,7 +453,7 @@ def test_demo(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for result in data["results"]:
         assert result["kv_bytes"]["measured"] == result["kv_bytes"]["planned"]
     assert all(r["layer_compressions"] > 0 for r in data["results"][1:])
-    code, out, _ = call("demo")
+    code, out, _ = call("demo", "--real")
     assert code == 0
     for part in ("The problem", "streaming_llm, budget 64", "equal the plan to the byte"):
         assert part in out
@@ -464,7 +464,7 @@ def test_demo_without_a_model(call: Call, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    code, out, err = call("demo", "--json")
+    code, out, err = call("demo", "--real", "--json")
     assert (code, out) == (2, "")
     assert "error: the demo's model cannot be downloaded" in err
 
