@@ -50,7 +50,7 @@ class TrainOptions:
     """Everything that decides the trained weights, and where they go."""
 
     out: Path
-    steps: int = 3000
+    steps: int = 2000
     seed: int = 0
     device: str = "cpu"
     batch_tokens: int = 4096
