@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reasonalloc.boxed.attention import ChunkedCausalAttention
 from reasonalloc.boxed.data import IGNORED, LEVELS, largest_level, make_batch
 from reasonalloc.boxed.model import TOKENS, build_config, build_model, build_tokenizer
-from reasonalloc.boxed.train import TrainOptions, main, rate_factor, train
+from reasonalloc.boxed.train import STATE, TrainOptions, main, rate_factor, train
 from reasonalloc.evaluation.tasks.chain import generate
 
 
@@ -115,3 +119,24 @@ def test_the_model_is_built_from_its_seed() -> None:
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert sum(item.numel() for item in first.parameters()) * 4 < 8 * 2**20
+
+
+def test_two_hundred_steps_with_a_kill_in_between(tmp_path: Path) -> None:
+    """The command as a user starts it: killed once it has saved, started again, and it learns."""
+    command = [sys.executable, "-m", "reasonalloc.boxed.train", "--steps", "200", "--quiet"]
+    command += ["--batch-tokens", "256", "--save-every", "40", "--out", str(tmp_path)]
+    running = subprocess.Popen(command)
+    try:
+        end = time.monotonic() + 300
+        while not (tmp_path / STATE).exists() and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        running.kill()
+        running.wait()
+    assert (tmp_path / STATE).exists()
+    subprocess.run(command, check=True)
+    with (tmp_path / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(200))
+    first, last = ([float(r["loss"]) for r in part] for part in (rows[:20], rows[-20:]))
+    assert sum(last) < 0.8 * sum(first)
