@@ -154,22 +154,11 @@ class Layout:
 
     def plan(self, batch: int, itemsize: int) -> MemoryPlan:
         """Exact bytes of a compressed cache; ``itemsize`` is bytes of one number."""
-        from reasonalloc.cache import MemoryPlan
-        from reasonalloc.policies import POLICIES
+        from reasonalloc.planning import plan_memory
 
         if self.config is None or self.totals is None:
             raise RuntimeError("the full cache has no plan")
-        policy = POLICIES.create(self.config.arm.policy)
-        return MemoryPlan(
-            shapes=self.shapes,
-            totals=self.totals,
-            batch=batch,
-            interval=self.config.interval,
-            window=self.config.window,
-            itemsize=itemsize,
-            keeps_queries=policy.needs_queries,
-            keeps_attention=policy.needs_attention,
-        )
+        return plan_memory(self.config, self.shapes, self.totals, batch, itemsize)
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
         """KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
@@ -183,8 +172,8 @@ def make_layout(model_config: Any, name: str, config: CompressionConfig | None) 
         UsageError: a broken or foreign profile, or a budget that does not fit.
         UnsupportedError: a model that cannot work.
     """
-    from reasonalloc.integrations.hf.attach import layer_totals
     from reasonalloc.integrations.hf.model import layer_shapes, text_config
+    from reasonalloc.planning import layer_totals
 
     text = text_config(model_config)
     shapes = layer_shapes(text, name)

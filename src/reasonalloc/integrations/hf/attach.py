@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.attention import choose_backend
-from reasonalloc.cache import LayerShape, MemoryPlan
+from reasonalloc.cache import MemoryPlan
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
 from reasonalloc.errors import CompressionNeverHappened, UsageError
@@ -22,47 +21,11 @@ from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.planning import layer_totals, plan_memory
 from reasonalloc.policies import POLICIES
-from reasonalloc.profiles import config_hash
 from reasonalloc.recorder import Recorder
 
 _HANDLE = "_reasonalloc"
-
-
-def layer_totals(
-    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
-) -> tuple[int, ...]:
-    """Retained tokens of every layer under a budget, all its KV heads together.
-
-    Args:
-        config: settings of the run.
-        shapes: all attention layers of the model.
-        model_config: the model's text configuration.
-        name: the model's name, for messages.
-    """
-    budgeted = [shape for shape in shapes if shape.compressible]
-    spec = config.arm.layers
-    allocator = LAYER_ALLOCATORS.create(spec)
-    if config.profile is not None:
-        if getattr(allocator, "path", None):
-            raise UsageError(
-                f"profile={str(config.profile)!r} and layers={spec!r} both name a file"
-            )
-        spec = spec.partition("(")[0]
-        allocator = type(allocator)(**{**vars(allocator), "path": os.fspath(config.profile)})
-    query = LayerQuery(
-        layers=len(budgeted),
-        kv_heads=budgeted[0].kv_heads,
-        budget=config.budget,
-        window=config.window,
-        n_sink=config.n_sink,
-        model_id=name,
-        config_hash=config_hash(model_config.to_dict()),
-    )
-    totals = allocator.allocate(query)
-    if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
-        raise RuntimeError(f"layer allocator {spec!r} broke its contract: {totals}")
-    return tuple(totals)
 
 
 class Attachment:
@@ -96,16 +59,8 @@ class Attachment:
 
     def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
         """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
-        return MemoryPlan(
-            shapes=self.shapes,
-            totals=self.totals,
-            batch=batch,
-            interval=self.config.interval,
-            window=self.config.window,
-            itemsize=(dtype or self._model.dtype).itemsize,
-            keeps_queries=self._policy.needs_queries,
-            keeps_attention=self._policy.needs_attention,
-        )
+        itemsize = (dtype or self._model.dtype).itemsize
+        return plan_memory(self.config, self.shapes, self.totals, batch, itemsize)
 
     @property
     def attached(self) -> bool:
