@@ -68,11 +68,14 @@ class LayerCompressor:
         mask: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        replay: bool = False,
     ) -> Tensor:
         """Attention of new tokens over the cache and themselves; stores them, compresses if due.
 
         A call with several tokens, and the first call, is a prefill: attended densely, with a
-        boundary right after it. A call with one token is a decode step.
+        boundary right after it. A call with one token is a decode step. With ``replay``, several
+        tokens are as many decode steps at once: since nothing is evicted between boundaries, the
+        result is that of feeding them one by one. They must not reach past the next boundary.
 
         Args:
             query: [batch, query_heads, q, head_dim] after RoPE.
@@ -99,7 +102,18 @@ class LayerCompressor:
             self._seen = torch.full((batch,), self._seen, device=key.device)
         if queries == 1 and self._columns > 0:
             return self._decode(slab, query, key, value, valid, scaling, softcap)
-        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap)
+        boundary = not (replay and self._columns > 0)
+        if not boundary and queries > self.until_boundary:
+            raise UsageError(
+                f"a replay of {queries} tokens reaches past the next boundary: "
+                f"{self.until_boundary} tokens are left before it"
+            )
+        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, boundary)
+
+    @property
+    def until_boundary(self) -> int:
+        """Decode steps that are left before the next boundary."""
+        return self._config.interval - self._since
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
         batch, kv_heads, _, head_dim = key.shape
@@ -155,6 +169,7 @@ class LayerCompressor:
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
+        boundary: bool,
     ) -> Tensor:
         heads, columns = key.shape[1:3]
         past = slab.as_rows() if self._columns else None
@@ -177,8 +192,9 @@ class LayerCompressor:
         self._seen = self._seen + (columns if valid is None else valid.sum(dim=1))
         self._columns += columns
         self._held += heads * _most(valid, columns)
-        self._since = 0
-        if self._held > self.total:
+        # A prefill ends with a boundary; replayed decode steps do if they complete the interval.
+        self._since = 0 if boundary else (self._since + columns) % self._config.interval
+        if self._held > self.total and self._since == 0:
             self._compress(slab, rows, scaling, softcap)
         else:
             index = torch.arange(rows.index.shape[-1], device=key.device)

@@ -62,6 +62,7 @@ class SlabLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.compressor = compressor
         self.decode_is_real = False
+        self.replay = False
         self._shape = shape
         self._logical = 0
         self._values: Tensor | None = None
@@ -109,7 +110,9 @@ class SlabLayer(CacheLayerMixin):
             mask = None
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
         with torch.inference_mode(False), torch.no_grad():
-            out = self.compressor.forward(query, key, value, mask, scaling, softcap)
+            out = self.compressor.forward(
+                query, key, value, mask, scaling, softcap, replay=self.replay
+            )
         setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
         self._values = None
         return out
@@ -215,6 +218,21 @@ class BudgetCache(Cache):
         finally:
             for layer in self._compressed:
                 layer.decode_is_real = False
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Inside, several new tokens are as many decode steps at once, with the same result.
+
+        A call must not reach past the next boundary: feed at most ``interval`` tokens after the
+        prefill, then ``interval`` at a time.
+        """
+        for layer in self._compressed:
+            layer.replay = True
+        try:
+            yield
+        finally:
+            for layer in self._compressed:
+                layer.replay = False
 
     def _sliding_bytes(self) -> int:
         tensors = [
