@@ -1,0 +1,137 @@
+"""How far a compressed cache moves the model's predictions on a known text.
+
+The text is replayed ``interval`` tokens at a time, which gives exactly what token-by-token decoding
+under the same eviction gives, since tokens are evicted at boundaries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonalloc.config import CompressionConfig
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.integrations.hf import attach
+from reasonalloc.integrations.hf.model import text_config
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One arm on one trajectory; lists have one entry per predicted completion token.
+
+    The first completion token is left out: it is predicted by the prompt alone, before anything
+    can have been evicted.
+
+    Attributes:
+        kl: KL(full || compressed) of the next-token distribution, in nats.
+        agree: whether both find the same token most likely.
+        added_nll: how much less likely the true token became, in nats.
+        kv_bytes: bytes of keys and values at the end; full_bytes: of the full cache.
+        compressions: compressed layers, over all events.
+    """
+
+    kl: list[float]
+    agree: list[bool]
+    added_nll: list[float]
+    kv_bytes: int
+    full_bytes: int
+    compressions: int
+
+
+@torch.inference_mode()
+def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
+    """Generate a completion with the full cache, greedily; one that is there stays."""
+    if trajectory.completion_ids:
+        return trajectory
+    ids = torch.tensor([trajectory.prompt_ids], device=model.device)
+    out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+    completion = tuple(int(token) for token in out[0, ids.shape[1] :])
+    if len(completion) < 2:
+        raise UsageError("the model ended its completion at once: there is nothing to replay")
+    return replace(trajectory, completion_ids=completion)
+
+
+@torch.inference_mode()
+def full_logits(model: Any, trajectory: Trajectory, chunk: int) -> list[Tensor]:
+    """Logits of the full cache for every completion token but the first, in pieces of ``chunk``.
+
+    Returns:
+        Tensors [chunk, vocabulary] in the model's dtype; the last may be shorter.
+    """
+    _check_length(model, trajectory)
+    return list(_logits(model, trajectory, chunk, None))
+
+
+@torch.inference_mode()
+def fidelity(
+    model: Any, trajectory: Trajectory, full: list[Tensor], config: CompressionConfig
+) -> Fidelity:
+    """Replay a trajectory under a budget and compare with the full cache.
+
+    Args:
+        model: a decoder-only transformers model, not attached to anything.
+        trajectory: what to replay.
+        full: from ``full_logits`` with ``chunk=config.interval``.
+        config: arm, budget and cadence.
+
+    Raises:
+        UsageError: a text longer than the model's positions, or settings that cannot work.
+    """
+    kl: list[Tensor] = []
+    agree: list[Tensor] = []
+    added: list[Tensor] = []
+    targets = torch.tensor(trajectory.completion_ids[1:], device=model.device)
+    with attach(
+        model,
+        budget=config.budget,
+        arm=str(config.arm),
+        interval=config.interval,
+        window=config.window,
+        n_sink=config.n_sink,
+        protect_prompt=config.protect_prompt,
+        seed=config.seed,
+        profile=config.profile,
+        attention=config.attention,
+    ) as attached:
+        cache = attached.new_cache()
+        with cache.replaying():
+            pieces = _logits(model, trajectory, config.interval, cache)
+            for reference, found in zip(full, pieces, strict=True):
+                target, targets = targets[: len(found), None], targets[len(found) :]
+                true, ours = reference.float().log_softmax(-1), found.float().log_softmax(-1)
+                kl.append((true.exp() * (true - ours)).sum(-1).clamp_min(0))
+                agree.append(true.argmax(-1) == ours.argmax(-1))
+                added.append((true.gather(1, target) - ours.gather(1, target)).squeeze(1))
+        return Fidelity(
+            kl=torch.cat(kl).tolist(),
+            agree=torch.cat(agree).tolist(),
+            added_nll=torch.cat(added).tolist(),
+            kv_bytes=cache.kv_bytes,
+            full_bytes=attached.plan().full_bytes(cache.get_seq_length()),
+            compressions=cache.recorder.compressions,
+        )
+
+
+def _logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) -> Iterator[Tensor]:
+    """Prefill with the prompt, then feed the completion in pieces; yields the pieces' logits."""
+    prompt = torch.tensor([trajectory.prompt_ids], device=model.device)
+    fed = torch.tensor([trajectory.completion_ids[:-1]], device=model.device)
+    out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for start in range(0, fed.shape[1], chunk):
+        piece = fed[:, start : start + chunk]
+        out = model(piece, past_key_values=out.past_key_values, use_cache=True)
+        yield out.logits[0]
+
+
+def _check_length(model: Any, trajectory: Trajectory) -> None:
+    tokens = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
+        raise UsageError(
+            f"a trajectory has {tokens} tokens, but the model has {limit} positions: shorten it"
+        )
