@@ -1,8 +1,10 @@
-"""Intervals for measured shares."""
+"""Intervals for what was measured."""
 
 from __future__ import annotations
 
 import math
+
+import torch
 
 #: 97.5 % quantile of the standard normal distribution: two-sided 95 %.
 Z95 = 1.959963984540054
@@ -30,4 +32,29 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
     spread = z / (1 + shrink) * math.sqrt((share * (1 - share) + shrink / 4) / trials)
     low = 0.0 if successes == 0 else centre - spread
     high = 1.0 if successes == trials else centre + spread
+    return low, high
+
+
+def bootstrap_ratio(
+    sums: list[float], counts: list[float], draws: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap of ``sum(sums) / sum(counts)``, resampling whole clusters, 95 %.
+
+    B. Efron, "Bootstrap methods", Annals of Statistics 7 (1979). Tokens of one text are not
+    independent, so texts are drawn, not tokens.
+
+    Args:
+        sums: one number per cluster, such as the summed divergence of a text.
+        counts: one positive number per cluster, such as its tokens.
+        draws: resamples.
+        seed: of the draws; the same arguments give the same interval.
+
+    Returns:
+        Lower and upper end; both the estimate itself if there is one cluster.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    top, bottom = torch.tensor(sums).double(), torch.tensor(counts).double()
+    picks = torch.randint(0, len(sums), (draws, len(sums)), generator=generator)
+    ratios = top[picks].sum(1) / bottom[picks].sum(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

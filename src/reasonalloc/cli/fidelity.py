@@ -1,0 +1,193 @@
+"""``reasonalloc fidelity``: arms against the full cache on known texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from reasonalloc.cli import options as o
+from reasonalloc.cli import output
+from reasonalloc.config import CompressionConfig
+from reasonalloc.errors import UsageError
+
+Texts = Annotated[
+    str,
+    typer.Option(
+        "--trajectories",
+        metavar="FILE",
+        help="JSON lines: prompt_ids, prompt or messages; completion_ids or completion.",
+    ),
+]
+Budgets = Annotated[str, typer.Option("--budgets", help="Budgets, separated by commas.")]
+Arms = Annotated[
+    str,
+    typer.Option("--arms", help="Arms, separated by commas; ratios are to the first."),
+]
+Generate = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--generate", help="Complete prompts by so many tokens, full cache.", min=2),
+]
+Out = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--out", metavar="FILE", help="Results as JSON lines; a second run goes on."),
+]
+Protect = Annotated[bool, typer.Option("--protect-prompt", help="Keep the whole prompt.")]
+
+
+def command(
+    texts: Texts,
+    model: o.ModelArgument = None,
+    model_option: o.ModelOption = None,
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    budgets: Budgets = "128",
+    arms: Arms = "rkv,streaming_llm,random",
+    interval: o.Interval = 128,
+    window: o.Window = 8,
+    n_sink: o.Sinks = 0,
+    protect_prompt: Protect = False,
+    profile: o.ProfileFile = None,
+    generate: Generate = None,
+    out: Out = None,
+    as_json: o.Json = False,
+) -> None:
+    """KL divergence, top-1 agreement and added NLL of arms, by exact replay of known texts."""
+    name = o.pick_model(model, model_option)
+    shared = {
+        "interval": interval,
+        "window": window,
+        "n_sink": n_sink,
+        "protect_prompt": protect_prompt,
+    }
+    jobs = _jobs(budgets, arms, profile, shared)
+    from reasonalloc.evaluation.fidelity import complete
+    from reasonalloc.evaluation.trajectories import load_trajectories
+    from reasonalloc.loading import load_model
+
+    with output.stderr().status("Loading the model"):
+        loaded, tokenizer = load_model(name, dtype, "auto", trust_remote_code=trust_remote_code)
+    trajectories = load_trajectories(texts, tokenizer)
+    if generate is None and any(not t.completion_ids for t in trajectories):
+        raise UsageError(
+            f"trajectories={texts!r} has prompts without a completion: give --generate N"
+        )
+    with output.stderr().status("Generating completions"):
+        trajectories = [complete(loaded, t, generate or 0) for t in trajectories]
+    rows = _run(loaded, trajectories, jobs, name, {**shared, "profile": profile}, out)
+    from reasonalloc.evaluation.fidelity_summary import summarise
+
+    summary = summarise(rows, trajectories, [(str(c.arm), c.budget) for c in jobs], tokenizer)
+    if as_json:
+        output.print_json({"model": name, "trajectories": len(trajectories), "results": summary})
+    else:
+        _show(summary, len(trajectories), interval)
+
+
+def split_arms(text: str) -> list[str]:
+    """Arms at the commas that are outside of parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _jobs(
+    budgets: str, arms: str, profile: str | None, shared: dict[str, Any]
+) -> list[CompressionConfig]:
+    from reasonalloc.config import parse_arm
+
+    try:
+        sizes = [int(size) for size in budgets.split(",")]
+    except ValueError:
+        raise UsageError(f"budgets={budgets!r} must be whole numbers, as 64,128") from None
+    parsed = [parse_arm(arm) for arm in split_arms(arms)]
+    if not parsed:
+        raise UsageError("arms is empty: name at least one, as rkv,streaming_llm")
+    jobs = []
+    for size in sizes:
+        for arm in parsed:
+            if arm is None:
+                raise UsageError("arm 'full' is what all arms are compared with: leave it out")
+            own = profile if arm.layers.startswith("profile") else None
+            jobs.append(CompressionConfig(budget=size, arm=arm, profile=own, **shared))
+    return jobs
+
+
+def _run(
+    model: Any,
+    trajectories: list[Any],
+    jobs: list[CompressionConfig],
+    name: str,
+    settings: dict[str, Any],
+    out: str | None,
+) -> list[dict[str, Any]]:
+    """Everything that is not in the result file yet; all rows, old and new."""
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from reasonalloc.evaluation.fidelity import fidelity, full_logits
+    from reasonalloc.evaluation.records import ResultFile
+    from reasonalloc.integrations.hf.model import text_config
+    from reasonalloc.profiles import config_hash
+
+    manifest = {
+        "model": name,
+        "config_hash": config_hash(text_config(model).to_dict()),
+        "dtype": str(model.dtype),
+        **settings,
+    }
+    file = None if out is None else ResultFile(Path(out).expanduser(), manifest)
+    rows: list[dict[str, Any]] = [] if file is None else file.rows
+    done = {(row["trajectory"], row["arm"], row["budget"]) for row in rows}
+    with Progress(console=output.stderr(), transient=True) as bar:
+        task = bar.add_task("Replaying", total=len(trajectories) * len(jobs))
+        for trajectory in trajectories:
+            left = [c for c in jobs if (trajectory.key, str(c.arm), c.budget) not in done]
+            bar.advance(task, len(jobs) - len(left))
+            full = full_logits(model, trajectory, jobs[0].interval) if left else []
+            for config in left:
+                found = fidelity(model, trajectory, full, config)
+                row = {"trajectory": trajectory.key, "arm": str(config.arm)}
+                row |= {"budget": config.budget, **asdict(found)}
+                done.add((trajectory.key, str(config.arm), config.budget))
+                rows.append(row) if file is None else file.add(row)
+                bar.advance(task)
+    return rows
+
+
+def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
+    rows = []
+    for item in summary:
+        low, high = item["kl_interval"]
+        ratio = item["kl_ratio_to_first"]
+        rows.append(
+            (
+                str(item["budget"]),
+                item["arm"],
+                f"{item['kl']:.4f}",
+                f"{low:.4f}-{high:.4f}",
+                f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+                f"{item['top1']:.3f}",
+                f"{item['added_nll']:+.3f}",
+            )
+        )
+    titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL")
+    columns = [(title, title != "arm") for title in titles]
+    heading = f"Per token, {texts} trajectories, compressed every {interval} tokens"
+    console = output.stdout()
+    console.print(output.grid(columns, rows, heading))
+    for item in summary:
+        if not item["compressions"]:
+            console.print(f"{item['arm']} at budget {item['budget']}: never compressed, texts fit.")
+    console.print(
+        "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
+        "Intervals: 95 %, bootstrap over trajectories"
+        + (", which says little with so few." if texts < 10 else ".")
+    )

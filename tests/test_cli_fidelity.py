@@ -1,0 +1,118 @@
+"""The fidelity command: results, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+
+from reasonalloc.cli.fidelity import split_arms
+from reasonalloc.cli.main import main
+from reasonalloc.evaluation.fidelity_summary import kind
+from reasonalloc.evaluation.intervals import bootstrap_ratio
+from tiny_folder import save_tiny
+
+ARMS = "rkv,rkv(lam=0.5, kernel=3)/pyramid/reasonalloc,streaming_llm"
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"), chat=False)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    words = [f"w{(7 * i) % 60}" for i in range(90)]
+    rows = [
+        {"prompt": " ".join(words[:20]), "completion": " ".join(words[20:70])},
+        {"prompt_ids": list(range(10, 35)), "completion_ids": list(range(40, 75))},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_results_and_resuming(call: Call, folder: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    base = ["fidelity", folder, "--trajectories", texts, "--interval", "8", "--out", out]
+    arguments = [*base, "--budgets", "12,20", "--arms", ARMS, "--json"]
+    code, text, err = call(*arguments)
+    assert code == 0, err
+    data = json.loads(text)
+    assert data["trajectories"] == 2 and len(data["results"]) == 6
+    for item in data["results"]:
+        assert item["compressions"] > 0 and item["kl"] > 0 and item["tokens"] == 49 + 34
+        low, high = item["kl_interval"]
+        assert low <= item["kl"] <= high and 0 <= item["top1"] <= 1
+        assert sum(k["tokens"] for k in item["kl_by_kind"].values()) == 83
+        assert len(item["kl_by_position"]) == 8
+        assert item["kl_ratio_to_first"]["value"] == 1.0 or not item["arm"].startswith("rkv/")
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 6
+    out.write_text("".join(lines[:5]) + lines[5][:30])  # a kill in the middle of a line
+    code, again, _ = call(*arguments)
+    assert code == 0 and json.loads(again) == data and out.read_text() == whole
+    code, table, _ = call(*arguments[:-1])
+    assert code == 0 and "little with so few" in " ".join(table.split())
+    assert out.read_text() == whole  # nothing was computed again
+    code, _, err = call(*arguments, "--window", "4")
+    assert code == 2 and "made with window=8, now it is 4" in err
+    out.write_text("hello\n")
+    code, _, err = call(*arguments)
+    assert code == 2 and "no file of such results" in err
+    assert out.read_text() == "hello\n"
+
+
+def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w1 w2 w3 w4"}\n')
+    base = ["fidelity", folder, "--trajectories", path, "--interval", "8", "--budgets", "10"]
+    code, _, err = call(*base)
+    assert code == 2 and "give --generate N" in err
+    code, text, _ = call(*base, "--generate", "40", "--arms", "random", "--json")
+    assert code == 0 and json.loads(text)["results"][0]["tokens"] == 39
+    code, text, _ = call(*base[:-1], "100", "--generate", "40", "--arms", "random")
+    assert code == 0 and "never compressed" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--budgets", "12,x"], "must be whole numbers"),
+        (["--arms", "rkv,full"], "leave it out"),
+        (["--arms", ","], "arms is empty"),
+        (["--arms", "rvk"], "did you mean 'rkv'"),
+        (["--budgets", "3"], "budget of at least 8"),
+        (["--interval", "0"], "interval=0"),
+        (["--out", "/no/such/folder/file"], "cannot be used"),
+    ],
+)
+def test_wrong_arguments(
+    change: list[str], message: str, call: Call, folder: Path, texts: Path
+) -> None:
+    code, out, err = call("fidelity", folder, "--trajectories", texts, *change)
+    assert (code, out) == (2, "") and message in err and err.count("error:") == 1
+
+
+def test_helpers() -> None:
+    assert split_arms(" a(x=1, y=2)/b , c,") == ["a(x=1, y=2)/b", "c"]
+    assert [kind(t) for t in (" 12", "the", " \n", "+=")] == ["number", "word", "space", "symbol"]
+    assert bootstrap_ratio([3.0], [2.0]) == (1.5, 1.5)
+    low, high = bootstrap_ratio([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0])
+    assert 1.0 <= low < 2.5 < high <= 4.0
