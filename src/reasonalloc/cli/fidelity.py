@@ -9,7 +9,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import PRESETS, CompressionConfig
 from reasonalloc.errors import UsageError
 
 Texts = Annotated[
@@ -170,7 +170,7 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
         rows.append(
             (
                 str(item["budget"]),
-                item["arm"],
+                _short(item["arm"]),
                 f"{item['kl']:.4f}",
                 f"{low:.4f}-{high:.4f}",
                 f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
@@ -185,9 +185,16 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
     console.print(output.grid(columns, rows, heading))
     for item in summary:
         if not item["compressions"]:
-            console.print(f"{item['arm']} at budget {item['budget']}: never compressed, texts fit.")
+            console.print(
+                f"{_short(item['arm'])} at budget {item['budget']}: never compressed, texts fit."
+            )
     console.print(
         "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
         "Intervals: 95 %, bootstrap over trajectories"
         + (", which says little with so few." if texts < 10 else ".")
     )
+
+
+def _short(arm: str) -> str:
+    """The preset's name, where an arm is one."""
+    return next((name for name, preset in PRESETS.items() if str(preset.arm) == arm), arm)

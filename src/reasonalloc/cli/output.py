@@ -13,7 +13,7 @@ from rich.table import Table
 from reasonalloc.errors import UsageError
 
 _STEPS = "KMGT"
-_UNBROKEN = 16  # characters; shorter cells, such as names, are never folded
+_UNBROKEN = 18  # characters; shorter cells, such as names, are never folded
 
 
 def human(size: int) -> str:
