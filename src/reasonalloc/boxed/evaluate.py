@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.evaluation.tasks.chain import (
     DIFFICULTIES,
@@ -47,10 +46,9 @@ def evaluate(
     device: str = "cpu",
 ) -> list[LevelResult]:
     """Generate ``count`` completions at each difficulty and grade them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    nn.Module.to(model, torch.device(device)).train(False)
-    produce = cast(Callable[..., Tensor], getattr(model, "generate"))  # noqa: B009
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     results: list[LevelResult] = []
     for variables in levels:
         began = time.monotonic()
@@ -60,13 +58,12 @@ def evaluate(
         for start in range(0, count, batch):
             part = todo[start : start + batch]
             chats = [[{"role": "user", "content": item.prompt}] for item in part]
-            encoded = tokenizer.apply_chat_template(
+            inputs = tokenizer.apply_chat_template(
                 chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            inputs = cast(BatchEncoding, encoded).to(device)
+            ).to(device)
             limit = part[0].solution_tokens + 32
             with torch.inference_mode():
-                output = produce(**inputs, max_new_tokens=limit)
+                output = model.generate(**inputs, max_new_tokens=limit)
             width = inputs["input_ids"].shape[1]
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             grades.extend(grade(item.prompt, text) for item, text in zip(part, texts, strict=True))

@@ -133,8 +133,8 @@ def _settings(arm: str) -> CompressionConfig | None:
 
 
 def _generate(progress: Progress, model: Any, tokenizer: Any, layout: o.Layout, arm: str) -> State:
-    from reasonalloc import attach
     from reasonalloc.cli.prompts import encode
+    from reasonalloc.integrations.hf import attach_config
 
     task: TaskID = progress.add_task(f"Generate: {arm}", total=NEW_TOKENS, info="")
     prompt = encode(tokenizer, [{"role": "user", "content": PROBLEM}], True, True)
@@ -146,9 +146,7 @@ def _generate(progress: Progress, model: Any, tokenizer: Any, layout: o.Layout, 
     with contextlib.ExitStack() as stack:
         attachment = None
         if layout.config is not None:
-            attachment = stack.enter_context(
-                attach(model, budget=BUDGET, arm=arm, interval=INTERVAL)
-            )
+            attachment = stack.enter_context(attach_config(model, layout.config))
         state = generate(model, tokenizer, prompt, Sampling(NEW_TOKENS), layout, attachment, watch)
     progress.update(task, total=len(state.tokens))
     return state

@@ -33,7 +33,6 @@ Out = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--out", metavar="FILE", help="Results as JSON lines; a second run goes on."),
 ]
-Protect = Annotated[bool, typer.Option("--protect-prompt", help="Keep the whole prompt.")]
 
 
 def command(
@@ -47,7 +46,7 @@ def command(
     interval: o.Interval = 128,
     window: o.Window = 8,
     n_sink: o.Sinks = 0,
-    protect_prompt: Protect = False,
+    protect_prompt: o.ProtectPrompt = False,
     profile: o.ProfileFile = None,
     generate: Generate = None,
     out: Out = None,

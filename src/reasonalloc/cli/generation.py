@@ -14,6 +14,8 @@ from transformers import DynamicCache, TextStreamer, set_seed
 from reasonalloc.cli.options import Layout
 from reasonalloc.errors import CompressionNeverHappened
 from reasonalloc.integrations.hf import Attachment
+from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.loading import quiet
 
 
@@ -87,8 +89,7 @@ class Progress:
         """Measured: bytes that keys and values hold now."""
         if self.layout.config is not None:
             return int(self.cache.kv_bytes)
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return held_bytes(self.cache.layers)
 
     @property
     def planned_bytes(self) -> int:
@@ -198,14 +199,9 @@ def generate(
                 **sampling.arguments(),
             )
         full_length = len(progress.tokens) >= sampling.max_new_tokens
-        ended = progress.tokens[-1:] and progress.tokens[-1] in _end_tokens(model)
+        ended = progress.tokens[-1:] and progress.tokens[-1] in end_tokens(model)
         progress.stopped = "length" if full_length and not ended else "end"
     except KeyboardInterrupt:
         meter.end()  # type: ignore[no-untyped-call]
         progress.stopped = "interrupted"
     return progress
-
-
-def _end_tokens(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]

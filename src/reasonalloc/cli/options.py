@@ -80,6 +80,14 @@ Sinks = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
+ProtectPrompt = Annotated[
+    bool,
+    typer.Option(
+        "--protect-prompt",
+        help="Keep every token of the prompt.",
+        rich_help_panel=_BUDGET,
+    ),
+]
 ProfileFile = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(

@@ -77,14 +77,6 @@ Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model"),
 ]
-ProtectPrompt = Annotated[
-    bool,
-    typer.Option(
-        "--protect-prompt",
-        help="Keep every token of the prompt.",
-        rich_help_panel="Budget",
-    ),
-]
 AttentionName = Annotated[
     str,
     typer.Option(
@@ -111,7 +103,7 @@ def command(
     interval: o.Interval = 128,
     window: o.Window = 8,
     n_sink: o.Sinks = 0,
-    protect_prompt: ProtectPrompt = False,
+    protect_prompt: o.ProtectPrompt = False,
     profile: o.ProfileFile = None,
     attention: AttentionName = "auto",
     max_new_tokens: MaxNew = 512,
@@ -172,14 +164,12 @@ def _generate(
 ) -> Progress:
     from reasonalloc.cli.generation import generate
     from reasonalloc.cli.live import Screen
-    from reasonalloc.integrations.hf import attach
+    from reasonalloc.integrations.hf import attach_config
 
     with contextlib.ExitStack() as stack:
         attachment = None
         if layout.config is not None:
-            settings = dict(vars(layout.config))
-            settings["arm"] = str(settings["arm"])
-            attachment = stack.enter_context(attach(model, **settings))
+            attachment = stack.enter_context(attach_config(model, layout.config))
         screen = stack.enter_context(Screen(show_text))
         result = generate(
             model,

@@ -16,6 +16,8 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from reasonalloc.config import RecordLevel, parse_arm
 from reasonalloc.evaluation.tasks.chain import ChainProblem, grade
 from reasonalloc.integrations.hf import attach
+from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.recorder import Event
 
 FULL = "full"
@@ -147,7 +149,8 @@ def run_job(
         seconds = time.perf_counter() - began
     if meter.stopped:
         raise Stopped
-    ends = _end_tokens(model)
+    held = held_bytes(cache.layers) if job.budget is None else cache.kv_bytes
+    ends = end_tokens(model)
     completions = [_until(row, ends) for row in output[:, width:].tolist()]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     masks = inputs["attention_mask"].bool()
@@ -161,7 +164,7 @@ def run_job(
             tuple(ids[mask].tolist()) for ids, mask in zip(inputs["input_ids"], masks, strict=True)
         ),
         completions=tuple(tuple(c) for c in completions),
-        kv_bytes=_kv_bytes(cache) // len(problems),
+        kv_bytes=held // len(problems),
         seconds=seconds,
         prefill_seconds=(meter.first_token_at or began) - began,
         compressions=0 if job.budget is None else cache.recorder.compressions,
@@ -197,21 +200,6 @@ def _attach(model: Any, job: Job, settings: Settings) -> Any:
         profile=settings.profile if needs_profile(job.arm) else None,
         record=settings.record,
     )
-
-
-def _kv_bytes(cache: Any) -> int:
-    measured = getattr(cache, "kv_bytes", None)
-    if measured is not None:
-        return int(measured)
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
-def _end_tokens(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return []
-    return ends if isinstance(ends, list) else [ends]
 
 
 def _until(tokens: list[int], ends: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf import attach
+from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.model import text_config
 
 
@@ -86,18 +86,7 @@ def fidelity(
     agree: list[Tensor] = []
     added: list[Tensor] = []
     targets = torch.tensor(trajectory.completion_ids[1:], device=model.device)
-    with attach(
-        model,
-        budget=config.budget,
-        arm=str(config.arm),
-        interval=config.interval,
-        window=config.window,
-        n_sink=config.n_sink,
-        protect_prompt=config.protect_prompt,
-        seed=config.seed,
-        profile=config.profile,
-        attention=config.attention,
-    ) as attached:
+    with attach_config(model, config) as attached:
         cache = attached.new_cache()
         with cache.replaying():
             pieces = _logits(model, trajectory, config.interval, cache)

@@ -74,8 +74,6 @@ class HeadAllocator(ABC):
 
     equal: ClassVar[bool] = False
     """True if every head gets the same whenever the total divides evenly."""
-    needs_scores: ClassVar[bool] = True
-    """False if ``scores`` may be anything."""
 
     @abstractmethod
     def allocate(self, query: HeadQuery) -> Tensor:

@@ -16,7 +16,6 @@ class Uniform(HeadAllocator):
     """The layer's total split evenly; what does not divide goes to the first heads."""
 
     equal: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
 
     def allocate(self, query: HeadQuery) -> Tensor:
         demand = torch.ones_like(query.lengths)

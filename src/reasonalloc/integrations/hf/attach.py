@@ -186,8 +186,6 @@ def attach(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot work, with the reason.
     """
-    if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
-        raise UsageError("this model has a KV budget already: detach(model) first")
     if arm is not None:
         given = {"policy": policy, "layers": layers, "heads": heads}
         if clash := [name for name, value in given.items() if value is not None]:
@@ -214,6 +212,13 @@ def attach(
         attention=attention,
         record=record,
     )
+    return attach_config(model, config)
+
+
+def attach_config(model: Any, config: CompressionConfig) -> Attachment:
+    """``attach`` with settings that are put together already."""
+    if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
+        raise UsageError("this model has a KV budget already: detach(model) first")
     attachment = Attachment(model, config)
     attachment._install()
     return attachment

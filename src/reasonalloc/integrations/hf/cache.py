@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,12 @@ _FOREIGN_ATTENTION = (
     "this model changes its keys or values between cache and attention, or attends twice to the "
     "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
 )
+
+
+def held_bytes(layers: Iterable[Any]) -> int:
+    """Bytes that cache layers of transformers' own hold for keys and values."""
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class Owner(Protocol):
@@ -182,6 +188,7 @@ class BudgetCache(Cache):
             ]
         )
         self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
+        self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -203,8 +210,10 @@ class BudgetCache(Cache):
                     "an earlier call on this cache was interrupted or failed, so its layers are "
                     "out of step: start with a new cache"
                 )
-        elif any(layer.pending for layer in self._compressed):
+        elif self._latest is not None and self._latest.pending:
             raise UnsupportedError(_FOREIGN_ATTENTION)
+        layer = self.layers[layer_idx]
+        self._latest = layer if isinstance(layer, SlabLayer) else self._latest
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -235,13 +244,7 @@ class BudgetCache(Cache):
                 layer.replay = False
 
     def _sliding_bytes(self) -> int:
-        tensors = [
-            tensor
-            for layer in self.layers
-            if isinstance(layer, DynamicSlidingWindowLayer)
-            for tensor in (layer.keys, layer.values)
-        ]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return held_bytes(s for s in self.layers if isinstance(s, DynamicSlidingWindowLayer))
 
     @property
     def kv_bytes(self) -> int:

@@ -10,6 +10,14 @@ from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError
 
 
+def end_tokens(model: Any) -> list[int]:
+    """Token ids that end a generation; none if the model has none."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return []
+    return ends if isinstance(ends, list) else [ends]
+
+
 def text_config(model: Any) -> Any:
     """The decoder's text configuration of a model or of a configuration."""
     config = getattr(model, "config", model)
