@@ -10,10 +10,13 @@ import pytest
 
 pytest.importorskip("typer")
 
+from transformers import AutoConfig
+
 from reasonalloc.cli.fidelity import split_arms
 from reasonalloc.cli.main import main
 from reasonalloc.evaluation.fidelity_summary import kind
 from reasonalloc.evaluation.intervals import bootstrap_ratio
+from reasonalloc.profiles import Profile, config_hash
 from tiny_folder import save_tiny
 
 ARMS = "rkv,rkv(lam=0.5, kernel=3)/pyramid/reasonalloc,streaming_llm"
@@ -77,6 +80,31 @@ def test_results_and_resuming(call: Call, folder: Path, texts: Path, tmp_path: P
     code, _, err = call(*arguments)
     assert code == 2 and "no file of such results" in err
     assert out.read_text() == "hello\n"
+
+
+def test_another_profile_under_the_same_name(
+    call: Call, folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    model = AutoConfig.from_pretrained(folder)
+    path, out = tmp_path / "profile.json", tmp_path / "results.jsonl"
+    layers = model.num_hidden_layers
+    arguments = ["fidelity", folder, "--trajectories", texts, "--interval", "8", "--out", out]
+    arguments += ["--budgets", "20", "--arms", "reasonalloc", "--profile", path, "--json"]
+    codes = []
+    for demand in ([1.0] * layers, [1.0] * layers, [float(i + 1) for i in range(layers)]):
+        Profile(
+            model_id="tiny",
+            config_hash=config_hash(model.to_dict()),
+            rho=0.9,
+            steps=1,
+            prompt_hashes=["a"],
+            demand_mean=demand,
+            demand_max=demand,
+            curves=[demand],
+        ).save(path)
+        code, _, err = call(*arguments)
+        codes.append(code)
+    assert codes == [0, 0, 2] and "was made with profile=" in err
 
 
 def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None:

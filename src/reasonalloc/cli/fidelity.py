@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -74,7 +76,7 @@ def command(
         )
     with output.stderr().status("Generating completions"):
         trajectories = [complete(loaded, t, generate or 0) for t in trajectories]
-    rows = _run(loaded, trajectories, jobs, name, {**shared, "profile": profile}, out)
+    rows = _run(loaded, trajectories, jobs, name, {**shared, "profile": _digest(profile)}, out)
     from reasonalloc.evaluation.fidelity_summary import summarise
 
     summary = summarise(rows, trajectories, [(str(c.arm), c.budget) for c in jobs], tokenizer)
@@ -116,6 +118,18 @@ def _jobs(
             own = profile if arm.layers.startswith("profile") else None
             jobs.append(CompressionConfig(budget=size, arm=arm, profile=own, **shared))
     return jobs
+
+
+def _digest(profile: str | None) -> str | None:
+    """Fingerprint of a profile's content: another file under the same name is another setting."""
+    if profile is None:
+        return None
+    from dataclasses import asdict
+
+    from reasonalloc.profiles import load_profile
+
+    text = json.dumps(asdict(load_profile(profile)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run(
