@@ -17,7 +17,7 @@ class Head:
     positions: list[int]
     queries: torch.Tensor  # [group, window, d], oldest first
     query_positions: list[int]
-    attention: list[float]
+    received: list[list[tuple[int, float]]]  # per token: (query's position, mean weight), in order
     window: int
     scaling: float
     layer: int = 0
@@ -59,7 +59,24 @@ def score_tova(head: Head) -> list[float]:
 
 
 def score_h2o(head: Head) -> list[float]:
-    return list(head.attention)
+    return [sum(weight for _, weight in token) for token in head.received]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def score_lazy_eviction(head: Head, threshold: float = 0.0005) -> list[float]:
+    scores = []
+    for position, token in zip(head.positions, head.received, strict=True):
+        last, longest = position, 0
+        for at, weight in token:
+            if weight >= threshold:
+                last, longest = at, max(longest, at - last)
+        since = head.seen - 1 - last
+        survival = sigmoid(-since / longest) if longest else 0.5 * (since == 0)
+        scores.append(2 * survival + (2 * sigmoid(-1 / longest) if longest else 0.0))
+    return scores
 
 
 def score_snapkv(head: Head, kernel: int = 5, pooling: str = "avg") -> list[float]:
@@ -125,6 +142,7 @@ SCORES: dict[str, Any] = {
     "knorm": score_knorm,
     "tova": score_tova,
     "h2o": score_h2o,
+    "lazy_eviction": score_lazy_eviction,
     "snapkv": score_snapkv,
     "rkv": score_rkv,
     "random": score_random,

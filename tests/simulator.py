@@ -23,7 +23,7 @@ class Simulator:
         self,
         model: Any,
         totals: tuple[int, ...],
-        policy: str,
+        policy: str,  # a name from SCORES, or name(parameter=number)
         heads: str,
         interval: int,
         window: int,
@@ -32,11 +32,14 @@ class Simulator:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.totals, self.policy, self.heads = totals, policy, heads
+        self.policy, _, parameters = policy.rstrip(")").partition("(")
+        pairs = (pair.split("=") for pair in parameters.split(",") if pair)
+        self.parameters = {name.strip(): float(value) for name, value in pairs}
+        self.totals, self.heads = totals, heads
         self.interval, self.window = interval, window
         self.n_sink, self.protect_prompt, self.seed = n_sink, protect_prompt, seed
         self.kept: dict[int, list[list[int]]] = {}
-        self.received: dict[int, list[dict[int, float]]] = {}
+        self.received: dict[int, list[dict[int, list[tuple[int, float]]]]] = {}
         self.queries: dict[int, list[torch.Tensor]] = {}
         self.since: dict[int, int] = {}
         self.prompt = 0
@@ -76,8 +79,9 @@ class Simulator:
         new = list(range(end - columns, end))
         for h in range(heads):
             for p in new:
-                self.received[layer][h][p] = 0.0
+                self.received[layer][h][p] = []
             for i, p in enumerate(new):
+                means: dict[int, float] = {}
                 visible = self.kept[layer][h] + [q for q in new if q <= p]
                 for g in range(group):
                     row = h * group + g
@@ -87,7 +91,9 @@ class Simulator:
                     weights = logits.float().softmax(0)
                     out[0, row, i] = weights @ value[0, h, visible]
                     for q, weight in zip(visible, weights.tolist(), strict=True):
-                        self.received[layer][h][q] += weight
+                        means[q] = means.get(q, 0.0) + weight / group
+                for q, weight in means.items():
+                    self.received[layer][h][q].append((p, weight))
             self.kept[layer][h] += new
         self.queries[layer] += [query[0, :, i] for i in range(columns)]
         self.since[layer] += 1
@@ -110,7 +116,7 @@ class Simulator:
                 positions=kept,
                 queries=recent[h * group : (h + 1) * group],
                 query_positions=list(range(end - window, end)),
-                attention=[self.received[layer][h][p] for p in kept],
+                received=[self.received[layer][h][p] for p in kept],
                 window=window,
                 scaling=scaling,
                 layer=layer,
@@ -118,7 +124,7 @@ class Simulator:
                 seen=end,
                 seed=self.seed,
             )
-            row = SCORES[self.policy](head)[: len(kept) - window]
+            row = SCORES[self.policy](head, **self.parameters)[: len(kept) - window]
             forced = [p < first for p in kept[: len(kept) - window]]
             least = max(least, window + sum(forced))
             forced_sets.append({i for i, f in enumerate(forced) if f})

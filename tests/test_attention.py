@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonalloc.attention import BACKENDS, choose_backend
-from reasonalloc.attention.dense import attend, received_attention
+from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Slab
 from reasonalloc.errors import UsageError
 
@@ -110,8 +110,12 @@ def test_dense(softcap: float | None, masked: bool, monkeypatch: pytest.MonkeyPa
         visible &= valid[:, None, None, :]
     mask = visible if masked else None
     out = attend(query, keys, values, mask, 0.3, softcap)
-    received = received_attention(query, keys, mask, valid if masked else None, 0.3, softcap)
-    expected = torch.zeros(batch, heads, n)
+    blocks = list(received_blocks(query, keys, mask, valid if masked else None, 0.3, softcap))
+    assert len(blocks) > 1 and [start for start, _, _ in blocks[1:]] == [
+        e for _, e, _ in blocks[:-1]
+    ]
+    received = torch.cat([weights for _, _, weights in blocks], dim=2)
+    expected = torch.zeros(batch, heads, n, n)
     for b in range(batch):
         for q in range(heads * group):
             for i in range(n):
@@ -122,7 +126,7 @@ def test_dense(softcap: float | None, masked: bool, monkeypatch: pytest.MonkeyPa
                 if softcap is not None:
                     logits = torch.tanh(logits / softcap) * softcap
                 weights = logits.softmax(0)
-                expected[b, q // group, seen] += weights
+                expected[b, q // group, i, seen] += weights / group
                 torch.testing.assert_close(
                     out[b, q, i], weights @ values[b, q // group, seen], rtol=1e-4, atol=1e-5
                 )

@@ -12,7 +12,13 @@ import torch
 import reasonalloc
 from models import prompt, tiny
 
-ARMS = ["rkv", "h2o/pyramid(beta=3)/adakv", "streaming_llm", "snapkv/uniform/reasonalloc"]
+ARMS = [
+    "rkv",
+    "h2o/pyramid(beta=3)/adakv",
+    "lazy_eviction/uniform/adakv",
+    "streaming_llm",
+    "snapkv/uniform/reasonalloc",
+]
 
 
 @pytest.mark.parametrize("arm", ARMS)

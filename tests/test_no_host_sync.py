@@ -33,7 +33,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             DIM,
             dtype=torch.float32,
             device=torch.device("cpu"),
-            track_attention=True,
+            state_channels=2,
         )
         slab.uniform_length = N - 1
         slab.append(
@@ -49,13 +49,18 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         window = QueryWindow(query, WINDOW)
         window.push(query, torch.full((BATCH,), N - 1), torch.ones(BATCH, 1, dtype=torch.bool))
         rows = slab.as_rows()
+        made = POLICIES.create(policy)
+        if made.state_channels:
+            state = torch.zeros(BATCH, HEADS * N, made.state_channels)
+            received = torch.ones(BATCH, 3, HEADS * N)
+            made.observe(state, received, received)
         candidates = Candidates(
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
             load_keys=lambda: rows.gather(rows.keys),
             queries=window.read(torch.full((BATCH,), N), slab),
             query_positions=window.positions(torch.full((BATCH,), N)),
-            attention=torch.ones(BATCH, HEADS, N),
+            state=torch.ones(BATCH, HEADS, N, max(made.state_channels, 1)),
             seen=torch.full((BATCH,), N),
             window=WINDOW,
             scaling=1.0,
@@ -63,7 +68,6 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             layer=0,
             seed=0,
         )
-        made = POLICIES.create(policy)
         scores = made.score(candidates)
         total = torch.full((BATCH,), HEADS * 10)
         least = torch.full((BATCH,), WINDOW)

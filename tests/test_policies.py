@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,17 +11,41 @@ from hypothesis import strategies as st
 
 import reference
 from reasonalloc.errors import UsageError
-from reasonalloc.policies import POLICIES, Candidates, rkv
+from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
 
 SPECS = {
     "streaming_llm": {"sinks": 2},
     "knorm": {},
     "tova": {},
     "h2o": {},
+    "lazy_eviction": {"threshold": 0.3},
     "snapkv": {"kernel": 7, "pooling": "max"},
     "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
     "random": {},
 }
+
+
+PARTS = (1, 7, 2, 30)  # queries that come at once
+
+
+def history(candidates: Candidates, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention weights and ages [batch, kv_heads, sum(PARTS), n] of the last queries."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = candidates.seen[:, None] - torch.arange(sum(PARTS), 0, -1)
+    age = (queries[:, None, :, None] - candidates.positions[:, :, None]).float()
+    weights = torch.rand(age.shape, generator=generator) ** 4
+    return weights.masked_fill(age < 0, 0.0), age
+
+
+def observed(policy: Policy, candidates: Candidates, seed: int) -> Candidates:
+    """With the state that the policy has after ``history``."""
+    if not policy.state_channels:
+        return candidates
+    state = torch.zeros(*candidates.positions.shape, policy.state_channels)
+    weights, age = history(candidates, seed)
+    for part, old in zip(weights.split(PARTS, 2), age.split(PARTS, 2), strict=True):
+        policy.observe(state, part, old)
+    return dataclasses.replace(candidates, state=state)
 
 
 def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Candidates:
@@ -43,7 +69,7 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
         load_keys=lambda: keys,
         queries=torch.randn(batch, heads, group, window, dim, generator=generator),
         query_positions=torch.arange(newest - window + 1, newest + 1).expand(batch, -1),
-        attention=torch.rand(batch, heads, n, generator=generator),
+        state=None,
         seen=torch.full((batch,), newest + 1),
         window=window,
         scaling=0.4,
@@ -70,25 +96,32 @@ def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) ->
     for name, parameters in SPECS.items():
         arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
         for spec, kwargs in ((name, {}), (f"{name}({arguments})", parameters)):
-            fast = POLICIES.create(spec).score(candidates)
+            policy = POLICIES.create(spec)
+            fast = policy.score(observed(policy, candidates, seed))
             assert fast.dtype == torch.float32 and fast.shape == candidates.positions.shape
             for b, row in enumerate(lengths):
                 for h, length in enumerate(row):
-                    slow = reference.SCORES[name](head_of(candidates, b, h), **kwargs)
+                    slow = reference.SCORES[name](head_of(candidates, b, h, seed), **kwargs)
                     free = length - window
                     expected = torch.tensor(slow[:free])
                     torch.testing.assert_close(fast[b, h, :free], expected, rtol=1e-4, atol=1e-6)
 
 
-def head_of(c: Candidates, b: int, h: int) -> reference.Head:
+def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
     n = int(c.lengths[b, h])
-    assert c.queries is not None and c.query_positions is not None and c.attention is not None
+    assert c.queries is not None and c.query_positions is not None
+    weights, age = (x[b, h, :, :n].T.tolist() for x in history(c, seed))
+    positions = c.positions[b, h, :n].tolist()
+    received = [
+        [(int(p + a), w) for w, a in zip(*columns, strict=True) if a >= 0]
+        for p, columns in zip(positions, zip(weights, age, strict=True), strict=True)
+    ]
     return reference.Head(
         keys=c.keys[b, h, :n],
-        positions=c.positions[b, h, :n].tolist(),
+        positions=positions,
         queries=c.queries[b, h],
         query_positions=c.query_positions[b].tolist(),
-        attention=c.attention[b, h, :n].tolist(),
+        received=received,
         window=c.window,
         scaling=c.scaling,
         layer=c.layer,
@@ -126,7 +159,14 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["rkv(lam=2)", "rkv(kernel=4)", "snapkv(pooling=sum)", "streaming_llm(sinks=-1)"]
+    "spec",
+    [
+        "rkv(lam=2)",
+        "rkv(kernel=4)",
+        "snapkv(pooling=sum)",
+        "streaming_llm(sinks=-1)",
+        "lazy_eviction(threshold=0)",
+    ],
 )
 def test_parameters_are_checked(spec: str) -> None:
     with pytest.raises(UsageError):

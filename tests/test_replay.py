@@ -10,7 +10,14 @@ import torch
 import reasonalloc
 from models import prompt, tiny
 
-ARMS = ["rkv", "h2o/uniform/adakv", "snapkv/pyramid/reasonalloc", "streaming_llm", "random"]
+ARMS = [
+    "rkv",
+    "h2o/uniform/adakv",
+    "lazy_eviction(threshold=0.03)/uniform/adakv",
+    "snapkv/pyramid/reasonalloc",
+    "streaming_llm",
+    "random",
+]
 
 
 def kept(recorder: Any) -> list[Any]:

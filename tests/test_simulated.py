@@ -56,6 +56,13 @@ def test_policy_and_heads(policy: str, heads: str) -> None:
     compare("llama", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
 
 
+@pytest.mark.parametrize("threshold", [0.02, 0.2])
+def test_recurrence_with_tokens_that_are_not_attended_to(threshold: float) -> None:
+    policy = f"lazy_eviction(threshold={threshold})"
+    for heads in HEADS:
+        compare("llama", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
+
+
 @pytest.mark.parametrize("layers", ["pyramid", "pyramid(beta=3)"])
 def test_layer_budgets(layers: str) -> None:
     compare("qwen3", 30, 40, budget=24, policy="snapkv", layers=layers, interval=8, window=4)

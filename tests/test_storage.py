@@ -94,7 +94,7 @@ def test_slab_history(seed: int, batch: int, heads: int, budget: int, ragged: bo
         2,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        track_attention=True,
+        state_channels=2,
     )
     assert slab.kv_bytes == 2 * batch * heads * (budget + interval) * 2 * 4
     seen = [0] * batch
@@ -111,6 +111,7 @@ def test_slab_history(seed: int, batch: int, heads: int, budget: int, ragged: bo
                         expected[b][h].append(seen[b])
                     seen[b] += 1
         check(slab, expected)
+        check_state(slab, expected, new=interval)
         rows = slab.as_rows()
         # Random unequal budgets that sum to at most the layer's budget, or equal ones.
         keep = torch.zeros(batch, heads, rows.index.shape[-1], dtype=torch.bool)
@@ -126,6 +127,21 @@ def test_slab_history(seed: int, batch: int, heads: int, budget: int, ragged: bo
                 expected[b][h] = [expected[b][h][i] for i in chosen]
         slab.rewrite(rows, keep, None if ragged else len(expected[0][0]))
         check(slab, expected)
+
+
+def check_state(slab: Slab, expected: list[list[list[int]]], new: int) -> None:
+    """State moves with its token and is zero for a new one; then marks every token anew."""
+    assert slab.state is not None
+    for b, row in enumerate(expected):
+        for h, positions in enumerate(row):
+            start = int(slab.offsets[b, h])
+            found = slab.state[b, start : start + len(positions)]
+            fresh = torch.tensor([p > max([-1, *positions]) - new for p in positions])
+            marks = torch.tensor([[p + 1.0, -p - 1.0] for p in positions]).view(-1, 2)
+            known = found.any(dim=-1)
+            assert bool((known | fresh).all())
+            assert torch.equal(found[known], marks[known])
+    slab.state.copy_(torch.stack([slab.positions + 1, -slab.positions - 1], dim=-1))
 
 
 def test_full_run_is_an_error_not_a_corruption() -> None:

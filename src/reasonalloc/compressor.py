@@ -7,12 +7,12 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator, HeadQuery
 from reasonalloc.attention import Backend
-from reasonalloc.attention.dense import attend, received_attention
+from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Rows, Slab, slab_slots
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.policies import Candidates, Policy
-from reasonalloc.prefill import joined_rows, over_past
+from reasonalloc.prefill import joined_rows, new_positions, observed_state, over_past
 from reasonalloc.recorder import Recorder
 from reasonalloc.selection import select
 from reasonalloc.window import QueryWindow
@@ -125,7 +125,7 @@ class LayerCompressor:
             value.shape[-1],
             dtype=key.dtype,
             device=key.device,
-            track_attention=self._policy.needs_attention,
+            state_channels=self._policy.state_channels,
         )
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
@@ -145,10 +145,14 @@ class LayerCompressor:
         if self._queries is not None:
             self._queries.push(query, self._seen, valid)
         out, received = self._backend.decode(
-            query, slab, scaling, softcap, self._policy.needs_attention
+            query, slab, scaling, softcap, self._policy.state_channels > 0
         )
-        if received is not None and slab.attention is not None:
-            slab.attention += received if valid is None else received * valid
+        if received is not None and slab.state is not None:
+            received = received if valid is None else received * valid
+            seen = self._seen if isinstance(self._seen, int) else self._seen[:, None]
+            age = (seen - slab.positions).float()
+            mean = received * (slab.kv_heads / query.shape[1])  # over the group's query heads
+            self._policy.observe(slab.state, mean[:, None], age[:, None])
         self._seen = self._seen + (1 if valid is None else valid.squeeze(1).long())
         self._columns += 1
         self._held += slab.kv_heads
@@ -179,12 +183,14 @@ class LayerCompressor:
             values = torch.cat([past.gather(past.values), value], dim=2)
             visible = over_past(past, mask, columns, query.shape[1])
         out = attend(query, keys, values, visible, scaling, softcap)
-        received = None
-        if self._policy.needs_attention:
-            received = received_attention(query, keys, visible, valid, scaling, softcap)
+        positions = new_positions(key, self._seen, valid)
+        state = None
+        if self._policy.state_channels:
+            received = received_blocks(query, keys, visible, valid, scaling, softcap)
+            state = observed_state(self._policy, past, positions, heads, received)
         if self._queries is not None:
             self._queries.push(query, self._seen, valid)
-        rows = joined_rows(past, key, value, self._seen, valid, received)
+        rows = joined_rows(past, key, value, positions, valid, state)
         if self._columns == 0:
             self._prompt = columns if valid is None else valid.sum(dim=1)
             if self._config.protect_prompt:
@@ -221,7 +227,7 @@ class LayerCompressor:
             load_keys=lambda: rows.gather(rows.keys),
             queries=None if self._queries is None else self._queries.read(self._seen, slab),
             query_positions=None if self._queries is None else self._queries.positions(self._seen),
-            attention=None if rows.attention is None else rows.gather(rows.attention),
+            state=None if rows.state is None else rows.gather(rows.state),
             seen=_per_sequence(self._seen, slab),
             window=config.window,
             scaling=scaling,

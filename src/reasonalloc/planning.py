@@ -66,5 +66,5 @@ def plan_memory(
         window=config.window,
         itemsize=itemsize,
         keeps_queries=policy.needs_queries,
-        keeps_attention=policy.needs_attention,
+        state_channels=policy.state_channels,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from reasonalloc.attention.dense import repeat_heads
 from reasonalloc.cache import Rows
+from reasonalloc.policies import Policy
 
 
 def over_past(past: Rows, mask: Tensor | None, columns: int, query_heads: int) -> Tensor:
@@ -19,53 +22,100 @@ def over_past(past: Rows, mask: Tensor | None, columns: int, query_heads: int) -
     return torch.cat([held, mask.expand(batch, query_heads, columns, columns)], dim=-1)
 
 
+def new_positions(key: Tensor, seen: int | Tensor, valid: Tensor | None) -> Tensor:
+    """[batch, q] int32: positions of new tokens; of no meaning at padding.
+
+    Args:
+        key: [batch, kv_heads, q, head_dim], for shape and device.
+        seen: tokens of each sequence before these: one number or [batch] int64.
+        valid: [batch, q] bool, false at padding; None if all are real.
+    """
+    batch, _, columns, _ = key.shape
+    if valid is None and isinstance(seen, int):
+        places = torch.arange(seen, seen + columns, device=key.device).expand(batch, -1)
+    else:
+        real = torch.ones(batch, columns, device=key.device) if valid is None else valid
+        start = seen if isinstance(seen, int) else seen[:, None]
+        places = start + real.long().cumsum(dim=1) - 1
+    return places.to(torch.int32)
+
+
+def observed_state(
+    policy: Policy,
+    past: Rows | None,
+    positions: Tensor,
+    kv_heads: int,
+    received: Iterable[tuple[int, int, Tensor]],
+) -> Tensor:
+    """What the policy knows of every token after a prefill: [batch, kv_heads, past + q, channels].
+
+    Args:
+        policy: has ``state_channels``.
+        past: what the layer held before.
+        positions: [batch, q] int32, of the new tokens.
+        kv_heads: number of KV heads.
+        received: from ``attention.dense.received_blocks``, over past and new tokens.
+    """
+    batch, columns = positions.shape
+    state = torch.zeros(batch, kv_heads, columns, policy.state_channels, device=positions.device)
+    tokens = positions[:, None].expand(-1, kv_heads, -1)
+    if past is not None and past.state is not None:
+        state = torch.cat([past.gather(past.state), state], dim=2)
+        tokens = torch.cat([past.gather(past.positions), tokens], dim=2)
+    for start, stop, weights in received:
+        age = positions[:, None, start:stop, None] - tokens[:, :, None]
+        policy.observe(state, weights, age.float())
+    return state
+
+
 def joined_rows(
     past: Rows | None,
     key: Tensor,
     value: Tensor,
-    seen: int | Tensor,
+    positions: Tensor,
     valid: Tensor | None,
-    received: Tensor | None,
+    state: Tensor | None,
 ) -> Rows:
-    """What a layer holds after a prefill: the past and the real new tokens, left-aligned."""
+    """What a layer holds after a prefill: the past and the real new tokens, left-aligned.
+
+    Args:
+        past: what it held before.
+        key, value: [batch, kv_heads, q, ...], of the new tokens.
+        positions: [batch, q] int32, of the new tokens.
+        valid: [batch, q] bool, false at padding; None if all are real.
+        state: [batch, kv_heads, past + q, channels], or None if the policy keeps nothing.
+    """
     batch, heads, columns, _ = key.shape
     device = key.device
     flat_keys, flat_values = key.flatten(1, 2), value.flatten(1, 2)
     new = torch.arange(columns, device=device)
-    if valid is None and isinstance(seen, int):
-        positions = (seen + new).expand(batch, -1)
-    else:
-        real = torch.ones(batch, columns, device=device) if valid is None else valid
-        start = seen if isinstance(seen, int) else seen[:, None]
-        positions = start + real.long().cumsum(dim=1) - 1
-    positions = positions[:, None].expand(-1, heads, -1).reshape(batch, -1).to(torch.int32)
+    positions = positions[:, None].expand(-1, heads, -1).reshape(batch, -1)
     index = (torch.arange(heads, device=device)[:, None] * columns + new).expand(batch, -1, -1)
     is_token = None if valid is None else valid[:, None].expand(-1, heads, -1)
     if past is None:
-        attention = None if received is None else received.flatten(1)
         lengths = torch.full((batch, heads), columns, device=device)
     else:
         offset = past.keys.shape[1]
-        n = past.index.shape[2]
         flat_keys = torch.cat([past.keys, flat_keys], dim=1)
         flat_values = torch.cat([past.values, flat_values], dim=1)
         positions = torch.cat([past.positions, positions], dim=1)
-        attention = None
-        if received is not None and past.attention is not None:
-            # Both parts in the order of their storage; the past also keeps what it had.
-            old = past.attention.scatter_add(
-                1, past.index.flatten(1), (received[..., :n] * _tokens(past)).flatten(1)
-            )
-            attention = torch.cat([old, received[..., n:].flatten(1)], dim=1)
+        fresh = torch.ones_like(index, dtype=torch.bool) if is_token is None else is_token
         index = torch.cat([past.index, index + offset], dim=2)
-        fresh = torch.ones_like(index[..., n:], dtype=torch.bool) if is_token is None else is_token
         is_token = torch.cat([_tokens(past), fresh], dim=2)
         lengths = is_token.sum(dim=-1)
+    flat_state = None
+    if state is not None:
+        # As the storage lies. Entries that are no tokens repeat others: they go to a spare place.
+        spare = flat_keys.shape[1]
+        place = index if is_token is None else index.masked_fill(~is_token, spare)
+        place = place.flatten(1)[..., None].expand(-1, -1, state.shape[-1])
+        flat_state = state.new_zeros(batch, spare + 1, state.shape[-1])
+        flat_state.scatter_(1, place, state.flatten(1, 2))
     if is_token is not None:
         order = is_token.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         index = index.gather(-1, order)
         lengths = is_token.sum(dim=-1)
-    return Rows(flat_keys, flat_values, positions, attention, index.contiguous(), lengths)
+    return Rows(flat_keys, flat_values, positions, flat_state, index.contiguous(), lengths)
 
 
 def _tokens(rows: Rows) -> Tensor:

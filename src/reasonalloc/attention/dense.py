@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK_ELEMENTS = 1 << 25  # explicit logits are worked off in blocks of queries
+_BLOCK_ELEMENTS = 1 << 23  # explicit logits are worked off in blocks of queries
 
 
 def repeat_heads(tensor: Tensor, query_heads: int) -> Tensor:
@@ -53,28 +55,30 @@ def attend(
     return torch.cat(blocks, dim=2)
 
 
-def received_attention(
+def received_blocks(
     query: Tensor,
     keys: Tensor,
     mask: Tensor | None,
     query_valid: Tensor | None,
     scaling: float,
     softcap: float | None,
-) -> Tensor:
-    """Attention that each key receives: [batch, kv_heads, n] float32.
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Attention that each key receives from each query, in blocks of queries.
 
-    Summed over queries (padding excluded) and over the query heads of the group. Arguments as
-    for ``attend``; ``query_valid`` is [batch, q] bool, or None if every query is a real token.
+    Arguments as for ``attend``; ``query_valid`` is [batch, q] bool, or None if every query is a
+    real token.
+
+    Yields:
+        First and last (exclusive) query of a block, and weights [batch, kv_heads, stop - start, n]
+        float32, averaged over the query heads of the group; 0 for padding.
     """
     batch, kv_heads, n, _ = keys.shape
     repeated = repeat_heads(keys, query.shape[1])
-    total = torch.zeros(batch, kv_heads, n, device=keys.device)
     for start, stop in _blocks(query, repeated):
         weights = _weights(query, repeated, mask, scaling, softcap, start, stop)
         if query_valid is not None:
             weights = weights * query_valid[:, None, start:stop, None]
-        total += weights.sum(dim=2).view(batch, kv_heads, -1, n).sum(dim=2)
-    return total
+        yield start, stop, weights.view(batch, kv_heads, -1, stop - start, n).mean(dim=2)
 
 
 def _blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:

@@ -47,7 +47,8 @@ class MemoryPlan:
         batch: sequences.
         interval, window: cadence.
         itemsize: bytes of one number of the cache's dtype.
-        keeps_queries, keeps_attention: what the policy needs besides keys and values.
+        keeps_queries: whether the policy needs the queries of the window.
+        state_channels: float32 numbers that the policy keeps per slot.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -57,7 +58,7 @@ class MemoryPlan:
     window: int
     itemsize: int
     keeps_queries: bool = False
-    keeps_attention: bool = False
+    state_channels: int = 0
 
     @property
     def _slabs(self) -> list[tuple[LayerShape, int]]:
@@ -80,7 +81,7 @@ class MemoryPlan:
     @property
     def bookkeeping_bytes(self) -> int:
         """Positions, run tables and what the policy observes, besides keys and values."""
-        per_slot = 4 + (4 if self.keeps_attention else 0)
+        per_slot = 4 + 4 * self.state_channels
         size = 0
         for shape, total in self._slabs:
             size += self.batch * slab_slots(total, shape.kv_heads, self.interval) * per_slot

@@ -17,7 +17,7 @@ class Rows:
     Attributes:
         keys: [batch, m, head_dim], values: [batch, m, value_dim], the storage pointed into.
         positions: [batch, m] int32, position of each token in its sequence.
-        attention: [batch, m] float32, attention received so far, or None if not tracked.
+        state: [batch, m, channels] float32, what the policy keeps per token, or None.
         index: [batch, kv_heads, n] int64, into dimension 1 of the storage; the first ``lengths``
             entries of a row are its tokens in the order of their positions.
         lengths: [batch, kv_heads] int64.
@@ -26,7 +26,7 @@ class Rows:
     keys: Tensor
     values: Tensor
     positions: Tensor
-    attention: Tensor | None
+    state: Tensor | None
     index: Tensor
     lengths: Tensor
 
@@ -52,7 +52,7 @@ class Slab:
         batch, kv_heads: number of sequences and of KV heads.
         slots: slots per sequence, at least ``kv_heads`` times the longest run in uniform use.
         head_dim, value_dim: widths of keys and values.
-        track_attention: keep a float32 per slot for the attention received.
+        state_channels: float32 numbers per slot that belong to the policy; zeros for a new token.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Slab:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        track_attention: bool = False,
+        state_channels: int = 0,
     ) -> None:
         self.kv_heads = kv_heads
         self.slots = slots
@@ -73,7 +73,9 @@ class Slab:
         self.keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
         self.positions = torch.zeros(batch, slots, dtype=torch.int32, device=device)
-        self.attention = torch.zeros(batch, slots, device=device) if track_attention else None
+        self.state = (
+            torch.zeros(batch, slots, state_channels, device=device) if state_channels else None
+        )
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._run = slots // kv_heads
@@ -94,7 +96,7 @@ class Slab:
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes allocated for everything else."""
-        tensors = [self.positions, self._offsets, self._lengths, self.attention]
+        tensors = [self.positions, self._offsets, self._lengths, self.state]
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -157,8 +159,8 @@ class Slab:
             self.rows(self.keys)[:, :, at] = key[:, :, 0]
             self.rows(self.values)[:, :, at] = value[:, :, 0]
             self.rows(self.positions)[:, :, at] = position
-            if self.attention is not None:
-                self.rows(self.attention)[:, :, at] = 0.0
+            if self.state is not None:
+                self.rows(self.state)[:, :, at] = 0.0
             return
         slot = self._offsets + self._lengths
         self.keys.scatter_(1, slot[..., None].expand(-1, -1, key.shape[-1]), key[:, :, 0])
@@ -168,8 +170,8 @@ class Slab:
             self.positions.scatter_(1, slot, filled)
         else:
             self.positions.scatter_(1, slot, position)
-        if self.attention is not None:
-            self.attention.scatter_(1, slot, 0.0)
+        if self.state is not None:
+            self.state.scatter_(1, slot[..., None].expand(-1, -1, self.state.shape[-1]), 0.0)
         self._lengths += 1 if valid is None else valid.long()
         self._appended += 1
 
@@ -177,9 +179,7 @@ class Slab:
         """Everything that the slab holds, as rows that point into it."""
         index = torch.arange(self.longest, device=self.keys.device)
         index = (self.offsets[..., None] + index).clamp_max(self.slots - 1)
-        return Rows(
-            self.keys, self.values, self.positions, self.attention, index, self.lengths.clone()
-        )
+        return Rows(self.keys, self.values, self.positions, self.state, index, self.lengths.clone())
 
     def rewrite(self, rows: Rows, keep: Tensor, uniform_length: int | None) -> None:
         """Replace the content by the kept tokens of ``rows``: one gather per tensor.
@@ -206,11 +206,12 @@ class Slab:
         source = torch.zeros(self.batch, self.slots + 1, dtype=torch.int64, device=keep.device)
         source.scatter_(1, target.flatten(1), rows.index.flatten(1))
         source = source[:, :-1]
-        for own, flat in ((self.keys, rows.keys), (self.values, rows.values)):
+        moved = [(self.keys, rows.keys), (self.values, rows.values)]
+        if self.state is not None and rows.state is not None:
+            moved.append((self.state, rows.state))
+        for own, flat in moved:
             own.copy_(flat.gather(1, source[..., None].expand(-1, -1, own.shape[-1])))
         self.positions.copy_(rows.positions.gather(1, source))
-        if self.attention is not None and rows.attention is not None:
-            self.attention.copy_(rows.attention.gather(1, source))
         self._offsets.copy_(offsets)
         self._lengths.copy_(lengths)
         self.uniform_length = uniform_length

@@ -29,8 +29,8 @@ class Candidates:
         queries: [batch, kv_heads, group, window, head_dim], queries of the last ``window`` tokens
             after RoPE, oldest first, or None unless ``needs_queries``.
         query_positions: [batch, window] int64, their positions; negative where there is none yet.
-        attention: [batch, kv_heads, n] float32, attention received since the token came, summed
-            over queries and over the query heads of the group; None unless ``needs_attention``.
+        state: [batch, kv_heads, n, state_channels] float32, what the policy has kept of each token
+            (see ``Policy.observe``); None without ``state_channels``.
         seen: [batch] int64, tokens of each sequence so far.
         window: most recent tokens that are always kept.
         scaling: factor of the attention logits.
@@ -44,7 +44,7 @@ class Candidates:
     load_keys: Callable[[], Tensor]
     queries: Tensor | None
     query_positions: Tensor | None
-    attention: Tensor | None
+    state: Tensor | None
     seen: Tensor
     window: int
     scaling: float
@@ -74,12 +74,13 @@ class Candidates:
 
 
 class Policy(ABC):
-    """Scores candidates. Pure: no budget, no memory, no state of its own."""
+    """Scores candidates. Pure: no budget, no memory; what it keeps per token lives in the cache."""
 
     needs_queries: ClassVar[bool] = False
     """Ask for ``queries`` and ``query_positions``."""
-    needs_attention: ClassVar[bool] = False
-    """Ask for ``attention``: the decode step then computes attention weights explicitly."""
+    state_channels: ClassVar[int] = 0
+    """Numbers to keep per token, updated by ``observe`` at every query. Not free: attention weights
+    are then computed explicitly."""
     sums_to_one: ClassVar[bool] = False
     """Scores are shares of a head's own tokens, so that they shrink as the head grows."""
     recent_fraction: ClassVar[float] = 0.0
@@ -89,8 +90,29 @@ class Policy(ABC):
     def score(self, candidates: Candidates) -> Tensor:
         """[batch, kv_heads, n] float32, higher is kept; only evictable entries are looked at."""
 
+    def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
+        """Update the tokens' state in place by the attention of one or more queries, in order.
+
+        Called for every query exactly once, prompt included: one at a time while decoding, many at
+        a time in a prefill or a replay, which must give the same. Only with ``state_channels``.
+
+        Args:
+            state: [..., n, state_channels] float32; zeros for a token that is new.
+            received: [..., q, n] float32, attention weights, averaged over the query heads of the
+                KV head's group; 0 where the query is padding or cannot see the token.
+            age: [..., q, n] float32, position of the query minus position of the token.
+        """
+        raise RuntimeError(f"{type(self).__name__} has state_channels, but no observe")
+
 
 POLICIES: Registry[Policy] = Registry("policy", "reasonalloc.policies")
+
+
+def kept_state(candidates: Candidates) -> Tensor:
+    """[batch, kv_heads, n, state_channels] float32: ``state`` of a policy that keeps some."""
+    if candidates.state is None:
+        raise RuntimeError("a policy that reads its state must set state_channels")
+    return candidates.state
 
 
 def window_logits(candidates: Candidates) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from reasonalloc.policies.base import POLICIES, Candidates, Policy
+from reasonalloc.policies.base import POLICIES, Candidates, Policy, kept_state
 
 
 @POLICIES.register("h2o", source="H2O, arXiv 2306.14048, accumulated over every step")
@@ -13,10 +13,11 @@ from reasonalloc.policies.base import POLICIES, Candidates, Policy
 class H2O(Policy):
     """Attention received since the token came; half of the budget goes to the most recent."""
 
-    needs_attention: ClassVar[bool] = True
+    state_channels: ClassVar[int] = 1
     recent_fraction: ClassVar[float] = 0.5
 
+    def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
+        state[..., 0] += received.sum(dim=-2)
+
     def score(self, candidates: Candidates) -> Tensor:
-        if candidates.attention is None:
-            raise RuntimeError("h2o needs the accumulated attention")
-        return candidates.attention
+        return kept_state(candidates)[..., 0]
