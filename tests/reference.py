@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,58 @@ def score_snapkv(head: Head, kernel: int = 5, pooling: str = "avg") -> list[floa
     return _pool(sums, kernel, pooling)
 
 
+def score_tri_attention(head: Head, statistics: Any, horizon: float = 65536) -> list[float]:
+    rope, group = statistics.rope, head.queries.shape[0]
+    row = statistics.layers.index(head.layer)
+    pairs, dim = len(rope.frequencies), rope.head_dim
+    rates = [*rope.frequencies, *([0.0] * (dim - 2 * pairs))]
+    offsets = [2**i for i in range(40) if 2**i <= horizon]
+    keys = []
+    for key, p in zip(head.keys.tolist(), head.positions, strict=True):
+        k = [complex(key[f], key[f + pairs]) for f in range(pairs)] + key[2 * pairs :]
+        keys.append([z * cmath.exp(-1j * w * p) for z, w in zip(k, rates, strict=True)])
+    best = [-math.inf] * (head.n - head.window)
+    for g in range(group):
+        mean = statistics.query_mean[row, head.head * group + g].tolist()
+        norm = statistics.query_norm[row, head.head * group + g].tolist()
+        scores = []
+        for i in range(head.n - head.window):
+            score = 0.0
+            for q, size, k, w in zip(mean, norm, keys[i], rates, strict=True):
+                phase = cmath.phase(q * k.conjugate())
+                for o in offsets:
+                    d = head.seen - 1 + o - head.positions[i]
+                    score += abs(q) * abs(k) * math.cos(w * d + phase) / len(offsets)
+                score += (size - abs(q)) * abs(k)
+            scores.append(score)
+        centre = sum(scores) / len(scores)
+        deviation = math.sqrt(sum((s - centre) ** 2 for s in scores) / len(scores))
+        best = [max(b, (s - centre) / deviation) for b, s in zip(best, scores, strict=True)]
+    return best
+
+
+def layer_budgets(
+    name: str, statistics: Any, heads: int, budget: int, window: int, n_sink: int
+) -> list[int]:
+    """Per layer, all heads together; ``tau1 = tau2 = 1``."""
+    layers = len(statistics.layers)
+    if name == "cake":
+        pairs = zip(statistics.entropy.tolist(), statistics.variance.tolist(), strict=True)
+        preference = [entropy * variance * 1e6 for entropy, variance in pairs]
+    else:
+        top = min(max(budget - window, 1), statistics.tops[-1])
+        low = max(t for t in statistics.tops if t <= top)
+        high = min(t for t in statistics.tops if t >= top)
+        part = 0.0 if low == high else math.log(top / low) / math.log(high / low)
+        rows = [statistics.top_share[statistics.tops.index(t)].tolist() for t in (low, high)]
+        preference = [(1 - part) * a + part * b for a, b in zip(*rows, strict=True)]
+    free = heads * (budget - window)
+    least = min(heads * (n_sink + 1), free)
+    total = layers * free
+    rest = robustify(preference, total, [least] * layers, [total] * layers, 1.0)
+    return [r + heads * window for r in rest]
+
+
 def _pool(values: list[float], kernel: int, pooling: str) -> list[float]:
     half = kernel // 2
     out = []
@@ -145,6 +198,7 @@ SCORES: dict[str, Any] = {
     "lazy_eviction": score_lazy_eviction,
     "snapkv": score_snapkv,
     "rkv": score_rkv,
+    "tri_attention": score_tri_attention,
     "random": score_random,
 }
 RECENT_FRACTION = {"h2o": 0.5}

@@ -30,11 +30,14 @@ class Simulator:
         n_sink: int = 0,
         protect_prompt: bool = False,
         seed: int = 0,
+        statistics: Any = None,
     ) -> None:
         self.model = model
         self.policy, _, parameters = policy.rstrip(")").partition("(")
         pairs = (pair.split("=") for pair in parameters.split(",") if pair)
-        self.parameters = {name.strip(): float(value) for name, value in pairs}
+        self.parameters: dict[str, Any] = {name.strip(): float(value) for name, value in pairs}
+        if statistics is not None:
+            self.parameters["statistics"] = statistics
         self.totals, self.heads = totals, heads
         self.interval, self.window = interval, window
         self.n_sink, self.protect_prompt, self.seed = n_sink, protect_prompt, seed

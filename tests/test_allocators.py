@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made_statistics
 import reference
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.allocators.rounding import robustify
 from reasonalloc.errors import UsageError
+from reasonalloc.rotary import Rope
 
 
 @st.composite
@@ -108,6 +113,16 @@ def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: 
 @settings(max_examples=100, deadline=None)
 def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, extra: int) -> None:
     query = LayerQuery(layers, heads, window + n_sink + extra, window, n_sink)
+    statistics = made_statistics.make(list(range(layers)), 1, Rope((1.0,), 1.0, 2), seed=extra)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.safetensors"
+        statistics.save(path)
+        for name in ("cake", "dynamickv"):
+            budgets = LAYER_ALLOCATORS.create(f"{name}({path})").allocate(query)
+            assert budgets == reference.layer_budgets(
+                name, statistics, heads, query.budget, window, n_sink
+            )
+            assert sum(budgets) == query.total and min(budgets) >= query.least
     for spec in ("uniform", "pyramid", "pyramid(beta=5)"):
         budgets = LAYER_ALLOCATORS.create(spec).allocate(query)
         assert len(budgets) == layers and sum(budgets) == layers * heads * query.budget
@@ -125,7 +140,13 @@ def test_pyramid_is_the_published_line() -> None:
 
 
 def test_parameters_are_checked() -> None:
-    for spec in ("pyramid(beta=0)", "pyramid(gamma=1)", "pyramid(1, 2)", "pyramid(beta=x)"):
+    for spec in (
+        "pyramid(beta=0)",
+        "pyramid(gamma=1)",
+        "pyramid(1, 2)",
+        "pyramid(beta=x)",
+        "cake(tau1=0)",
+    ):
         with pytest.raises(UsageError):
             LAYER_ALLOCATORS.create(spec)
     for spec in ("adakv(safeguard=2)", "reasonalloc(mu=-1)", "reasonalloc(score_norm=none)"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reasonalloc
+from made_statistics import ready
 from models import prompt, tiny
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.attention import choose_backend
@@ -39,7 +40,7 @@ def test_steps_and_events_do_not_wait(policy: str, heads: str) -> None:
         0,
         3 * 24,
         CompressionConfig(budget=24, interval=8),
-        POLICIES.create(policy),
+        ready(policy, 0, 6, 16),
         HEAD_ALLOCATORS.create(heads),
         choose_backend("auto"),
         Recorder(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from made_statistics import ready
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.attention import BACKENDS
 from reasonalloc.cache import Slab
@@ -49,7 +50,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         window = QueryWindow(query, WINDOW)
         window.push(query, torch.full((BATCH,), N - 1), torch.ones(BATCH, 1, dtype=torch.bool))
         rows = slab.as_rows()
-        made = POLICIES.create(policy)
+        made = ready(policy, 1, HEADS * GROUP, DIM)
         if made.state_channels:
             state = torch.zeros(BATCH, HEADS * N, made.state_channels)
             received = torch.ones(BATCH, 3, HEADS * N)
@@ -65,7 +66,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             window=WINDOW,
             scaling=1.0,
             softcap=None,
-            layer=0,
+            layer=1,
             seed=0,
         )
         scores = made.score(candidates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from made_statistics import ready
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
+from reasonalloc.policies.tri_attention import TriAttention
 
 SPECS = {
     "streaming_llm": {"sinks": 2},
@@ -20,6 +23,7 @@ SPECS = {
     "h2o": {},
     "lazy_eviction": {"threshold": 0.3},
     "snapkv": {"kernel": 7, "pooling": "max"},
+    "tri_attention": {"horizon": 100},
     "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
     "random": {},
 }
@@ -96,15 +100,21 @@ def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) ->
     for name, parameters in SPECS.items():
         arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
         for spec, kwargs in ((name, {}), (f"{name}({arguments})", parameters)):
-            policy = POLICIES.create(spec)
+            policy = ready(spec, candidates.layer, len(lengths[0]) * group, 8)
+            own = extra(policy)
             fast = policy.score(observed(policy, candidates, seed))
             assert fast.dtype == torch.float32 and fast.shape == candidates.positions.shape
             for b, row in enumerate(lengths):
                 for h, length in enumerate(row):
-                    slow = reference.SCORES[name](head_of(candidates, b, h, seed), **kwargs)
+                    slow = reference.SCORES[name](head_of(candidates, b, h, seed), **kwargs, **own)
                     free = length - window
                     expected = torch.tensor(slow[:free])
                     torch.testing.assert_close(fast[b, h, :free], expected, rtol=1e-4, atol=1e-6)
+
+
+def extra(policy: Policy) -> dict[str, Any]:
+    """What the reference needs besides the parameters."""
+    return {"statistics": policy._statistics} if isinstance(policy, TriAttention) else {}
 
 
 def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
@@ -166,6 +176,7 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
         "snapkv(pooling=sum)",
         "streaming_llm(sinks=-1)",
         "lazy_eviction(threshold=0)",
+        "tri_attention(horizon=0)",
     ],
 )
 def test_parameters_are_checked(spec: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import made_statistics
 import reasonalloc
 from models import prompt, tiny
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
@@ -23,22 +26,28 @@ def test_every_policy_and_head_allocator_has_a_reference() -> None:
 def compare(name: str, length: int, tokens: int, **settings: object) -> None:
     model = tiny(name)
     ids = prompt(length, seed=length)
+    statistics = made_statistics.of_model(model) if "statistics" in settings else None
+    if statistics is not None:
+        statistics.save(settings["statistics"])  # type: ignore[arg-type]
+        settings["profile"] = settings.pop("statistics")
     full = model.generate(ids, max_new_tokens=tokens, do_sample=False)
     with reasonalloc.attach(model, record="tokens", **settings) as attached:  # type: ignore[arg-type]
         fast = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         recorder = attached.recorder
         config, totals = attached.config, attached.totals
     assert recorder is not None and recorder.compressions >= 6
+    policy = config.arm.policy
     slow = Simulator(
         model,
         totals,
-        config.arm.policy,
+        policy,
         config.arm.heads,
         config.interval,
         config.window,
         config.n_sink,
         config.protect_prompt,
         config.seed,
+        statistics if policy.startswith("tri_attention") else None,
     )
     assert slow.generate(ids, tokens) == fast[0, length:].tolist()
     for layer in range(len(totals)):
@@ -52,8 +61,24 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("policy", sorted(SCORES))
-def test_policy_and_heads(policy: str, heads: str) -> None:
-    compare("llama", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
+def test_policy_and_heads(policy: str, heads: str, tmp_path: Path) -> None:
+    settings = with_file(policy, "uniform", tmp_path)
+    compare("llama", 45, 50, budget=20, heads=heads, interval=8, window=4, **settings)
+
+
+def with_file(policy: str, layers: str, folder: Path) -> dict[str, object]:
+    """Settings of an arm, and where the statistics go if it reads some."""
+    settings: dict[str, object] = {"policy": policy, "layers": layers}
+    if policy == "tri_attention" or layers in ("cake", "dynamickv"):
+        settings["statistics"] = folder / "statistics.safetensors"
+    return settings
+
+
+@pytest.mark.parametrize("name", ["olmo2", "phi3"])
+def test_expected_attention_of_other_models(name: str, tmp_path: Path) -> None:
+    for layers in ("cake", "dynamickv"):
+        settings = with_file("tri_attention", layers, tmp_path)
+        compare(name, 45, 50, budget=20, heads="reasonalloc", interval=8, window=4, **settings)
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
@@ -63,18 +88,18 @@ def test_recurrence_with_tokens_that_are_not_attended_to(threshold: float) -> No
         compare("llama", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
 
 
-@pytest.mark.parametrize("layers", ["pyramid", "pyramid(beta=3)"])
-def test_layer_budgets(layers: str) -> None:
-    compare("qwen3", 30, 40, budget=24, policy="snapkv", layers=layers, interval=8, window=4)
+@pytest.mark.parametrize("layers", ["pyramid", "pyramid(beta=3)", "cake", "dynamickv"])
+def test_layer_budgets(layers: str, tmp_path: Path) -> None:
+    settings = with_file("snapkv", layers, tmp_path)
+    compare("qwen3", 30, 40, budget=24, interval=8, window=4, **settings)
 
 
 @pytest.mark.parametrize("policy", sorted(SCORES))
 @pytest.mark.parametrize("options", [{"n_sink": 15}, {"protect_prompt": True}])
-def test_forced_tokens(policy: str, options: dict[str, int]) -> None:
+def test_forced_tokens(policy: str, options: dict[str, int], tmp_path: Path) -> None:
     for heads in ("uniform", "reasonalloc"):
-        compare(
-            "qwen2", 22, 50, budget=30, policy=policy, heads=heads, interval=8, window=4, **options
-        )
+        settings = with_file(policy, "uniform", tmp_path) | options
+        compare("qwen2", 22, 50, budget=30, heads=heads, interval=8, window=4, **settings)
 
 
 def test_total_that_does_not_divide_and_short_prompt() -> None:

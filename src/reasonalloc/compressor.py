@@ -11,8 +11,9 @@ from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Rows, Slab, slab_slots
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.observation import observe_prefill, observe_step
 from reasonalloc.policies import Candidates, Policy
-from reasonalloc.prefill import joined_rows, new_positions, observed_state, over_past
+from reasonalloc.prefill import joined_rows, new_positions, over_past
 from reasonalloc.recorder import Recorder
 from reasonalloc.selection import select
 from reasonalloc.window import QueryWindow
@@ -147,12 +148,9 @@ class LayerCompressor:
         out, received = self._backend.decode(
             query, slab, scaling, softcap, self._policy.state_channels > 0
         )
-        if received is not None and slab.state is not None:
-            received = received if valid is None else received * valid
-            seen = self._seen if isinstance(self._seen, int) else self._seen[:, None]
-            age = (seen - slab.positions).float()
-            mean = received * (slab.kv_heads / query.shape[1])  # over the group's query heads
-            self._policy.observe(slab.state, mean[:, None], age[:, None])
+        if received is not None:
+            group = query.shape[1] // slab.kv_heads
+            observe_step(self._policy, slab, received, group, self._seen, valid)
         self._seen = self._seen + (1 if valid is None else valid.squeeze(1).long())
         self._columns += 1
         self._held += slab.kv_heads
@@ -187,7 +185,7 @@ class LayerCompressor:
         state = None
         if self._policy.state_channels:
             received = received_blocks(query, keys, visible, valid, scaling, softcap)
-            state = observed_state(self._policy, past, positions, heads, received)
+            state = observe_prefill(self._policy, past, positions, heads, received)
         if self._queries is not None:
             self._queries.push(query, self._seen, valid)
         rows = joined_rows(past, key, value, positions, valid, state)

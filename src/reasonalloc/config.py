@@ -86,7 +86,8 @@ class CompressionConfig:
         n_sink: first tokens of each sequence that are always kept (0: none).
         protect_prompt: keep every token of the first prompt.
         seed: seed of the ``random`` policy.
-        profile: path of a profile file for the ``profile`` layer allocator.
+        profile: path of a calibrated file, for the policy or layer allocator that reads one and has
+            no path of its own.
         attention: ``auto``, or a name from ``reasonalloc ls``.
         record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
     """
@@ -118,8 +119,3 @@ class CompressionConfig:
             )
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))
-        if self.profile is not None and not self.arm.layers.startswith("profile"):
-            raise UsageError(
-                f"profile={str(self.profile)!r} has no effect with layers={self.arm.layers!r}: "
-                "use layers='profile' or the preset 'reasonalloc', or leave the profile out"
-            )

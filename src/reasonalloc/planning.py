@@ -2,15 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.cache import LayerShape, MemoryPlan
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.policies import POLICIES
+from reasonalloc.policies import POLICIES, ModelFacts, Policy
 from reasonalloc.profiles import config_hash
+from reasonalloc.rotary import Rope
+
+T = TypeVar("T")
+
+
+def files_missing(arm: Arm) -> dict[str, str]:
+    """Parts of an arm that read a calibrated file and do not name it, and its kind."""
+    return {
+        name: getattr(part, "reads", "profile")
+        for name, part in _parts(arm).items()
+        if getattr(part, "path", None) == ""
+    }
+
+
+def _parts(arm: Arm) -> dict[str, Policy | LayerAllocator]:
+    return {"policy": POLICIES.create(arm.policy), "layers": LAYER_ALLOCATORS.create(arm.layers)}
+
+
+def check_profile(config: CompressionConfig) -> None:
+    """Refuse a profile that nothing reads, or that two parts would read as different files.
+
+    Raises:
+        UsageError: as said, or an unknown policy or layer allocator.
+    """
+    missing, arm = files_missing(config.arm), config.arm
+    if config.profile is None:
+        return
+    given = f"profile={str(config.profile)!r}"
+    if not missing:
+        for name, part in _parts(arm).items():
+            if getattr(part, "path", None):
+                raise UsageError(f"{given} and {name}={getattr(arm, name)!r} both name a file")
+        raise UsageError(
+            f"{given} has no effect with policy={arm.policy!r} and layers={arm.layers!r}: use a "
+            "part that reads a file (layers='profile' or the preset 'reasonalloc', 'cake', "
+            "'tri_attention'), or leave the profile out"
+        )
+    if len(set(missing.values())) > 1:
+        raise UsageError(
+            f"{given}: policy={arm.policy!r} and layers={arm.layers!r} read different kinds of "
+            "files: name both in parentheses, as tri_attention(path=FILE) and profile(path=FILE)"
+        )
+
+
+def _with_file(part: T, profile: str | os.PathLike[str] | None) -> T:
+    """A policy or allocator with the path that its specification leaves out."""
+    if profile is None or getattr(part, "path", None) != "":
+        return part
+    made: Any = part
+    found: T = dataclasses.replace(made, path=os.fspath(profile))
+    return found
+
+
+def bound_policy(
+    config: CompressionConfig,
+    shapes: tuple[LayerShape, ...],
+    model_config: Any,
+    name: str,
+    load_rope: Callable[[], Rope] | None = None,
+) -> Policy:
+    """The policy of a run, checked against the model.
+
+    Args:
+        config, shapes, model_config, name: as for ``layer_totals``.
+        load_rope: reads the model's rotary embedding; None while its weights are not loaded.
+    """
+    budgeted = [shape for shape in shapes if shape.compressible]
+    facts = ModelFacts(
+        model_id=name,
+        config_hash=config_hash(model_config.to_dict()),
+        layers=len(budgeted),
+        query_heads=budgeted[0].query_heads,
+        head_dim=budgeted[0].head_dim,
+        load_rope=load_rope,
+    )
+    check_profile(config)
+    return _with_file(POLICIES.create(config.arm.policy), config.profile).bind(facts)
 
 
 def layer_totals(
@@ -26,14 +105,8 @@ def layer_totals(
     """
     budgeted = [shape for shape in shapes if shape.compressible]
     spec = config.arm.layers
-    allocator = LAYER_ALLOCATORS.create(spec)
-    if config.profile is not None:
-        if getattr(allocator, "path", None):
-            raise UsageError(
-                f"profile={str(config.profile)!r} and layers={spec!r} both name a file"
-            )
-        spec = spec.partition("(")[0]
-        allocator = type(allocator)(**{**vars(allocator), "path": os.fspath(config.profile)})
+    check_profile(config)
+    allocator = _with_file(LAYER_ALLOCATORS.create(spec), config.profile)
     query = LayerQuery(
         layers=len(budgeted),
         kv_heads=budgeted[0].kv_heads,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from reasonalloc.attention.dense import repeat_heads
 from reasonalloc.cache import Rows
-from reasonalloc.policies import Policy
 
 
 def over_past(past: Rows, mask: Tensor | None, columns: int, query_heads: int) -> Tensor:
@@ -38,34 +35,6 @@ def new_positions(key: Tensor, seen: int | Tensor, valid: Tensor | None) -> Tens
         start = seen if isinstance(seen, int) else seen[:, None]
         places = start + real.long().cumsum(dim=1) - 1
     return places.to(torch.int32)
-
-
-def observed_state(
-    policy: Policy,
-    past: Rows | None,
-    positions: Tensor,
-    kv_heads: int,
-    received: Iterable[tuple[int, int, Tensor]],
-) -> Tensor:
-    """What the policy knows of every token after a prefill: [batch, kv_heads, past + q, channels].
-
-    Args:
-        policy: has ``state_channels``.
-        past: what the layer held before.
-        positions: [batch, q] int32, of the new tokens.
-        kv_heads: number of KV heads.
-        received: from ``attention.dense.received_blocks``, over past and new tokens.
-    """
-    batch, columns = positions.shape
-    state = torch.zeros(batch, kv_heads, columns, policy.state_channels, device=positions.device)
-    tokens = positions[:, None].expand(-1, kv_heads, -1)
-    if past is not None and past.state is not None:
-        state = torch.cat([past.gather(past.state), state], dim=2)
-        tokens = torch.cat([past.gather(past.positions), tokens], dim=2)
-    for start, stop, weights in received:
-        age = positions[:, None, start:stop, None] - tokens[:, :, None]
-        policy.observe(state, weights, age.float())
-    return state
 
 
 def joined_rows(

@@ -1,4 +1,4 @@
-"""``reasonalloc calibrate``: measure a model once, keep the profile."""
+"""``reasonalloc calibrate``: measure a model once, keep the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UsageError, unknown_name
 
 _TEXT_FIELDS = ("prompt", "problem", "question")
 
@@ -23,7 +23,7 @@ Prompts = Annotated[
         help="JSON lines with prompt, problem, question or messages; from no test set.",
     ),
 ]
-Out = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="Profile to write.")]
+Out = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="File to write.")]
 Count = Annotated[int, typer.Option("--count", help="Prompts to use, from the top.", min=1)]
 Rho = Annotated[float, typer.Option("--rho", help="Share of attention mass to keep.")]
 NewTokens = Annotated[
@@ -32,26 +32,47 @@ NewTokens = Annotated[
 Every = Annotated[int, typer.Option("--every", help="Generated tokens between samples.", min=1)]
 
 
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        help="attention-mass (a profile), or statistics (for tri_attention, cake, dynamickv).",
+    ),
+]
+
+
 def command(
+    context: typer.Context,
     prompts: Prompts,
     out: Out,
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    objective: ObjectiveName = "attention-mass",
     count: Count = 8,
     rho: Rho = 0.93,
     max_new_tokens: NewTokens = 4096,
     every: Every = 128,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how many tokens each layer attends to (the Reasoning Wave) with the full cache."""
+    """Measure a model once with its full cache: the Reasoning Wave, or statistics."""
+    from reasonalloc.cli.objectives import OBJECTIVES
+
+    if objective not in OBJECTIVES:
+        raise unknown_name("objective", objective, OBJECTIVES)
+    chosen = OBJECTIVES[objective]
+    own = {"rho": rho}  # options that only some objectives have
+    for option in own.keys() - chosen.options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option} has no effect with --objective {objective}: leave it out")
     name = o.pick_model(model, model_option)
     messages = read_prompts(prompts, count)
     target = _writable(out)
+    chosen.check_out(out)
     from rich.progress import Progress
 
-    from reasonalloc.calibration import attention_mass
     from reasonalloc.cli.prompts import encode
     from reasonalloc.loading import load_model
 
@@ -60,28 +81,22 @@ def command(
     tokens = [encode(tokenizer, m, False, True) for m in messages]
     with Progress(console=output.stderr(), transient=True) as bar:
         task = bar.add_task("Calibrating", total=len(tokens))
-        profile = attention_mass(
+        measured = chosen.measure(
             loaded,
             tokens,
-            rho=rho,
+            lambda _: bar.advance(task),
             max_new_tokens=max_new_tokens,
             every=every,
-            on_prompt=lambda _: bar.advance(task),
+            **{option: own[option] for option in chosen.options},
         )
-    profile.save(target)
+    measured.save(target)
     if as_json:
-        output.print_json({"profile": str(target), "demand_mean": profile.demand_mean})
+        output.print_json({"profile": str(target), **measured.data})
         return
-    rows = [
-        (str(layer), f"{mean:.1f}", f"{most:.1f}")
-        for layer, (mean, most) in enumerate(
-            zip(profile.demand_mean, profile.demand_max, strict=True)
-        )
-    ]
-    columns = [("layer", True), ("mean over heads", True), ("largest head", True)]
-    title = f"Tokens for {rho:.0%} of the attention mass, {len(tokens)} prompts"
-    output.stdout().print(output.grid(columns, rows, title))
-    output.stdout().print(f"Written to {target}; use it with --arm reasonalloc --profile {target}")
+    output.stdout().print(output.grid(measured.columns, measured.rows, measured.title))
+    if measured.note:
+        output.note(measured.note)
+    output.stdout().print(f"Written to {target}; use it with {measured.use} {target}")
 
 
 def read_prompts(path: str, count: int) -> list[list[dict[str, str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -102,6 +101,7 @@ def _jobs(
     budgets: str, arms: str, profile: str | None, shared: dict[str, Any]
 ) -> list[CompressionConfig]:
     from reasonalloc.config import parse_arm
+    from reasonalloc.planning import files_missing
 
     try:
         sizes = [int(size) for size in budgets.split(",")]
@@ -115,7 +115,7 @@ def _jobs(
         for arm in parsed:
             if arm is None:
                 raise UsageError("arm 'full' is what all arms are compared with: leave it out")
-            own = profile if arm.layers.startswith("profile") else None
+            own = profile if files_missing(arm) else None
             jobs.append(CompressionConfig(budget=size, arm=arm, profile=own, **shared))
     return jobs
 
@@ -124,12 +124,11 @@ def _digest(profile: str | None) -> str | None:
     """Fingerprint of a profile's content: another file under the same name is another setting."""
     if profile is None:
         return None
-    from dataclasses import asdict
-
-    from reasonalloc.profiles import load_profile
-
-    text = json.dumps(asdict(load_profile(profile)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    try:
+        content = Path(profile).read_bytes()
+    except OSError as error:
+        raise UsageError(f"profile {profile!r} cannot be read: {error.strerror}") from None
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run(

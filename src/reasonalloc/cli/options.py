@@ -93,7 +93,7 @@ ProfileFile = Annotated[
     typer.Option(
         "--profile",
         metavar="FILE",
-        help="Calibrated profile for the layer allocator 'profile'.",
+        help="Calibrated file for the policy or layer allocator that reads one.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -133,13 +133,11 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
                 )
         return None
     from reasonalloc.allocators.head import HEAD_ALLOCATORS
-    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
     from reasonalloc.attention import choose_backend
-    from reasonalloc.policies import POLICIES
+    from reasonalloc.planning import check_profile
 
     config = CompressionConfig(arm=parsed, **settings)
-    POLICIES.create(parsed.policy)
-    LAYER_ALLOCATORS.create(parsed.layers)
+    check_profile(config)
     HEAD_ALLOCATORS.create(parsed.heads)
     choose_backend(config.attention)
     return config
@@ -181,9 +179,11 @@ def make_layout(model_config: Any, name: str, config: CompressionConfig | None) 
         UnsupportedError: a model that cannot work.
     """
     from reasonalloc.integrations.hf.model import layer_shapes, text_config
-    from reasonalloc.planning import layer_totals
+    from reasonalloc.planning import bound_policy, layer_totals
 
     text = text_config(model_config)
     shapes = layer_shapes(text, name)
-    totals = None if config is None else layer_totals(config, shapes, text, name)
-    return Layout(shapes, totals, config)
+    if config is None:
+        return Layout(shapes, None, None)
+    bound_policy(config, shapes, text, name)  # a wrong file is refused before weights are loaded
+    return Layout(shapes, layer_totals(config, shapes, text, name), config)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reasonalloc.errors import UsageError
 from reasonalloc.registry import Registry
+from reasonalloc.rotary import Rope
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,28 @@ class Candidates:
         return self.index < (self.lengths - self.window)[..., None]
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a policy may know of the model before the first token.
+
+    Attributes:
+        model_id: name of the model, for messages.
+        config_hash: fingerprint of its configuration (``profiles.config_hash``).
+        layers: number of layers under a budget.
+        query_heads: query heads per layer.
+        head_dim: width of a query.
+        load_rope: returns its rotary embedding, or raises ``UnsupportedError`` if it has none that
+            is a fixed rotation; None while only the configuration is known.
+    """
+
+    model_id: str
+    config_hash: str
+    layers: int
+    query_heads: int
+    head_dim: int
+    load_rope: Callable[[], Rope] | None = None
+
+
 class Policy(ABC):
     """Scores candidates. Pure: no budget, no memory; what it keeps per token lives in the cache."""
 
@@ -89,6 +112,14 @@ class Policy(ABC):
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:
         """[batch, kv_heads, n] float32, higher is kept; only evictable entries are looked at."""
+
+    def bind(self, model: ModelFacts) -> Policy:
+        """The policy for a model; called once before the first token, may read files.
+
+        Raises:
+            UsageError: a file is needed and missing, broken or of another model.
+        """
+        return self
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
         """Update the tokens' state in place by the attention of one or more queries, in order.

@@ -21,8 +21,8 @@ from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.planning import layer_totals, plan_memory
-from reasonalloc.policies import POLICIES
+from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.planning import bound_policy, layer_totals, plan_memory
 from reasonalloc.recorder import Recorder
 
 _HANDLE = "_reasonalloc"
@@ -40,7 +40,6 @@ class Attachment:
     def __init__(self, model: Any, config: CompressionConfig) -> None:
         self.config = config
         self.shapes = check_model(model)
-        self._policy = POLICIES.create(config.arm.policy)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(config.attention)
         self._text_config = text_config(model)
@@ -50,6 +49,9 @@ class Attachment:
                 "copy of the configuration, or detach the other one"
             )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._policy = bound_policy(
+            config, self.shapes, self._text_config, name, lambda: read_rope(model)
+        )
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
         self._model: Any = model
         self._own_generate = model.__dict__.get("generate")

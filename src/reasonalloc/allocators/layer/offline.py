@@ -1,0 +1,47 @@
+"""What layer allocators share that divide by calibrated statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reasonalloc.allocators.layer.base import LayerQuery
+from reasonalloc.allocators.rounding import robustify
+from reasonalloc.errors import UsageError
+from reasonalloc.statistics_file import Statistics, load_statistics
+
+
+def statistics_of(name: str, path: str, query: LayerQuery) -> Statistics:
+    """The statistics file of allocator ``name``, made for the query's model.
+
+    Raises:
+        UsageError: no path, or a file that is missing, broken or of another model.
+    """
+    if not path:
+        raise UsageError(
+            f"layers={name!r} needs a statistics file: pass profile='FILE.safetensors' "
+            "(--profile FILE.safetensors), made for this model with "
+            "'reasonalloc calibrate --objective statistics'"
+        )
+    found = load_statistics(path)
+    found.check_model(query.model_id, query.config_hash, query.layers)
+    return found
+
+
+def in_proportion(preference: Tensor, query: LayerQuery) -> list[int]:
+    """Windows for all, the rest in proportion to ``preference`` [layers], with an exact sum.
+
+    Every layer keeps at least the sinks and one token more per head besides its window, if the
+    budget has room for that.
+    """
+    windows = query.kv_heads * query.window
+    mean = query.kv_heads * query.budget - windows
+    least = min(query.kv_heads * (query.n_sink + 1), mean)
+    free = robustify(
+        preference,
+        torch.tensor(query.layers * mean),
+        torch.full((query.layers,), least),
+        torch.full((query.layers,), query.layers * mean),
+        exponent=1.0,
+    )
+    return [int(tokens) + windows for tokens in free]

@@ -1,0 +1,157 @@
+"""Generations with the full cache, watched by an attention function of transformers' interface."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from reasonalloc.errors import UsageError
+from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+
+_IMPLEMENTATION = "reasonalloc-calibration"
+
+
+def window_attention(
+    queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention weights of the last queries over all keys, causal: [kv_heads, group, window, n].
+
+    Args:
+        queries: [query_heads, window, head_dim], of the last ``window`` tokens, oldest first.
+        keys: [kv_heads, n, head_dim], the last key belongs to the last query.
+        scaling, softcap: of the attention logits.
+
+    Returns:
+        float32, rows sum to 1.
+    """
+    kv_heads, n, head_dim = keys.shape
+    window = queries.shape[1]
+    grouped = queries.reshape(kv_heads, -1, window, head_dim).float()
+    logits = grouped @ keys[:, None].float().transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    newest = torch.arange(n - window, n, device=keys.device)
+    future = torch.arange(n, device=keys.device) > newest[:, None]
+    return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+class Observer(ABC):
+    """Attention function that shows what it sees, one sequence at a time.
+
+    Args:
+        layers: indices of the layers to watch.
+        every: generated tokens between two samples of a layer.
+        window: queries in a sample.
+    """
+
+    def __init__(self, layers: Sequence[int], every: int, window: int) -> None:
+        self.layers = layers
+        self.every, self.window = every, window
+        self._queries: dict[int, Tensor] = {}
+        self._steps: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self.sampled: set[int] = set()
+
+    def start(self) -> None:
+        """A new prompt begins."""
+        self._queries, self._steps, self._seen, self.sampled = {}, {}, {}, set()
+
+    def on_queries(self, layer: int, query: Tensor, first: int) -> None:  # noqa: B027 (optional)
+        """New queries after RoPE, [query_heads, q, head_dim], of positions from ``first`` on."""
+
+    @abstractmethod
+    def on_sample(self, layer: int, weights: Tensor) -> None:
+        """``window_attention`` of a layer, after every ``every``-th generated token."""
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """The attention function."""
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        layer = module.layer_idx
+        if layer in self.layers:
+            self._watch(layer, query[0], key[0], scaling, softcap)
+        return attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
+        )
+
+    def _watch(
+        self, layer: int, query: Tensor, key: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        seen = self._seen.get(layer, 0)
+        self._seen[layer] = seen + query.shape[1]
+        self.on_queries(layer, query, seen)
+        recent = query[:, -self.window :]
+        if layer in self._queries:
+            recent = torch.cat([self._queries[layer], recent], dim=1)[:, -self.window :]
+        self._queries[layer] = recent
+        if query.shape[1] == 1:
+            self._steps[layer] = self._steps.get(layer, 0) + 1
+            if self._steps[layer] % self.every == 0 and self._seen[layer] > self.window:
+                self.sampled.add(layer)
+                self.on_sample(layer, window_attention(recent, key, scaling, softcap))
+
+
+def observe(
+    model: Any, prompts: Sequence[Tensor], observer: Observer, max_new_tokens: int
+) -> Iterator[int]:
+    """Generate greedily from each prompt under the observer; yields the index of each when done.
+
+    Args:
+        model: a decoder-only transformers model, not attached to anything.
+        prompts: token ids, each [1, tokens].
+        observer: started anew for every prompt.
+        max_new_tokens: generated tokens per prompt, at most.
+
+    Raises:
+        UsageError: a wrong argument, or a generation too short for a single sample.
+    """
+    sizes = {"every": observer.every, "window": observer.window, "max_new_tokens": max_new_tokens}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UsageError(f"{name}={size} must be at least 1")
+    if not prompts:
+        raise UsageError("prompts: none given, at least one is needed")
+    original = model.config._attn_implementation
+    AttentionInterface.register(_IMPLEMENTATION, observer)
+    AttentionMaskInterface.register(_IMPLEMENTATION, mask_forward)
+    try:
+        model.set_attn_implementation(_IMPLEMENTATION)
+        for index, ids in enumerate(prompts):
+            observer.start()
+            model.generate(ids.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+            if any(layer not in observer.sampled for layer in observer.layers):
+                raise UsageError(
+                    f"prompt {index}: the generation ended before {observer.every} tokens, so "
+                    "nothing was measured: lower every, raise max_new_tokens or take another prompt"
+                )
+            yield index
+    finally:
+        model.set_attn_implementation(original)
+
+
+def fingerprint(ids: Tensor) -> str:
+    """SHA-256 of a prompt's token ids."""
+    text = ",".join(str(int(token)) for token in ids.flatten())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_name(model: Any) -> str:
+    """Name of a model, for messages."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -1,0 +1,173 @@
+"""Statistics of queries and window attention, measured with the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reasonalloc.calibration.observe import Observer, fingerprint, model_name, observe
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.rope import check_rotation, read_rope
+from reasonalloc.profiles import config_hash
+from reasonalloc.rotary import Rope, to_features, turns
+from reasonalloc.statistics_file import Statistics
+
+KERNEL = 7  # of DynamicKV's pooling, as in its code
+
+
+def spread(weights: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """CAKE's entropy and variance of a layer's window attention to the keys before the window.
+
+    Args:
+        weights: [kv_heads, group, window, n].
+        window: newest keys that are left out.
+
+    Returns:
+        Entropy in nats, summed over heads and queries; variance over the queries, summed over heads
+        and keys. Two float64 numbers.
+    """
+    earlier = weights[..., : weights.shape[-1] - window].double()
+    entropy = -torch.xlogy(earlier, earlier).sum()
+    return entropy, earlier.var(dim=2).sum()
+
+
+def pooled(weights: Tensor, window: int) -> Tensor:
+    """DynamicKV's attention per key before the window: [query_heads, n - window] float32."""
+    received = weights[..., : weights.shape[-1] - window].sum(dim=2).flatten(0, 1)
+    return F.avg_pool1d(received[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
+
+
+def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[float]]:
+    """Share of the highest attentions, pooled over layers and heads, that each layer holds.
+
+    Args:
+        attention: [query_heads, n] of each layer.
+        tops: tokens per (layer, query head), each at most ``n``.
+
+    Returns:
+        [tops][layers], each row sums to 1. Equal attentions: the earlier layer's counts.
+    """
+    flat = torch.stack([layer.cpu().flatten() for layer in attention])
+    heads, width = attention[0].shape[0], flat.shape[1]
+    order = flat.flatten().sort(descending=True, stable=True).indices // width
+    found = []
+    for top in tops:
+        kept = order[: top * heads * len(attention)]
+        counts = kept.bincount(minlength=len(attention)).double()
+        found.append((counts / counts.sum()).tolist())
+    return found
+
+
+class _Statistics(Observer):
+    """Collects sums over all queries and, per prompt, what the samples show."""
+
+    def __init__(self, layers: Sequence[int], every: int, window: int, rope: Rope | None) -> None:
+        super().__init__(layers, every, window)
+        self._rope = rope
+        self.sums: dict[int, Tensor] = {}
+        self.sizes: dict[int, Tensor] = {}
+        self.queries = 0
+        self.spreads: dict[int, list[Tensor]] = {}
+        self.shares: dict[int, list[list[float]]] = {}
+        self._pooled: dict[int, Tensor] = {}
+
+    def start(self) -> None:
+        super().start()
+        self.spreads = {layer: [] for layer in self.layers}
+        self.shares, self._pooled = {}, {}
+
+    def on_queries(self, layer: int, query: Tensor, first: int) -> None:
+        if self._rope is None:
+            return
+        positions = torch.arange(first, first + query.shape[1], device=query.device)
+        turn = turns(-positions, self._rope.rates(query.device))
+        features = to_features(query, self._rope.pairs) * turn
+        for sums, values in ((self.sums, features), (self.sizes, features.abs())):
+            sums[layer] = values.sum(dim=1) + sums.get(layer, 0)
+        self.queries += query.shape[1] if layer == self.layers[0] else 0
+
+    def mean(self, sums: dict[int, Tensor]) -> Tensor:
+        """[layers, query_heads, features] of sums over all queries."""
+        return torch.stack([sums[layer].cpu() for layer in self.layers]) / self.queries
+
+    def on_sample(self, layer: int, weights: Tensor) -> None:
+        self.spreads[layer].append(torch.stack(spread(weights, self.window)))
+        self._pooled[layer] = pooled(weights, self.window)
+        if len(self._pooled) == len(self.layers):
+            attention = [self._pooled[index] for index in self.layers]
+            tops = [1 << power for power in range(attention[0].shape[1].bit_length())]
+            for top, share in zip(tops, top_shares(attention, tops), strict=True):
+                self.shares.setdefault(top, []).append(share)
+            self._pooled = {}
+
+
+def statistics(
+    model: Any,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int = 4096,
+    every: int = 128,
+    window: int = 8,
+    on_prompt: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Measure query and attention statistics with the full cache (docs/method.md, "Offline").
+
+    Args:
+        model: a decoder-only transformers model, not attached to anything.
+        prompts: token ids, each [1, tokens]; at most 8 are usual. None of a test set.
+        max_new_tokens: generated tokens per prompt, greedily, at most.
+        every: generated tokens between two samples of window attention; all queries are averaged.
+        window: queries per sample.
+        on_prompt: called with the index of every finished prompt.
+
+    Returns:
+        For the policy ``tri_attention``, the layer allocators ``cake`` and ``dynamickv``. Without
+        queries if the model's rotary embedding does not allow for their mean (``no_queries``).
+
+    Raises:
+        UsageError: a wrong argument, or generations too short for a single sample.
+        UnsupportedError: a model that cannot run under a budget.
+    """
+    if window < 2:
+        raise UsageError(f"window={window}: a variance over queries needs at least 2")
+    budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
+    rope, reason = None, ""
+    try:
+        rope = read_rope(model)
+        check_rotation(model, rope, int(prompts[0][0, -1]) if prompts else 0)
+    except UnsupportedError as error:
+        rope, reason = None, str(error)
+    observer = _Statistics(budgeted, every, window, rope)
+    spreads: list[Tensor] = []
+    shares: dict[int, list[Tensor]] = {}
+    for index in observe(model, prompts, observer, max_new_tokens):
+        means = [torch.stack(observer.spreads[layer]).mean(dim=0).cpu() for layer in budgeted]
+        spreads.append(torch.stack(means))
+        for top, samples in observer.shares.items():
+            shares.setdefault(top, []).append(
+                torch.tensor(samples, dtype=torch.float64).mean(dim=0)
+            )
+        if on_prompt is not None:
+            on_prompt(index)
+    entropy, variance = torch.stack(spreads).mean(dim=0).unbind(dim=1)
+    return Statistics(
+        model_id=model_name(model),
+        config_hash=config_hash(text_config(model).to_dict()),
+        steps=max_new_tokens,
+        window=window,
+        prompt_hashes=[fingerprint(ids) for ids in prompts],
+        layers=budgeted,
+        entropy=entropy.contiguous(),
+        variance=variance.contiguous(),
+        tops=sorted(shares),
+        top_share=torch.stack([torch.stack(shares[top]).mean(dim=0) for top in sorted(shares)]),
+        rope=rope,
+        query_mean=None if rope is None else observer.mean(observer.sums).to(torch.complex64),
+        query_norm=None if rope is None else observer.mean(observer.sizes).float(),
+        no_queries=reason,
+    )
