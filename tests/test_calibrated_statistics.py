@@ -20,7 +20,9 @@ from models import prompt, tiny
 from reasonalloc import UnsupportedError, UsageError
 from reasonalloc.calibration import statistics
 from reasonalloc.cli.main import main
+from reasonalloc.policies.tri_attention import TriAttention
 from reasonalloc.statistics_file import load_statistics
+from test_policies import ragged
 from tiny_folder import save_tiny
 
 YARN = {
@@ -151,10 +153,7 @@ def test_attention_follows_the_average_query() -> None:
     assert made.rope is not None and made.query_mean is not None
     # Queries that are all alike: nothing is spread, and the score is their logit.
     alike = dataclasses.replace(made, query_norm=made.query_mean.abs())
-    policy = reasonalloc.policies.POLICIES.create("tri_attention(horizon=1)")
-    bound = policy.with_statistics(alike)  # type: ignore[attr-defined]
-    from test_policies import ragged
-
+    bound = TriAttention(horizon=1).with_statistics(alike)
     candidates = dataclasses.replace(ragged(5, [[20, 20, 20]], 2, 4), layer=1)
     found = bound.score(candidates)[0, :, :16]
     rope = made.rope

@@ -69,6 +69,7 @@ class _Statistics(Observer):
     def __init__(self, layers: Sequence[int], every: int, window: int, rope: Rope | None) -> None:
         super().__init__(layers, every, window)
         self._rope = rope
+        self._rates: dict[int, Tensor] = {}  # per layer, since layers may lie on several devices
         self.sums: dict[int, Tensor] = {}
         self.sizes: dict[int, Tensor] = {}
         self.queries = 0
@@ -85,7 +86,9 @@ class _Statistics(Observer):
         if self._rope is None:
             return
         positions = torch.arange(first, first + query.shape[1], device=query.device)
-        turn = turns(-positions, self._rope.rates(query.device))
+        if layer not in self._rates:
+            self._rates[layer] = self._rope.rates(query.device)
+        turn = turns(-positions, self._rates[layer])
         features = to_features(query, self._rope.pairs) * turn
         for sums, values in ((self.sums, features), (self.sizes, features.abs())):
             sums[layer] = values.sum(dim=1) + sums.get(layer, 0)
