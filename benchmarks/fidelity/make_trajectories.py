@@ -1,0 +1,121 @@
+"""Texts for the fidelity benchmark: five kinds, calibration and test kept apart.
+
+    python benchmarks/fidelity/make_trajectories.py MODEL MATH.jsonl GSM8K.jsonl OUT_FOLDER
+
+Worked solutions and question-answer pairs come from the two files (fields ``problem`` and
+``solution``; ``question`` and ``answer``), code and technical prose from Python's standard library,
+licence prose from the installed packages, and generated text from the model itself, sampled with
+the full cache. Each trajectory has 48 prompt tokens and 720 completion tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+from reasonalloc.loading import load_model
+
+PROMPT, COMPLETION = 48, 720
+CODE = {
+    "calibration": ("heapq", "textwrap", "csv"),
+    "test": ("argparse", "statistics", "difflib", "configparser", "fractions"),
+}
+TOPICS = {
+    "calibration": ("execmodel", "customization", "import"),
+    "test": ("compound", "attribute-access", "formatstrings", "typesmapping"),
+}
+ASKED = {
+    "calibration": (
+        "Explain step by step how a bicycle stays upright, in detail.",
+        "Write a long story about a lighthouse keeper who finds a map.",
+        "Solve step by step: a train leaves at 9 and another at 10. Invent the numbers.",
+    ),
+    "test": (
+        "Write a detailed essay about the history of bread.",
+        "Write a long story about two sisters who repair an old boat.",
+        "Explain step by step how to plan a garden for a small school, with reasons.",
+        "Think aloud, step by step: how many piano tuners work in a large city?",
+        "Explain in detail how a computer program is compiled and run.",
+    ),
+}
+
+
+def _joined(rows: list[dict[str, Any]], first: str, second: str, names: str) -> Iterator[str]:
+    """Endless text: one problem after the other, from the given rows."""
+    for row in rows:
+        yield names.format(row[first], row[second])
+
+
+def _cut(tokenizer: Any, pieces: Iterator[str]) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= PROMPT + COMPLETION:
+            return ids[: PROMPT + COMPLETION]
+    raise SystemExit(f"only {len(ids)} tokens: take a longer text")
+
+
+def _generated(model: Any, tokenizer: Any, text: str) -> list[int]:
+    chat = [{"role": "user", "content": text}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    torch.manual_seed(0)
+    width = inputs["input_ids"].shape[1]
+    out = model.generate(
+        **inputs,
+        min_new_tokens=PROMPT + COMPLETION - width,
+        max_new_tokens=PROMPT + COMPLETION - width,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+    )
+    return [int(token) for token in out[0]]
+
+
+def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Iterator[Any]:
+    solutions = [json.loads(line) for line in Path(math).read_text().splitlines()]
+    answers = [json.loads(line) for line in Path(gsm8k).read_text().splitlines()]
+    test = split == "test"
+    for start in range(100, 184, 12) if test else range(0, 36, 12):
+        rows = solutions[start : start + 12]
+        pieces = _joined(rows, "problem", "solution", "Problem: {}\n\nSolution: {}\n\n")
+        yield "solutions", _cut(tokenizer, pieces)
+    for start in range(100, 136, 12) if test else range(0, 12, 12):
+        pieces = _joined(answers[start : start + 12], "question", "answer", "Q: {}\nA: {}\n\n")
+        yield "questions", _cut(tokenizer, pieces)
+    for name in CODE[split]:
+        source = inspect.getsource(import_module(name))
+        yield "code", _cut(tokenizer, iter([source[len(source) // 3 :]]))
+    for name in TOPICS[split]:
+        yield "prose", _cut(tokenizer, iter([topics[name]]))
+    if test:
+        licence = Path(torch.__file__).parents[1] / f"torch-{torch.__version__}.dist-info"
+        texts = sorted(licence.rglob("LICENSE*"), key=lambda p: p.stat().st_size)
+        yield "prose", _cut(tokenizer, iter([texts[-1].read_text(errors="replace")[4000:]]))
+    for text in ASKED[split]:
+        yield "generated", _generated(model, tokenizer, text)
+
+
+def main() -> None:
+    model_path, math, gsm8k, out = sys.argv[1:5]
+    model, tokenizer = load_model(model_path, "float32", "cpu")[:2]
+    for split in ("calibration", "test"):
+        lines = []
+        for kind, ids in _kinds(model, tokenizer, math, gsm8k, split):
+            row = {"kind": kind, "prompt_ids": ids[:PROMPT], "completion_ids": ids[PROMPT:]}
+            lines.append(json.dumps(row, separators=(",", ":")))
+            print(split, kind, len(ids), repr(tokenizer.decode(ids[:24])), flush=True)
+        (Path(out) / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
