@@ -82,7 +82,7 @@ def test_results_and_resuming(call: Call, folder: Path, texts: Path, tmp_path: P
     assert out.read_text() == "hello\n"
 
 
-def test_another_profile_under_the_same_name(
+def test_another_profile_under_the_same_name_is_another_arm(
     call: Call, folder: Path, texts: Path, tmp_path: Path
 ) -> None:
     model = AutoConfig.from_pretrained(folder)
@@ -90,7 +90,8 @@ def test_another_profile_under_the_same_name(
     layers = model.num_hidden_layers
     arguments = ["fidelity", folder, "--trajectories", texts, "--interval", "8", "--out", out]
     arguments += ["--budgets", "20", "--arms", "reasonalloc", "--profile", path, "--json"]
-    codes = []
+    arguments[arguments.index("reasonalloc")] = "rkv,reasonalloc"
+    rows, results = [], []
     for demand in ([1.0] * layers, [1.0] * layers, [float(i + 1) for i in range(layers)]):
         Profile(
             model_id="tiny",
@@ -102,9 +103,14 @@ def test_another_profile_under_the_same_name(
             demand_max=demand,
             curves=[demand],
         ).save(path)
-        code, _, err = call(*arguments)
-        codes.append(code)
-    assert codes == [0, 0, 2] and "was made with profile=" in err
+        code, printed, _ = call(*arguments)
+        assert code == 0
+        rows.append(len(out.read_text().splitlines()))
+        results.append({item["arm"]: item["kl"] for item in json.loads(printed)["results"]})
+    # The same content is not computed again; another content is, and rkv, which reads none, is not.
+    assert rows[0] == rows[1] and rows[2] == rows[1] + (rows[0] - 1) // 2
+    assert results[0] == results[1] != results[2]
+    assert results[2]["rkv/uniform/uniform"] == results[0]["rkv/uniform/uniform"]
 
 
 def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None:

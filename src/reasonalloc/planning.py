@@ -31,6 +31,12 @@ def _parts(arm: Arm) -> dict[str, Policy | LayerAllocator]:
     return {"policy": POLICIES.create(arm.policy), "layers": LAYER_ALLOCATORS.create(arm.layers)}
 
 
+def files_read(config: CompressionConfig) -> list[str]:
+    """Paths of the calibrated files that the parts of an arm read."""
+    parts = (_with_file(part, config.profile) for part in _parts(config.arm).values())
+    return [path for part in parts if (path := getattr(part, "path", None))]
+
+
 def check_profile(config: CompressionConfig) -> None:
     """Refuse a profile that nothing reads, or that two parts would read as different files.
 

@@ -75,7 +75,7 @@ def command(
         )
     with output.stderr().status("Generating completions"):
         trajectories = [complete(loaded, t, generate or 0) for t in trajectories]
-    rows = _run(loaded, trajectories, jobs, name, {**shared, "profile": _digest(profile)}, out)
+    rows = _run(loaded, trajectories, jobs, name, shared, out)
     from reasonalloc.evaluation.fidelity_summary import summarise
 
     summary = summarise(rows, trajectories, [(str(c.arm), c.budget) for c in jobs], tokenizer)
@@ -120,15 +120,18 @@ def _jobs(
     return jobs
 
 
-def _digest(profile: str | None) -> str | None:
-    """Fingerprint of a profile's content: another file under the same name is another setting."""
-    if profile is None:
-        return None
-    try:
-        content = Path(profile).read_bytes()
-    except OSError as error:
-        raise UsageError(f"profile {profile!r} cannot be read: {error.strerror}") from None
-    return hashlib.sha256(content).hexdigest()[:16]
+def _digest(config: CompressionConfig) -> str | None:
+    """Fingerprint of the files that an arm reads: another content is another arm."""
+    from reasonalloc.planning import files_read
+
+    digest = hashlib.sha256()
+    paths = files_read(config)
+    for path in paths:
+        try:
+            digest.update(Path(path).read_bytes())
+        except OSError as error:
+            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16] if paths else None
 
 
 def _run(
@@ -156,7 +159,10 @@ def _run(
         **settings,
     }
     file = None if out is None else ResultFile(Path(out).expanduser(), manifest)
-    rows: list[dict[str, Any]] = [] if file is None else file.rows
+    rows: list[dict[str, Any]] = [] if file is None else list(file.rows)
+    digests = {str(config.arm): _digest(config) for config in jobs}
+    # A row whose arm read files of another content stays in the file and is not looked at.
+    rows = [row for row in rows if row["files"] == digests.get(row["arm"], row["files"])]
     done = {(row["trajectory"], row["arm"], row["budget"]) for row in rows}
     with Progress(console=output.stderr(), transient=True) as bar:
         task = bar.add_task("Replaying", total=len(trajectories) * len(jobs))
@@ -169,7 +175,10 @@ def _run(
                 row = {"trajectory": trajectory.key, "arm": str(config.arm)}
                 row |= {"budget": config.budget, **asdict(found)}
                 done.add((trajectory.key, str(config.arm), config.budget))
-                rows.append(row) if file is None else file.add(row)
+                row["files"] = digests[str(config.arm)]
+                rows.append(row)
+                if file is not None:
+                    file.add(row)
                 bar.advance(task)
     return rows
 
