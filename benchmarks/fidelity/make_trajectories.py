@@ -106,6 +106,7 @@ def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Ite
 
 
 def main() -> None:
+    """Write ``calibration.jsonl`` and ``test.jsonl``."""
     model_path, math, gsm8k, out = sys.argv[1:5]
     model, tokenizer = load_model(model_path, "float32", "cpu")[:2]
     for split in ("calibration", "test"):
