@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, run
+from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, report, run
 from reasonalloc.version import __version__
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
 app.command("fidelity")(fidelity.command)
+app.command("report")(report.command)
 app.command("ls")(ls.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)

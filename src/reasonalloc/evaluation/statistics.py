@@ -301,11 +301,15 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
+def _name(arm: str, budget: int | None) -> str:
+    return arm if budget is None else f"{arm} at budget {budget}"
+
+
 def verdict(row: Paired) -> str:
     """One sentence: what a comparison shows, and what would settle it."""
     points = 100 * row.difference.value
-    where = "" if row.budget is None else f" at budget {row.budget}"
-    head = f"{row.arm}{where} against {row.base}: {points:+.1f} points"
+    arm, base = _name(row.arm, row.budget), _name(row.base, row.base_budget)
+    head = f"{arm} against {base}: {points:+.1f} points"
     if row.clear:
         return f"{head}, more than noise (p = {row.adjusted:.2g}, adjusted)."
     if row.problems_needed is None:
