@@ -54,10 +54,10 @@ def drilldown(
 
 
 def _disagreement(counts: Sequence[Sequence[int]]) -> float:
-    """Variance of a cell that is drawn at random being right."""
+    """Variance of the cells' shares of right samples."""
     shares = [right / n for right, n in counts if n]
     mean = sum(shares) / len(shares)
-    return mean * (1 - mean)
+    return sum((share - mean) ** 2 for share in shares) / len(shares)
 
 
 def _chains(cells: Sequence[Sequence[Sample]], room: Room) -> dict[str, Any]:

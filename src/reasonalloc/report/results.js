@@ -32,15 +32,18 @@ function accuracyAxis(plan, cells, more = []) {
   plan.yaxis.range = [Math.max(-3, Math.min(...bottoms) - 5), Math.min(103, Math.max(...tops) + 5)];
 }
 
-// A logarithmic axis whose ticks are readable sizes, at most as many as there is room for.
+// A logarithmic axis with ticks at measured values, as many as there is room for.
 function logTicks(axis, values, text) {
-  const room = narrow() ? 3 : 6;
-  const low = Math.min(...values);
-  const high = Math.max(...values);
-  const count = high / low > 1.05 ? room : 1;
-  const at = Array.from({ length: count }, (_, i) => (count === 1 ? low : low * (high / low) ** (i / (count - 1))));
+  const sorted = [...new Set(values)].sort((a, b) => a - b);
+  const [low, high] = [sorted[0], sorted[sorted.length - 1]];
+  const pad = Math.max(0.06 * Math.log10(high / low), 0.01);
+  const gap = (Math.log10(high / low) + 2 * pad) / (narrow() ? 4 : 7);
+  const at = [];
+  for (const value of sorted) {
+    if (!at.length || Math.log10(value / at[at.length - 1]) >= gap) at.push(value);
+  }
   Object.assign(axis, { type: "log", tickvals: at, ticktext: at.map(text),
-    range: [Math.log10(low) - 0.08, Math.log10(high) + 0.08] });
+    range: [Math.log10(low) - pad, Math.log10(high) + pad] });
 }
 
 const armsWithBudget = (group) => group.arms.filter((arm) => group.cells.some((c) => c.arm === arm && c.budget !== null));
@@ -200,6 +203,8 @@ function showChain(box, title, cell, chain, same) {
     const step = Math.max(1, chain.head.slice(same).search(/\s|$/));
     box.append(element("mark", chain.head.slice(same, same + step)), chain.head.slice(same + step));
   }
+  const parting = box.querySelector("mark");
+  box.scrollTop = parting ? parting.offsetTop - 60 : 0;
   if (chain.cut) box.append(element("span", `\n… ${chain.cut.toLocaleString("en")} characters left out …\n`, "cut"), chain.tail);
 }
 

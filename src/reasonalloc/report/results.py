@@ -166,7 +166,7 @@ def _pair(row: Paired) -> dict[str, Any]:
         "test": row.test,
         "p": row.p,
         "adjusted_p": row.adjusted,
-        "clear": row.clear,
+        "beyond_noise": row.clear,
         "detectable": row.detectable,
         "problems_needed": row.problems_needed,
         "samples_needed": row.samples_needed,

@@ -90,7 +90,7 @@ def markdown(data: dict[str, Any]) -> str:
                         row["test"],
                         f"{row['p']:.3g}",
                         f"{row['adjusted_p']:.3g}",
-                        "yes" if row["clear"] else "no",
+                        "yes" if row["beyond_noise"] else "no",
                     ]
                     for row in group["paired"]
                 ],
@@ -138,7 +138,7 @@ def paired_csv(data: dict[str, Any]) -> str:
     """One line per comparison; differences between -1 and 1."""
     file = io.StringIO()
     plain = ["arm", "budget", "base", "base_budget", "problems", "better", "worse", "test", "p"]
-    plain += ["adjusted_p", "clear", "detectable", "problems_needed", "samples_needed"]
+    plain += ["adjusted_p", "beyond_noise", "detectable", "problems_needed", "samples_needed"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["group", "model", "task", *plain, "difference", "low", "high"])
     for group in data["groups"]:
