@@ -11,14 +11,20 @@ from typing import Any
 from reasonalloc.evaluation.samples import Sample
 
 MANIFEST = {
-    "model": "made/up-1b",
+    "kind": "eval",
     "task": "math500",
-    "protocol": "quick",
+    "data_hash": "d0",
+    "model": "made/up-1b",
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "protocol": "paper",
     "temperature": 0.6,
-    "arms": ["full", "rkv", "reasonalloc"],
-    "budgets": [128, 256],
-    "limit": 10,
+    "samples": 2,
+    "seed": 0,
     "interval": 128,
+    "profile": None,
+    "profile_hash": None,
+    "version": "0.1.0",
 }
 
 

@@ -157,8 +157,13 @@ def test_more_samples_help_where_sampling_is_the_noise() -> None:
 
 
 def test_verdicts() -> None:
-    same = compare(made("a", [[True], [False]] * 10), made("b", [[True], [False]] * 10))
-    assert same is not None and "no difference" in verdict(same)
+    same = compare(made("a", [[True], [False]] * 10), made("b", [[False], [True]] * 10))
+    assert same is not None and "no difference; one below" in verdict(same)
+    few = compare(made("a", [[True]] * 4), made("b", [[True]] + [[False]] * 3))
+    assert few is not None and few.p == 0.25 and few.problems_needed == 8
+    assert few.detectable is None and "about 8 problems" in verdict(few)
+    idle = compare(made("a", [[True]] * 4), made("b", [[True]] * 4))
+    assert idle is not None and "none could show" in verdict(idle)
     noisy = compare(
         made("a", [[True]] * 11 + [[False]] * 9), made("b", [[False]] * 10 + [[True]] * 10)
     )
@@ -210,13 +215,25 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 def test_what_must_not_be_mixed_is_kept_apart(tmp_path: Path) -> None:
     first = write(tmp_path / "a", rows(3, 1, arms=("rkv",)))
-    more = write(tmp_path / "b", rows(3, 1, arms=("snapkv",)), {**MANIFEST, "arms": ["snapkv"]})
+    more = write(tmp_path / "b", rows(3, 1, arms=("snapkv",)), {**MANIFEST, "samples": 9})
     hot = write(tmp_path / "c", rows(3, 1), {**MANIFEST, "temperature": 1.0})
     big = write(tmp_path / "d", rows(3, 1), {**MANIFEST, "model": "made/up-7b"})
     groups = load_groups([str(f) for f in (first, more, hot, big, first)])
     assert [len(g.folders) for g in groups] == [2, 1, 1]
     assert {s.arm for s in groups[0].samples} == {"rkv", "snapkv"}
     assert groups[0].notices == ()
+
+
+def test_profiles_are_kept_apart_and_other_machines_are_told(tmp_path: Path) -> None:
+    def folder(name: str, arm: str, **changes: str) -> str:
+        return str(write(tmp_path / name, rows(3, 1, arms=(arm,)), {**MANIFEST, **changes}))
+
+    plain = folder("a", "rkv", device="cuda")
+    first = folder("b", "reasonalloc", profile_hash="1")
+    second = folder("c", "reasonalloc", profile_hash="2")
+    (group,) = load_groups([plain, first])
+    assert group.notices == ("the folders differ in device: cpu, cuda",)
+    assert len(load_groups([first, second])) == 2
 
 
 def test_samples_that_are_there_twice_count_once(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def command(
 
 
 #: What only the page needs.
-_HIDDEN = ("heads", "drilldown", "profile", "id", "paper")
+_HIDDEN = ("heads", "drilldown", "profile", "id", "paper", "manifests")
 
 
 def _show(group: dict[str, Any]) -> None:

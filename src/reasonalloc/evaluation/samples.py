@@ -11,27 +11,10 @@ from typing import Any
 from reasonalloc.errors import UsageError
 
 SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
-# What may differ between folders whose samples still answer the same question.
-_NO_PROTOCOL = frozenset(
-    [
-        "arms",
-        "budgets",
-        "limit",
-        "version",
-        "versions",
-        "code_version",
-        "device",
-        "devices",
-        "hardware",
-        "batch",
-        "batch_size",
-        "workers",
-        "out",
-        "started",
-        "host",
-        "profile_path",
-    ]
-)
+# What may differ between folders whose samples still answer the same question; versions and
+# devices change a sample by rounding at most, but it is said when they differ.
+_SAID = ("version", "torch", "transformers", "math_verify", "device")
+_NO_PROTOCOL = frozenset(("samples", "profile", "profile_hash", *_SAID))
 _WHOLE = [
     "sample",
     "prompt_tokens",
@@ -114,16 +97,16 @@ def load_groups(folders: Sequence[str]) -> list[Group]:
     """
     found: dict[str, list[tuple[Path, dict[str, Any], list[Sample], bool]]] = {}
     titles: dict[str, tuple[str, str, dict[str, Any]]] = {}
-    seen: set[Path] = set()
-    for name in folders:
-        folder = Path(name).expanduser()
-        if folder.resolve() in seen:
-            continue
-        seen.add(folder.resolve())
-        manifest, tasks, cut = _read(name, folder)
+    paths = {Path(name).expanduser().resolve(): name for name in reversed(folders)}
+    read = [(Path(n).expanduser(), *_read(n, Path(n).expanduser())) for n in paths.values()]
+    # A folder without a profile has no arm that depends on one, so it goes with any single one.
+    hashes = {manifest.get("profile_hash") for _, manifest, _, _ in read} - {None}
+    for folder, manifest, tasks, cut in reversed(read):
         model = str(manifest.get("model", "unknown model"))
         rest = {k: v for k, v in manifest.items() if k not in _NO_PROTOCOL}
         protocol = {k: v for k, v in rest.items() if k not in ("model", "task")}
+        if len(hashes) > 1:
+            protocol["profile_hash"] = manifest.get("profile_hash")
         for task, samples in tasks.items():
             key = json.dumps([model, task, protocol], sort_keys=True)
             titles[key] = (model, task, protocol)
@@ -149,6 +132,9 @@ def _group(
         notices.append(f"{twice} samples are there twice; the first of each is used")
     if cut := [str(folder) for folder, _, _, broken in parts if broken]:
         notices.append(f"the last line of {', '.join(cut)} was cut off by a kill and is left out")
+    for name in _SAID:
+        if len(values := {str(part[1].get(name)) for part in parts}) > 1:
+            notices.append(f"the folders differ in {name}: {', '.join(sorted(values))}")
     return Group(
         model=model,
         task=task,

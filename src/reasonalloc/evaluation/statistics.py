@@ -14,6 +14,8 @@ from reasonalloc.evaluation.intervals import Z95, bootstrap_ratio, clustered_wil
 from reasonalloc.evaluation.samples import Sample
 
 ALPHA, POWER = 0.05, 0.8
+#: Problems that must differ, all one way, before an exact two-sided test can show it: 2 / 2^6.
+LEAST = 6
 #: Wanted k of pass@k, where there are so many samples of every problem.
 KS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -79,7 +81,8 @@ class Paired:
         better, worse: problems on which the arm's share is higher, lower.
         test: ``McNemar, exact`` for one sample per problem, else ``sign flips``.
         p: two-sided; ``adjusted``: by Holm's method for all comparisons of a table.
-        detectable: smallest difference that so many problems show with 80 % power.
+        detectable: smallest difference that so many problems show with 80 % power; None if fewer
+            than six problems differ, which says nothing about how much they vary.
         problems_needed: problems, at as many samples each, that would show the measured
             difference with 80 % power; None if the difference is 0.
         samples_needed: the same for samples per problem and arm, with the problems that are there;
@@ -97,7 +100,7 @@ class Paired:
     test: str
     p: float
     adjusted: float
-    detectable: float
+    detectable: float | None
     problems_needed: int | None
     samples_needed: int | None
 
@@ -213,8 +216,12 @@ def compare(arm: Sequence[Sample], base: Sequence[Sample]) -> Paired | None:
         test="McNemar, exact" if single else "sign flips",
         p=p,
         adjusted=p,
-        detectable=reach * math.sqrt(variance / len(gaps)),
-        problems_needed=None if mean == 0 else max(2, math.ceil(variance * (reach / mean) ** 2)),
+        detectable=reach * math.sqrt(variance / len(gaps)) if better + worse >= LEAST else None,
+        problems_needed=None
+        if mean == 0
+        else math.ceil(
+            max(variance * (reach / mean) ** 2, LEAST * len(gaps) / (better + worse)) - 1e-9
+        ),
         samples_needed=None if mean == 0 else _samples_needed(pairs, mean, variance, reach),
     )
 
@@ -305,6 +312,12 @@ def _name(arm: str, budget: int | None) -> str:
     return arm if budget is None else f"{arm} at budget {budget}"
 
 
+def _limit(row: Paired) -> str:
+    if row.detectable is None:
+        return f", but so few of {row.problems} problems differ that none could show"
+    return f"; one below {100 * row.detectable:.1f} points would not show"
+
+
 def verdict(row: Paired) -> str:
     """One sentence: what a comparison shows, and what would settle it."""
     points = 100 * row.difference.value
@@ -313,9 +326,11 @@ def verdict(row: Paired) -> str:
     if row.clear:
         return f"{head}, more than noise (p = {row.adjusted:.2g}, adjusted)."
     if row.problems_needed is None:
-        return f"{head}: no difference; one below {100 * row.detectable:.1f} would not show."
-    if row.problems_needed <= row.problems:
+        return f"{head}: no difference{_limit(row)}."
+    if row.p < ALPHA:
         remedy = "it shows alone, but not among so many comparisons"
+    elif row.problems_needed <= row.problems:
+        remedy = "a few more problems may settle it"
     else:
         remedy = f"about {row.problems_needed:,} problems would settle one of this size"
         if row.samples_needed is not None:

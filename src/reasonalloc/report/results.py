@@ -72,10 +72,11 @@ def _group(
     notices += profile_notice
     return {
         "id": index,
-        "model": group.model,
+        "model": _title(group.model),
         "task": group.task,
         "settings": _settings(group.protocol),
-        "folders": [folder.name or str(folder) for folder in group.folders],
+        "folders": [folder.resolve().name for folder in group.folders],
+        "manifests": [json.dumps(manifest, indent=1) for manifest in group.manifests],
         "notices": notices,
         "arms": arms,
         "budgets": sorted({budget for _, budget in keys if budget is not None}),
@@ -174,33 +175,38 @@ def _pair(row: Paired) -> dict[str, Any]:
     }
 
 
+def _title(model: str) -> str:
+    """A hub name as it is, of a path its last part."""
+    return Path(model).name if model.startswith(("/", "~", ".")) else model
+
+
 def _settings(protocol: dict[str, Any]) -> list[list[str]]:
-    """Names and values, nested ones as JSON."""
+    """Names and values of what a reader has to know; fingerprints are in the manifests."""
     return [
-        [name, value if isinstance(value, str) else json.dumps(value)]
+        [name.replace("_", " "), value if isinstance(value, str) else json.dumps(value)]
         for name, value in protocol.items()
-        if value is not None
+        if value is not None and name != "kind" and not name.endswith("_hash")
     ]
 
 
 def _profile(group: Group) -> tuple[dict[str, Any] | None, list[str]]:
     """The wave of the first profile file that a manifest names and that is still there."""
     for manifest in group.manifests:
-        for name in (manifest.get("profile_path"), manifest.get("profile")):
-            if not isinstance(name, str) or not Path(name).is_file():
-                continue
-            try:
-                profile = load_profile(name)
-            except UsageError as error:
-                return None, [f"there is no wave: {error}"]
-            layers = range(len(profile.demand_mean))
-            return {
-                "rho": profile.rho,
-                "steps": profile.steps,
-                "prompts": len(profile.curves),
-                "mean": profile.demand_mean,
-                "max": profile.demand_max,
-                "low": [min(curve[i] for curve in profile.curves) for i in layers],
-                "high": [max(curve[i] for curve in profile.curves) for i in layers],
-            }, []
+        name = manifest.get("profile")
+        if not isinstance(name, str) or not Path(name).is_file():
+            continue
+        try:
+            profile = load_profile(name)
+        except UsageError as error:
+            return None, [f"there is no wave: {error}"]
+        layers = range(len(profile.demand_mean))
+        return {
+            "rho": profile.rho,
+            "steps": profile.steps,
+            "prompts": len(profile.curves),
+            "mean": profile.demand_mean,
+            "max": profile.demand_max,
+            "low": [min(curve[i] for curve in profile.curves) for i in layers],
+            "high": [max(curve[i] for curve in profile.curves) for i in layers],
+        }, []
     return None, []
