@@ -17,16 +17,9 @@ from scipy.stats import ttest_1samp
 from eval_folder import MANIFEST, made, row, rows, write
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.intervals import clustered_wilson, wilson
+from reasonalloc.evaluation.paired import compare, holm, verdict
 from reasonalloc.evaluation.samples import load_groups
-from reasonalloc.evaluation.statistics import (
-    by_cell,
-    compare,
-    holm,
-    pareto,
-    pass_at_k,
-    summarise,
-    verdict,
-)
+from reasonalloc.evaluation.statistics import by_cell, pareto, pass_at_k, summarise
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (8, 1, 4), (6, 6, 2), (6, 0, 6)])

@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.evaluation.paired import Paired, compare, holm, verdict
 from reasonalloc.evaluation.samples import Group, Sample
-from reasonalloc.evaluation.statistics import (
-    Cell,
-    Estimate,
-    Paired,
-    by_cell,
-    compare,
-    holm,
-    pareto,
-    summarise,
-    verdict,
-)
+from reasonalloc.evaluation.statistics import Cell, Estimate, by_cell, pareto, summarise
 from reasonalloc.profiles import load_profile
 from reasonalloc.report.drilldown import Room, drilldown
 from reasonalloc.report.heads import head_budgets
