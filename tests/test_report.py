@@ -234,3 +234,15 @@ def test_a_folder_that_may_not_be_written(
     monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != page and real(p, mode))
     code, _, err = call("report", folder)
     assert code == 2 and "may not be written" in err and page.read_text() == "mine"
+
+
+def test_ctrl_c(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "run", rows(3, 1))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reasonalloc.report.results.results", interrupt)
+    code, _, err = call("report", folder)
+    assert code == 130 and "interrupted" in err
+    assert [p.name for p in folder.iterdir()] == ["samples.jsonl"]

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
 
 
@@ -42,6 +43,9 @@ def command(context: typer.Context) -> None:
     except (ValueError, OSError) as error:  # an unknown task, a data set that cannot be had
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"lm-eval: {lines[0]}") from error
+    except KeyboardInterrupt:  # typer would leave without a word
+        output.note("interrupted; lm-eval writes results at the end only (see its --use_cache)")
+        raise typer.Exit(130) from None
     except SystemExit as error:
         if error.code:
             raise typer.Exit(error.code if isinstance(error.code, int) else 1) from None

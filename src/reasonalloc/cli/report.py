@@ -40,6 +40,16 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Accuracy, memory and speed of arms with intervals, paired differences, chains: a page."""
+    try:
+        _report(folders, out, base, paper, as_json)
+    except KeyboardInterrupt:  # typer would leave without a word
+        output.note("interrupted; the results are as they were")
+        raise typer.Exit(130) from None
+
+
+def _report(
+    folders: list[str], out: str | None, base: str | None, paper: bool, as_json: bool
+) -> None:
     from reasonalloc.evaluation.samples import load_groups
     from reasonalloc.report.page import check_writable, render, require_report, write
 

@@ -156,6 +156,7 @@ function drawHeads(group) {
   Object.assign(plan.yaxis, { autorange: "reversed", showgrid: false, tickvals: ticks.map((t) => t[1]), ticktext: ticks.map((t) => `${t[0]}`) });
   draw(`heads-${group.id}`, [{
     type: "heatmap", x: run.tokens.map(String), y: rows.map((_, i) => i), z, colorscale: "Viridis",
+    zmin: 0, zmax: Math.max(...run.budgets.flat(2)),
     colorbar: { title: { text: "kept" }, thickness: 12, outlinewidth: 0 },
     text: rows.map(([layer, , head]) => run.tokens.map(() => `layer ${layer}, KV head ${head}`)),
     hovertemplate: "%{text}<br>at %{x} tokens: %{z} kept<extra></extra>",
@@ -246,7 +247,12 @@ function setUp(group) {
   const other = group.cells.findLastIndex((c, i) => `${i}` !== at("left").value);
   at("right").value = `${Math.max(other, 0)}`;
   for (const what of ["problem", "left", "right"]) at(what).addEventListener("change", () => showProblem(group));
-  if (group.heads) at("run").addEventListener("change", () => drawHeads(group));
+  if (group.heads) {
+    // Equal budgets make a dull picture: start with a run that divides them.
+    const uneven = group.heads.runs.findIndex((run) => new Set(run.budgets[run.budgets.length - 1].flat()).size > 2);
+    at("run").value = `${Math.max(uneven, 0)}`;
+    at("run").addEventListener("change", () => drawHeads(group));
+  }
   showProblem(group);
 }
 
