@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, run
+from reasonalloc.cli import calibrate, demo, doctor, fidelity, lm_eval, ls, plan, report, run
 from reasonalloc.version import __version__
 
 app = typer.Typer(
@@ -39,6 +39,11 @@ app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
 app.command("fidelity")(fidelity.command)
+app.command("report")(report.command)
+app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval.command)
 app.command("ls")(ls.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)

@@ -64,7 +64,7 @@ def full_logits(model: Any, trajectory: Trajectory, chunk: int) -> list[Tensor]:
         Tensors [chunk, vocabulary] in the model's dtype; the last may be shorter.
     """
     _check_length(model, trajectory)
-    return list(_logits(model, trajectory, chunk, None))
+    return list(replay_logits(model, trajectory, chunk, None))[1:]
 
 
 @torch.inference_mode()
@@ -89,7 +89,8 @@ def fidelity(
     with attach_config(model, config) as attached:
         cache = attached.new_cache()
         with cache.replaying():
-            pieces = _logits(model, trajectory, config.interval, cache)
+            pieces = replay_logits(model, trajectory, config.interval, cache)
+            next(pieces)  # the first token is predicted by the prompt alone
             for reference, found in zip(full, pieces, strict=True):
                 target, targets = targets[: len(found), None], targets[len(found) :]
                 true, ours = reference.float().log_softmax(-1), found.float().log_softmax(-1)
@@ -106,11 +107,22 @@ def fidelity(
         )
 
 
-def _logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) -> Iterator[Tensor]:
-    """Prefill with the prompt, then feed the completion in pieces; yields the pieces' logits."""
+def replay_logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) -> Iterator[Tensor]:
+    """Logits that predict the completion: prefill with the prompt, then feed it in pieces.
+
+    Args:
+        model: attached, if ``cache`` is a compressed one.
+        trajectory: with at least one completion token.
+        chunk: tokens per piece; the interval of a compressed cache, which must be ``replaying()``.
+        cache: an empty compressed cache, or None for the full one.
+
+    Yields:
+        Logits [1, vocabulary] of the first completion token, then [chunk, vocabulary] of others.
+    """
     prompt = torch.tensor([trajectory.prompt_ids], device=model.device)
     fed = torch.tensor([trajectory.completion_ids[:-1]], device=model.device)
     out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    yield out.logits[0]
     for start in range(0, fed.shape[1], chunk):
         piece = fed[:, start : start + chunk]
         out = model(piece, past_key_values=out.past_key_values, use_cache=True)

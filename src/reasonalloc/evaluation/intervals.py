@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +11,7 @@ import torch
 Z95 = 1.959963984540054
 
 
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval for a share, both ends within [0, 1].
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22
@@ -19,7 +20,7 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
 
     Args:
         successes: how many of the trials succeeded.
-        trials: how many there were, at least 1.
+        trials: how many there were, at least 1; need not be whole (an effective number).
         z: normal quantile of the wanted coverage.
 
     Raises:
@@ -33,6 +34,36 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - spread
     high = 1.0 if successes == trials else centre + spread
     return low, high
+
+
+def clustered_wilson(shares: Sequence[float], trials: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's interval for the mean of per-cluster shares, at the effective number of trials.
+
+    Samples of one problem resemble each other, so they count for less than as many samples of
+    different problems. The effective number is that at which a binomial share has the variance
+    that the clusters' mean has (E. L. Korn and B. I. Graubard, Survey Methodology 24, 1998). It
+    lies between the number of clusters and ``trials``; one trial per cluster gives ``wilson``.
+
+    Args:
+        shares: one number in [0, 1] per cluster; clusters weigh the same.
+        trials: all trials together, at least one per cluster.
+        z: normal quantile of the wanted coverage.
+
+    Raises:
+        ValueError: no clusters, fewer trials than clusters, or a share outside of [0, 1].
+    """
+    clusters = len(shares)
+    if not 1 <= clusters <= trials or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{clusters} clusters with {trials} trials give no share")
+    mean = math.fsum(shares) / clusters
+    spread = mean * (1 - mean)
+    variance = math.fsum((share - mean) ** 2 for share in shares) / clusters
+    # Clusters that all succeed or all fail tell nothing about how alike their samples are.
+    effective = float(clusters)
+    if spread > 0:
+        effective = trials if variance == 0 else min(spread * clusters / variance, trials)
+    effective = max(effective, clusters)
+    return wilson(min(mean * effective, effective), effective, z)
 
 
 def bootstrap_ratio(

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a demo: no network, one copy of the plot library."""
+"""Self-contained HTML pages: no network, one copy of the plot library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ TEMPLATE = "page.html.j2"
 _LIBRARIES = ("plotly", "jinja2")
 
 
-def require_report() -> None:
+def require_report(libraries: Sequence[str] = _LIBRARIES) -> None:
     """Refuse if a library of the extra ``report`` is missing.
+
+    Args:
+        libraries: what is needed.
 
     Raises:
         UsageError: says which, and what to install.
     """
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"the page needs {' and '.join(missing)}: pip install 'reasonalloc[report]'"
@@ -49,11 +53,13 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: dict[str, Any], template: str = TEMPLATE) -> str:
     """The page's HTML.
 
     Args:
-        data: facts, rows and traces as the template's comment at the top describes them.
+        template: file in this folder.
+        data: facts, rows and traces as the template's comment at the top describes them;
+            the page finds them as JSON under the id ``data``.
     """
     import jinja2
     from markupsafe import Markup
@@ -66,7 +72,7 @@ def render(data: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(template).render(
         data=data,
         payload=Markup(script_json(data)),
         library=Markup(get_plotlyjs()),

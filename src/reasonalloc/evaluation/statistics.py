@@ -1,0 +1,155 @@
+"""What samples say about each arm: pass@k with intervals, tokens, bytes, speed.
+
+Samples of one problem are not independent, so everything is clustered by problem. Needs scipy
+(extra ``report``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from reasonalloc.evaluation.intervals import Z95, bootstrap_ratio, clustered_wilson
+from reasonalloc.evaluation.samples import Sample
+
+ALPHA = 0.05
+#: Wanted k of pass@k, where there are so many samples of every problem.
+KS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one budget.
+
+    Attributes:
+        arm, budget: ``budget`` is None for the full cache.
+        problems, samples: how many there are.
+        fewest, most: samples of one problem.
+        pass_at: pass@k by k; pass@1 is the mean over problems of the share of right samples
+            (avg@n). Every k up to ``fewest``.
+        tokens: generated tokens per sample, mean.
+        cap_hits: samples that the cap on new tokens ended.
+        compressions: layer compressions, all samples; 0 with a budget: same as the full cache.
+        kv_bytes, full_kv_bytes: most per sequence; of the full cache at the same lengths.
+        peak_bytes: most device memory, or None if nothing measured it.
+        tokens_per_second: generated tokens per second of wall time of the batches, per process.
+        batches: smallest and largest batch.
+    """
+
+    arm: str
+    budget: int | None
+    problems: int
+    samples: int
+    fewest: int
+    most: int
+    pass_at: dict[int, Estimate]
+    tokens: Estimate
+    cap_hits: int
+    compressions: int
+    kv_bytes: int
+    full_kv_bytes: int
+    peak_bytes: int | None
+    tokens_per_second: float | None
+    batches: tuple[int, int]
+
+    @property
+    def accuracy(self) -> Estimate:
+        """pass@1."""
+        return self.pass_at[1]
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of ``k`` samples is right.
+
+    M. Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, eq. 1.
+
+    Raises:
+        ValueError: fewer than ``k`` samples, or more right ones than samples.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"{correct} right of {samples} samples give no pass@{k}")
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Samples of every problem, in the order in which problems first appear."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.problem, []).append(sample)
+    return found
+
+
+def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Sample]]:
+    """Samples of every (arm, budget), in the order in which those first appear."""
+    found: dict[tuple[str, int | None], list[Sample]] = {}
+    for sample in samples:
+        found.setdefault((sample.arm, sample.budget), []).append(sample)
+    return found
+
+
+def _quantile(clusters: int, trials: int) -> float:
+    """Student's t where a variance between problems was estimated, else the normal's."""
+    if trials == clusters or clusters < 2:
+        return Z95
+    from scipy.stats import t
+
+    return float(t.ppf(1 - ALPHA / 2, clusters - 1))
+
+
+def summarise(samples: Sequence[Sample]) -> Cell:
+    """Numbers of one arm at one budget.
+
+    Raises:
+        ValueError: no samples.
+    """
+    problems = list(by_problem(samples).values())
+    if not problems:
+        raise ValueError("no samples")
+    counts = [len(p) for p in problems]
+    right = [sum(s.correct for s in p) for p in problems]
+    quantile = _quantile(len(problems), len(samples))
+    estimates = {}
+    for k in (k for k in KS if k <= min(counts)):
+        shares = [pass_at_k(n, c, k) for n, c in zip(counts, right, strict=True)]
+        low, high = clustered_wilson(shares, len(samples), quantile)
+        estimates[k] = Estimate(math.fsum(shares) / len(shares), low, high)
+    lengths = [float(sum(s.completion_tokens for s in p)) for p in problems]
+    seconds = math.fsum(s.seconds / s.batch for s in samples)
+    peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
+    return Cell(
+        arm=samples[0].arm,
+        budget=samples[0].budget,
+        problems=len(problems),
+        samples=len(samples),
+        fewest=min(counts),
+        most=max(counts),
+        pass_at=estimates,
+        tokens=Estimate(
+            sum(lengths) / len(samples), *bootstrap_ratio(lengths, [float(n) for n in counts])
+        ),
+        cap_hits=sum(s.finish == "length" for s in samples),
+        compressions=sum(s.compressions for s in samples),
+        kv_bytes=max(s.kv_bytes for s in samples),
+        full_kv_bytes=max(s.full_kv_bytes for s in samples),
+        peak_bytes=max(peaks) if peaks else None,
+        tokens_per_second=sum(lengths) / seconds if seconds > 0 else None,
+        batches=(min(s.batch for s in samples), max(s.batch for s in samples)),
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points (cost, gain) no other point beats: none costs less and gains as much or more."""
+    return [
+        not any((c <= cost and g >= gain and (c, g) != (cost, gain)) for c, g in points)
+        for cost, gain in points
+    ]
