@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class LayerCompressor:
     Args:
         layer: index of the layer in the model.
         total: tokens that all KV heads together keep after a compression.
+        planned: tokens that each KV head was given beforehand, [kv_heads], or None.
         config: budget, cadence, options.
         policy, heads, backend: which tokens, how many per head, how they are read.
         recorder: takes note of every compression.
@@ -39,6 +42,7 @@ class LayerCompressor:
         heads: HeadAllocator,
         backend: Backend,
         recorder: Recorder,
+        planned: Sequence[int] | None = None,
     ) -> None:
         self.layer = layer
         self.total = total
@@ -47,6 +51,8 @@ class LayerCompressor:
         self._heads = heads
         self._backend = backend
         self._recorder = recorder
+        self._planned = planned
+        self._planned_tensor: Tensor | None = None
         self.slab: Slab | None = None
         self._queries: QueryWindow | None = None
         self._columns = 0  # tokens per sequence so far, padding included
@@ -130,6 +136,8 @@ class LayerCompressor:
         )
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
+        if self._planned is not None:
+            self._planned_tensor = torch.tensor(self._planned, device=key.device)
         return self.slab
 
     def _decode(
@@ -223,6 +231,7 @@ class LayerCompressor:
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
             load_keys=lambda: rows.gather(rows.keys),
+            load_values=lambda: rows.gather(rows.values),
             queries=None if self._queries is None else self._queries.read(self._seen, slab),
             query_positions=None if self._queries is None else self._queries.positions(self._seen),
             state=None if rows.state is None else rows.gather(rows.state),
@@ -252,6 +261,7 @@ class LayerCompressor:
                 least,
                 config.window,
                 self._policy.sums_to_one,
+                self._planned_tensor,
             )
         )
         keep = select(

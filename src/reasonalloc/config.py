@@ -43,6 +43,10 @@ PRESETS: dict[str, Preset] = {
     "reasonalloc": Preset(
         Arm("rkv", "profile", "reasonalloc"), "R-KV, layers from a profile, heads online"
     ),
+    "best": Preset(
+        Arm("value_aware", "cost", "planned"),
+        "what measured best: value-aware scores, budgets per layer and head from measured costs",
+    ),
 }
 
 

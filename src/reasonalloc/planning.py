@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.cache import LayerShape, MemoryPlan
 from reasonalloc.config import Arm, CompressionConfig
@@ -53,8 +54,8 @@ def check_profile(config: CompressionConfig) -> None:
                 raise UsageError(f"{given} and {name}={getattr(arm, name)!r} both name a file")
         raise UsageError(
             f"{given} has no effect with policy={arm.policy!r} and layers={arm.layers!r}: use a "
-            "part that reads a file (layers='profile' or the preset 'reasonalloc', 'cake', "
-            "'tri_attention'), or leave the profile out"
+            "part that reads a file (the presets 'best' and 'reasonalloc', or 'cake', "
+            "'tri_attention' and others), or leave the profile out"
         )
     if len(set(missing.values())) > 1:
         raise UsageError(
@@ -109,11 +110,42 @@ def layer_totals(
         model_config: the model's text configuration.
         name: the model's name, for messages.
     """
+    allocator, query = _layer_query(config, shapes, model_config, name)
+    totals = allocator.allocate(query)
+    if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
+        raise RuntimeError(f"layer allocator {config.arm.layers!r} broke its contract: {totals}")
+    return tuple(totals)
+
+
+def planned_heads(
+    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
+) -> tuple[tuple[int, ...], ...] | None:
+    """Tokens of every head, [layers][kv_heads], if the head allocator wants them beforehand.
+
+    Arguments as for ``layer_totals``.
+
+    Raises:
+        UsageError: the layer allocator plans no heads.
+    """
+    if not HEAD_ALLOCATORS.create(config.arm.heads).needs_plan:
+        return None
+    allocator, query = _layer_query(config, shapes, model_config, name)
+    plan = allocator.plan_heads(query)
+    if plan is None:
+        raise UsageError(
+            f"heads={config.arm.heads!r} needs budgets per head, which layers="
+            f"{config.arm.layers!r} does not plan: use layers='cost' or another head allocator"
+        )
+    return tuple(tuple(heads) for heads in plan)
+
+
+def _layer_query(
+    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
+) -> tuple[LayerAllocator, LayerQuery]:
     budgeted = [shape for shape in shapes if shape.compressible]
-    spec = config.arm.layers
     check_profile(config)
-    allocator = _with_file(LAYER_ALLOCATORS.create(spec), config.profile)
-    query = LayerQuery(
+    allocator = _with_file(LAYER_ALLOCATORS.create(config.arm.layers), config.profile)
+    return allocator, LayerQuery(
         layers=len(budgeted),
         kv_heads=budgeted[0].kv_heads,
         budget=config.budget,
@@ -122,10 +154,6 @@ def layer_totals(
         model_id=name,
         config_hash=config_hash(model_config.to_dict()),
     )
-    totals = allocator.allocate(query)
-    if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
-        raise RuntimeError(f"layer allocator {spec!r} broke its contract: {totals}")
-    return tuple(totals)
 
 
 def plan_memory(

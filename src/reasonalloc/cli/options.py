@@ -179,11 +179,12 @@ def make_layout(model_config: Any, name: str, config: CompressionConfig | None) 
         UnsupportedError: a model that cannot work.
     """
     from reasonalloc.integrations.hf.model import layer_shapes, text_config
-    from reasonalloc.planning import bound_policy, layer_totals
+    from reasonalloc.planning import bound_policy, layer_totals, planned_heads
 
     text = text_config(model_config)
     shapes = layer_shapes(text, name)
     if config is None:
         return Layout(shapes, None, None)
     bound_policy(config, shapes, text, name)  # a wrong file is refused before weights are loaded
+    planned_heads(config, shapes, text, name)
     return Layout(shapes, layer_totals(config, shapes, text, name), config)

@@ -27,6 +27,7 @@ class Candidates:
         lengths: [batch, kv_heads] int64.
         positions: [batch, kv_heads, n] int64, position of each token in its sequence.
         load_keys: returns the keys, [batch, kv_heads, n, head_dim], after RoPE.
+        load_values: returns the values, [batch, kv_heads, n, value_dim].
         queries: [batch, kv_heads, group, window, head_dim], queries of the last ``window`` tokens
             after RoPE, oldest first, or None unless ``needs_queries``.
         query_positions: [batch, window] int64, their positions; negative where there is none yet.
@@ -43,6 +44,7 @@ class Candidates:
     lengths: Tensor
     positions: Tensor
     load_keys: Callable[[], Tensor]
+    load_values: Callable[[], Tensor]
     queries: Tensor | None
     query_positions: Tensor | None
     state: Tensor | None
@@ -57,6 +59,11 @@ class Candidates:
     def keys(self) -> Tensor:
         """[batch, kv_heads, n, head_dim]; gathered on first use."""
         return self.load_keys()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[batch, kv_heads, n, value_dim]; gathered on first use."""
+        return self.load_values()
 
     @cached_property
     def index(self) -> Tensor:

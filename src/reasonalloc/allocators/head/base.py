@@ -25,6 +25,7 @@ class HeadQuery:
         least: [batch] int64, tokens that every head has to keep (window, sinks, prompt).
         window: always-kept recent tokens per head.
         shares: scores are shares of a head's own tokens (``Policy.sums_to_one``).
+        planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
     """
 
     scores: Tensor
@@ -34,6 +35,7 @@ class HeadQuery:
     least: Tensor
     window: int
     shares: bool = False
+    planned: Tensor | None = None
 
     def floor(self, share: float, margin: int) -> Tensor:
         """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
@@ -74,6 +76,8 @@ class HeadAllocator(ABC):
 
     equal: ClassVar[bool] = False
     """True if every head gets the same whenever the total divides evenly."""
+    needs_plan: ClassVar[bool] = False
+    """Ask for ``planned``: only with a layer allocator that plans heads too."""
 
     @abstractmethod
     def allocate(self, query: HeadQuery) -> Tensor:

@@ -48,6 +48,13 @@ class LayerAllocator(ABC):
     def allocate(self, query: LayerQuery) -> list[int]:
         """Return ``layers`` integers >= ``query.least`` that sum to ``query.total``."""
 
+    def plan_heads(self, query: LayerQuery) -> list[list[int]] | None:
+        """Tokens of every head, [layers][kv_heads], for the head allocator ``planned``.
+
+        None if it plans layers alone; otherwise rows sum to what ``allocate`` returns.
+        """
+        return None
+
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry(
     "layer allocator", "reasonalloc.allocators.layer"

@@ -22,7 +22,7 @@ from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning import bound_policy, layer_totals, plan_memory
+from reasonalloc.planning import bound_policy, layer_totals, plan_memory, planned_heads
 from reasonalloc.recorder import Recorder
 
 _HANDLE = "_reasonalloc"
@@ -53,6 +53,7 @@ class Attachment:
             config, self.shapes, self._text_config, name, lambda: read_rope(model)
         )
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
+        self._planned = planned_heads(config, self.shapes, self._text_config, name)
         self._model: Any = model
         self._own_generate = model.__dict__.get("generate")
         self._original = self._implementations(self._text_config._attn_implementation)
@@ -82,9 +83,17 @@ class Attachment:
         self._require_model()
         recorder = Recorder(self.config.record)
         totals = iter(self.totals)
+        planned = iter(self._planned or [None] * len(self.totals))
         layers = [
             LayerCompressor(
-                index, next(totals), self.config, self._policy, self._heads, self._backend, recorder
+                index,
+                next(totals),
+                self.config,
+                self._policy,
+                self._heads,
+                self._backend,
+                recorder,
+                next(planned),
             )
             if shape.compressible
             else None

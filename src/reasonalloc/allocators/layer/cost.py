@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
+from reasonalloc.allocators.minimise import minimise
+from reasonalloc.costs import load_costs
+from reasonalloc.errors import UsageError
+
+
+@LAYER_ALLOCATORS.register("cost", source="ours: measured KL of compressing each head alone")
+@dataclass(frozen=True)
+class LeastCost(LayerAllocator):
+    """Least summed cost over all layers and heads at once, from a cost profile.
+
+    Every head keeps ``least`` tokens besides window and sinks (fewer if the budget has no room),
+    and no more than ``most`` times the mean.
+    """
+
+    path: str = ""
+    least: int = 8
+    most: float = 6.0
+    reads: ClassVar[str] = "cost profile"
+
+    def __post_init__(self) -> None:
+        if self.least < 0:
+            raise UsageError(f"cost: least={self.least} is a number of tokens: give 0 or more")
+        if self.most < 1:
+            raise UsageError(f"cost: most={self.most} is a multiple of the mean: give 1 or more")
+
+    def plan_heads(self, query: LayerQuery) -> list[list[int]]:
+        if not self.path:
+            raise UsageError(
+                "layers='cost' needs a cost profile: pass profile='FILE.json' "
+                "(--profile FILE.json), made for this model with "
+                "'reasonalloc calibrate --objective fisher'"
+            )
+        costs = load_costs(self.path)
+        costs.check_model(query.model_id, query.config_hash, query.layers, query.kv_heads)
+        lower = min(query.window + query.n_sink + self.least, query.budget)
+        upper = max(int(self.most * query.budget), query.budget)
+        found = minimise(
+            torch.tensor(costs.curves(), dtype=torch.float64).flatten(0, 1),
+            torch.tensor(costs.budgets, dtype=torch.float64),
+            query.total,
+            lower,
+            upper,
+        )
+        plan: list[list[int]] = found.view(query.layers, query.kv_heads).tolist()
+        return plan
+
+    def allocate(self, query: LayerQuery) -> list[int]:
+        return [sum(heads) for heads in self.plan_heads(query)]

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.errors import UsageError
+from reasonalloc.policies.base import POLICIES, Candidates, Policy, kept_state
+
+
+@POLICIES.register("value_aware", source="ours; value norms as in VATP, arXiv 2406.12335")
+@dataclass(frozen=True)
+class ValueAware(Policy):
+    """How much a head's output would move without a token: lately received attention x value.
+
+    The attention is averaged over all queries since the token came, with weights that halve every
+    ``half_life`` queries; the value counts by its distance from the mean value of the head's
+    tokens, since attention that is lost falls to the others.
+    """
+
+    half_life: float = 32.0
+    state_channels: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not self.half_life > 0:
+            raise UsageError(
+                f"value_aware: half_life={self.half_life} is a number of queries: give one above 0"
+            )
+
+    def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
+        # A query that is padding gives nothing to any token, and is not counted.
+        real = (received.sum(dim=-1, keepdim=True) > 0).float()
+        later = real.flip(-2).cumsum(-2).flip(-2) - real
+        fading = 0.5 ** (later / self.half_life)
+        kept = 0.5 ** (real.sum(dim=-2) / self.half_life)
+        state[..., 0] = state[..., 0] * kept + (received * fading).sum(dim=-2)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        seen = candidates.seen[:, None, None] - candidates.positions
+        one = 0.5 ** (1 / self.half_life)
+        weights = (1 - 0.5 ** (seen.clamp_min(1) / self.half_life)) / (1 - one)
+        attention = kept_state(candidates)[..., 0] / weights
+        values = candidates.values.float()
+        valid = candidates.valid[..., None]
+        mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
+        score: Tensor = attention * torch.linalg.vector_norm(values - mean, dim=-1)
+        return score
