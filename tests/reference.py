@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ class Head:
     """One KV head of one sequence at a boundary, tokens in the order of their positions."""
 
     keys: torch.Tensor  # [n, d]
+    values: torch.Tensor  # [n, d]
     positions: list[int]
     queries: torch.Tensor  # [group, window, d], oldest first
     query_positions: list[int]
@@ -190,6 +192,17 @@ def score_random(head: Head) -> list[float]:
     return [(_mix((key + p) & mask) & ((1 << 24) - 1)) / (1 << 24) for p in head.positions]
 
 
+def score_value_aware(head: Head, half_life: float = 32.0) -> list[float]:
+    scores = []
+    mean = sum(head.values[i] for i in range(head.n)) / head.n
+    for i, token in enumerate(head.received):
+        attention = sum(w * 0.5 ** ((head.seen - 1 - at) / half_life) for at, w in token)
+        weight = sum(0.5 ** (k / half_life) for k in range(head.seen - head.positions[i]))
+        distance = math.sqrt(sum(float(x) ** 2 for x in head.values[i] - mean))
+        scores.append(attention / weight * distance)
+    return scores
+
+
 SCORES: dict[str, Any] = {
     "streaming_llm": score_streaming_llm,
     "knorm": score_knorm,
@@ -199,6 +212,7 @@ SCORES: dict[str, Any] = {
     "snapkv": score_snapkv,
     "rkv": score_rkv,
     "tri_attention": score_tri_attention,
+    "value_aware": score_value_aware,
     "random": score_random,
 }
 RECENT_FRACTION = {"h2o": 0.5}
@@ -259,9 +273,13 @@ def head_budgets(
     least: int,
     score_norm: str = "length",
     shares: bool = True,
+    planned: Sequence[int] = (),
 ) -> list[int]:
     heads = len(lengths)
     total = min(layer_total, sum(lengths))
+    if name == "planned":
+        floor = min(max(least, min(window, layer_total // heads)), total // heads)
+        return robustify(list(planned), total, [min(floor, n) for n in lengths], lengths, 1.0)
     if name == "uniform":
         return robustify([1.0] * heads, total, [0] * heads, lengths, 1.0)
     counts = pooled_counts(scores, total, window, lengths, score_norm if shares else "paper")
@@ -274,6 +292,28 @@ def head_budgets(
         return robustify([c + window for c in counts], total, lower, lengths, 0.5)
     mixed = [0.8 * (c + window) + 0.2 * total / heads for c in counts]
     return robustify(mixed, total, lower, lengths, 1.0)
+
+
+def least_cost(
+    curves: list[list[float]], points: list[int], total: int, lower: int, upper: int
+) -> float:
+    """The cost of the best budgets of all, by dynamic programming."""
+
+    def cost(curve: list[float], size: int) -> float:
+        falling = [max(min(curve[: i + 1]), 1e-9) for i in range(len(curve))]
+        i = max([k for k in range(len(points) - 1) if points[k] <= size], default=0)
+        part = math.log(size / points[i]) / math.log(points[i + 1] / points[i])
+        return math.exp((1 - part) * math.log(falling[i]) + part * math.log(falling[i + 1]))
+
+    best = {0: 0.0}
+    for curve in curves:
+        following: dict[int, float] = {}
+        for used, so_far in best.items():
+            for size in range(lower, min(upper, total - used) + 1):
+                now = so_far + cost(curve, size)
+                following[used + size] = min(now, following.get(used + size, math.inf))
+        best = following
+    return best[total]
 
 
 def select(

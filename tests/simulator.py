@@ -7,6 +7,7 @@ of positions per (layer, head), and attention is computed over those positions a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Simulator:
         protect_prompt: bool = False,
         seed: int = 0,
         statistics: Any = None,
+        planned: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model = model
         self.policy, _, parameters = policy.rstrip(")").partition("(")
@@ -39,6 +41,7 @@ class Simulator:
         if statistics is not None:
             self.parameters["statistics"] = statistics
         self.totals, self.heads = totals, heads
+        self.planned = planned
         self.interval, self.window = interval, window
         self.n_sink, self.protect_prompt, self.seed = n_sink, protect_prompt, seed
         self.kept: dict[int, list[list[int]]] = {}
@@ -103,10 +106,12 @@ class Simulator:
         if first or columns > 1 or self.since[layer] == self.interval:
             self.since[layer] = 0
             if sum(len(row) for row in self.kept[layer]) > self.totals[layer]:
-                self.compress(layer, key, scaling, end)
+                self.compress(layer, key, value, scaling, end)
         return out.transpose(1, 2).contiguous(), None
 
-    def compress(self, layer: int, key: torch.Tensor, scaling: float, end: int) -> None:
+    def compress(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
+    ) -> None:
         heads, window = key.shape[1], self.window
         recent = torch.stack(self.queries[layer][-window:], dim=1)
         group = recent.shape[0] // heads
@@ -116,6 +121,7 @@ class Simulator:
             kept = self.kept[layer][h]
             head = Head(
                 keys=key[0, h, kept],
+                values=value[0, h, kept],
                 positions=kept,
                 queries=recent[h * group : (h + 1) * group],
                 query_positions=list(range(end - window, end)),
@@ -135,7 +141,14 @@ class Simulator:
         lengths = [len(row) for row in self.kept[layer]]
         shares = self.policy in SHARES
         budgets = head_budgets(
-            self.heads, scores, lengths, self.totals[layer], window, least, shares=shares
+            self.heads,
+            scores,
+            lengths,
+            self.totals[layer],
+            window,
+            least,
+            shares=shares,
+            planned=() if self.planned is None else self.planned[layer],
         )
         for h in range(heads):
             stay = select(

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made_costs
 import made_statistics
 import reference
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
+from reasonalloc.allocators.minimise import interpolate, minimise
 from reasonalloc.allocators.rounding import robustify
 from reasonalloc.errors import UsageError
 from reasonalloc.rotary import Rope
@@ -75,7 +77,9 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
     ]
     total = length.sum(1).clamp_max(layer_total)
     least = torch.full_like(total, window)
-    return HeadQuery(scores, length, total, layer_total, least, window, draw(st.booleans())), rows
+    shares = draw(st.booleans())
+    planned = torch.tensor(draw(st.lists(st.integers(1, 90), min_size=heads, max_size=heads)))
+    return HeadQuery(scores, length, total, layer_total, least, window, shares, planned), rows
 
 
 @given(head_queries(), st.sampled_from(["paper", "length"]))
@@ -83,7 +87,7 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
 def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: str) -> None:
     query, rows = made
     for name in HEAD_ALLOCATORS.entries():
-        spec = name if name == "uniform" else f"{name}(score_norm={norm})"
+        spec = name if name in ("uniform", "planned") else f"{name}(score_norm={norm})"
         budgets = HEAD_ALLOCATORS.create(spec).allocate(query)
         assert budgets.dtype == torch.int64
         assert torch.equal(budgets.sum(1), query.total)
@@ -99,6 +103,7 @@ def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: 
                 query.window,
                 norm,
                 query.shares,
+                query.planned.tolist(),
             )
             assert budgets[b].tolist() == slow, name
 
@@ -117,6 +122,15 @@ def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, ext
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.safetensors"
         statistics.save(path)
+        costs = Path(folder) / "c.json"
+        made_costs.make(layers, heads, seed=extra).save(costs)
+        allocator = LAYER_ALLOCATORS.create(f"cost({costs})")
+        plan = allocator.plan_heads(query)
+        assert plan is not None and allocator.allocate(query) == [sum(row) for row in plan]
+        sizes = [size for row in plan for size in row]
+        assert len(sizes) == layers * heads and sum(sizes) == query.total
+        assert min(sizes) >= min(window + n_sink + 8, query.budget)
+        assert max(sizes) <= max(6 * query.budget, 1)
         for name in ("cake", "dynamickv"):
             budgets = LAYER_ALLOCATORS.create(f"{name}({path})").allocate(query)
             assert budgets == reference.layer_budgets(
@@ -127,6 +141,42 @@ def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, ext
         budgets = LAYER_ALLOCATORS.create(spec).allocate(query)
         assert len(budgets) == layers and sum(budgets) == layers * heads * query.budget
         assert min(budgets) >= query.least
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0, 1), min_size=4, max_size=4).map(lambda c: sorted(c, reverse=True)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(2, 6),
+    st.integers(0, 20),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_least_cost(curves: list[list[float]], lower: int, room: int, data: st.DataObject) -> None:
+    points, upper = [3, 5, 9, 20], lower + room
+    total = data.draw(st.integers(len(curves) * lower, len(curves) * upper))
+    found = minimise(
+        torch.tensor(curves, dtype=torch.float64),
+        torch.tensor(points).double(),
+        total,
+        lower,
+        upper,
+    )
+    assert int(found.sum()) == total and int(found.min()) >= lower and int(found.max()) <= upper
+    cost = reference.least_cost(curves, points, total, lower, upper)
+    sizes = torch.arange(lower, upper + 1).double()
+    costs = interpolate(
+        torch.tensor(curves, dtype=torch.float64), torch.tensor(points).double(), sizes
+    )
+    ours = sum(float(costs[i, size - lower]) for i, size in enumerate(found.tolist()))
+    # Between two points of a convex hull one item alone is cut short: never worse than its gap.
+    gap = float((costs[:, :1] - costs[:, -1:]).max())
+    assert cost * (1 - 1e-9) <= ours <= (cost + gap) * (1 + 1e-9)
+    slopes = costs[:, :-1] - costs[:, 1:]
+    if bool((slopes[:, :-1] >= slopes[:, 1:]).all()):  # convex: exact, up to ties of items
+        assert ours <= cost * (1 + 1e-9)
 
 
 def test_pyramid_is_the_published_line() -> None:

@@ -59,6 +59,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
             load_keys=lambda: rows.gather(rows.keys),
+            load_values=lambda: rows.gather(rows.values),
             queries=window.read(torch.full((BATCH,), N), slab),
             query_positions=window.positions(torch.full((BATCH,), N)),
             state=torch.ones(BATCH, HEADS, N, max(made.state_channels, 1)),
@@ -72,7 +73,15 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         scores = made.score(candidates)
         total = torch.full((BATCH,), HEADS * 10)
         least = torch.full((BATCH,), WINDOW)
-        query_ = HeadQuery(scores, rows.lengths, total, HEADS * 10, least, WINDOW)
+        query_ = HeadQuery(
+            scores,
+            rows.lengths,
+            total,
+            HEADS * 10,
+            least,
+            WINDOW,
+            planned=torch.tensor([8, 10, 12]),
+        )
         budgets = HEAD_ALLOCATORS.create(heads).allocate(query_)
         keep = select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction, scores > 0)
         slab.rewrite(rows, keep, None)

@@ -26,6 +26,7 @@ SPECS = {
     "tri_attention": {"horizon": 100},
     "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
     "random": {},
+    "value_aware": {"half_life": 5},
 }
 
 
@@ -60,6 +61,7 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
     centres = torch.randn(5, dim, generator=generator)
     pick = torch.randint(0, 5, (batch, heads, n), generator=generator)
     keys = centres[pick] + 0.5 * torch.randn(batch, heads, n, dim, generator=generator)
+    values = torch.randn(batch, heads, n, dim, generator=generator)
     gaps = torch.randint(1, 4, (batch, heads, n), generator=generator)
     positions = gaps.cumsum(-1)
     length = torch.tensor(lengths)
@@ -71,6 +73,7 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
         lengths=length,
         positions=positions,
         load_keys=lambda: keys,
+        load_values=lambda: values,
         queries=torch.randn(batch, heads, group, window, dim, generator=generator),
         query_positions=torch.arange(newest - window + 1, newest + 1).expand(batch, -1),
         state=None,
@@ -128,6 +131,7 @@ def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
     ]
     return reference.Head(
         keys=c.keys[b, h, :n],
+        values=c.values[b, h, :n],
         positions=positions,
         queries=c.queries[b, h],
         query_positions=c.query_positions[b].tolist(),
@@ -177,6 +181,7 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
         "streaming_llm(sinks=-1)",
         "lazy_eviction(threshold=0)",
         "tri_attention(horizon=0)",
+        "value_aware(half_life=0)",
     ],
 )
 def test_parameters_are_checked(spec: str) -> None:

@@ -14,6 +14,7 @@ ARMS = [
     "rkv",
     "h2o/uniform/adakv",
     "lazy_eviction(threshold=0.03)/uniform/adakv",
+    "value_aware/uniform/reasonalloc",
     "snapkv/pyramid/reasonalloc",
     "streaming_llm",
     "random",

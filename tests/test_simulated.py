@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import made_costs
 import made_statistics
 import reasonalloc
 from models import prompt, tiny
@@ -15,7 +16,7 @@ from reasonalloc.policies import POLICIES
 from reference import SCORES
 from simulator import Simulator
 
-HEADS = ("uniform", "adakv", "reasonalloc")
+HEADS = ("uniform", "adakv", "planned", "reasonalloc")
 
 
 def test_every_policy_and_head_allocator_has_a_reference() -> None:
@@ -27,14 +28,20 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
     model = tiny(name)
     ids = prompt(length, seed=length)
     statistics = made_statistics.of_model(model) if "statistics" in settings else None
-    if statistics is not None:
-        statistics.save(settings["statistics"])  # type: ignore[arg-type]
-        settings["profile"] = settings.pop("statistics")
+    made = {"statistics": statistics, "costs": made_costs.of_model(model)}
+    paths = {kind: settings.pop(kind) for kind in made if kind in settings}
+    for kind, path in paths.items():
+        made[kind].save(path)  # type: ignore[union-attr, arg-type]
+        settings["profile"] = path
+    if len(paths) == 2:
+        settings["profile"] = None
+        settings["policy"] = f"{settings['policy']}(path={paths['statistics']})"
+        settings["layers"] = f"{settings['layers']}(path={paths['costs']})"
     full = model.generate(ids, max_new_tokens=tokens, do_sample=False)
     with reasonalloc.attach(model, record="tokens", **settings) as attached:  # type: ignore[arg-type]
         fast = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         recorder = attached.recorder
-        config, totals = attached.config, attached.totals
+        config, totals, planned = attached.config, attached.totals, attached.planned
     assert recorder is not None and recorder.compressions >= 6
     policy = config.arm.policy
     slow = Simulator(
@@ -48,6 +55,7 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
         config.protect_prompt,
         config.seed,
         statistics if policy.startswith("tri_attention") else None,
+        planned,
     )
     assert slow.generate(ids, tokens) == fast[0, length:].tolist()
     for layer in range(len(totals)):
@@ -62,7 +70,7 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("policy", sorted(SCORES))
 def test_policy_and_heads(policy: str, heads: str, tmp_path: Path) -> None:
-    settings = with_file(policy, "uniform", tmp_path)
+    settings = with_file(policy, "cost" if heads == "planned" else "uniform", tmp_path)
     compare("llama", 45, 50, budget=20, heads=heads, interval=8, window=4, **settings)
 
 
@@ -71,6 +79,8 @@ def with_file(policy: str, layers: str, folder: Path) -> dict[str, object]:
     settings: dict[str, object] = {"policy": policy, "layers": layers}
     if policy == "tri_attention" or layers in ("cake", "dynamickv"):
         settings["statistics"] = folder / "statistics.safetensors"
+    if layers == "cost":
+        settings["costs"] = folder / "costs.json"
     return settings
 
 
@@ -84,11 +94,11 @@ def test_expected_attention_of_other_models(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
 def test_recurrence_with_tokens_that_are_not_attended_to(threshold: float) -> None:
     policy = f"lazy_eviction(threshold={threshold})"
-    for heads in HEADS:
+    for heads in ("uniform", "adakv", "reasonalloc"):
         compare("llama", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
 
 
-@pytest.mark.parametrize("layers", ["pyramid", "pyramid(beta=3)", "cake", "dynamickv"])
+@pytest.mark.parametrize("layers", ["pyramid", "pyramid(beta=3)", "cake", "dynamickv", "cost"])
 def test_layer_budgets(layers: str, tmp_path: Path) -> None:
     settings = with_file("snapkv", layers, tmp_path)
     compare("qwen3", 30, 40, budget=24, interval=8, window=4, **settings)
@@ -97,8 +107,8 @@ def test_layer_budgets(layers: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", sorted(SCORES))
 @pytest.mark.parametrize("options", [{"n_sink": 15}, {"protect_prompt": True}])
 def test_forced_tokens(policy: str, options: dict[str, int], tmp_path: Path) -> None:
-    for heads in ("uniform", "reasonalloc"):
-        settings = with_file(policy, "uniform", tmp_path) | options
+    for heads, layers in (("uniform", "uniform"), ("reasonalloc", "uniform"), ("planned", "cost")):
+        settings = with_file(policy, layers, tmp_path) | options
         compare("qwen2", 22, 50, budget=30, heads=heads, interval=8, window=4, **settings)
 
 

@@ -52,7 +52,7 @@ def minimise(curves: Tensor, points: Tensor, total: int, lower: int, upper: int)
     dear, cheap = float(cost[:, 0].max()) + 1.0, 0.0
     few, many = taken(dear), taken(cheap)
     if int(many.sum()) < total:  # costs that do not fall any more: the rest goes round
-        many = torch.full_like(many, upper)
+        few, many = many, torch.full_like(many, upper)
     else:
         for _ in range(_STEPS):
             price = (dear + cheap) / 2

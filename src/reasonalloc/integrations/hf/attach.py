@@ -35,6 +35,7 @@ class Attachment:
         config: the settings.
         shapes: all attention layers of the model.
         totals: retained tokens per layer under a budget, all its KV heads together.
+        planned: the same per KV head, [layers][kv_heads], if the arm plans them beforehand.
     """
 
     def __init__(self, model: Any, config: CompressionConfig) -> None:
@@ -53,7 +54,7 @@ class Attachment:
             config, self.shapes, self._text_config, name, lambda: read_rope(model)
         )
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
-        self._planned = planned_heads(config, self.shapes, self._text_config, name)
+        self.planned = planned_heads(config, self.shapes, self._text_config, name)
         self._model: Any = model
         self._own_generate = model.__dict__.get("generate")
         self._original = self._implementations(self._text_config._attn_implementation)
@@ -83,7 +84,7 @@ class Attachment:
         self._require_model()
         recorder = Recorder(self.config.record)
         totals = iter(self.totals)
-        planned = iter(self._planned or [None] * len(self.totals))
+        planned = iter(self.planned or [None] * len(self.totals))
         layers = [
             LayerCompressor(
                 index,

@@ -1,0 +1,39 @@
+"""Random cost profiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reasonalloc.costs import CostProfile
+from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.profiles import config_hash
+
+
+def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> CostProfile:
+    generator = torch.Generator().manual_seed(seed)
+    budgets = [8, 16, 32, 64]
+    scale = torch.rand(2, layers, heads, 1, generator=generator) ** 3
+    slope = 0.3 + 2 * torch.rand(2, layers, heads, 1, generator=generator)
+    costs = scale * torch.tensor(budgets) ** -slope
+    return CostProfile(
+        objective="fisher",
+        model_id="tiny",
+        config_hash=fingerprint,
+        policy="value_aware",
+        interval=8,
+        window=4,
+        samples=2,
+        budgets=budgets,
+        text_hashes=["a" * 64, "b" * 64],
+        kinds=["code", "prose"],
+        tokens=[90, 40],
+        costs=costs.tolist(),
+    )
+
+
+def of_model(model: Any, seed: int = 0) -> CostProfile:
+    shapes = [shape for shape in check_model(model) if shape.compressible]
+    fingerprint = config_hash(text_config(model).to_dict())
+    return make(len(shapes), shapes[0].kv_heads, fingerprint=fingerprint, seed=seed)
