@@ -12,7 +12,7 @@ import pytest
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import grading
 from reasonalloc.evaluation.tasks import chain
-from reasonalloc.evaluation.tasks.base import TASKS, Problem, data_hash
+from reasonalloc.evaluation.tasks.base import TASKS, Problem
 from reasonalloc.evaluation.tasks.boxed_math import BoxedMath
 
 ROWS = {
@@ -43,7 +43,7 @@ def test_the_registry_has_every_task() -> None:
 )
 def test_rows_of_every_task(name: str, expected: tuple[str, str, str], tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", ROWS[name], "")
-    (problem,) = TASKS.create(name).load(path, None)
+    (problem,) = TASKS.create(name).load(path, None).chosen
     text = f"{expected[1]}\n\nPlease reason step by step, and put your final answer within "
     assert problem == Problem(expected[0], text + "\\boxed{}.", expected[2])
 
@@ -52,9 +52,10 @@ def test_limits_and_hashes(tmp_path: Path) -> None:
     rows = [{**ROWS["aime24"], "id": i} for i in range(5)]
     task = TASKS.create("aime24")
     whole = task.load(write(tmp_path / "a", *rows), None)
-    assert task.load(str(tmp_path / "a"), 2) == whole[:2]
+    some = task.load(str(tmp_path / "a"), 2)
+    assert some.chosen == whole.chosen[:2] and some.hash == whole.hash
     rows[4]["answer"] = "205"
-    assert data_hash(task.load(write(tmp_path / "b", *rows), None)) != data_hash(whole)
+    assert task.load(write(tmp_path / "b", *rows), 2).hash != whole.hash
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,11 @@ def test_unreadable_data(tmp_path: Path) -> None:
 
 def test_chain_is_the_generated_task() -> None:
     task = TASKS.create("chain(variables=4)")
-    loaded = task.load(None, 3)
+    loaded = task.load(None, 3).chosen
+    hashes = [
+        TASKS.create(f"chain(variables={v})").load(None, n).hash for v, n in ((4, 60), (5, 3))
+    ]
+    assert task.load(None, 3).hash == hashes[0] != hashes[1]
     originals = list(chain.problems(3, 4))
     assert [p.prompt for p in loaded] == [p.prompt for p in originals]
     assert [p.id for p in loaded] == ["chain-4-0", "chain-4-1", "chain-4-2"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, run
+from reasonalloc.cli import calibrate, demo, doctor, eval, fidelity, ls, plan, run
 from reasonalloc.version import __version__
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def _root(
 app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
+app.command("eval")(eval.command)
 app.command("fidelity")(fidelity.command)
 app.command("ls")(ls.command)
 app.command("doctor")(doctor.command)

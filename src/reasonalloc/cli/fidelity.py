@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -11,7 +9,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.config import PRESETS, CompressionConfig
+from reasonalloc.config import CompressionConfig, parse_arm, preset_name
 from reasonalloc.errors import UsageError
 
 Texts = Annotated[
@@ -76,7 +74,9 @@ def command(
         )
     with output.stderr().status("Generating completions"):
         trajectories = [complete(loaded, t, generate or 0) for t in trajectories]
-    rows = _run(loaded, trajectories, jobs, name, {**shared, "profile": _digest(profile)}, out)
+    rows = _run(
+        loaded, trajectories, jobs, name, {**shared, "profile": o.profile_digest(profile)}, out
+    )
     from reasonalloc.evaluation.fidelity_summary import summarise
 
     summary = summarise(rows, trajectories, [(str(c.arm), c.budget) for c in jobs], tokenizer)
@@ -86,28 +86,14 @@ def command(
         _show(summary, len(trajectories), interval)
 
 
-def split_arms(text: str) -> list[str]:
-    """Arms at the commas that are outside of parentheses."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _jobs(
     budgets: str, arms: str, profile: str | None, shared: dict[str, Any]
 ) -> list[CompressionConfig]:
-    from reasonalloc.config import parse_arm
-
     try:
         sizes = [int(size) for size in budgets.split(",")]
     except ValueError:
         raise UsageError(f"budgets={budgets!r} must be whole numbers, as 64,128") from None
-    parsed = [parse_arm(arm) for arm in split_arms(arms)]
+    parsed = [parse_arm(arm) for arm in o.split_arms(arms)]
     if not parsed:
         raise UsageError("arms is empty: name at least one, as rkv,streaming_llm")
     jobs = []
@@ -118,18 +104,6 @@ def _jobs(
             own = profile if arm.layers.startswith("profile") else None
             jobs.append(CompressionConfig(budget=size, arm=arm, profile=own, **shared))
     return jobs
-
-
-def _digest(profile: str | None) -> str | None:
-    """Fingerprint of a profile's content: another file under the same name is another setting."""
-    if profile is None:
-        return None
-    from dataclasses import asdict
-
-    from reasonalloc.profiles import load_profile
-
-    text = json.dumps(asdict(load_profile(profile)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run(
@@ -183,7 +157,7 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
         rows.append(
             (
                 str(item["budget"]),
-                _short(item["arm"]),
+                preset_name(item["arm"]),
                 f"{item['kl']:.4f}",
                 f"{low:.4f}-{high:.4f}",
                 f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
@@ -198,16 +172,10 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
     console.print(output.grid(columns, rows, heading))
     for item in summary:
         if not item["compressions"]:
-            console.print(
-                f"{_short(item['arm'])} at budget {item['budget']}: never compressed, texts fit."
-            )
+            arm = preset_name(item["arm"])
+            console.print(f"{arm} at budget {item['budget']}: never compressed, texts fit.")
     console.print(
         "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
         "Intervals: 95 %, bootstrap over trajectories"
         + (", which says little with so few." if texts < 10 else ".")
     )
-
-
-def _short(arm: str) -> str:
-    """The preset's name, where an arm is one."""
-    return next((name for name, preset in PRESETS.items() if str(preset.arm) == arm), arm)

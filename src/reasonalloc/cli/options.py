@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.config import Arm, CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -116,6 +119,43 @@ def pick_model(argument: str | None, option: str | None) -> str:
     return name
 
 
+def split_arms(text: str) -> list[str]:
+    """Arms at the commas that are outside of parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def profile_digest(profile: str | os.PathLike[str] | None) -> str | None:
+    """Fingerprint of a profile's content: another file under the same name is another setting."""
+    if profile is None:
+        return None
+    from reasonalloc.profiles import load_profile
+
+    text = json.dumps(asdict(load_profile(profile)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_names(arm: Arm) -> None:
+    """Refuse unknown names and wrong parameters.
+
+    Raises:
+        UsageError: says what there is.
+    """
+    from reasonalloc.allocators.head import HEAD_ALLOCATORS
+    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+    from reasonalloc.policies import POLICIES
+
+    POLICIES.create(arm.policy)
+    LAYER_ALLOCATORS.create(arm.layers)
+    HEAD_ALLOCATORS.create(arm.heads)
+
+
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
     """Settings of the cache; None means the full cache.
 
@@ -132,15 +172,10 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
                     "choose an arm that compresses"
                 )
         return None
-    from reasonalloc.allocators.head import HEAD_ALLOCATORS
-    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
     from reasonalloc.attention import choose_backend
-    from reasonalloc.policies import POLICIES
 
     config = CompressionConfig(arm=parsed, **settings)
-    POLICIES.create(parsed.policy)
-    LAYER_ALLOCATORS.create(parsed.layers)
-    HEAD_ALLOCATORS.create(parsed.heads)
+    check_names(parsed)
     choose_backend(config.attention)
     return config
 

@@ -47,7 +47,7 @@ class ResultFile:
             if end != path.stat().st_size:
                 os.truncate(path, end)  # the line that was being written when it was killed
             if merged != first["manifest"]:
-                self._begin(merged, len(json.dumps(first)) + 1)
+                self._begin(merged, self._header)
         except OSError as error:
             raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -60,7 +60,7 @@ class ResultFile:
     def _read(self) -> tuple[Row | None, int]:
         """The first line, if there is one, and the bytes of all whole lines; fills ``rows``."""
         first: Row | None = None
-        end = 0
+        end = self._header = 0
         if not self._path.exists():
             return None, 0
         with self._path.open("rb") as file:
@@ -72,7 +72,7 @@ class ResultFile:
                     break
                 end += len(line)
                 if first is None:
-                    first = json.loads(line)
+                    first, self._header = json.loads(line), end
                 else:
                     self.rows.append(self._keep(json.loads(line)))
         return first, end

@@ -48,6 +48,14 @@ class Hub:
     config: str | None = None
 
 
+@dataclass(frozen=True)
+class Problems:
+    """The problems that were asked for, and a fingerprint of all that the data holds."""
+
+    chosen: tuple[Problem, ...]
+    hash: str
+
+
 class Task(ABC):
     """Problems of one kind. A task is a frozen dataclass; its fields are parameters."""
 
@@ -68,7 +76,7 @@ class Task(ABC):
     def grade(self, problem: Problem, completion: str) -> Verdict:
         """Find the answer in a completion and mark it."""
 
-    def load(self, data: str | None, limit: int | None) -> list[Problem]:
+    def load(self, data: str | None, limit: int | None) -> Problems:
         """The first ``limit`` problems of the data (None: all).
 
         Args:
@@ -98,7 +106,7 @@ class Task(ABC):
             problems.append(problem)
         if not problems:
             raise UsageError(f"{where} holds no problem: write one JSON object per line")
-        return problems if limit is None else problems[:limit]
+        return Problems(tuple(problems[:limit]), data_hash(problems))
 
 
 TASKS: Registry[Task] = Registry("task", "reasonalloc.evaluation.tasks")

@@ -1,0 +1,295 @@
+"""``reasonalloc eval``: arms on a benchmark, resumable, on one device or many."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from reasonalloc.cli import options as o
+from reasonalloc.cli import output
+from reasonalloc.errors import UsageError
+from reasonalloc.version import __version__
+
+if TYPE_CHECKING:
+    from reasonalloc.evaluation.batch import Job, Settings
+    from reasonalloc.evaluation.protocols import Rules
+    from reasonalloc.evaluation.solver import Facts, ModelSpec
+    from reasonalloc.evaluation.tasks.base import Problems, Task
+
+_RUN, _SAMPLING, _SCALE = "Run", "Sampling", "Scale"
+
+
+def _option(*names: str, panel: str, **keywords: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **keywords)
+
+
+TaskName = Annotated[
+    str, _option("--task", panel=_RUN, help="math500, aime24, aime25, gsm8k, chain.")
+]
+Arms = Annotated[str, _option("--arms", panel=_RUN, help="Arms, separated by commas.")]
+Budgets = Annotated[str, _option("--budgets", panel=_RUN, help="Budgets, separated by commas.")]
+Out = Annotated[
+    str, _option("--out", panel=_RUN, metavar="DIR", help="Results; a second run goes on.")
+]
+Data = Annotated[
+    Optional[str],  # noqa: UP045
+    _option("--data", panel=_RUN, metavar="FILE", help="Problems as JSON lines, not from the hub."),
+]
+Limit = Annotated[
+    Optional[int],  # noqa: UP045
+    _option("--limit", panel=_RUN, min=1, help="Only the first so many problems."),
+]
+ProtocolName = Annotated[
+    str, _option("--protocol", panel=_SAMPLING, help="paper, greedy or quick; see below.")
+]
+Samples = Annotated[
+    Optional[int],  # noqa: UP045
+    _option("--samples", panel=_SAMPLING, min=1, help="Per problem; replaces the protocol's."),
+]
+MaxNewTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    _option("--max-new-tokens", panel=_SAMPLING, min=1, help="Replaces the protocol's."),
+]
+Temperature = Annotated[
+    Optional[float],  # noqa: UP045
+    _option("--temperature", panel=_SAMPLING, help="Replaces the protocol's; 0: greedy."),
+]
+TopP = Annotated[
+    Optional[float],  # noqa: UP045
+    _option("--top-p", panel=_SAMPLING, help="Replaces the protocol's."),
+]
+TopK = Annotated[
+    Optional[int],  # noqa: UP045
+    _option("--top-k", panel=_SAMPLING, help="Replaces the protocol's; 0: all tokens."),
+]
+Seed = Annotated[int, _option("--seed", panel=_SAMPLING, help="Of all samples.")]
+BatchSize = Annotated[
+    int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
+]
+Device = Annotated[str, _option("--device", panel=_SCALE, help="auto, cpu, cuda, cuda:1, mps.")]
+DeviceMap = Annotated[
+    Optional[str],  # noqa: UP045
+    _option("--device-map", panel=_SCALE, help="Passed to from_pretrained: auto, balanced, ..."),
+]
+Workers = Annotated[
+    int, _option("--workers", panel=_SCALE, min=1, help="With Ray, a GPU or CPU share each.")
+]
+RayAddress = Annotated[
+    Optional[str],  # noqa: UP045
+    _option("--ray-address", panel=_SCALE, help="Of a running cluster, such as auto."),
+]
+
+
+def command(
+    task: TaskName,
+    out: Out,
+    model: o.ModelArgument = None,
+    model_option: o.ModelOption = None,
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    arms: Arms = "full,rkv",
+    budgets: Budgets = "1024",
+    data: Data = None,
+    limit: Limit = None,
+    protocol: ProtocolName = "paper",
+    samples: Samples = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    interval: o.Interval = 128,
+    window: o.Window = 8,
+    n_sink: o.Sinks = 0,
+    protect_prompt: o.ProtectPrompt = False,
+    profile: o.ProfileFile = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
+    as_json: o.Json = False,
+) -> None:
+    """Accuracy of arms on a benchmark. Started again, it goes on where it was.
+
+    Protocols: paper (temperature 0.6, top-p 0.95, 8 samples, 16384 tokens), greedy (1 sample, 16384
+    tokens), quick (greedy, 1 sample, 1024 tokens).
+    """
+    name = o.pick_model(model, model_option)
+    from reasonalloc.evaluation.protocols import find_rules
+    from reasonalloc.evaluation.tasks.base import TASKS
+
+    kind = TASKS.create(task)
+    rules = find_rules(protocol, samples, max_new_tokens, temperature, top_p, top_k)
+    common = {
+        "interval": interval,
+        "window": window,
+        "n_sink": n_sink,
+        "protect_prompt": protect_prompt,
+    }
+    jobs = _jobs(arms, budgets, profile, {**common, "seed": seed})
+    if kind.needs_math:
+        from reasonalloc.evaluation.grading import require_math
+
+        require_math()
+    problems = kind.load(data, limit)
+    from reasonalloc.evaluation.batch import Settings
+    from reasonalloc.evaluation.solver import ModelSpec
+
+    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map)
+    plan = _Plan(
+        task=task,
+        kind=kind,
+        problems=problems,
+        jobs=jobs,
+        rules=rules,
+        protocol=protocol,
+        spec=spec,
+        settings=Settings(profile=profile, seed=seed, **common),  # type: ignore[arg-type]
+        batch=batch_size,
+        workers=workers,
+        ray_address=ray_address,
+    )
+    _run(plan, Path(out).expanduser(), as_json)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    task: str
+    kind: Task
+    problems: Problems
+    jobs: list[Job]
+    rules: Rules
+    protocol: str
+    spec: ModelSpec
+    settings: Settings
+    batch: int
+    workers: int
+    ray_address: str | None
+
+    @property
+    def remote(self) -> bool:
+        return self.workers > 1 or self.ray_address is not None
+
+    def manifest(self, facts: Facts) -> dict[str, Any]:
+        """What all samples of a folder share. Arms, budgets and the limit may grow."""
+        from importlib.metadata import version
+
+        settings, sampling = self.settings, self.rules.sampling
+        profile = settings.profile
+        found = {
+            "kind": "eval",
+            "task": self.task,
+            "data_hash": self.problems.hash,
+            "model": self.spec.name,
+            "config_hash": facts.config_hash,
+            "weights_hash": facts.weights_hash,
+            "template_hash": facts.template_hash,
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "protocol": self.protocol,
+            **asdict(sampling),
+            "samples": self.rules.samples,
+            "max_new_tokens": self.rules.max_new_tokens,
+            "seed": settings.seed,
+            "interval": settings.interval,
+            "window": settings.window,
+            "n_sink": settings.n_sink,
+            "protect_prompt": settings.protect_prompt,
+            "profile": None if profile is None else str(profile),
+            "profile_hash": o.profile_digest(profile),
+            "version": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+        return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
+
+
+def _jobs(arms: str, budgets: str, profile: str | None, common: dict[str, Any]) -> list[Job]:
+    from reasonalloc.config import CompressionConfig, parse_arm, preset_name
+    from reasonalloc.evaluation.batch import needs_profile
+    from reasonalloc.evaluation.runner import make_jobs
+
+    try:
+        sizes = list(dict.fromkeys(int(size) for size in budgets.split(",")))
+    except ValueError:
+        raise UsageError(f"budgets={budgets!r} must be whole numbers, as 128,256") from None
+    names = []
+    for text in o.split_arms(arms):
+        arm = parse_arm(text)
+        names.append(text if arm is None else preset_name(arm))
+        if arm is not None:
+            o.check_names(arm)
+            own = profile if needs_profile(names[-1]) else None
+            for size in sizes:
+                CompressionConfig(budget=size, arm=arm, profile=own, **common)
+    if not names:
+        raise UsageError("arms is empty: name at least one, as full,rkv")
+    if profile is not None and not any(needs_profile(name) for name in names):
+        raise UsageError(
+            f"profile={profile!r} has no effect with arms={arms!r}: add 'reasonalloc', or leave it "
+            "out"
+        )
+    return make_jobs(list(dict.fromkeys(names)), sizes)
+
+
+def _run(plan: _Plan, out: Path, as_json: bool) -> None:
+    from reasonalloc.cli.eval_table import report
+    from reasonalloc.cli.eval_watch import Watcher
+    from reasonalloc.evaluation.folder import RunFolder
+    from reasonalloc.evaluation.runner import InProcess, plan_chunks, run
+    from reasonalloc.evaluation.solver import Solver
+
+    chosen, rules = plan.problems.chosen, plan.rules
+    arguments = (plan.spec, plan.settings, rules.sampling, rules.max_new_tokens)
+    prompts = [problem.prompt for problem in chosen]
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(out))
+        watcher = Watcher(rules.max_new_tokens)
+        with output.stderr().status("Loading the model"):
+            executor: Any
+            if plan.remote:
+                from reasonalloc.evaluation.cluster import Cluster
+
+                executor = stack.enter_context(
+                    Cluster(arguments, plan.workers, plan.ray_address, watcher)
+                )
+                facts = executor.check(plan.jobs, prompts)
+            else:
+                solver = Solver(*arguments)
+                executor, facts = InProcess(solver, watcher), solver.check(plan.jobs, prompts)
+        _check_length(facts, rules.max_new_tokens)
+        if facts.template_hash is None:
+            output.note("this model has no chat template: problems are given as plain text")
+        folder.open(plan.manifest(facts))
+        chunks = plan_chunks(
+            plan.jobs, chosen, rules.samples, plan.settings.seed, plan.batch, folder.done()
+        )
+        left = sum(len(chunk.items) for chunk in chunks)
+        total = len(plan.jobs) * len(chosen) * rules.samples
+        if left < total:
+            output.note(f"{total - left} of {total} samples are in {str(out)!r} already")
+        try:
+            with watcher.started(left):
+                run(plan.task, plan.kind, chosen, chunks, folder, executor, watcher)
+        except KeyboardInterrupt:
+            output.note(
+                f"interrupted: {total - left + watcher.done} of {total} samples are in "
+                f"{str(out)!r}; the same command goes on from there"
+            )
+            raise typer.Exit(130) from None
+        report(plan.jobs, folder.rows, [problem.id for problem in chosen], plan.task, as_json)
+
+
+def _check_length(facts: Facts, max_new_tokens: int) -> None:
+    room = None if facts.positions is None else facts.positions - facts.longest
+    if room is not None and room < max_new_tokens:
+        raise UsageError(
+            f"max_new_tokens={max_new_tokens} does not fit: the model has {facts.positions} "
+            f"positions and the longest prompt takes {facts.longest}: give --max-new-tokens "
+            f"{max(room, 0)} or less"
+        )
