@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class SeededSampling(LogitsProcessor):
         # random() gives the same numbers for a seed in every version of Python.
         self._streams = [random.Random(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [batch, vocabulary] with one finite entry per row."""
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         probabilities = (scores.to(wide) / self._sampling.temperature).softmax(dim=-1)
@@ -80,7 +79,7 @@ class SeededSampling(LogitsProcessor):
         draws = torch.tensor([[s.random()] for s in self._streams], dtype=wide)
         chosen = torch.searchsorted(below, draws.to(scores.device), right=True)
         # A float32 draw may round up to 1: the last token that has any probability.
-        chosen = torch.minimum(chosen, torch.searchsorted(below, below[:, -1:]))
+        chosen = torch.minimum(chosen, torch.searchsorted(below, below[:, -1:].contiguous()))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _nucleus(self, probabilities: Tensor) -> Tensor:
