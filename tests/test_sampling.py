@@ -83,7 +83,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(arm: str, sampling: Sampling)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"), name="gemma3", eos_token_id=9)
+    return save_tiny(tmp_path_factory.mktemp("model"), name="gemma3", eos_token_id=[9, 10, 11])
 
 
 @pytest.mark.parametrize("arm", ["full", "rkv", "rkv/pyramid/adakv"])
