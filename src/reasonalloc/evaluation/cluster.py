@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 #: A chunk whose worker died so often is not tried again.
 _TRIES = 3
 _POLL_SECONDS = 0.5
+_KNOCK_SECONDS = 10.0
 
 
 class Cluster:
@@ -102,6 +104,8 @@ class Cluster:
 
     def _start(self, address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is not None:
+            _check_address(address)
         try:
             self._ray.init(
                 address=address or "local",
@@ -196,6 +200,20 @@ def _worker_class(ray: Any) -> type[Any]:
             return self._steps
 
     return Worker
+
+
+def _check_address(address: str) -> None:
+    """Knock once: Ray itself waits for minutes where nobody answers."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"ray_address={address!r} does not answer ({_line(error)}): give the address that "
+            "'ray start --head' printed"
+        ) from None
 
 
 def _line(error: BaseException) -> str:
