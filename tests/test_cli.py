@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.attention.interface import BACKENDS
+from reasonalloc.evaluation.tasks.base import TASKS
 from reasonalloc.cli import download, output
 from reasonalloc.cli.main import main
 from reasonalloc.config import PRESETS
@@ -264,6 +265,7 @@ def test_ls_is_complete(call: Call) -> None:
         ("layers", LAYER_ALLOCATORS),
         ("heads", HEAD_ALLOCATORS),
         ("attention", BACKENDS),
+        ("tasks", TASKS),
     ):
         assert [e["name"] for e in data[key]] == list(registry.entries())
         assert all(e["summary"] and e["source"] for e in data[key])

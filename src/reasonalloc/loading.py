@@ -253,7 +253,6 @@ def load_model(
     trust_remote_code: bool = False,
     config: Any = None,
     device_map: str | None = None,
-    tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -266,22 +265,14 @@ def load_model(
         config: the result of ``load_config``, if it is there already.
         device_map: passed to ``from_pretrained`` (``auto``: spread over all devices), instead of
             ``device``; needs accelerate.
-        tp_plan: passed to ``from_pretrained`` (``auto``: tensor parallel), instead of ``device``.
 
     Raises:
         UsageError: it cannot be found, read, or put on the device.
     """
     source, place = find_source(name), resolve_device(device)
-    spread = {
-        key: value
-        for key, value in (("device_map", device_map), ("tp_plan", tp_plan))
-        if value is not None
-    }
-    if len(spread) > 1 or (spread and device != "auto"):
-        raise UsageError(
-            f"device={device!r}, device_map={device_map!r} and tp_plan={tp_plan!r}: give one of "
-            "the three"
-        )
+    spread = {} if device_map is None else {"device_map": device_map}
+    if spread and device != "auto":
+        raise UsageError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     if config is None:
         config = _load_config(source, trust_remote_code)
     kind = resolve_dtype(dtype, config)

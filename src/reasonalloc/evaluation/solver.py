@@ -30,7 +30,6 @@ class ModelSpec:
     device: str = "auto"
     trust_remote_code: bool = False
     device_map: str | None = None
-    tp_plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ class Solver:
             spec.device,
             trust_remote_code=spec.trust_remote_code,
             device_map=spec.device_map,
-            tp_plan=spec.tp_plan,
         )
         self._settings, self._sampling = settings, sampling
         self._max_new_tokens = max_new_tokens
@@ -271,9 +269,8 @@ def weights_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        if not local.is_meta:  # offloaded: there is nothing to look at
-            flat = local.detach().reshape(-1)
+        if not weight.is_meta:  # offloaded: there is nothing to look at
+            flat = weight.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32)
             digest.update(some.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
