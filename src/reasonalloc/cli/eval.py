@@ -16,8 +16,9 @@ from reasonalloc.version import __version__
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.batch import Job, Settings
+    from reasonalloc.evaluation.folder import Key
     from reasonalloc.evaluation.protocols import Rules
-    from reasonalloc.evaluation.solver import Facts, ModelSpec
+    from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec
     from reasonalloc.evaluation.tasks.base import Problems, Task
 
 _RUN, _SAMPLING, _SCALE = "Run", "Sampling", "Scale"
@@ -175,6 +176,13 @@ class _Plan:
     def remote(self) -> bool:
         return self.workers > 1 or self.ray_address is not None
 
+    def chunks(self, done: set[Key]) -> list[Chunk]:
+        """What is left to do."""
+        from reasonalloc.evaluation.runner import plan_chunks
+
+        chosen, samples, seed = self.problems.chosen, self.rules.samples, self.settings.seed
+        return plan_chunks(self.jobs, chosen, samples, seed, self.batch, done)
+
     def manifest(self, facts: Facts) -> dict[str, Any]:
         """What all samples of a folder share. Arms, budgets and the limit may grow."""
         from importlib.metadata import version
@@ -241,7 +249,7 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
     from reasonalloc.cli.eval_table import report
     from reasonalloc.cli.eval_watch import Watcher
     from reasonalloc.evaluation.folder import RunFolder
-    from reasonalloc.evaluation.runner import InProcess, plan_chunks, run
+    from reasonalloc.evaluation.runner import InProcess, run
     from reasonalloc.evaluation.solver import Solver
 
     chosen, rules = plan.problems.chosen, plan.rules
@@ -266,9 +274,7 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
         if facts.template_hash is None:
             output.note("this model has no chat template: problems are given as plain text")
         folder.open(plan.manifest(facts))
-        chunks = plan_chunks(
-            plan.jobs, chosen, rules.samples, plan.settings.seed, plan.batch, folder.done()
-        )
+        chunks = plan.chunks(folder.done())
         left = sum(len(chunk.items) for chunk in chunks)
         total = len(plan.jobs) * len(chosen) * rules.samples
         if left < total:
@@ -277,9 +283,11 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
             with watcher.started(left):
                 run(plan.task, plan.kind, chosen, chunks, folder, executor, watcher)
         except KeyboardInterrupt:
+            missing = plan.chunks(folder.read_again())
+            there = total - sum(len(chunk.items) for chunk in missing)
             output.note(
-                f"interrupted: {total - left + watcher.done} of {total} samples are in "
-                f"{str(out)!r}; the same command goes on from there"
+                f"interrupted: {there} of {total} samples are in {str(out)!r}; the same command "
+                "goes on from there"
             )
             raise typer.Exit(130) from None
         report(plan.jobs, folder.rows, [problem.id for problem in chosen], plan.task, as_json)

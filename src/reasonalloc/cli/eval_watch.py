@@ -48,11 +48,6 @@ class Watcher:
         with self._progress:
             yield
 
-    @property
-    def done(self) -> int:
-        """Samples that are on disk since the start."""
-        return self._done
-
     def stepped(self, worker: int, chunk: Chunk, steps: int) -> None:
         """See ``Observer``."""
         self._now[worker] = chunk, steps

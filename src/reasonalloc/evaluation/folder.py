@@ -93,6 +93,12 @@ class RunFolder:
         """The samples that are there."""
         return {key_of(row) for row in self.rows}
 
+    def read_again(self) -> set[Key]:
+        """The samples that are on disk, after an interruption."""
+        if self._samples is not None:
+            self._samples.read_again()
+        return self.done()
+
     def add(self, rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
         """Add the samples of one batch, and what was recorded in it.
 

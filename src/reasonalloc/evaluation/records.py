@@ -101,6 +101,12 @@ class ResultFile:
             os.fsync(file.fileno())
         partial.replace(self._path)
 
+    def read_again(self) -> list[Row]:
+        """What is on disk now, as in ``rows``: Ctrl-C may come between the disk and ``rows``."""
+        self.rows = []
+        self._read()
+        return self.rows
+
     def add(self, *rows: Row) -> None:
         """Append results and make sure that they are on disk."""
         append_lines(self._path, rows)
@@ -122,8 +128,9 @@ def append_lines(path: Path, rows: Sequence[Row]) -> None:
                 while data:
                     data = data[os.write(file, data) :]
                 os.fsync(file)
-            except OSError:
-                os.ftruncate(file, before)
+            except BaseException as error:  # Ctrl-C as well, unless all of it is there
+                if data or isinstance(error, OSError):
+                    os.ftruncate(file, before)
                 raise
         finally:
             os.close(file)
