@@ -18,11 +18,11 @@ pytest.importorskip("rich")
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.attention.interface import BACKENDS
-from reasonalloc.evaluation.tasks.base import TASKS
 from reasonalloc.cli import download, output
 from reasonalloc.cli.main import main
 from reasonalloc.config import PRESETS
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.tasks.base import TASKS
 from reasonalloc.policies import POLICIES
 from reasonalloc.profiles import SCHEMA_VERSION, config_hash
 from tiny_folder import save_tiny, write_gguf

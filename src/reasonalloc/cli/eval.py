@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from reasonalloc.cli import eval_options as e
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
@@ -21,104 +22,41 @@ if TYPE_CHECKING:
     from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec
     from reasonalloc.evaluation.tasks.base import Problems, Task
 
-_RUN, _SAMPLING, _SCALE = "Run", "Sampling", "Scale"
-
-
-def _option(*names: str, panel: str, **keywords: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **keywords)
-
-
-TaskName = Annotated[
-    str, _option("--task", panel=_RUN, help="math500, aime24, aime25, gsm8k, chain.")
-]
-Arms = Annotated[str, _option("--arms", panel=_RUN, help="Arms, separated by commas.")]
-Budgets = Annotated[str, _option("--budgets", panel=_RUN, help="Budgets, separated by commas.")]
-Out = Annotated[
-    str, _option("--out", panel=_RUN, metavar="DIR", help="Results; a second run goes on.")
-]
-Data = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--data", panel=_RUN, metavar="FILE", help="Problems as JSON lines, not from the hub."),
-]
-Limit = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--limit", panel=_RUN, min=1, help="Only the first so many problems."),
-]
-ProtocolName = Annotated[
-    str, _option("--protocol", panel=_SAMPLING, help="paper, greedy or quick; see below.")
-]
-Samples = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--samples", panel=_SAMPLING, min=1, help="Per problem; replaces the protocol's."),
-]
-MaxNewTokens = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--max-new-tokens", panel=_SAMPLING, min=1, help="Replaces the protocol's."),
-]
-Temperature = Annotated[
-    Optional[float],  # noqa: UP045
-    _option("--temperature", panel=_SAMPLING, help="Replaces the protocol's; 0: greedy."),
-]
-TopP = Annotated[
-    Optional[float],  # noqa: UP045
-    _option("--top-p", panel=_SAMPLING, help="Replaces the protocol's."),
-]
-TopK = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--top-k", panel=_SAMPLING, help="Replaces the protocol's; 0: all tokens."),
-]
-Seed = Annotated[int, _option("--seed", panel=_SAMPLING, help="Of all samples.")]
-BatchSize = Annotated[
-    int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
-]
-Device = Annotated[str, _option("--device", panel=_SCALE, help="auto, cpu, cuda, cuda:1, mps.")]
-DeviceMap = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--device-map", panel=_SCALE, help="Passed to from_pretrained: auto, balanced, ..."),
-]
-Workers = Annotated[
-    int, _option("--workers", panel=_SCALE, min=1, help="With Ray, a GPU or CPU share each.")
-]
-RayAddress = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--ray-address", panel=_SCALE, help="Of a running cluster, such as auto."),
-]
-
 
 def command(
-    task: TaskName,
-    out: Out,
+    task: e.TaskName,
+    out: e.Out,
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
-    arms: Arms = "full,rkv",
-    budgets: Budgets = "1024",
-    data: Data = None,
-    limit: Limit = None,
-    protocol: ProtocolName = "paper",
-    samples: Samples = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = 0,
+    arms: e.Arms = "full,rkv",
+    budgets: e.Budgets = "1024",
+    data: e.Data = None,
+    limit: e.Limit = None,
+    protocol: e.ProtocolName = "paper",
+    samples: e.Samples = None,
+    max_new_tokens: e.MaxNewTokens = None,
+    temperature: e.Temperature = None,
+    top_p: e.TopP = None,
+    top_k: e.TopK = None,
+    seed: e.Seed = 0,
     interval: o.Interval = 128,
     window: o.Window = 8,
     n_sink: o.Sinks = 0,
     protect_prompt: o.ProtectPrompt = False,
     profile: o.ProfileFile = None,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    workers: Workers = 1,
-    ray_address: RayAddress = None,
+    batch_size: e.BatchSize = 8,
+    device: e.Device = "auto",
+    device_map: e.DeviceMap = None,
+    workers: e.Workers = 1,
+    ray_address: e.RayAddress = None,
     as_json: o.Json = False,
 ) -> None:
     """Accuracy of arms on a benchmark. Started again, it goes on where it was.
 
     Protocols: paper (temperature 0.6, top-p 0.95, 8 samples, 16384 tokens), greedy (1 sample, 16384
-    tokens), quick (greedy, 1 sample, 1024 tokens).
+    tokens) and quick (greedy, 1 sample, 1024 tokens).
     """
     name = o.pick_model(model, model_option)
     from reasonalloc.evaluation.protocols import find_rules
