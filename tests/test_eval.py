@@ -288,6 +288,14 @@ def test_out_of_memory_halves_the_batch(
     assert read(tmp_path)[1].keys() >= found.keys()
 
 
+def test_what_counts_as_little_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**14)
+    assert solver._is_memory(error.value)
+    assert solver._is_memory(RuntimeError("CUDA error: out of memory"))
+    assert not solver._is_memory(RuntimeError("a bug"))
+
+
 def test_other_runtime_errors_come_out(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,7 +228,17 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
                 "goes on from there"
             )
             raise typer.Exit(130) from None
+        _say_given_up(plan.kind)
         report(plan.jobs, folder.rows, [problem.id for problem in chosen], plan.task, as_json)
+
+
+def _say_given_up(kind: Task) -> None:
+    if not kind.needs_math:
+        return
+    from reasonalloc.evaluation.grading import math_grader
+
+    if count := math_grader().given_up:
+        output.note(f"{count} answers could not be compared in time and count as wrong")
 
 
 def _check_length(facts: Facts, max_new_tokens: int) -> None:

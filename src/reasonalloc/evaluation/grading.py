@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reasonalloc.errors import UsageError
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\boxed\s*\{")
 #: Seconds for one comparison; math-verify gives up after 5 for each of its three parts.
 _TIMEOUT = 20.0
 _START_TIMEOUT = 120.0

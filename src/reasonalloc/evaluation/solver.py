@@ -284,4 +284,4 @@ def _is_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
+    return "out of memory" in text or "defaultcpuallocator" in text
