@@ -22,6 +22,7 @@ from reasonalloc.cli import download, output
 from reasonalloc.cli.main import main
 from reasonalloc.config import PRESETS
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.tasks.base import TASKS
 from reasonalloc.policies import POLICIES
 from reasonalloc.profiles import SCHEMA_VERSION, config_hash
 from tiny_folder import save_tiny, write_gguf
@@ -264,6 +265,7 @@ def test_ls_is_complete(call: Call) -> None:
         ("layers", LAYER_ALLOCATORS),
         ("heads", HEAD_ALLOCATORS),
         ("attention", BACKENDS),
+        ("tasks", TASKS),
     ):
         assert [e["name"] for e in data[key]] == list(registry.entries())
         assert all(e["summary"] and e["source"] for e in data[key])

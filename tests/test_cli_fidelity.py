@@ -12,8 +12,8 @@ pytest.importorskip("typer")
 
 from transformers import AutoConfig
 
-from reasonalloc.cli.fidelity import split_arms
 from reasonalloc.cli.main import main
+from reasonalloc.cli.options import split_arms
 from reasonalloc.evaluation.fidelity_summary import kind
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 from reasonalloc.profiles import Profile, config_hash

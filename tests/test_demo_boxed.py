@@ -16,7 +16,8 @@ import typer
 
 from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.arms import Job, Settings, Stopped, run_job
+from reasonalloc.evaluation.arms import run_job
+from reasonalloc.evaluation.batch import Job, Settings, Stopped
 from reasonalloc.evaluation.summary import summarise
 from reasonalloc.loading import load_model
 from reasonalloc.report.page import check_writable, render, require_report, script_json

@@ -14,7 +14,8 @@ import torch
 from reasonalloc import attach
 from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, Job, Settings, Stopped, run_job
+from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, run_job
+from reasonalloc.evaluation.batch import Job, Settings, Stopped
 from reasonalloc.evaluation.intervals import wilson
 from reasonalloc.evaluation.summary import summarise, verdict
 from reasonalloc.evaluation.workers import run_jobs

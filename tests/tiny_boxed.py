@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from reasonalloc.boxed.model import build_config, build_model, save_checkpoint
-from reasonalloc.evaluation.arms import ArmResult, Job
+from reasonalloc.evaluation.arms import ArmResult
+from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.tasks.chain import problems
 from reasonalloc.profiles import Profile, config_hash
 

@@ -77,6 +77,11 @@ def parse_arm(text: str) -> Arm | None:
     return Arm(*(p.strip() for p in parts))
 
 
+def preset_name(arm: Arm | str) -> str:
+    """The name of the preset that an arm is, else its three parts."""
+    return next((name for name, p in PRESETS.items() if str(p.arm) == str(arm)), str(arm))
+
+
 @dataclass(frozen=True)
 class CompressionConfig:
     """Settings of a compressed cache, validated at construction.

@@ -252,6 +252,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     config: Any = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -262,11 +263,16 @@ def load_model(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         trust_remote_code: run code that comes with the model.
         config: the result of ``load_config``, if it is there already.
+        device_map: passed to ``from_pretrained`` (``auto``: spread over all devices), instead of
+            ``device``; needs accelerate.
 
     Raises:
         UsageError: it cannot be found, read, or put on the device.
     """
     source, place = find_source(name), resolve_device(device)
+    spread = {} if device_map is None else {"device_map": device_map}
+    if spread and device != "auto":
+        raise UsageError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     if config is None:
         config = _load_config(source, trust_remote_code)
     kind = resolve_dtype(dtype, config)
@@ -277,10 +283,12 @@ def load_model(
         keywords["trust_remote_code"] = trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=kind, **keywords
+            where, config=config, dtype=kind, **spread, **keywords
         )
         if source.kind == "gguf" and source.path is not None:
             _correct_gguf(source.path, model, tokenizer)
+    if spread:
+        return model.eval(), tokenizer
     try:
         return model.to(place).eval(), tokenizer
     except torch.OutOfMemoryError:

@@ -12,18 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from reasonalloc.evaluation.tasks.chain import (
-    DIFFICULTIES,
-    ChainGrade,
-    Split,
-    grade,
-    problems,
-)
+from reasonalloc.evaluation.arms import run_job
+from reasonalloc.evaluation.batch import FULL, Job, Settings
+from reasonalloc.evaluation.tasks.chain import DIFFICULTIES, Split, problems
+from reasonalloc.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -46,32 +39,17 @@ def evaluate(
     device: str = "cpu",
 ) -> list[LevelResult]:
     """Generate ``count`` completions at each difficulty and grade them."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.to(device).eval()
+    model, tokenizer = load_model(str(folder), "float32", device)
     results: list[LevelResult] = []
     for variables in levels:
         began = time.monotonic()
         todo = list(problems(count, variables, split))
-        grades: list[ChainGrade] = []
-        exact = 0
-        for start in range(0, count, batch):
-            part = todo[start : start + batch]
-            chats = [[{"role": "user", "content": item.prompt}] for item in part]
-            inputs = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(device)
-            limit = part[0].solution_tokens + 32
-            with torch.inference_mode():
-                output = model.generate(**inputs, max_new_tokens=limit)
-            width = inputs["input_ids"].shape[1]
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            grades.extend(grade(item.prompt, text) for item, text in zip(part, texts, strict=True))
-            exact += sum(
-                text.split() == item.solution.split()
-                for item, text in zip(part, texts, strict=True)
-            )
-        correct = sum(item.correct for item in grades)
+        parts = [
+            run_job(model, tokenizer, todo[start : start + batch], Job(FULL), Settings(1, 1))
+            for start in range(0, count, batch)
+        ]
+        correct = sum(sum(part.correct) for part in parts)
+        exact = sum(sum(part.exact) for part in parts)
         seconds = round(time.monotonic() - began, 1)
         results.append(LevelResult(variables, count, correct, exact, seconds))
         print(json.dumps(asdict(results[-1])), flush=True)

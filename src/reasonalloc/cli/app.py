@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli import calibrate, demo, doctor, fidelity, lm_eval, ls, plan, report, run
+from reasonalloc.cli import (
+    calibrate,
+    demo,
+    doctor,
+    eval,
+    fidelity,
+    lm_eval,
+    ls,
+    plan,
+    report,
+    run,
+)
 from reasonalloc.version import __version__
 
 app = typer.Typer(
@@ -38,6 +49,7 @@ def _root(
 app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
+app.command("eval")(eval.command)
 app.command("fidelity")(fidelity.command)
 app.command("report")(report.command)
 app.command(

@@ -18,17 +18,8 @@ from reasonalloc.cli import output
 from reasonalloc.cli.demo_watch import Board
 from reasonalloc.config import RecordLevel
 from reasonalloc.errors import CompressionNeverHappened, UsageError
-from reasonalloc.evaluation.arms import (
-    FULL,
-    SPARE_TOKENS,
-    ArmResult,
-    Job,
-    Settings,
-    Watch,
-    check_jobs,
-    needs_profile,
-    run_job,
-)
+from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, run_job
+from reasonalloc.evaluation.batch import FULL, Job, Settings, Watch, check_jobs, needs_profile
 from reasonalloc.evaluation.summary import summarise
 from reasonalloc.evaluation.tasks.chain import ChainProblem, problems
 from reasonalloc.evaluation.workers import Runner, idle_cores, run_jobs

@@ -17,7 +17,8 @@ from rich.progress import (
 from rich.table import Column
 
 from reasonalloc.cli import output
-from reasonalloc.evaluation.arms import ArmResult, Job
+from reasonalloc.evaluation.arms import ArmResult
+from reasonalloc.evaluation.batch import Job
 
 
 class Board:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -10,7 +9,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.config import PRESETS, CompressionConfig
+from reasonalloc.config import CompressionConfig, parse_arm, preset_name
 from reasonalloc.errors import UsageError
 
 Texts = Annotated[
@@ -85,29 +84,16 @@ def command(
         _show(summary, len(trajectories), interval)
 
 
-def split_arms(text: str) -> list[str]:
-    """Arms at the commas that are outside of parentheses."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _jobs(
     budgets: str, arms: str, profile: str | None, shared: dict[str, Any]
 ) -> list[CompressionConfig]:
-    from reasonalloc.config import parse_arm
     from reasonalloc.planning import files_missing
 
     try:
         sizes = [int(size) for size in budgets.split(",")]
     except ValueError:
         raise UsageError(f"budgets={budgets!r} must be whole numbers, as 64,128") from None
-    parsed = [parse_arm(arm) for arm in split_arms(arms)]
+    parsed = [parse_arm(arm) for arm in o.split_arms(arms)]
     if not parsed:
         raise UsageError("arms is empty: name at least one, as rkv,streaming_llm")
     jobs = []
@@ -124,14 +110,7 @@ def _digest(config: CompressionConfig) -> str | None:
     """Fingerprint of the files that an arm reads: another content is another arm."""
     from reasonalloc.planning import files_read
 
-    digest = hashlib.sha256()
-    paths = files_read(config)
-    for path in paths:
-        try:
-            digest.update(Path(path).read_bytes())
-        except OSError as error:
-            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16] if paths else None
+    return o.files_digest(files_read(config))
 
 
 def _run(
@@ -191,7 +170,7 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
         rows.append(
             (
                 str(item["budget"]),
-                _short(item["arm"]),
+                preset_name(item["arm"]),
                 f"{item['kl']:.4f}",
                 f"{low:.4f}-{high:.4f}",
                 f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
@@ -206,16 +185,10 @@ def _show(summary: list[dict[str, Any]], texts: int, interval: int) -> None:
     console.print(output.grid(columns, rows, heading))
     for item in summary:
         if not item["compressions"]:
-            console.print(
-                f"{_short(item['arm'])} at budget {item['budget']}: never compressed, texts fit."
-            )
+            arm = preset_name(item["arm"])
+            console.print(f"{arm} at budget {item['budget']}: never compressed, texts fit.")
     console.print(
         "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
         "Intervals: 95 %, bootstrap over trajectories"
         + (", which says little with so few." if texts < 10 else ".")
     )
-
-
-def _short(arm: str) -> str:
-    """The preset's name, where an arm is one."""
-    return next((name for name, preset in PRESETS.items() if str(preset.arm) == arm), arm)

@@ -1,4 +1,4 @@
-"""``reasonalloc ls``: everything that an arm can be made of."""
+"""``reasonalloc ls``: everything that an arm can be made of, and the tasks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _TITLES = {
     "layers": "Layer allocators: how many tokens per layer",
     "heads": "Head allocators: how many tokens per KV head",
     "attention": "Attention backends (--attention)",
+    "tasks": "Tasks of 'reasonalloc eval' (--task)",
 }
 
 
 def command(as_json: o.Json = False) -> None:
-    """List policies, allocators, attention backends and presets with their parameters."""
+    """List policies, allocators, attention backends, tasks and presets with their parameters."""
     sections = _sections()
     presets = [
         {"name": name, "arm": str(p.arm) if p.arm else None, "summary": p.summary}
@@ -48,6 +49,7 @@ def _sections() -> dict[str, list[dict[str, Any]]]:
     from reasonalloc.allocators.head import HEAD_ALLOCATORS
     from reasonalloc.allocators.layer import LAYER_ALLOCATORS
     from reasonalloc.attention.interface import BACKENDS
+    from reasonalloc.evaluation.tasks.base import TASKS
     from reasonalloc.policies import POLICIES
 
     return {
@@ -55,6 +57,7 @@ def _sections() -> dict[str, list[dict[str, Any]]]:
         "layers": _entries(LAYER_ALLOCATORS),
         "heads": _entries(HEAD_ALLOCATORS),
         "attention": _entries(BACKENDS),
+        "tasks": _entries(TASKS),
     }
 
 

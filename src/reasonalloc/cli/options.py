@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.config import Arm, CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,6 +118,44 @@ def pick_model(argument: str | None, option: str | None) -> str:
     if name is None:
         raise UsageError("no model: give a hub name, a folder or a .gguf file as MODEL or --model")
     return name
+
+
+def split_arms(text: str) -> list[str]:
+    """Arms at the commas that are outside of parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
+    """Fingerprint of calibrated files: another content under the same name is another setting."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(Path(path).read_bytes())
+        except OSError as error:
+            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16] if paths else None
+
+
+def check_names(arm: Arm) -> None:
+    """Refuse unknown names and wrong parameters.
+
+    Raises:
+        UsageError: says what there is.
+    """
+    from reasonalloc.allocators.head import HEAD_ALLOCATORS
+    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+    from reasonalloc.policies import POLICIES
+
+    POLICIES.create(arm.policy)
+    LAYER_ALLOCATORS.create(arm.layers)
+    HEAD_ALLOCATORS.create(arm.heads)
 
 
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+
+Row = dict[str, Any]
 
 
 class ResultFile:
@@ -18,23 +21,33 @@ class ResultFile:
     Args:
         path: the file; made if it is not there.
         manifest: the settings that all results share, JSON values only.
+        keep: what is held in memory of each row, in ``rows``; None: all of it.
+        late: settings that may be None at first and be given later, not the other way round.
 
     Raises:
         UsageError: the file cannot be used; names the setting that differs.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        path: Path,
+        manifest: Row,
+        keep: Callable[[Row], Row] | None = None,
+        late: Collection[str] = (),
+    ) -> None:
+        self._path, self._keep, self._late = path, keep or _whole, late
+        self.rows: list[Row] = []
         manifest = json.loads(json.dumps(manifest))
         try:
-            lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]
-            if whole:
-                self._check(json.loads(whole[0]), manifest)
-                self.rows = [json.loads(line) for line in whole[1:]]
-            if len(whole) != len(lines) or not whole:
-                self._rewrite(manifest)
+            first, end = self._read()
+            if first is None:
+                self._begin(manifest, 0)
+                return
+            merged = self._merge(first["manifest"], manifest)
+            if end != path.stat().st_size:
+                os.truncate(path, end)  # the line that was being written when it was killed
+            if merged != first["manifest"]:
+                self._begin(merged, self._header)
         except OSError as error:
             raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -44,31 +57,89 @@ class ResultFile:
                 f"out={str(path)!r} is no file of such results ({error}): give another file"
             ) from None
 
-    def _check(self, first: dict[str, Any], manifest: dict[str, Any]) -> None:
-        found = first["manifest"]
-        for name in sorted({*found, *manifest}):
-            if found.get(name) != manifest.get(name):
-                raise UsageError(
-                    f"out={str(self._path)!r} was made with {name}={found.get(name)!r}, now it is "
-                    f"{manifest.get(name)!r}: give another file, or the same settings"
-                )
+    def _read(self) -> tuple[Row | None, int]:
+        """The first line, if there is one, and the bytes of all whole lines; fills ``rows``."""
+        first: Row | None = None
+        end = self._header = 0
+        if not self._path.exists():
+            return None, 0
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    start = b'{"manifest"'
+                    if first is None and line[: len(start)] != start[: len(line)]:
+                        raise ValueError("it has no manifest")
+                    break
+                end += len(line)
+                if first is None:
+                    first, self._header = json.loads(line), end
+                else:
+                    self.rows.append(self._keep(json.loads(line)))
+        return first, end
 
-    def _rewrite(self, manifest: dict[str, Any]) -> None:
+    def _merge(self, found: Row, manifest: Row) -> Row:
+        for name in sorted({*found, *manifest}):
+            old, new = found.get(name), manifest.get(name)
+            if old != new and not (name in self._late and (old is None or new is None)):
+                raise UsageError(
+                    f"out={str(self._path)!r} was made with {name}={old!r}, now it is {new!r}: "
+                    "give another file, or the same settings"
+                )
+        return {**found, **{name: value for name, value in manifest.items() if value is not None}}
+
+    def _begin(self, manifest: Row, skip: int) -> None:
+        """Write a first line; what follows the old one of ``skip`` bytes stays."""
         partial = self._path.with_name(self._path.name + ".part")
-        lines = [{"manifest": manifest}, *self.rows]
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        with partial.open("wb") as file:
+            file.write((json.dumps({"manifest": manifest}) + "\n").encode())
+            if skip:
+                with self._path.open("rb") as old:
+                    old.seek(skip)
+                    while block := old.read(1 << 20):
+                        file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._path)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a result and make sure that it is on disk."""
-        self.rows.append(row)
+    def read_again(self) -> list[Row]:
+        """What is on disk now, as in ``rows``: Ctrl-C may come between the disk and ``rows``."""
+        self.rows = []
+        self._read()
+        return self.rows
+
+    def add(self, *rows: Row) -> None:
+        """Append results and make sure that they are on disk."""
+        append_lines(self._path, rows)
+        self.rows.extend(self._keep(row) for row in rows)
+
+
+def append_lines(path: Path, rows: Sequence[Row]) -> None:
+    """Append JSON lines all at once, or, if that fails, nothing.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UsageError(
-                f"out={str(self._path)!r} cannot be written: {error.strerror}; what is in it is "
-                "complete, so start again once that is mended"
-            ) from None
+            before = os.fstat(file).st_size
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+                os.fsync(file)
+            except BaseException as error:  # Ctrl-C as well, unless all of it is there
+                if data or isinstance(error, OSError):
+                    os.ftruncate(file, before)
+                raise
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UsageError(
+            f"out={str(path)!r} cannot be written: {error.strerror}; what is in it is "
+            "complete, so start again once that is mended"
+        ) from None
+
+
+def _whole(row: Row) -> Row:
+    return row

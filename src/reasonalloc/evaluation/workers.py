@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from reasonalloc.evaluation.arms import ArmResult, Job, Stopped, Watch
+from reasonalloc.evaluation.arms import ArmResult
+from reasonalloc.evaluation.batch import Job, Stopped, Watch
 
 #: Runs one job: what a worker does with its own model.
 Runner = Callable[[Job, Watch], ArmResult]

@@ -1,1 +1,1 @@
-"""Tasks: problems with exact answers, and their graders."""
+"""Tasks, one file each: problems with exact answers, and their graders."""

@@ -1,0 +1,251 @@
+"""``reasonalloc eval``: arms on a benchmark, resumable, on one device or many."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from reasonalloc.cli import eval_options as e
+from reasonalloc.cli import options as o
+from reasonalloc.cli import output
+from reasonalloc.errors import UsageError
+from reasonalloc.version import __version__
+
+if TYPE_CHECKING:
+    from reasonalloc.evaluation.batch import Job, Settings
+    from reasonalloc.evaluation.folder import Key
+    from reasonalloc.evaluation.protocols import Rules
+    from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec
+    from reasonalloc.evaluation.tasks.base import Problems, Task
+
+
+def command(
+    task: e.TaskName,
+    out: e.Out,
+    model: o.ModelArgument = None,
+    model_option: o.ModelOption = None,
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    arms: e.Arms = "full,rkv",
+    budgets: e.Budgets = "1024",
+    data: e.Data = None,
+    limit: e.Limit = None,
+    protocol: e.ProtocolName = "paper",
+    samples: e.Samples = None,
+    max_new_tokens: e.MaxNewTokens = None,
+    temperature: e.Temperature = None,
+    top_p: e.TopP = None,
+    top_k: e.TopK = None,
+    seed: e.Seed = 0,
+    interval: o.Interval = 128,
+    window: o.Window = 8,
+    n_sink: o.Sinks = 0,
+    protect_prompt: o.ProtectPrompt = False,
+    profile: o.ProfileFile = None,
+    batch_size: e.BatchSize = 8,
+    device: e.Device = "auto",
+    device_map: e.DeviceMap = None,
+    workers: e.Workers = 1,
+    ray_address: e.RayAddress = None,
+    as_json: o.Json = False,
+) -> None:
+    """Accuracy of arms on a benchmark. Started again, it goes on where it was.
+
+    Protocols: paper (temperature 0.6, top-p 0.95, 8 samples, 16384 tokens), greedy (1 sample, 16384
+    tokens) and quick (greedy, 1 sample, 1024 tokens).
+    """
+    name = o.pick_model(model, model_option)
+    from reasonalloc.evaluation.protocols import find_rules
+    from reasonalloc.evaluation.tasks.base import TASKS
+
+    kind = TASKS.create(task)
+    rules = find_rules(protocol, samples, max_new_tokens, temperature, top_p, top_k)
+    common = {
+        "interval": interval,
+        "window": window,
+        "n_sink": n_sink,
+        "protect_prompt": protect_prompt,
+    }
+    jobs = _jobs(arms, budgets, profile, {**common, "seed": seed})
+    if kind.needs_math:
+        from reasonalloc.evaluation.grading import require_math
+
+        require_math()
+    problems = kind.load(data, limit)
+    from reasonalloc.evaluation.batch import Settings
+    from reasonalloc.evaluation.solver import ModelSpec
+
+    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map)
+    plan = _Plan(
+        task=task,
+        kind=kind,
+        problems=problems,
+        jobs=jobs,
+        rules=rules,
+        protocol=protocol,
+        spec=spec,
+        settings=Settings(profile=profile, seed=seed, **common),  # type: ignore[arg-type]
+        batch=batch_size,
+        workers=workers,
+        ray_address=ray_address,
+    )
+    _run(plan, Path(out).expanduser(), as_json)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    task: str
+    kind: Task
+    problems: Problems
+    jobs: list[Job]
+    rules: Rules
+    protocol: str
+    spec: ModelSpec
+    settings: Settings
+    batch: int
+    workers: int
+    ray_address: str | None
+
+    @property
+    def remote(self) -> bool:
+        return self.workers > 1 or self.ray_address is not None
+
+    def chunks(self, done: set[Key]) -> list[Chunk]:
+        """What is left to do."""
+        from reasonalloc.evaluation.runner import plan_chunks
+
+        chosen, samples, seed = self.problems.chosen, self.rules.samples, self.settings.seed
+        return plan_chunks(self.jobs, chosen, samples, seed, self.batch, done)
+
+    def manifest(self, facts: Facts) -> dict[str, Any]:
+        """What all samples of a folder share. Arms, budgets and the limit may grow."""
+        from importlib.metadata import version
+
+        settings, sampling = self.settings, self.rules.sampling
+        profile = settings.profile
+        found = {
+            "kind": "eval",
+            "task": self.task,
+            "data_hash": self.problems.hash,
+            "model": self.spec.name,
+            "config_hash": facts.config_hash,
+            "weights_hash": facts.weights_hash,
+            "template_hash": facts.template_hash,
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "protocol": self.protocol,
+            **asdict(sampling),
+            "samples": self.rules.samples,
+            "max_new_tokens": self.rules.max_new_tokens,
+            "seed": settings.seed,
+            "interval": settings.interval,
+            "window": settings.window,
+            "n_sink": settings.n_sink,
+            "protect_prompt": settings.protect_prompt,
+            "profile": None if profile is None else str(profile),
+            "profile_hash": o.files_digest([] if profile is None else [profile]),
+            "version": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+        return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
+
+
+def _jobs(arms: str, budgets: str, profile: str | None, common: dict[str, Any]) -> list[Job]:
+    from reasonalloc.config import CompressionConfig, parse_arm, preset_name
+    from reasonalloc.evaluation.batch import needs_profile
+    from reasonalloc.evaluation.runner import make_jobs
+
+    try:
+        sizes = list(dict.fromkeys(int(size) for size in budgets.split(",")))
+    except ValueError:
+        raise UsageError(f"budgets={budgets!r} must be whole numbers, as 128,256") from None
+    names = []
+    for text in o.split_arms(arms):
+        arm = parse_arm(text)
+        names.append(text if arm is None else preset_name(arm))
+        if arm is not None:
+            o.check_names(arm)
+            own = profile if needs_profile(names[-1]) else None
+            for size in sizes:
+                CompressionConfig(budget=size, arm=arm, profile=own, **common)
+    if not names:
+        raise UsageError("arms is empty: name at least one, as full,rkv")
+    if profile is not None and not any(needs_profile(name) for name in names):
+        raise UsageError(
+            f"profile={profile!r} has no effect with arms={arms!r}: add one that reads a file, "
+            "such as 'best' or 'reasonalloc', or leave it out"
+        )
+    return make_jobs(list(dict.fromkeys(names)), sizes)
+
+
+def _run(plan: _Plan, out: Path, as_json: bool) -> None:
+    from reasonalloc.cli.eval_table import report
+    from reasonalloc.cli.eval_watch import Watcher
+    from reasonalloc.evaluation.folder import RunFolder
+    from reasonalloc.evaluation.runner import InProcess, run
+    from reasonalloc.evaluation.solver import Solver
+
+    chosen, rules = plan.problems.chosen, plan.rules
+    arguments = (plan.spec, plan.settings, rules.sampling, rules.max_new_tokens)
+    prompts = [problem.prompt for problem in chosen]
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(out))
+        watcher = Watcher(rules.max_new_tokens)
+        with output.stderr().status("Loading the model"):
+            executor: Any
+            if plan.remote:
+                from reasonalloc.evaluation.cluster import Cluster
+
+                executor = stack.enter_context(
+                    Cluster(arguments, plan.workers, plan.ray_address, watcher)
+                )
+                facts = executor.check(plan.jobs, prompts)
+            else:
+                solver = Solver(*arguments)
+                executor, facts = InProcess(solver, watcher), solver.check(plan.jobs, prompts)
+        _check_length(facts, rules.max_new_tokens)
+        if facts.template_hash is None:
+            output.note("this model has no chat template: problems are given as plain text")
+        folder.open(plan.manifest(facts))
+        chunks = plan.chunks(folder.done())
+        left = sum(len(chunk.items) for chunk in chunks)
+        total = len(plan.jobs) * len(chosen) * rules.samples
+        if left < total:
+            output.note(f"{total - left} of {total} samples are in {str(out)!r} already")
+        try:
+            with watcher.started(left):
+                run(plan.task, plan.kind, chosen, chunks, folder, executor, watcher)
+        except KeyboardInterrupt:
+            missing = plan.chunks(folder.read_again())
+            there = total - sum(len(chunk.items) for chunk in missing)
+            output.note(
+                f"interrupted: {there} of {total} samples are in {str(out)!r}; the same command "
+                "goes on from there"
+            )
+            raise typer.Exit(130) from None
+        _say_given_up(plan.kind)
+        report(plan.jobs, folder.rows, [problem.id for problem in chosen], plan.task, as_json)
+
+
+def _say_given_up(kind: Task) -> None:
+    if not kind.needs_math:
+        return
+    from reasonalloc.evaluation.grading import math_grader
+
+    if count := math_grader().given_up:
+        output.note(f"{count} answers could not be compared in time and count as wrong")
+
+
+def _check_length(facts: Facts, max_new_tokens: int) -> None:
+    room = None if facts.positions is None else facts.positions - facts.longest
+    if room is not None and room < max_new_tokens:
+        raise UsageError(
+            f"max_new_tokens={max_new_tokens} does not fit: the model has {facts.positions} "
+            f"positions and the longest prompt takes {facts.longest}: give --max-new-tokens "
+            f"{max(room, 0)} or less"
+        )

@@ -1,0 +1,103 @@
+"""Live progress of ``reasonalloc eval``: samples, tokens per second, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
+
+from reasonalloc.cli import output
+from reasonalloc.evaluation.solver import Chunk
+
+
+class Watcher:
+    """Shows progress on stderr; told by the runner.
+
+    Args:
+        max_new_tokens: bound of a sample's tokens.
+    """
+
+    def __init__(self, max_new_tokens: int) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=16, table_column=Column(min_width=16)),
+            TextColumn(
+                "{task.fields[info]}",
+                style="dim",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            console=output.stderr(),
+            expand=True,
+            transient=True,
+        )
+        self._samples, self._max_new_tokens = 0, max_new_tokens
+        self._task = self._progress.add_task("", info="")
+        self._began = time.monotonic()
+        self._done = self._tokens = 0
+        self._now: dict[int, tuple[Chunk, int]] = {}
+
+    @contextmanager
+    def started(self, samples: int) -> Iterator[None]:
+        """Inside, so many samples are taken and the progress is shown."""
+        self._samples, self._began = samples, time.monotonic()
+        self._progress.update(self._task, total=samples)
+        with self._progress:
+            yield
+
+    def stepped(self, worker: int, chunk: Chunk, steps: int) -> None:
+        """See ``Observer``."""
+        self._now[worker] = chunk, steps
+        self._show()
+
+    def halved(self, chunk: Chunk, size: int, reason: str) -> None:
+        """See ``Observer``."""
+        self._forget(chunk)
+        self._note(
+            f"out of memory with {len(chunk.items)} sequences ({chunk.job}): it goes on in batches "
+            f"of {size}"
+        )
+
+    def died(self, worker: int, chunk: Chunk) -> None:
+        """See ``Observer``."""
+        self._forget(chunk)
+        self._note(f"worker {worker} died ({chunk.job}): another one takes its batch up again")
+
+    def finished(self, chunk: Chunk, tokens: int) -> None:
+        """See ``Observer``."""
+        self._forget(chunk)
+        self._done += len(chunk.items)
+        self._tokens += tokens
+        self._show()
+
+    def _forget(self, chunk: Chunk) -> None:
+        self._now = {w: entry for w, entry in self._now.items() if entry[0] is not chunk}
+
+    def _note(self, text: str) -> None:
+        self._progress.console.print(f"note: {text}", markup=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        tokens = self._tokens + sum(steps * len(c.items) for c, steps in self._now.values())
+        # A batch under way counts as if its samples went to the limit: time is never underrated.
+        partial = sum(len(c.items) * s / self._max_new_tokens for c, s in self._now.values())
+        info = [f"{tokens / seconds:.0f} tok/s"]
+        completed = self._done + partial
+        if completed > 0 and seconds > 1:
+            info.append(f"{_clock(seconds * (self._samples - completed) / completed)} left")
+        info.extend(f"{chunk.job}, {steps} tokens" for chunk, steps in self._now.values())
+        self._progress.update(
+            self._task,
+            description=f"{self._done} of {self._samples} samples",
+            completed=min(completed, self._samples),
+            info=" | ".join(info),
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

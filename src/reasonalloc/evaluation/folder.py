@@ -1,0 +1,146 @@
+"""The folder of a run: samples and events that survive a kill, used by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.batch import Job
+from reasonalloc.evaluation.records import ResultFile, append_lines
+
+SAMPLES, EVENTS, LOCK = "samples.jsonl", "events.jsonl", ".lock"
+#: A sample: arm, budget, problem, number.
+Key = tuple[str, int | None, str, int]
+_KEPT = (
+    "arm",
+    "budget",
+    "problem",
+    "sample",
+    "completion_tokens",
+    "finish",
+    "correct",
+    "compressions",
+    "kv_bytes",
+)
+
+
+class RunFolder:
+    """Results of a run in ``samples.jsonl`` and ``events.jsonl``; a context manager.
+
+    Args:
+        path: the folder; made if it is not there.
+
+    Raises:
+        UsageError: it cannot be used, or another process uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._samples: ResultFile | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
+        with contextlib.suppress(ModuleNotFoundError):  # not on this system: no lock
+            import fcntl
+
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._lock)
+                raise UsageError(
+                    f"out={str(path)!r} is being written by another run: wait for it, or give "
+                    "another folder"
+                ) from None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)  # a kill closes it as well
+
+    def open(self, manifest: dict[str, Any]) -> None:
+        """Read what is there, drop what a kill cut off.
+
+        Raises:
+            UsageError: the files are broken, or made with other settings; names the difference.
+        """
+        self._samples = ResultFile(
+            self.path / SAMPLES,
+            manifest,
+            keep=lambda row: {name: row[name] for name in _KEPT},
+            late=("profile", "profile_hash"),
+        )
+        self._trim_events()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What the table needs of every sample."""
+        return [] if self._samples is None else self._samples.rows
+
+    def done(self) -> set[Key]:
+        """The samples that are there."""
+        return {key_of(row) for row in self.rows}
+
+    def read_again(self) -> set[Key]:
+        """The samples that are on disk, after an interruption."""
+        if self._samples is not None:
+            self._samples.read_again()
+        return self.done()
+
+    def add(self, rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+        """Add the samples of one batch, and what was recorded in it.
+
+        Raises:
+            UsageError: the disk is full, or the files cannot be written; nothing was written then.
+        """
+        if self._samples is None:
+            raise RuntimeError("the folder was not opened")
+        # Events first: without their sample they are dropped when the run goes on.
+        if events:
+            append_lines(self.path / EVENTS, events)
+        self._samples.add(*rows)
+
+    def _trim_events(self) -> None:
+        path = self.path / EVENTS
+        if not path.exists():
+            return
+        done, kept, dropped = self.done(), [], False
+        try:
+            with path.open("rb") as file:
+                for line in file:
+                    whole = line.endswith(b"\n") and key_of(json.loads(line)) in done
+                    dropped = dropped or not whole
+                    if whole:
+                        kept.append(line)
+            if dropped:
+                partial = path.with_name(path.name + ".part")
+                partial.write_bytes(b"".join(kept))
+                partial.replace(path)
+        except OSError as error:
+            raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"out={str(path)!r} is no file of events ({error}): move it away"
+            ) from None
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    """Which sample a row is of."""
+    return row["arm"], row["budget"], row["problem"], row["sample"]
+
+
+def key(job: Job, problem: str, sample: int) -> Key:
+    """The key of a sample that is to be taken."""
+    return job.arm, job.budget, problem, sample
