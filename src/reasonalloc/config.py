@@ -44,8 +44,8 @@ PRESETS: dict[str, Preset] = {
         Arm("rkv", "profile", "reasonalloc"), "R-KV, layers from a profile, heads online"
     ),
     "best": Preset(
-        Arm("value_aware", "cost", "planned"),
-        "what measured best: value-aware scores, budgets per layer and head from measured costs",
+        Arm("calibrated", "cost", "planned"),
+        "what measured best: policy and budgets per layer and head from a cost profile",
     ),
 }
 

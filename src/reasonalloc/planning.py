@@ -96,7 +96,11 @@ def bound_policy(
         load_rope=load_rope,
     )
     check_profile(config)
-    return _with_file(POLICIES.create(config.arm.policy), config.profile).bind(facts)
+    return _policy(config).bind(facts)
+
+
+def _policy(config: CompressionConfig) -> Policy:
+    return _with_file(POLICIES.create(config.arm.policy), config.profile).resolve()
 
 
 def layer_totals(
@@ -190,7 +194,7 @@ def plan_memory(
     itemsize: int,
 ) -> MemoryPlan:
     """Exact bytes of a cache for ``batch`` sequences; ``itemsize`` is bytes of one number."""
-    policy = POLICIES.create(config.arm.policy)
+    policy = _policy(config)
     return MemoryPlan(
         shapes=shapes,
         totals=totals,

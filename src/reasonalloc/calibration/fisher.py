@@ -31,6 +31,7 @@ from reasonalloc.planning import bound_policy
 from reasonalloc.profiles import config_hash
 
 _IMPLEMENTATION = "reasonalloc-fisher"
+POLICIES_TO_TRY = ("value_aware", "rkv")
 BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
@@ -72,30 +73,31 @@ def fisher(
     texts: Sequence[Trajectory],
     *,
     kinds: Sequence[str] | None = None,
-    policy: str = "value_aware",
+    policies: Sequence[str] = POLICIES_TO_TRY,
     budgets: Sequence[int] = BUDGETS,
     interval: int = 64,
     window: int = 8,
     samples: int = 8,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-) -> CostProfile:
+) -> list[CostProfile]:
     """Estimate what holding each KV head to each budget costs, from gradients.
 
     Args:
         model: a decoder-only transformers model, not attached to anything.
         texts: calibration texts, with completions; of no test set.
         kinds: a label per text, or None.
-        policy: which tokens are evicted.
+        policies: which tokens are evicted; all are measured with the same gradients.
         budgets: tokens per head to look at, rising, each at least ``window``.
         interval, window: the cadence to calibrate for.
         samples: backward passes per text.
         seed: of the random vectors, and of the policy ``random``.
         on_progress: called with steps done and steps in all; a step is a text's backward pass or
-            one of its layers.
+            one of its layers under one policy.
 
     Returns:
-        Costs in nats per completion token (the first, which nothing can change, is left out).
+        One profile per policy: costs in nats per completion token (without the first, which
+        nothing can change).
 
     Raises:
         UsageError: a wrong argument.
@@ -104,17 +106,22 @@ def fisher(
     chosen = checked_budgets(budgets, window)
     if samples < 1:
         raise UsageError(f"samples={samples} must be at least 1")
+    if not policies:
+        raise UsageError("policies: none given, at least one is needed")
     if not texts:
         raise UsageError("texts: none given, at least one is needed")
     shapes = check_model(model)
     layers = [i for i, shape in enumerate(shapes) if shape.compressible]
-    config = CompressionConfig(
-        budget=chosen[0], arm=Arm(policy), interval=interval, window=window, seed=seed
-    )
+    configs = [
+        CompressionConfig(
+            budget=chosen[0], arm=Arm(policy), interval=interval, window=window, seed=seed
+        )
+        for policy in policies
+    ]
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     text = text_config(model)
-    bound = bound_policy(config, shapes, text, name, lambda: read_rope(model))
-    steps, done = len(texts) * (samples + len(layers)), 0
+    bound = [bound_policy(c, shapes, text, name, lambda: read_rope(model)) for c in configs]
+    steps, done = len(texts) * (samples + len(layers) * len(bound)), 0
 
     def advance() -> None:
         nonlocal done
@@ -123,35 +130,40 @@ def fisher(
             on_progress(done, steps)
 
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    costs = []
+    costs: list[list[list[list[list[float]]]]] = [[] for _ in bound]
     tape = _Tape(layers)
     with _taping(model, tape):
         for trajectory in texts:
             gradients = _gradients(model, tape, trajectory, samples, generator, advance)
             prompt = len(trajectory.prompt_ids)
             tokens = len(trajectory.completion_ids) - 1
-            rows = []
+            rows: list[list[Tensor]] = [[] for _ in bound]
             for layer, directions in zip(layers, gradients, strict=True):
                 inputs, full = tape.inputs.pop(layer), tape.outputs.pop(layer)[0].detach()
-                found = outputs_under_budgets(inputs, prompt, config, bound, chosen)
-                moved = torch.stack([out - full for out in found]).float()
-                rows.append(_cost(moved, directions, inputs.key.shape[1]) / tokens)
-                advance()
-            costs.append(torch.stack(rows).tolist())
-    return CostProfile(
-        objective="fisher",
-        model_id=name,
-        config_hash=config_hash(text.to_dict()),
-        policy=policy,
-        interval=interval,
-        window=window,
-        samples=samples,
-        budgets=list(chosen),
-        text_hashes=[text_hash(trajectory) for trajectory in texts],
-        kinds=list(kinds) if kinds is not None else [""] * len(texts),
-        tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
-        costs=costs,
-    )
+                for policy, own, row in zip(bound, configs, rows, strict=True):
+                    found = outputs_under_budgets(inputs, prompt, own, policy, chosen)
+                    moved = torch.stack([out - full for out in found]).float()
+                    row.append(_cost(moved, directions, inputs.key.shape[1]) / tokens)
+                    advance()
+            for of_policy, row in zip(costs, rows, strict=True):
+                of_policy.append(torch.stack(row).tolist())
+    return [
+        CostProfile(
+            objective="fisher",
+            model_id=name,
+            config_hash=config_hash(text.to_dict()),
+            policy=own.arm.policy,
+            interval=interval,
+            window=window,
+            samples=samples,
+            budgets=list(chosen),
+            text_hashes=[text_hash(trajectory) for trajectory in texts],
+            kinds=list(kinds) if kinds is not None else [""] * len(texts),
+            tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
+            costs=of_policy,
+        )
+        for own, of_policy in zip(configs, costs, strict=True)
+    ]
 
 
 def checked_budgets(budgets: Sequence[int], window: int) -> tuple[int, ...]:

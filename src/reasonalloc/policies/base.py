@@ -120,6 +120,14 @@ class Policy(ABC):
     def score(self, candidates: Candidates) -> Tensor:
         """[batch, kv_heads, n] float32, higher is kept; only evictable entries are looked at."""
 
+    def resolve(self) -> Policy:
+        """The policy that really scores: itself, or one that a file names.
+
+        Raises:
+            UsageError: a file is needed and missing or broken.
+        """
+        return self
+
     def bind(self, model: ModelFacts) -> Policy:
         """The policy for a model; called once before the first token, may read files.
 

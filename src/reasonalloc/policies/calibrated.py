@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from reasonalloc.costs import load_costs
+from reasonalloc.errors import UsageError
+from reasonalloc.policies.base import POLICIES, Candidates, Policy
+
+
+@POLICIES.register("calibrated", source="ours: the policy that a cost profile was made with")
+@dataclass(frozen=True)
+class Calibrated(Policy):
+    """The policy that calibration found cheapest for this model, as its cost profile says."""
+
+    path: str = ""
+    reads: ClassVar[str] = "cost profile"
+
+    def resolve(self) -> Policy:
+        if not self.path:
+            raise UsageError(
+                "policy='calibrated' needs a cost profile: pass profile='FILE.json' "
+                "(--profile FILE.json), made for this model with "
+                "'reasonalloc calibrate --objective fisher'"
+            )
+        policy = POLICIES.create(load_costs(self.path).policy)
+        if isinstance(policy, Calibrated):
+            raise UsageError(f"cost profile {self.path!r}: its policy must be a real one")
+        return policy.resolve()
+
+    def score(self, candidates: Candidates) -> Tensor:
+        raise RuntimeError("a calibrated policy must be resolved before it scores")
