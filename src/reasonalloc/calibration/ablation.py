@@ -123,14 +123,20 @@ def ablation(
 
 @torch.no_grad()
 def estimate(
-    model: Any, texts: Sequence[Trajectory], *, budgets: Sequence[int] = BUDGETS, stride: int = 1
+    model: Any,
+    texts: Sequence[Trajectory],
+    *,
+    policy: str = "rkv",
+    budgets: Sequence[int] = BUDGETS,
+    interval: int = 64,
+    window: int = 8,
+    stride: int = 1,
 ) -> Estimate:
     """What ``ablation`` will take, from two timed passes over the first text.
 
-    Raises:
-        UsageError: no texts, or a first one that cannot be measured.
+    Arguments and errors are those of ``ablation``.
     """
-    layers, *_ = _checked(model, texts[:1], "streaming_llm", budgets, 1, 1, stride)
+    layers, *_ = _checked(model, texts, policy, budgets, interval, window, stride)
     text = _prepared(model, texts[0], stride)
     with SuffixRunner(model, layers) as runner:
         runner.full(text.ids, text.positions)  # the first pass is slower

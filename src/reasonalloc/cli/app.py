@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, run
+from reasonalloc.cli import calibrate, demo, doctor, fidelity, ls, plan, profile, run
 from reasonalloc.version import __version__
 
+
+class _Group(typer.core.TyperGroup):
+    """Ctrl-C ends a command with a message: newer versions of typer would end it in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+
 app = typer.Typer(
+    cls=_Group,
     name="reasonalloc",
     help="Keep the KV cache of reasoning language models inside a fixed budget while decoding.",
     no_args_is_help=True,
@@ -38,6 +51,7 @@ def _root(
 app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
+app.add_typer(profile.app, name="profile")
 app.command("fidelity")(fidelity.command)
 app.command("ls")(ls.command)
 app.command("doctor")(doctor.command)
