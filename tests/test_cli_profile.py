@@ -115,7 +115,10 @@ def test_completions_are_generated_for_costs(call: Call, folder: Path, tmp_path:
     base = ["calibrate", folder, "--objective", "kl", "--texts", texts, "-o", out]
     code, _, err = call(*base)
     assert code == 2 and "give --generate N" in err and not out.exists()
-    assert call(*base, "--generate", "30", "--budgets", "8,12")[0] == 0
+    code, _, err = call(*base, "--generate", "30", "--budgets", "8,12")
+    assert code == 0 and "rounding" not in err
+    code, _, err = call(*base, "--generate", "30", "--budgets", "8,12", "--dtype", "bfloat16")
+    assert code == 0 and "In bfloat16 rounding alone" in err
     assert load_costs(out).tokens == [29]
 
 

@@ -155,7 +155,7 @@ def _costs(profile: CostProfile) -> Measured:
     return Measured(
         save=profile.save,
         data={"budgets": profile.budgets, "costs": profile.curves()},
-        title=f"KL per token when one head is held to a budget, {len(profile.tokens)} texts",
+        title="KL per token, one head at a budget, 1/1000 nat",
         columns=columns,
         rows=rows,
         use="reasonalloc profile show",

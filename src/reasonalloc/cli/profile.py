@@ -73,7 +73,7 @@ def show(
         columns, rows = cost_table(profile, used, heads)
         title = (
             f"KL per token when one head is held to a budget: {escape(profile.model_id)}, "
-            f"{profile.objective}, {profile.policy}, {len(profile.tokens)} texts"
+            f"{profile.objective}, {profile.policy}, texts: {len(profile.tokens)}"
         )
         data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
         data |= {"objective": profile.objective, "policy": profile.policy}
@@ -84,7 +84,7 @@ def show(
         columns, rows = demand_table(profile, budgets)
         title = (
             f"Tokens for {profile.rho:.0%} of the attention mass: {escape(profile.model_id)}, "
-            f"{len(profile.curves)} prompts"
+            f"prompts: {len(profile.curves)}"
         )
         data = {"demand_mean": profile.demand_mean, "demand_max": profile.demand_max}
         data |= {"objective": profile.objective, "budgets": budgets}
