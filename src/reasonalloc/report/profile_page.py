@@ -35,7 +35,7 @@ def _demand(figure: Any, profile: Profile) -> None:
     figure.add_scatter(y=profile.demand_max, name="largest head", line={"dash": "dot"})
     figure.add_scatter(y=profile.demand_mean, name="mean over heads", line={"width": 3})
     figure.update_layout(
-        title=f"{escape(profile.model_id)}: tokens for {profile.rho:.0%} of the attention mass",
+        title=f"{escape(profile.model_id)}<br>Tokens for {profile.rho:.0%} of the attention mass",
         xaxis_title="layer",
         yaxis_title="tokens",
     )
@@ -70,10 +70,12 @@ def _costs(figure: Any, profile: CostProfile) -> None:
         for point, budget in enumerate(profile.budgets)
     ]
     figure.update_layout(
-        title=f"{escape(profile.model_id)}: KL per token when one head is held to a budget "
-        f"({profile.objective}, {profile.policy})",
+        title=f"{escape(profile.model_id)}<br>KL per token when one head is held to a budget "
+        f"({profile.objective}, {escape(profile.policy)})",
         xaxis_title="layer",
-        yaxis={"domain": [0, 0.52], "title": {"text": "1/1000 nat, sum over heads"}},
-        yaxis2={"domain": [0.6, 1], "title": {"text": "KV head"}, "type": "category"},
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12}],
+        yaxis={"domain": [0, 0.5], "title": {"text": "1/1000 nat, sum over heads"}},
+        yaxis2={"domain": [0.64, 1], "title": {"text": "KV head"}, "type": "category"},
+        updatemenus=[
+            {"buttons": buttons, "x": 1, "xanchor": "right", "y": 0.57, "yanchor": "middle"}
+        ],
     )
