@@ -142,9 +142,14 @@ def _announce_kl(model: Any, inputs: Texts, **options: Any) -> str:
 
     found = estimate(model, inputs[0], **options)
     minutes = found.seconds / 60
-    return f"{found.forward_tokens:,} tokens will run through parts of the model, for about " + (
-        f"{minutes:.0f} minutes" if minutes >= 2 else f"{found.seconds:.0f} seconds"
-    )
+    text = f"{found.forward_tokens:,} tokens will run through parts of the model, for about "
+    text += f"{minutes:.0f} minutes" if minutes >= 2 else f"{found.seconds:.0f} seconds"
+    if model.dtype.itemsize < 4:
+        text += (
+            f". In {str(model.dtype).removeprefix('torch.')} rounding alone may cost as much as a "
+            "head does: --dtype float32 measures better"
+        )
+    return text
 
 
 def _costs(profile: CostProfile) -> Measured:
