@@ -194,6 +194,7 @@ def test_the_estimate_counts_what_is_run() -> None:
         ({"budgets": (48, 24)}, "rising"),
         ({"budgets": (4, 24)}, "budget of at least 8"),
         ({"stride": 0}, "stride=0"),
+        ({"kinds": ["a", "b"]}, "2 labels for 1 texts"),
         ({"interval": 0}, "interval=0"),
         ({"policy": "rvk"}, "did you mean 'rkv'"),
     ],

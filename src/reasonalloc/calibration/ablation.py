@@ -63,6 +63,7 @@ def ablation(
     model: Any,
     texts: Sequence[Trajectory],
     *,
+    kinds: Sequence[str] | None = None,
     policy: str = "rkv",
     budgets: Sequence[int] = BUDGETS,
     interval: int = 64,
@@ -75,6 +76,7 @@ def ablation(
     Args:
         model: a decoder-only transformers model in evaluation mode, not attached to anything.
         texts: with completions; of no test set.
+        kinds: a label per text, or None.
         policy: which tokens a head keeps.
         budgets: tokens per head, at least two, rising.
         interval, window: the cadence, in tokens.
@@ -82,13 +84,15 @@ def ablation(
         on_progress: called with finished and all (text, layer) pairs, after each.
 
     Returns:
-        The cost profile, objective ``kl``, without kinds.
+        The cost profile, objective ``kl``.
 
     Raises:
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
     layers, configs, bound = _checked(model, texts, policy, budgets, interval, window, stride)
+    if kinds is not None and len(kinds) != len(texts):
+        raise UsageError(f"kinds: {len(kinds)} labels for {len(texts)} texts: give one per text")
     costs: list[list[list[list[float]]]] = []
     measured: list[int] = []
     total = len(texts) * len(layers)
@@ -115,7 +119,7 @@ def ablation(
         samples=0,
         budgets=list(budgets),
         text_hashes=[fingerprint(torch.tensor([t.prompt_ids + t.completion_ids])) for t in texts],
-        kinds=[""] * len(texts),
+        kinds=[""] * len(texts) if kinds is None else list(kinds),
         tokens=measured,
         costs=costs,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,7 @@ def _kl(model: Any, inputs: Texts, on_progress: OnProgress, **options: Any) -> M
     from reasonalloc.calibration import ablation
 
     texts, kinds = inputs
-    profile = ablation(model, texts, on_progress=on_progress, **options)
-    return _costs(replace(profile, kinds=kinds))
+    return _costs(ablation(model, texts, kinds=kinds, on_progress=on_progress, **options))
 
 
 def _announce_kl(model: Any, inputs: Texts, **options: Any) -> str:
