@@ -34,7 +34,8 @@ $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/test_hf.py tests/test_refusals.py \
-		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py
+		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py \
+		tests/test_ablation.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

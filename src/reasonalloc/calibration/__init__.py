@@ -1,6 +1,7 @@
 """Offline measurements of a model, kept as files."""
 
+from reasonalloc.calibration.ablation import ablation
 from reasonalloc.calibration.attention_mass import attention_mass
 from reasonalloc.calibration.statistics import statistics
 
-__all__ = ["attention_mass", "statistics"]
+__all__ = ["ablation", "attention_mass", "statistics"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from reasonalloc.cli import (
     calibrate,
@@ -15,12 +16,25 @@ from reasonalloc.cli import (
     lm_eval,
     ls,
     plan,
+    profile,
     report,
     run,
 )
 from reasonalloc.version import __version__
 
+
+class _Group(typer.core.TyperGroup):
+    """Ctrl-C ends a command with a message: newer versions of typer would end it in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+
 app = typer.Typer(
+    cls=_Group,
     name="reasonalloc",
     help="Keep the KV cache of reasoning language models inside a fixed budget while decoding.",
     no_args_is_help=True,
@@ -50,6 +64,7 @@ app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
+app.add_typer(profile.app, name="profile")
 app.command("fidelity")(fidelity.command)
 app.command("report")(report.command)
 app.command(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -15,35 +16,100 @@ from reasonalloc.errors import UsageError, unknown_name
 
 _TEXT_FIELDS = ("prompt", "problem", "question")
 
+_PROMPTS, _TEXTS = "attention-mass, statistics", "kl"
+
 Prompts = Annotated[
-    str,
+    Optional[str],  # noqa: UP045 (typer 0.16 on Python 3.10)
     typer.Option(
         "--prompts",
         metavar="FILE",
         help="JSON lines with prompt, problem, question or messages; from no test set.",
+        rich_help_panel=_PROMPTS,
     ),
 ]
 Out = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="File to write.")]
-Count = Annotated[int, typer.Option("--count", help="Prompts to use, from the top.", min=1)]
-Rho = Annotated[float, typer.Option("--rho", help="Share of attention mass to keep.")]
-NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", help="Generated tokens per prompt.", min=1)
+Count = Annotated[
+    int, typer.Option("--count", help="Prompts or texts to use, from the top.", min=1)
 ]
-Every = Annotated[int, typer.Option("--every", help="Generated tokens between samples.", min=1)]
-
-
+Rho = Annotated[
+    float,
+    typer.Option(
+        "--rho", help="Share of attention mass (attention-mass alone).", rich_help_panel=_PROMPTS
+    ),
+]
+NewTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-new-tokens",
+        help="Generated tokens per prompt.",
+        min=1,
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Every = Annotated[
+    int,
+    typer.Option(
+        "--every", help="Generated tokens between samples.", min=1, rich_help_panel=_PROMPTS
+    ),
+]
+Texts = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--texts",
+        metavar="FILE",
+        help="JSON lines as for 'fidelity --trajectories', with a kind if wanted; of no test set.",
+        rich_help_panel=_TEXTS,
+    ),
+]
+Generate = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--generate",
+        help="Complete prompts by so many tokens, full cache.",
+        min=2,
+        rich_help_panel=_TEXTS,
+    ),
+]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="Which tokens a head keeps.", rich_help_panel=_TEXTS)
+]
+Budgets = Annotated[
+    str,
+    typer.Option("--budgets", help="Tokens per head, separated by commas.", rich_help_panel=_TEXTS),
+]
+Interval = Annotated[
+    int,
+    typer.Option(
+        "--interval", help="Generated tokens between two compressions.", rich_help_panel=_TEXTS
+    ),
+]
+Window = Annotated[
+    int,
+    typer.Option(
+        "--window", help="Most recent tokens that are always kept.", rich_help_panel=_TEXTS
+    ),
+]
+Stride = Annotated[
+    int,
+    typer.Option(
+        "--stride",
+        help="Measure every so many tokens; saves time with large vocabularies.",
+        min=1,
+        rich_help_panel=_TEXTS,
+    ),
+]
 ObjectiveName = Annotated[
     str,
     typer.Option(
         "--objective",
-        help="attention-mass (a profile), or statistics (for tri_attention, cake, dynamickv).",
+        help="attention-mass (a profile), statistics (for tri_attention, cake, dynamickv), or kl "
+        "(what holding one head to a budget costs).",
     ),
 ]
 
 
 def command(
     context: typer.Context,
-    prompts: Prompts,
     out: Out,
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
@@ -51,43 +117,56 @@ def command(
     trust_remote_code: o.TrustRemoteCode = False,
     objective: ObjectiveName = "attention-mass",
     count: Count = 8,
+    prompts: Prompts = None,
     rho: Rho = 0.93,
     max_new_tokens: NewTokens = 4096,
     every: Every = 128,
+    texts: Texts = None,
+    generate: Generate = None,
+    policy: PolicyName = "rkv",
+    budgets: Budgets = "24,48,96,192",
+    interval: Interval = 64,
+    window: Window = 8,
+    stride: Stride = 1,
     as_json: o.Json = False,
 ) -> None:
-    """Measure a model once with its full cache: the Reasoning Wave, or statistics."""
+    """Measure a model once with its full cache: the Reasoning Wave, statistics, or costs."""
     from reasonalloc.cli.objectives import OBJECTIVES
 
     if objective not in OBJECTIVES:
         raise unknown_name("objective", objective, OBJECTIVES)
     chosen = OBJECTIVES[objective]
-    own = {"rho": rho}  # options that only some objectives have
-    for option in own.keys() - chosen.options:
+    of_some = {option for each in OBJECTIVES.values() for option in each.options}
+    for option in sorted(of_some - set(chosen.options)):
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{option} has no effect with --objective {objective}: leave it out")
+            flag = option.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect with --objective {objective}: leave it out")
+    own = {name: context.params[name] for name in chosen.options}
     name = o.pick_model(model, model_option)
-    messages = read_prompts(prompts, count)
+    if "budgets" in own:
+        own["budgets"] = o.parse_budgets(budgets)
+    load = _texts(objective, own, count) if chosen.reads_texts else _prompts(objective, own, count)
     target = _writable(out)
     chosen.check_out(out)
     from rich.progress import Progress
 
-    from reasonalloc.cli.prompts import encode
     from reasonalloc.loading import load_model
 
     with output.stderr().status("Loading the model"):
         loaded, tokenizer = load_model(name, dtype, "auto", trust_remote_code=trust_remote_code)
-    tokens = [encode(tokenizer, m, False, True) for m in messages]
+    inputs = load(loaded, tokenizer)
+    if chosen.announce is not None:
+        with output.stderr().status("Timing the model"):
+            announced = chosen.announce(loaded, inputs, **own)
+        output.note(announced)
     with Progress(console=output.stderr(), transient=True) as bar:
-        task = bar.add_task("Calibrating", total=len(tokens))
+        task = bar.add_task("Calibrating", total=None)
         measured = chosen.measure(
             loaded,
-            tokens,
-            lambda _: bar.advance(task),
-            max_new_tokens=max_new_tokens,
-            every=every,
-            **{option: own[option] for option in chosen.options},
+            inputs,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            **own,
         )
     measured.save(target)
     if as_json:
@@ -97,6 +176,39 @@ def command(
     if measured.note:
         output.note(measured.note)
     output.stdout().print(f"Written to {target}; use it with {measured.use} {target}")
+
+
+def _prompts(objective: str, own: dict[str, Any], count: int) -> Callable[[Any, Any], Any]:
+    """Takes the prompts out of the options; what loads them needs the model's tokenizer."""
+    path = own.pop("prompts")
+    if path is None:
+        raise UsageError(f"no prompts: --objective {objective} needs --prompts FILE")
+    messages = read_prompts(path, count)
+    from reasonalloc.cli.prompts import encode
+
+    return lambda _, tokenizer: [encode(tokenizer, m, False, True) for m in messages]
+
+
+def _texts(objective: str, own: dict[str, Any], count: int) -> Callable[[Any, Any], Any]:
+    """The same for texts and their kinds."""
+    path, generate = own.pop("texts"), own.pop("generate")
+    if path is None:
+        raise UsageError(f"no texts: --objective {objective} needs --texts FILE")
+    from reasonalloc.evaluation.fidelity import complete
+    from reasonalloc.evaluation.trajectories import load_kinds, load_trajectories
+
+    kinds = load_kinds(path, "--texts")[:count]
+
+    def load(model: Any, tokenizer: Any) -> Any:
+        found = load_trajectories(path, tokenizer, "--texts")[:count]
+        if generate is None and any(not text.completion_ids for text in found):
+            raise UsageError(
+                f"--texts={path!r} has prompts without a completion: give --generate N"
+            )
+        with output.stderr().status("Generating completions"):
+            return [complete(model, text, generate or 0) for text in found], kinds
+
+    return load
 
 
 def read_prompts(path: str, count: int) -> list[list[dict[str, str]]]:

@@ -89,10 +89,7 @@ def _jobs(
 ) -> list[CompressionConfig]:
     from reasonalloc.planning import files_missing
 
-    try:
-        sizes = [int(size) for size in budgets.split(",")]
-    except ValueError:
-        raise UsageError(f"budgets={budgets!r} must be whole numbers, as 64,128") from None
+    sizes = o.parse_budgets(budgets)
     parsed = [parse_arm(arm) for arm in o.split_arms(arms)]
     if not parsed:
         raise UsageError("arms is empty: name at least one, as rkv,streaming_llm")

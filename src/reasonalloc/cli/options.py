@@ -106,6 +106,18 @@ Json = Annotated[
 ]
 
 
+def parse_budgets(text: str) -> list[int]:
+    """Budgets that are separated by commas.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise UsageError(f"budgets={text!r} must be whole numbers, as 64,128") from None
+
+
 def pick_model(argument: str | None, option: str | None) -> str:
     """The one model that was named.
 

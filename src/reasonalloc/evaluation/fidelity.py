@@ -63,7 +63,7 @@ def full_logits(model: Any, trajectory: Trajectory, chunk: int) -> list[Tensor]:
     Returns:
         Tensors [chunk, vocabulary] in the model's dtype; the last may be shorter.
     """
-    _check_length(model, trajectory)
+    check_length(model, trajectory)
     return list(replay_logits(model, trajectory, chunk, None))[1:]
 
 
@@ -129,7 +129,8 @@ def replay_logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) ->
         yield out.logits[0]
 
 
-def _check_length(model: Any, trajectory: Trajectory) -> None:
+def check_length(model: Any, trajectory: Trajectory) -> None:
+    """Refuse a text that is longer than the model's positions."""
     tokens = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:

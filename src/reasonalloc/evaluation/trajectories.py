@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reasonalloc.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,50 @@ class Trajectory:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_trajectories(path: str, tokenizer: Any) -> list[Trajectory]:
+def load_trajectories(path: str, tokenizer: Any, name: str = "trajectories") -> list[Trajectory]:
     """Read JSON lines: ``prompt_ids`` or ``prompt`` or ``messages``, and a completion.
 
     The completion is ``completion_ids`` or ``completion``; it may be missing where it is generated.
+    ``name`` is what messages call the file.
 
     Raises:
         UsageError: an unreadable file or a bad line, with its number.
     """
+    return _read(path, lambda data: _trajectory(data, tokenizer), name)
+
+
+def load_kinds(path: str, name: str = "trajectories") -> list[str]:
+    """The label ``kind`` of every text in such a file, "" where there is none.
+
+    Raises:
+        UsageError: as ``load_trajectories``, or a label that is no text.
+    """
+    return _read(path, _kind, name)
+
+
+def _read(path: str, parse: Callable[[Any], T], name: str) -> list[T]:
     try:
         lines = Path(path).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UsageError(f"trajectories={path!r} cannot be read: {reason}") from None
+        raise UsageError(f"{name}={path!r} cannot be read: {reason}") from None
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_trajectory(json.loads(line), tokenizer))
+                found.append(parse(json.loads(line)))
             except ValueError as error:  # UsageError and JSON's own error are both
-                raise UsageError(f"trajectories={path!r}, line {number}: {error}") from None
+                raise UsageError(f"{name}={path!r}, line {number}: {error}") from None
     if not found:
-        raise UsageError(f"trajectories={path!r} holds none: write one JSON object per line")
+        raise UsageError(f"{name}={path!r} holds none: write one JSON object per line")
     return found
+
+
+def _kind(data: Any) -> str:
+    kind = data.get("kind", "") if isinstance(data, dict) else ""
+    if not isinstance(kind, str):
+        raise UsageError(f"kind={kind!r} must be text")
+    return kind
 
 
 def _trajectory(data: Any, tokenizer: Any) -> Trajectory:

@@ -32,7 +32,7 @@ def require_report(libraries: Sequence[str] = _LIBRARIES) -> None:
         )
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
+def check_writable(path: str | os.PathLike[str], option: str = "--out") -> Path:
     """The absolute path of a file that can be written, found out without touching it.
 
     Raises:
@@ -40,16 +40,16 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path).expanduser().resolve()
     if target.is_dir():
-        raise UsageError(f"--out {str(path)!r} is a folder: name a file")
+        raise UsageError(f"{option} {str(path)!r} is a folder: name a file")
     if not target.parent.is_dir():
-        raise UsageError(f"--out {str(path)!r}: there is no folder {str(target.parent)!r}")
+        raise UsageError(f"{option} {str(path)!r}: there is no folder {str(target.parent)!r}")
     if target.exists() and not os.access(target, os.W_OK):
-        raise UsageError(f"--out {str(path)!r} may not be written: name another file")
+        raise UsageError(f"{option} {str(path)!r} may not be written: name another file")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise UsageError(f"--out {str(path)!r} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
     return target
 
 
@@ -85,7 +85,7 @@ def script_json(data: dict[str, Any]) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def write(path: Path, html: str) -> None:
+def write(path: Path, html: str, option: str = "--out") -> None:
     """Write the page, replacing ``path`` only once everything is written.
 
     Raises:
@@ -96,4 +96,4 @@ def write(path: Path, html: str) -> None:
         partial.write_text(html, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise UsageError(f"--out {str(path)!r} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
