@@ -189,17 +189,21 @@ def test_an_interrupted_demo_still_reports(
         demo_boxed.demo(out=str(page), count=1, folder=folder)
     assert stopped.value.exit_code == 130
     out, err = capsys.readouterr()
-    assert "interrupted: 3 of 17 runs were finished" in " ".join(err.split())
-    assert "snapkv" in out and "h2o" not in out
+    assert "interrupted: 4 of 17 runs were finished" in " ".join(err.split())
+    assert "best" in out and "h2o" not in out
     data = payload(page)
-    assert data["missing"] == 14
-    assert [r["arm"] for r in data["rows"]] == ["full", "rkv", "snapkv"]
+    assert data["missing"] == 13
+    assert [r["arm"] for r in data["rows"]] == ["full", "best", "rkv", "snapkv"]
 
 
-def test_without_a_profile_one_arm_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_without_a_profile_an_arm_is_left_out(folder: Path, tmp_path: Path) -> None:
     plan = demo_boxed.make_plan(tmp_path, 5)
-    assert "reasonalloc" not in plan.arms
-    assert plan.left_out is not None and "reasonalloc is left out" in plan.left_out
+    assert not {"reasonalloc", "best"} & set(plan.arms)
+    assert plan.left_out is not None and "best, reasonalloc left out" in plan.left_out
+    shutil.copy(folder / "costs.json", tmp_path)
+    plan = demo_boxed.make_plan(tmp_path, 5)
+    assert "best" in plan.arms and plan.costs is not None and plan.profile is None
+    assert plan.left_out is not None and "profile.json" in plan.left_out
     assert demo_boxed.make_plan(folder, 5).arms == demo_boxed.ARMS
 
 

@@ -1,4 +1,4 @@
-"""Make the boxed reasoner's profile: ``python -m reasonalloc.boxed.calibrate``."""
+"""Make the boxed reasoner's profiles: ``python -m reasonalloc.boxed.calibrate``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reasonalloc.boxed.data import encode
 from reasonalloc.calibration import attention_mass
+from reasonalloc.calibration.fisher import fisher
+from reasonalloc.costs import CostProfile
 from reasonalloc.evaluation.tasks.chain import generate
+from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.profiles import Profile
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+# Solutions of 12 variables, 385 tokens after a prompt of 145; the demo's cadence.
+COST_PROBLEMS, COST_VARIABLES, COST_INTERVAL = 16, 12, 32
+COST_BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 # Numbers of the calibration split and their variables: no test problem is among them.
 PROBLEMS = ((0, 8), (1, 12), (2, 16), (3, 24), (4, 8), (5, 12), (6, 16), (7, 24))
 
@@ -36,13 +43,25 @@ def calibrate(checkpoint: Path) -> Profile:
     return replace(profile, model_id="the boxed reasoner")
 
 
+def costs(checkpoint: Path) -> CostProfile:
+    """Costs of every head on written solutions of calibration problems, with R-KV."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    texts = []
+    for seed in range(COST_PROBLEMS):
+        ids, prompt = encode(generate(seed, COST_VARIABLES, "calibration"))
+        texts.append(Trajectory(tuple(ids[:prompt]), tuple(ids[prompt:])))
+    found = fisher(model, texts, policies=["rkv"], budgets=COST_BUDGETS, interval=COST_INTERVAL)
+    return replace(found[0], model_id="the boxed reasoner")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="reasonalloc.boxed.calibrate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=CHECKPOINT / "profile.json")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of both files")
     options = parser.parse_args()
-    calibrate(options.checkpoint).save(options.out)
+    calibrate(options.checkpoint).save(options.out / "profile.json")
+    costs(options.checkpoint).save(options.out / "costs.json")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from reasonalloc.cli.demo_watch import Board
 from reasonalloc.config import RecordLevel
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, run_job
-from reasonalloc.evaluation.batch import FULL, Job, Settings, Watch, check_jobs, needs_profile
+from reasonalloc.evaluation.batch import FULL, Job, Settings, Watch, check_jobs
 from reasonalloc.evaluation.summary import summarise
 from reasonalloc.evaluation.tasks.chain import ChainProblem, problems
 from reasonalloc.evaluation.workers import Runner, idle_cores, run_jobs
@@ -27,15 +27,16 @@ from reasonalloc.report.page import check_writable, render, require_report, writ
 
 DEFAULT_PAGE = "reasonalloc-demo.html"
 ARMS = (
+    "best",
     "rkv",
     "snapkv",
     "h2o",
     "streaming_llm",
     "pyramid-rkv",
-    "adakv",
     "reasonalloc",
     "random",
 )
+_FILES = {"reasonalloc": "profile.json", "best": "costs.json"}
 #: Tokens per layer and KV head. The first is recorded token by token: an early Ctrl-C then still
 #: leaves something for every part of the page.
 BUDGETS = (256, 192, 288, 320)
@@ -61,7 +62,7 @@ class Plan:
         budgets: tokens, the traced one first.
         count: problems per arm and budget.
         variables: difficulty of the problems.
-        profile: profile file, or None.
+        profile, costs: profiles of attention mass and of costs, or None.
         left_out: why an arm is missing, or None.
         workers: at most so many runs at a time, each on one core.
     """
@@ -72,6 +73,7 @@ class Plan:
     count: int
     variables: int
     profile: Path | None
+    costs: Path | None
     left_out: str | None
     workers: int
 
@@ -87,8 +89,8 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        """Cadence and profile of every arm."""
-        return Settings(INTERVAL, WINDOW, self.profile)
+        """Cadence and profiles of every arm."""
+        return Settings(INTERVAL, WINDOW, self.profile, self.costs)
 
     def problems(self, count: int | None = None) -> list[ChainProblem]:
         """The first test problems; training and calibration draw from other generators."""
@@ -158,15 +160,15 @@ def boxed_folder() -> Path:
 
 def make_plan(folder: Path, count: int) -> Plan:
     """All arms that can run with this checkpoint."""
-    profile: Path | None = folder / "profile.json"
-    arms: tuple[str, ...] = ARMS
+    needed = {arm: folder / _FILES[arm] for arm in ARMS if arm in _FILES}
+    absent = {arm: path for arm, path in needed.items() if not path.is_file()}
+    arms = tuple(arm for arm in ARMS if arm not in absent)
     left_out = None
-    if profile is not None and not profile.is_file():
-        arms = tuple(arm for arm in ARMS if not needs_profile(arm))
-        missing = ", ".join(arm for arm in ARMS if needs_profile(arm))
-        left_out = f"{missing} is left out: there is no profile beside the model ({profile})"
-        profile = None
-    return Plan(folder, arms, BUDGETS, count, VARIABLES, profile, left_out, WORKERS)
+    if absent:
+        files = ", ".join(str(path) for path in absent.values())
+        left_out = f"{', '.join(absent)} left out: beside the model there is no {files}"
+    profile, costs = (None if arm in absent else needed[arm] for arm in ("reasonalloc", "best"))
+    return Plan(folder, arms, BUDGETS, count, VARIABLES, profile, costs, left_out, WORKERS)
 
 
 def _load(plan: Plan, board: Board) -> list[tuple[Any, Any]]:

@@ -55,7 +55,8 @@ class Settings:
     Attributes:
         interval: generated tokens between two compressions.
         window: most recent tokens that are always kept.
-        profile: profile file for arms whose layer allocator reads one.
+        profile: calibrated file for arms that read one.
+        costs: cost profile for arms that read one, if ``profile`` is of another kind.
         record: what the recorder keeps of every compression.
         max_new_tokens: bound of generated tokens; None: the task's own.
         n_sink: first tokens that are always kept.
@@ -66,6 +67,7 @@ class Settings:
     interval: int
     window: int
     profile: str | os.PathLike[str] | None = None
+    costs: str | os.PathLike[str] | None = None
     record: RecordLevel = "off"
     max_new_tokens: int | None = None
     n_sink: int = 0
@@ -193,7 +195,7 @@ def attach_job(model: Any, job: Job, settings: Settings) -> Attachment:
         n_sink=settings.n_sink,
         protect_prompt=settings.protect_prompt,
         seed=settings.seed,
-        profile=settings.profile if needs_profile(job.arm) else None,
+        profile=_file_of(job.arm, settings),
         record=settings.record,
     )
 
@@ -208,6 +210,14 @@ def check_jobs(model: Any, jobs: Sequence[Job], settings: Settings) -> None:
         if job.budget is not None:
             with attach_job(model, job, settings):
                 pass
+
+
+def _file_of(arm: str, settings: Settings) -> str | os.PathLike[str] | None:
+    parsed = parse_arm(arm)
+    kinds = set() if parsed is None else set(files_missing(parsed).values())
+    if kinds == {"cost profile"} and settings.costs is not None:
+        return settings.costs
+    return settings.profile if kinds else None
 
 
 def needs_profile(arm: str) -> bool:
