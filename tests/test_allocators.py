@@ -179,6 +179,21 @@ def test_least_cost(curves: list[list[float]], lower: int, room: int, data: st.D
         assert ours <= cost * (1 + 1e-9)
 
 
+def test_cost_of_one_kind_of_text(tmp_path: Path) -> None:
+    query, path = LayerQuery(6, 3, 40, 4), tmp_path / "costs.json"
+    profile = made_costs.make(6, 3)
+    profile.save(path)
+    plans = {}
+    for kind, texts in (("code", [0]), ("prose", [1])):
+        plans[kind] = LAYER_ALLOCATORS.create(f"cost({path}, kind={kind})").plan_heads(query)
+        curves = torch.tensor(profile.curves(texts), dtype=torch.float64).flatten(0, 1)
+        points = torch.tensor(profile.budgets).double()
+        assert minimise(curves, points, query.total, 12, 240).view(6, 3).tolist() == plans[kind]
+    assert plans["code"] != plans["prose"]
+    with pytest.raises(UsageError, match=r"no kind of text.*code, prose"):
+        LAYER_ALLOCATORS.create(f"cost({path}, kind=poems)").allocate(query)
+
+
 def test_pyramid_is_the_published_line() -> None:
     budget, window, layers = 128, 8, 32
     free = budget - window

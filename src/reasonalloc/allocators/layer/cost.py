@@ -17,12 +17,13 @@ class LeastCost(LayerAllocator):
     """Least summed cost over all layers and heads at once, from a cost profile.
 
     Every head keeps ``least`` tokens besides window and sinks (fewer if the budget has no room),
-    and no more than ``most`` times the mean.
+    and no more than ``most`` times the mean. ``kind``: only calibration texts of that kind count.
     """
 
     path: str = ""
     least: int = 8
     most: float = 6.0
+    kind: str = ""
     reads: ClassVar[str] = "cost profile"
 
     def __post_init__(self) -> None:
@@ -40,10 +41,16 @@ class LeastCost(LayerAllocator):
             )
         costs = load_costs(self.path)
         costs.check_model(query.model_id, query.config_hash, query.layers, query.kv_heads)
+        texts = [i for i, kind in enumerate(costs.kinds) if self.kind in ("", kind)]
+        if not texts:
+            raise UsageError(
+                f"cost: kind={self.kind!r} is no kind of text in {self.path!r}, which has "
+                f"{', '.join(sorted(set(costs.kinds)))}"
+            )
         lower = min(query.window + query.n_sink + self.least, query.budget)
         upper = max(int(self.most * query.budget), query.budget)
         found = minimise(
-            torch.tensor(costs.curves(), dtype=torch.float64).flatten(0, 1),
+            torch.tensor(costs.curves(texts), dtype=torch.float64).flatten(0, 1),
             torch.tensor(costs.budgets, dtype=torch.float64),
             query.total,
             lower,
