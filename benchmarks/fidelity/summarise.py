@@ -1,0 +1,93 @@
+"""Tables from results of ``reasonalloc fidelity``: paired with one arm, by kind of text.
+
+    python benchmarks/fidelity/summarise.py test.jsonl OUT results.jsonl [more.jsonl ...]
+
+Writes ``OUT.md`` and ``OUT.csv`` (mean KL per text). Ratios and differences are paired by text;
+intervals are 95 % percentile bootstraps over texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from reasonalloc.config import PRESETS
+from reasonalloc.evaluation.intervals import bootstrap_ratio
+from reasonalloc.evaluation.trajectories import Trajectory
+
+BASE = "rkv"
+Table = dict[tuple[int, str], dict[str, float]]
+
+
+def read(paths: list[str]) -> Table:
+    """Mean KL per token of every text, by budget and arm."""
+    names = {str(preset.arm): name for name, preset in PRESETS.items()}
+    found: Table = defaultdict(dict)
+    for path in paths:
+        for line in Path(path).read_text().splitlines()[1:]:
+            row = json.loads(line)
+            arm = names.get(row["arm"], row["arm"])
+            found[row["budget"], arm][row["trajectory"]] = sum(row["kl"]) / len(row["kl"])
+    return dict(found)
+
+
+def difference(ours: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Mean difference and its interval."""
+    gap = torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = gap[torch.randint(0, len(gap), (4000, len(gap)), generator=generator)].mean(1)
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(gap.mean()), low, high
+
+
+def main() -> None:
+    """Print and write the tables."""
+    texts, out, *paths = sys.argv[1:]
+    kinds = {}
+    for line in Path(texts).read_text().splitlines():
+        row = json.loads(line)
+        key = Trajectory(tuple(row["prompt_ids"]), tuple(row["completion_ids"])).key
+        kinds[key] = row["kind"]
+    table = read(paths)
+    labels = list(dict.fromkeys(kinds.values()))
+    lines = [
+        "| budget | arm | texts | KL | ratio to rkv (95 %) | KL less rkv's (95 %) | "
+        + " | ".join(labels)
+        + " |",
+        "|---" * (6 + len(labels)) + "|",
+    ]
+    for budget, arm in sorted(table, key=lambda k: (k[0], sum(table[k].values()) / len(table[k]))):
+        ours, base = table[budget, arm], table[budget, BASE]
+        common = [key for key in kinds if key in ours and key in base]
+        mine, theirs = [ours[k] for k in common], [base[k] for k in common]
+        low, high = bootstrap_ratio(mine, theirs)
+        gap = difference(mine, theirs)
+        cells = []
+        for label in labels:
+            keys = [k for k in common if kinds[k] == label]
+            cells.append(
+                f"{sum(ours[k] for k in keys) / sum(base[k] for k in keys):.2f}" if keys else ""
+            )
+        ratio = sum(mine) / sum(theirs)
+        lines.append(
+            f"| {budget} | `{arm}` | {len(common)} | {sum(mine) / len(mine):.4f} | "
+            f"{ratio:.3f} ({low:.3f}-{high:.3f}) | "
+            f"{gap[0]:+.4f} ({gap[1]:+.4f} to {gap[2]:+.4f}) | " + " | ".join(cells) + " |"
+        )
+    Path(out + ".md").write_text("\n".join(lines) + "\n")
+    with Path(out + ".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["budget", "arm", "kind", "text", "kl"])
+        for (budget, arm), values in sorted(table.items()):
+            for key, value in values.items():
+                writer.writerow([budget, arm, kinds.get(key, ""), key, f"{value:.6g}"])
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
