@@ -1,0 +1,80 @@
+"""Plots of the evidence; needs matplotlib.
+
+    python benchmarks/fidelity/plot.py RESULTS.csv COSTS.json OUT_FOLDER
+
+``RESULTS.csv`` is from ``summarise.py``, ``COSTS.json`` a cost profile.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from reasonalloc.allocators.minimise import minimise
+from reasonalloc.costs import load_costs
+from reasonalloc.evaluation.intervals import bootstrap_ratio
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "reasonalloc"
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def fidelity(path: str, out: Path) -> None:
+    """KL against budget, 95 % intervals over texts."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with Path(path).open() as file:
+        for row in csv.DictReader(file):
+            values[row["arm"]][int(row["budget"])].append(float(row["kl"]))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for arm, budgets in sorted(values.items(), key=lambda item: item[1][64]):
+        if "kind=" in arm:
+            continue
+        sizes = sorted(budgets)
+        means = [sum(budgets[b]) / len(budgets[b]) for b in sizes]
+        ends = [bootstrap_ratio(budgets[b], [1.0] * len(budgets[b])) for b in sizes]
+        errors = [
+            [max(mean - low, 0) for mean, (low, _) in zip(means, ends, strict=True)],
+            [max(high - mean, 0) for mean, (_, high) in zip(means, ends, strict=True)],
+        ]
+        width = 2.5 if arm == "best" else 1.0
+        axes.errorbar(sizes, means, errors, label=arm, capsize=3, linewidth=width, marker="o")
+    axes.set(xscale="log", yscale="log", xlabel="budget: mean tokens per layer and KV head")
+    axes.set_ylabel("KL(full || compressed), nats per token")
+    axes.set_xticks([64, 128, 256], ["64", "128", "256"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "fidelity.svg", metadata={"Date": None})
+
+
+def budgets(path: str, out: Path, budget: int = 128) -> None:
+    """Tokens of every head at one budget."""
+    profile = load_costs(path)
+    curves = torch.tensor(profile.curves(), dtype=torch.float64).flatten(0, 1)
+    total = budget * len(curves)
+    plan = minimise(curves, torch.tensor(profile.budgets).double(), total, 16, 6 * budget)
+    grid = plan.view(profile.layers, profile.kv_heads).T
+    figure, axes = plt.subplots(figsize=(9, 2.2))
+    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set(xlabel="layer", ylabel="KV head", title=f"tokens of each head, mean {budget}")
+    axes.set_yticks(range(profile.kv_heads))
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(out / "head-budgets.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Write both plots."""
+    results, costs, folder = sys.argv[1:4]
+    fidelity(results, Path(folder))
+    budgets(costs, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
