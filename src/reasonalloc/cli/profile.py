@@ -15,6 +15,7 @@ from reasonalloc.cli.profile_tables import (
     demand_table,
     divided,
     held_table,
+    joint_table,
     number,
     side_by_side,
 )
@@ -76,7 +77,7 @@ def show(
             f"{profile.objective}, {profile.policy}, texts: {len(profile.tokens)}"
         )
         data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
-        data |= {"objective": profile.objective, "policy": profile.policy}
+        data |= {"objective": profile.objective, "policy": profile.policy, "joint": profile.joint}
     else:
         if heads:
             raise UsageError("--heads: an attention-mass profile has no heads: leave it out")
@@ -99,6 +100,8 @@ def show(
     output.stdout().print(f"[bold]{title}[/]")  # as a table's title it would be folded
     output.stdout().print(output.grid(columns, rows, ""))
     if isinstance(profile, CostProfile):
+        if profile.joint:
+            output.stdout().print(output.grid(*joint_table([profile]), "All heads at once"))
         output.stdout().print("Costs in 1/1000 nat per token; of a layer: summed over its heads.")
     if plot is not None:
         output.stdout().print(f"Plots written to {target}")
