@@ -100,11 +100,28 @@ def test_the_check_of_measured_costs(call: Call, folder: Path, texts: Path, tmp_
     assert "all heads at once" in " ".join(text.split())
 
 
+def test_tables_show_some_of_many_budgets(
+    call: Call, folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "costs.json"
+    base = ["calibrate", folder, "--objective", "fisher", "--texts", texts, "-o", out]
+    code, text, err = call(*base, "--policy", "h2o", "--interval", "8", "--samples", "1")
+    assert code == 0, err
+    _, shown, _ = call("profile", "show", out)
+    for page in (text, shown):
+        assert "budget 16" in page and "budget 384" in page and "budget 24" not in page
+    assert "Also measured at 24, 48, 96, 128, 256: see --budget." in shown
+    assert "budget 24" in call("profile", "show", out, "--budget", "24")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--samples", "0"], "samples=0 must be at least 1"),
-        (["--check", "500"], "check=500: give different budgets, at least 8 (the window) and"),
+        (
+            ["--check", "500"],
+            "check=500: give different budgets, at least 8 (the window), that evict",
+        ),
         (["--check", "a"], "check='a' must be whole numbers"),
         (["--check", "4,32"], "at least 8 (the window)"),
         (["--check", "0"], "policy='value_aware,rkv': which of several policies is kept"),

@@ -191,6 +191,7 @@ def test_the_model_is_left_as_it_was(failing: bool) -> None:
         ({"budgets": (24,)}, "at least two"),
         ({"budgets": (48, 24)}, "rising"),
         ({"budgets": (4, 24)}, "budget of at least 8"),
+        ({"budgets": (61, 90)}, "even the smallest holds every text"),
         ({"samples": 0}, "samples=0"),
         ({"kinds": ["a", "b"]}, "2 labels for 1 texts"),
         ({"interval": 0}, "interval=0"),
@@ -254,16 +255,18 @@ def test_the_prediction_sums_the_costs_of_what_is_given() -> None:
 
 def test_budgets_of_the_check() -> None:
     long, short = text(25, 276), text(25, 36)
-    assert budgets_to_check([short, long], None, 8) == [64, 128]
-    assert budgets_to_check([text(25, 176)], None, 8) == [64]
-    assert budgets_to_check([short], None, 8) == [15]
-    assert budgets_to_check([short], None, 20) == [20]
+    assert budgets_to_check([short, long], None, 8, 8) == [64, 128]
+    assert budgets_to_check([text(25, 176)], None, 8, 8) == [64]
+    assert budgets_to_check([short], None, 8, 8) == [15]
+    assert budgets_to_check([short], None, 8, 20) == [20]
+    # Boundaries after 5 and 69 tokens of 60: never compressed.
+    assert budgets_to_check([text(5, 56)], None, 64, 8) == []
     # Texts that are not replayed do not count.
-    assert budgets_to_check([short, short, short, long], None, 8) == [15]
-    assert budgets_to_check([short], [59, 8], 8) == [59, 8]
-    for wrong in ([60], [7], [16, 16]):
-        with pytest.raises(UsageError, match=f"check={','.join(map(str, wrong))}: .* below 60"):
-            budgets_to_check([short], wrong, 8)
+    assert budgets_to_check([short, short, short, long], None, 8, 8) == [15]
+    assert budgets_to_check([short], [56, 8], 8, 8) == [56, 8]
+    for wrong in ([57], [7], [16, 16]):
+        with pytest.raises(UsageError, match=f"check={','.join(map(str, wrong))}: .* 60 tokens"):
+            budgets_to_check([short], wrong, 8, 8)
 
 
 def test_profiles_of_one_cadence() -> None:

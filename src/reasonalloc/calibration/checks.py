@@ -16,7 +16,7 @@ from reasonalloc.evaluation.fidelity import check_length
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning import bound_policy
+from reasonalloc.planning import bound_policy, compression_points
 from reasonalloc.policies import POLICIES, Policy
 
 
@@ -96,13 +96,24 @@ def checked(
         )
         for policy in policies
     ]
-    text, name = text_config(model), model_name(model)
+    if not any(evicts(text, budgets[0], interval) for text in texts):
+        raise UsageError(
+            f"budgets={list(budgets)}: even the smallest holds every text up to its last boundary, "
+            "so nothing would be measured: give smaller budgets or longer texts"
+        )
+    facts, name = text_config(model), model_name(model)
     return Checked(
         layers=[i for i, shape in enumerate(shapes) if shape.compressible],
         kv_heads=next(shape.kv_heads for shape in shapes if shape.compressible),
         configs=configs,
-        policies=[bound_policy(c, shapes, text, name, lambda: read_rope(model)) for c in configs],
+        policies=[bound_policy(c, shapes, facts, name, lambda: read_rope(model)) for c in configs],
     )
+
+
+def evicts(text: Trajectory, budget: int, interval: int) -> bool:
+    """Whether a text loses tokens at a budget per head, and any token comes after that."""
+    prompt, steps = len(text.prompt_ids), len(text.completion_ids) - 2
+    return bool(compression_points(budget, 1, interval, prompt, steps))
 
 
 def now(model: Any) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.allocators.minimise import interpolate
-from reasonalloc.calibration.checks import Estimate, now
+from reasonalloc.calibration.checks import Estimate, evicts, now
 from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.costs import CostProfile
@@ -31,28 +31,33 @@ _LEAST_KL = 1e-12  # nats; keeps the logarithm of a cost finite
 
 
 def budgets_to_check(
-    texts: Sequence[Trajectory], wanted: Sequence[int] | None, window: int
+    texts: Sequence[Trajectory], wanted: Sequence[int] | None, interval: int, window: int
 ) -> list[int]:
     """Mean budgets at which something is evicted from a replayed text.
 
     Args:
         texts: calibration texts.
         wanted: budgets to check, or None for ``BUDGETS``, as far as they are at most half of the
-            longest text, or else a quarter of it.
-        window: of the cadence; the least budget.
+            longest text, or else a quarter of it; none if that evicts nothing.
+        interval, window: the cadence.
 
     Raises:
         UsageError: a wanted budget is below the window, evicts nothing or is given twice.
     """
+
+    def works(size: int) -> bool:
+        return size >= window and any(evicts(text, size, interval) for text in texts[:TEXTS])
+
     longest = max(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS])
     if wanted is None:
-        return [size for size in BUDGETS if size <= longest // 2] or [max(longest // 4, window)]
+        usual = [size for size in BUDGETS if size <= longest // 2 and works(size)]
+        return usual or [size for size in [max(longest // 4, window)] if works(size)]
     for size in wanted:
-        if size < window or size >= longest or list(wanted).count(size) > 1:
+        if not works(size) or list(wanted).count(size) > 1:
             raise UsageError(
-                f"check={','.join(map(str, wanted))}: give different budgets, at least "
-                f"{window} (the window) and below {longest}, the tokens of the longest text that "
-                "is replayed"
+                f"check={','.join(map(str, wanted))}: give different budgets, at least {window} "
+                f"(the window), that evict something from the first {TEXTS} texts (the longest has "
+                f"{longest} tokens)"
             )
     return list(wanted)
 

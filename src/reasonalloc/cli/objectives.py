@@ -221,11 +221,11 @@ def _cost_job(
     if most is not None and len(chosen) > most:
         raise UsageError(f"policy={named!r}: --objective kl measures one policy: name one")
     if check != []:
-        check = budgets_to_check(texts, check, others["window"])
-    elif len(chosen) > 1:
+        check = budgets_to_check(texts, check, others["interval"], others["window"])
+    if not check and len(chosen) > 1:
         raise UsageError(
             f"policy={','.join(chosen)!r}: which of several policies is kept is for the check to "
-            "say: name one, or leave --check as it is"
+            "say: name one, or give --check a budget that evicts something from the first texts"
         )
     return _CostJob(chosen, check, others["interval"], others)
 
@@ -259,7 +259,7 @@ def _costs(
 ) -> Measured:
     """Measure, check, and keep the cheapest policy: what is shown and written of it."""
     from reasonalloc.calibration import joint
-    from reasonalloc.cli.profile_tables import cost_table, joint_table
+    from reasonalloc.cli.profile_tables import cost_table, joint_table, spaced
 
     check, steps = joint.steps(texts, len(job.policies), job.check), 0
 
@@ -274,7 +274,7 @@ def _costs(
     profiles = joint.joint_costs(model, texts, measure(advance), job.check, advance_check)
     kept = joint.cheapest(profiles)
     title = f"KL per token, one head at a budget, 1/1000 nat ({kept.policy})"
-    tables = [(title, *cost_table(kept, kept.budgets))]
+    tables = [(title, *cost_table(kept, spaced(kept.budgets)))]
     if kept.joint:
         title = "KL per token, all heads at once, 1/1000 nat"
         tables.append((title, *joint_table(profiles)))

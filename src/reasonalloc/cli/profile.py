@@ -18,6 +18,7 @@ from reasonalloc.cli.profile_tables import (
     joint_table,
     number,
     side_by_side,
+    spaced,
 )
 from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
@@ -70,7 +71,7 @@ def show(
         require_report()
         target = check_writable(plot, "--plot")
     if isinstance(profile, CostProfile):
-        used = [measured_budget(profile, b) for b in budget] if budget else profile.budgets
+        used = [measured_budget(profile, b) for b in budget] if budget else spaced(profile.budgets)
         columns, rows = cost_table(profile, used, heads)
         title = (
             f"KL per token when one head is held to a budget: {escape(profile.model_id)}, "
@@ -102,6 +103,8 @@ def show(
     if isinstance(profile, CostProfile):
         if profile.joint:
             output.stdout().print(output.grid(*joint_table([profile]), "All heads at once"))
+        if left := [str(size) for size in profile.budgets if size not in used]:
+            output.stdout().print(f"Also measured at {', '.join(left)}: see --budget.")
         output.stdout().print("Costs in 1/1000 nat per token; of a layer: summed over its heads.")
     if plot is not None:
         output.stdout().print(f"Plots written to {target}")

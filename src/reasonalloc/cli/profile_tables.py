@@ -38,6 +38,12 @@ def cost_table(
     return columns, rows
 
 
+def spaced(budgets: list[int], most: int = 5) -> list[int]:
+    """Budgets evenly from all of them, as many as a table has room for."""
+    last = min(most, len(budgets)) - 1
+    return [budgets[round(i * (len(budgets) - 1) / last)] for i in range(last + 1)]
+
+
 def joint_table(profiles: Sequence[CostProfile]) -> tuple[Columns, Rows]:
     """A row per profile and checked budget, in 1/1000 nat per token."""
     names = ("predicted", "measured", "equal budgets")
