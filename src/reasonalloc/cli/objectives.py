@@ -222,11 +222,6 @@ def _cost_job(
         raise UsageError(f"policy={named!r}: --objective kl measures one policy: name one")
     if check != []:
         check = budgets_to_check(texts, check, others["interval"], others["window"])
-    if not check and len(chosen) > 1:
-        raise UsageError(
-            f"policy={','.join(chosen)!r}: which of several policies is kept is for the check to "
-            "say: name one, or give --check a budget that evicts something from the first texts"
-        )
     return _CostJob(chosen, check, others["interval"], others)
 
 
@@ -235,6 +230,11 @@ def _announce(
 ) -> str:
     from reasonalloc.calibration.joint import estimate
 
+    if not job.check and len(job.policies) > 1:
+        raise UsageError(
+            f"policy={','.join(job.policies)!r}: which of them is kept is for the check to say: "
+            "name one, or give --check a budget that evicts something from the first texts"
+        )
     check = estimate(model, texts, len(job.policies), job.check, job.interval)
     seconds = found.seconds + check.seconds
     text = f"{found.forward_tokens:,} tokens will run through {through}, "
