@@ -215,6 +215,8 @@ SCORES: dict[str, Any] = {
     "value_aware": score_value_aware,
     "random": score_random,
 }
+# Policies that stand for another one, which has a reference.
+NAMED_BY_A_FILE = {"calibrated"}
 RECENT_FRACTION = {"h2o": 0.5}
 SHARES = ("rkv", "snapkv", "tova")  # policies whose scores are shares of a head's tokens
 

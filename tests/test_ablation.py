@@ -42,9 +42,11 @@ class OneHead(Simulator):
             return attention_forward(module, query, key, value, mask, **k)
         return super().attention(module, query, key, value, mask, **k)
 
-    def compress(self, layer: int, key: torch.Tensor, scaling: float, end: int) -> None:
+    def compress(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
+    ) -> None:
         kept = list(self.kept[layer])
-        super().compress(layer, key, scaling, end)
+        super().compress(layer, key, value, scaling, end)
         kept[self.head] = self.kept[layer][self.head]
         self.kept[layer] = kept
 

@@ -13,14 +13,14 @@ import reasonalloc
 from models import prompt, tiny
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.policies import POLICIES
-from reference import SCORES
+from reference import NAMED_BY_A_FILE, SCORES
 from simulator import Simulator
 
 HEADS = ("uniform", "adakv", "planned", "reasonalloc")
 
 
 def test_every_policy_and_head_allocator_has_a_reference() -> None:
-    assert set(POLICIES.entries()) == set(SCORES)
+    assert set(POLICIES.entries()) - NAMED_BY_A_FILE == set(SCORES)
     assert set(HEAD_ALLOCATORS.entries()) == set(HEADS)
 
 
@@ -36,14 +36,16 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
     if len(paths) == 2:
         settings["profile"] = None
         settings["policy"] = f"{settings['policy']}(path={paths['statistics']})"
-        settings["layers"] = f"{settings['layers']}(path={paths['costs']})"
+        layers, _, options = str(settings["layers"]).rstrip(")").partition("(")
+        settings["layers"] = f"{layers}({options}, path={paths['costs']})"
     full = model.generate(ids, max_new_tokens=tokens, do_sample=False)
     with reasonalloc.attach(model, record="tokens", **settings) as attached:  # type: ignore[arg-type]
         fast = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         recorder = attached.recorder
         config, totals, planned = attached.config, attached.totals, attached.planned
     assert recorder is not None and recorder.compressions >= 6
-    policy = config.arm.policy
+    policy = made["costs"].policy if config.arm.policy == "calibrated" else config.arm.policy
+    policy = policy.partition("(path=")[0]
     slow = Simulator(
         model,
         totals,
@@ -79,7 +81,7 @@ def with_file(policy: str, layers: str, folder: Path) -> dict[str, object]:
     settings: dict[str, object] = {"policy": policy, "layers": layers}
     if policy == "tri_attention" or layers in ("cake", "dynamickv"):
         settings["statistics"] = folder / "statistics.safetensors"
-    if layers == "cost":
+    if layers.startswith("cost"):
         settings["costs"] = folder / "costs.json"
     return settings
 
@@ -107,9 +109,15 @@ def test_layer_budgets(layers: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", sorted(SCORES))
 @pytest.mark.parametrize("options", [{"n_sink": 15}, {"protect_prompt": True}])
 def test_forced_tokens(policy: str, options: dict[str, int], tmp_path: Path) -> None:
-    for heads, layers in (("uniform", "uniform"), ("reasonalloc", "uniform"), ("planned", "cost")):
+    planned = ("planned", "cost(least=22)")  # the forced tokens need room in every layer
+    for heads, layers in (("uniform", "uniform"), ("reasonalloc", "uniform"), planned):
         settings = with_file(policy, layers, tmp_path) | options
         compare("qwen2", 22, 50, budget=30, heads=heads, interval=8, window=4, **settings)
+
+
+def test_the_policy_of_a_cost_profile(tmp_path: Path) -> None:
+    settings = with_file("calibrated", "cost", tmp_path)
+    compare("llama", 45, 50, budget=20, heads="planned", interval=8, window=4, **settings)
 
 
 def test_total_that_does_not_divide_and_short_prompt() -> None:

@@ -100,7 +100,7 @@ def bound_policy(
 
 
 def _policy(config: CompressionConfig) -> Policy:
-    return _with_file(POLICIES.create(config.arm.policy), config.profile).resolve()
+    return _with_file(POLICIES.create(config.arm.policy), config.profile)
 
 
 def layer_totals(
@@ -194,7 +194,7 @@ def plan_memory(
     itemsize: int,
 ) -> MemoryPlan:
     """Exact bytes of a cache for ``batch`` sequences; ``itemsize`` is bytes of one number."""
-    policy = _policy(config)
+    policy = _policy(config).resolve()
     return MemoryPlan(
         shapes=shapes,
         totals=totals,

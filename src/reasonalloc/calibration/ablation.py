@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.attention import choose_backend
+from reasonalloc.calibration.checks import Estimate, checked, now
+from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint, model_name
-from reasonalloc.calibration.suffix import Seen, SuffixRunner
-from reasonalloc.compressor import LayerCompressor
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import check_length
 from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning import bound_policy
-from reasonalloc.policies import Policy
+from reasonalloc.integrations.hf.model import text_config
 from reasonalloc.profiles import config_hash
-from reasonalloc.recorder import Recorder
 
 BUDGETS = (24, 48, 96, 192)
 #: Activations and logits of one batch of ablations, roughly.
@@ -34,19 +26,6 @@ _BATCH_BYTES = 1 << 29
 #: Most that rounding may add to the mean KL of a run in which nothing is changed: in 32 and in 16
 #: bits.
 _ROUNDING, _ROUNDING_HALF = 1e-5, 1e-3
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a measurement will take.
-
-    Attributes:
-        forward_tokens: tokens fed to the model, over all ablations; each runs through part of it.
-        seconds: of the model's passes, from timed ones; replaying the layers comes on top.
-    """
-
-    forward_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,9 +69,9 @@ def ablation(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
-    layers, configs, bound = _checked(model, texts, policy, budgets, interval, window, stride)
-    if kinds is not None and len(kinds) != len(texts):
-        raise UsageError(f"kinds: {len(kinds)} labels for {len(texts)} texts: give one per text")
+    settings = checked(model, texts, kinds, [policy], budgets, interval, window)
+    _check_stride(stride)
+    layers, config, bound = settings.layers, settings.configs[0], settings.policies[0]
     costs: list[list[list[list[float]]]] = []
     measured: list[int] = []
     total = len(texts) * len(layers)
@@ -104,8 +83,9 @@ def ablation(
                 runner.resumes = _resumes(runner, text, full, model.dtype)
             costs.append([])
             for layer in layers:
-                rows = _ablations(runner.seen[layer], layer, text.prompt, configs, bound)
-                costs[-1].append(_costs(model, runner, text, full, layer, rows, configs))
+                seen = runner.seen[layer]
+                rows = outputs_under_budgets(seen, text.prompt, config, bound, budgets)
+                costs[-1].append(_costs(model, runner, text, full, layer, rows))
                 if on_progress is not None:
                     on_progress((len(costs) - 1) * len(layers) + len(costs[-1]), total)
             measured.append(len(text.positions))
@@ -140,15 +120,16 @@ def estimate(
 
     Arguments and errors are those of ``ablation``.
     """
-    layers, *_ = _checked(model, texts, policy, budgets, interval, window, stride)
+    settings = checked(model, texts, None, [policy], budgets, interval, window)
+    _check_stride(stride)
+    layers = settings.layers
     text = _prepared(model, texts[0], stride)
     with SuffixRunner(model, layers) as runner:
         runner.full(text.ids, text.positions)  # the first pass is slower
         whole = _seconds(lambda: runner.full(text.ids, text.positions), model)
         output = runner.seen[layers[-1]].output
         least = _seconds(lambda: runner.run(text.ids, text.positions, layers[-1], output), model)
-    shapes = check_model(model)
-    each = len(budgets) * shapes[layers[0]].kv_heads
+    each = len(budgets) * settings.kv_heads
     count = sum(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts)
     # Between a pass through all layers and one through the last: linear in the layers that run.
     depth = [1 - layer / max(layers[-1], 1) for layer in layers]
@@ -159,36 +140,9 @@ def estimate(
     )
 
 
-def _checked(
-    model: Any,
-    texts: Sequence[Trajectory],
-    policy: str,
-    budgets: Sequence[int],
-    interval: int,
-    window: int,
-    stride: int,
-) -> tuple[list[int], list[CompressionConfig], Policy]:
-    """Layers under a budget, settings per budget and the policy; refuses what cannot work."""
-    shapes = check_model(model)
-    if model.training:
-        raise UsageError("the model is in training mode: call model.eval() first")
-    if not texts:
-        raise UsageError("texts: none given, at least one is needed")
-    for index, text in enumerate(texts):
-        if not text.prompt_ids or len(text.completion_ids) < 2:
-            raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
-        check_length(model, text)
+def _check_stride(stride: int) -> None:
     if stride < 1:
         raise UsageError(f"stride={stride} must be at least 1")
-    if len(budgets) < 2 or sorted(set(budgets)) != list(budgets):
-        raise UsageError(f"budgets={list(budgets)} must be at least two whole numbers, rising")
-    configs = [
-        CompressionConfig(budget=size, arm=Arm(policy), interval=interval, window=window)
-        for size in budgets
-    ]
-    name = model_name(model)
-    bound = bound_policy(configs[0], shapes, text_config(model), name, lambda: read_rope(model))
-    return [i for i, shape in enumerate(shapes) if shape.compressible], configs, bound
 
 
 def _prepared(model: Any, text: Trajectory, stride: int) -> _Text:
@@ -200,52 +154,6 @@ def _prepared(model: Any, text: Trajectory, stride: int) -> _Text:
     return _Text(ids, first, torch.arange(start, end, stride, device=ids.device))
 
 
-def _ablations(
-    seen: Seen, layer: int, prompt: int, configs: Sequence[CompressionConfig], policy: Policy
-) -> list[Tensor | None]:
-    """Per budget, the layer's attention [1, n, query_heads, value_dim] with all heads compressed.
-
-    Heads do not touch each other under equal budgets, so one replay serves them all. None where
-    nothing was evicted.
-    """
-    found: list[Tensor | None] = []
-    query, key, value = seen.query, seen.key, seen.value
-    for config in configs:
-        recorder = Recorder()
-        compressor = LayerCompressor(
-            layer,
-            config.budget * key.shape[1],
-            config,
-            policy,
-            HEAD_ALLOCATORS.create(config.arm.heads),
-            choose_backend(config.attention),
-            recorder,
-        )
-        pieces = []
-        for start, stop in _pieces(prompt, query.shape[2], config.interval):
-            part = slice(start, stop)
-            pieces.append(
-                compressor.forward(
-                    query[:, :, part],
-                    key[:, :, part],
-                    value[:, :, part],
-                    None,
-                    seen.scaling,
-                    seen.softcap,
-                    replay=True,
-                )
-            )
-        whole = torch.cat(pieces, dim=2).transpose(1, 2)
-        found.append(whole if recorder.compressions else None)
-    return found
-
-
-def _pieces(prompt: int, end: int, interval: int) -> Iterator[tuple[int, int]]:
-    yield 0, prompt
-    for start in range(prompt, end, interval):
-        yield start, min(start + interval, end)
-
-
 def _costs(
     model: Any,
     runner: SuffixRunner,
@@ -253,13 +161,12 @@ def _costs(
     full: Tensor,
     layer: int,
     rows: Sequence[Tensor | None],
-    configs: Sequence[CompressionConfig],
 ) -> list[list[float]]:
     """[kv_heads][budgets] mean KL of one layer; several ablations run as one batch."""
     output, heads = runner.seen[layer].output, runner.seen[layer].key.shape[1]
     group = output.shape[2] // heads
-    jobs = [(h, p) for h in range(heads) for p in range(len(configs)) if rows[p] is not None]
-    costs = [[0.0] * len(configs) for _ in range(heads)]
+    jobs = [(h, p) for h in range(heads) for p in range(len(rows)) if rows[p] is not None]
+    costs = [[0.0] * len(rows) for _ in range(heads)]
     size = max(1, _BATCH_BYTES // _row_bytes(model, text))
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
@@ -267,7 +174,7 @@ def _costs(
         for row, (head, point) in enumerate(batch):
             part, ablated = slice(head * group, (head + 1) * group), rows[point]
             if ablated is not None:
-                outputs[row, :, part] = ablated[0, :, part]
+                outputs[row, :, part] = ablated[:, part]
         logits = runner.run(text.ids, text.positions, layer, outputs)
         for (head, point), found in zip(batch, logits, strict=True):
             costs[head][point] = _kl(full, found)
@@ -302,8 +209,6 @@ def _resumes(runner: SuffixRunner, text: _Text, full: Tensor, dtype: torch.dtype
 
 
 def _seconds(run: Callable[[], Tensor], model: Any) -> float:
-    start = time.perf_counter()
+    start = now(model)
     run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
+    return now(model) - start

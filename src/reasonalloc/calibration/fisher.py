@@ -9,7 +9,6 @@ the mean of ``1/2 sum_t (g_t . d_t)^2``. Errors of different tokens are taken as
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,19 +18,18 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from reasonalloc.calibration.layer_replay import LayerInputs, outputs_under_budgets
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.calibration.checks import Estimate, checked, now
+from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
+from reasonalloc.calibration.observe import fingerprint, model_name
 from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning import bound_policy
+from reasonalloc.integrations.hf.model import text_config
 from reasonalloc.profiles import config_hash
 
 _IMPLEMENTATION = "reasonalloc-fisher"
-POLICIES_TO_TRY = ("value_aware", "rkv")
+POLICIES = ("value_aware", "rkv")
 BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
@@ -40,8 +38,7 @@ class _Tape:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers = set(layers)
-        self.inputs: dict[int, LayerInputs] = {}
-        self.outputs: dict[int, Tensor] = {}
+        self.seen: dict[int, Seen] = {}
 
     def __call__(
         self,
@@ -61,10 +58,9 @@ class _Tape:
         )
         layer = module.layer_idx
         if layer in self._layers:
-            self.inputs[layer] = LayerInputs(
-                layer, query.detach(), key.detach(), value.detach(), scaling, softcap
+            self.seen[layer] = Seen(
+                layer, query.detach(), key.detach(), value.detach(), out, scaling, softcap
             )
-            self.outputs[layer] = out
         return out, extra
 
 
@@ -73,7 +69,7 @@ def fisher(
     texts: Sequence[Trajectory],
     *,
     kinds: Sequence[str] | None = None,
-    policies: Sequence[str] = POLICIES_TO_TRY,
+    policies: Sequence[str] = POLICIES,
     budgets: Sequence[int] = BUDGETS,
     interval: int = 64,
     window: int = 8,
@@ -103,24 +99,9 @@ def fisher(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
-    chosen = checked_budgets(budgets, window)
-    if samples < 1:
-        raise UsageError(f"samples={samples} must be at least 1")
-    if not policies:
-        raise UsageError("policies: none given, at least one is needed")
-    if not texts:
-        raise UsageError("texts: none given, at least one is needed")
-    shapes = check_model(model)
-    layers = [i for i, shape in enumerate(shapes) if shape.compressible]
-    configs = [
-        CompressionConfig(
-            budget=chosen[0], arm=Arm(policy), interval=interval, window=window, seed=seed
-        )
-        for policy in policies
-    ]
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    text = text_config(model)
-    bound = [bound_policy(c, shapes, text, name, lambda: read_rope(model)) for c in configs]
+    settings = checked(model, texts, kinds, policies, budgets, interval, window, seed)
+    _check_samples(samples)
+    layers, configs, bound = settings.layers, settings.configs, settings.policies
     steps, done = len(texts) * (samples + len(layers) * len(bound)), 0
 
     def advance() -> None:
@@ -139,25 +120,26 @@ def fisher(
             tokens = len(trajectory.completion_ids) - 1
             rows: list[list[Tensor]] = [[] for _ in bound]
             for layer, directions in zip(layers, gradients, strict=True):
-                inputs, full = tape.inputs.pop(layer), tape.outputs.pop(layer)[0].detach()
+                seen = tape.seen.pop(layer)
                 for policy, own, row in zip(bound, configs, rows, strict=True):
-                    found = outputs_under_budgets(inputs, prompt, own, policy, chosen)
-                    moved = torch.stack([out - full for out in found]).float()
-                    row.append(_cost(moved, directions, inputs.key.shape[1]) / tokens)
+                    found = outputs_under_budgets(seen, prompt, own, policy, budgets)
+                    row.append(_cost(found, seen, directions) / tokens)
                     advance()
             for of_policy, row in zip(costs, rows, strict=True):
                 of_policy.append(torch.stack(row).tolist())
     return [
         CostProfile(
             objective="fisher",
-            model_id=name,
-            config_hash=config_hash(text.to_dict()),
+            model_id=model_name(model),
+            config_hash=config_hash(text_config(model).to_dict()),
             policy=own.arm.policy,
             interval=interval,
             window=window,
             samples=samples,
-            budgets=list(chosen),
-            text_hashes=[text_hash(trajectory) for trajectory in texts],
+            budgets=list(budgets),
+            text_hashes=[
+                fingerprint(torch.tensor([t.prompt_ids + t.completion_ids])) for t in texts
+            ],
             kinds=list(kinds) if kinds is not None else [""] * len(texts),
             tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
             costs=of_policy,
@@ -166,25 +148,44 @@ def fisher(
     ]
 
 
-def checked_budgets(budgets: Sequence[int], window: int) -> tuple[int, ...]:
-    """Budgets to measure at, rising.
+def estimate(
+    model: Any,
+    texts: Sequence[Trajectory],
+    *,
+    policies: Sequence[str] = POLICIES,
+    budgets: Sequence[int] = BUDGETS,
+    interval: int = 64,
+    window: int = 8,
+    samples: int = 8,
+) -> Estimate:
+    """What ``fisher`` will take, from a forward and a backward pass and a layer of the first text.
 
-    Raises:
-        UsageError: fewer than two, or one that cannot hold the window.
+    Arguments and errors are those of ``fisher``.
     """
-    chosen = tuple(sorted(set(budgets)))
-    if len(chosen) < 2 or chosen[0] < window:
-        raise UsageError(
-            f"budgets={','.join(map(str, budgets))}: give at least two, each at least the window "
-            f"({window})"
-        )
-    return chosen
+    settings = checked(model, texts, None, policies, budgets, interval, window)
+    _check_samples(samples)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    tape, text, layers = _Tape(settings.layers), texts[0], settings.layers
+    with _taping(model, tape):
+        start = now(model)
+        first: list[float] = []
+        _gradients(model, tape, text, 2, generator, lambda: first.append(now(model)))
+        forward, backward = first[0] - start, first[1] - first[0]
+        start = now(model)
+        for own, policy in zip(settings.configs, settings.policies, strict=True):
+            seen = tape.seen[layers[-1]]
+            outputs_under_budgets(seen, len(text.prompt_ids), own, policy, budgets)
+        replay = now(model) - start
+    lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
+    whole = forward + (samples - 1) * backward + len(layers) * replay
+    return Estimate(
+        forward_tokens=sum(lengths) * (1 + samples), seconds=whole * sum(lengths) / lengths[0]
+    )
 
 
-def text_hash(trajectory: Trajectory) -> str:
-    """SHA-256 of a text's token ids."""
-    ids = (*trajectory.prompt_ids, *trajectory.completion_ids)
-    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise UsageError(f"samples={samples} must be at least 1")
 
 
 @contextmanager
@@ -207,6 +208,7 @@ def _taping(model: Any, tape: _Tape) -> Iterator[None]:
         hook.remove()
         for parameter in learning:
             parameter.requires_grad_(True)
+        tape.seen.clear()  # the registry keeps the attention function, and the tape with it
 
 
 def _gradients(
@@ -224,28 +226,32 @@ def _gradients(
         logits = model(ids[:, :-1], use_cache=False).logits[0, first:].float()
         probability = logits.detach().softmax(dim=-1)
         root = probability.sqrt()
-        leaves = [tape.outputs[layer] for layer in sorted(tape.outputs)]
+        outputs = [tape.seen[layer].output for layer in sorted(tape.seen)]
         found = []
         for sample in range(samples):
             noise = torch.randn(
                 root.shape, generator=generator, device=root.device, dtype=root.dtype
             ).mul_(root)
             noise -= probability * noise.sum(dim=-1, keepdim=True)
-            grads = torch.autograd.grad(logits, leaves, noise, retain_graph=sample < samples - 1)
+            grads = torch.autograd.grad(logits, outputs, noise, retain_graph=sample < samples - 1)
             found.append([grad[0].float() for grad in grads])
             advance()
     return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
-def _cost(moved: Tensor, directions: Tensor, kv_heads: int) -> Tensor:
+def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:
     """Summed cost over the text: [kv_heads, budgets].
 
     Args:
-        moved: [budgets, tokens, query_heads, value_dim], change of the outputs.
+        rows: per budget [tokens, query_heads, value_dim], or None where nothing is evicted.
+        seen: the layer in the full pass.
         directions: [samples, tokens, query_heads, value_dim].
-        kv_heads: number of KV heads.
     """
-    products = torch.einsum("bthd,sthd->sbth", moved, directions)
-    grouped = products.unflatten(-1, (kv_heads, -1)).sum(dim=-1)
-    cost: Tensor = grouped.pow(2).sum(dim=2).mean(dim=0).T / 2
-    return cost
+    full, kv_heads = seen.output[0].detach(), seen.key.shape[1]
+    costs = torch.zeros(kv_heads, len(rows), device=full.device)
+    for point, row in enumerate(rows):
+        if row is not None:
+            products = torch.einsum("thd,sthd->sth", (row - full).float(), directions)
+            grouped = products.unflatten(-1, (kv_heads, -1)).sum(dim=-1)
+            costs[:, point] = grouped.pow(2).sum(dim=1).mean(dim=0) / 2
+    return costs

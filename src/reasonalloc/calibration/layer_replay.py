@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.attention import BACKENDS
+from reasonalloc.attention import choose_backend
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import CompressionConfig
+from reasonalloc.planning import compression_points
 from reasonalloc.policies import Policy
 from reasonalloc.recorder import Recorder
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """Inputs of one layer's attention over a whole text, from a pass with the full cache.
+class Seen:
+    """What the attention of one layer was given in a full pass over a text, and what it gave.
 
     Attributes:
         layer: index of the layer in the model.
-        query: [1, query_heads, tokens, head_dim] after RoPE.
-        key: [1, kv_heads, tokens, head_dim] after RoPE.
-        value: [1, kv_heads, tokens, value_dim].
+        query: [1, query_heads, n, head_dim] after RoPE.
+        key, value: [1, kv_heads, n, ...]; keys after RoPE.
+        output: [1, n, query_heads, value_dim].
         scaling, softcap: of the attention logits.
     """
 
@@ -33,17 +34,19 @@ class LayerInputs:
     query: Tensor
     key: Tensor
     value: Tensor
+    output: Tensor
     scaling: float
     softcap: float | None
 
 
+@torch.no_grad()
 def outputs_under_budgets(
-    inputs: LayerInputs,
+    seen: Seen,
     prompt: int,
     config: CompressionConfig,
     policy: Policy,
     budgets: Sequence[int],
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Attention outputs of a layer, each head held to the same number of tokens.
 
     The text goes through ``LayerCompressor`` as in decoding: the prompt, a boundary, then
@@ -51,36 +54,37 @@ def outputs_under_budgets(
     head's output is that of compressing it alone.
 
     Args:
-        inputs: what the layer saw.
+        seen: what the layer saw.
         prompt: tokens of the text that are the prompt.
         config: cadence and options; its budget and arm are not looked at.
         policy: which tokens, bound to the model.
         budgets: tokens per head, each at least window and sinks.
 
     Returns:
-        One tensor [tokens, query_heads, value_dim] per budget.
+        Per budget a tensor [n, query_heads, value_dim]; None where nothing is evicted before the
+        last token, so that the output is the full pass's.
     """
-    tokens = inputs.key.shape[2]
-    found = []
+    tokens, kv_heads = seen.key.shape[2], seen.key.shape[1]
+    found: list[Tensor | None] = []
     for budget in budgets:
+        # What a boundary after the last token evicts is not missed any more.
+        if not compression_points(budget, 1, config.interval, prompt, tokens - prompt - 1):
+            found.append(None)
+            continue
         layer = LayerCompressor(
-            inputs.layer,
-            budget * inputs.key.shape[1],
+            seen.layer,
+            budget * kv_heads,
             replace(config, budget=budget, record="off"),
             policy,
             HEAD_ALLOCATORS.create("uniform"),
-            BACKENDS.create("eager"),
+            choose_backend(config.attention),
             Recorder("off"),
         )
         pieces = []
-        edges = [0, *range(prompt, tokens, config.interval), tokens]
-        with torch.no_grad():
-            for start, stop in pairwise(edges):
-                parts = (inputs.query, inputs.key, inputs.value)
-                query, key, value = (part[:, :, start:stop] for part in parts)
-                out = layer.forward(
-                    query, key, value, None, inputs.scaling, inputs.softcap, replay=True
-                )
-                pieces.append(out[0].transpose(0, 1))
+        for start, stop in pairwise([0, *range(prompt, tokens, config.interval), tokens]):
+            parts = (seen.query, seen.key, seen.value)
+            query, key, value = (part[:, :, start:stop] for part in parts)
+            out = layer.forward(query, key, value, None, seen.scaling, seen.softcap, replay=True)
+            pieces.append(out[0].transpose(0, 1))
         found.append(torch.cat(pieces))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -11,29 +10,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.integrations.hf.model import text_config
 
 _IMPLEMENTATION = "reasonalloc-suffix"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the attention of one layer was given in a full pass, and what it gave.
-
-    Attributes:
-        query: [1, query_heads, n, head_dim] after RoPE.
-        key, value: [1, kv_heads, n, ...]; keys after RoPE.
-        output: [1, n, query_heads, value_dim].
-        scaling, softcap: of the logits.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    scaling: float
-    softcap: float | None
 
 
 class SuffixRunner:
@@ -159,7 +140,7 @@ class SuffixRunner:
             module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
         )
         if self._capturing and layer in self.layers:
-            self.seen[layer] = Seen(query, key, value, output, scaling, softcap)
+            self.seen[layer] = Seen(layer, query, key, value, output, scaling, softcap)
         return output, None
 
 

@@ -16,7 +16,7 @@ from reasonalloc.errors import UsageError, unknown_name
 
 _TEXT_FIELDS = ("prompt", "problem", "question")
 
-_PROMPTS, _TEXTS = "attention-mass, statistics", "kl"
+_PROMPTS, _TEXTS = "attention-mass, statistics", "kl, fisher"
 
 Prompts = Annotated[
     Optional[str],  # noqa: UP045 (typer 0.16 on Python 3.10)
@@ -71,11 +71,31 @@ Generate = Annotated[
     ),
 ]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="Which tokens a head keeps.", rich_help_panel=_TEXTS)
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--policy",
+        help="Which tokens a head keeps (kl: rkv). fisher takes several, separated by commas, and "
+        "keeps the best (value_aware,rkv).",
+        rich_help_panel=_TEXTS,
+    ),
 ]
 Budgets = Annotated[
-    str,
-    typer.Option("--budgets", help="Tokens per head, separated by commas.", rich_help_panel=_TEXTS),
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--budgets",
+        help="Tokens per head to measure at, separated by commas (kl: 24,48,96,192; fisher: "
+        "16 to 384).",
+        rich_help_panel=_TEXTS,
+    ),
+]
+Check = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--check",
+        help="Budgets at which all heads are compressed at once in the end, by the measured costs "
+        "and equally; 0: none (64,128, less for short texts).",
+        rich_help_panel=_TEXTS,
+    ),
 ]
 Interval = Annotated[
     int,
@@ -93,17 +113,23 @@ Stride = Annotated[
     int,
     typer.Option(
         "--stride",
-        help="Measure every so many tokens; saves time with large vocabularies.",
+        help="Measure every so many tokens; saves time with large vocabularies (kl alone).",
         min=1,
         rich_help_panel=_TEXTS,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", help="Backward passes per text (fisher alone).", rich_help_panel=_TEXTS
     ),
 ]
 ObjectiveName = Annotated[
     str,
     typer.Option(
         "--objective",
-        help="attention-mass (a profile), statistics (for tri_attention, cake, dynamickv), or kl "
-        "(what holding one head to a budget costs).",
+        help="attention-mass (a profile), statistics (for tri_attention, cake, dynamickv), or what "
+        "holding one head to a budget costs: fisher (estimated from gradients), kl (exact, slow).",
     ),
 ]
 
@@ -123,11 +149,13 @@ def command(
     every: Every = 128,
     texts: Texts = None,
     generate: Generate = None,
-    policy: PolicyName = "rkv",
-    budgets: Budgets = "24,48,96,192",
+    policy: PolicyName = None,
+    budgets: Budgets = None,
     interval: Interval = 64,
     window: Window = 8,
+    check: Check = None,
     stride: Stride = 1,
+    samples: Samples = 8,
     as_json: o.Json = False,
 ) -> None:
     """Measure a model once with its full cache: the Reasoning Wave, statistics, or costs."""
@@ -144,8 +172,12 @@ def command(
             raise UsageError(f"--{flag} has no effect with --objective {objective}: leave it out")
     own = {name: context.params[name] for name in chosen.options}
     name = o.pick_model(model, model_option)
-    if "budgets" in own:
+    if own.get("budgets", "") is None:
+        del own["budgets"]  # the objective's own
+    elif budgets is not None:
         own["budgets"] = o.parse_budgets(budgets)
+    if check is not None:
+        own["check"] = [] if check.strip() in ("", "0") else o.parse_budgets(check, "check")
     load = _texts(objective, own, count) if chosen.reads_texts else _prompts(objective, own, count)
     target = _writable(out)
     chosen.check_out(out)
@@ -172,7 +204,8 @@ def command(
     if as_json:
         output.print_json({"profile": str(target), **measured.data})
         return
-    output.stdout().print(output.grid(measured.columns, measured.rows, measured.title))
+    for title, columns, rows in measured.tables:
+        output.stdout().print(output.grid(columns, rows, title))
     if measured.note:
         output.note(measured.note)
     output.stdout().print(f"Written to {target}; use it with {measured.use} {target}")

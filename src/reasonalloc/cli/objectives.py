@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from reasonalloc.cli import options as o
 from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
+
+if TYPE_CHECKING:
+    from reasonalloc.calibration.checks import Estimate
 
 #: Called with finished and all steps, after each.
 OnProgress = Callable[[int, int], None]
@@ -19,7 +23,10 @@ OnProgress = Callable[[int, int], None]
 Texts = tuple[list[Trajectory], list[str]]
 #: What objectives that read prompts share, and those that read texts.
 _PROMPT_OPTIONS = ("prompts", "max_new_tokens", "every")
-_TEXT_OPTIONS = ("texts", "generate", "policy", "budgets", "interval", "window")
+_TEXT_OPTIONS = ("texts", "generate", "policy", "budgets", "interval", "window", "check")
+
+#: A title, columns (a title and whether it holds numbers) and rows.
+Table = tuple[str, list[tuple[str, bool]], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,14 @@ class Measured:
     Attributes:
         save: writes the file.
         data: what ``--json`` shows besides the file's name.
-        title, columns, rows: the table; a column is a title and whether it holds numbers.
+        tables: what is printed without ``--json``.
         use: what uses the file, without its name: options of ``run``, or a command.
         note: what the user should know, or "".
     """
 
     save: Callable[[Path], None]
     data: dict[str, Any]
-    title: str
-    columns: list[tuple[str, bool]]
-    rows: list[tuple[str, ...]]
+    tables: list[Table]
     use: str
     note: str = ""
 
@@ -83,9 +88,13 @@ def _attention_mass(
     return Measured(
         save=profile.save,
         data={"demand_mean": profile.demand_mean},
-        title=f"Tokens for {profile.rho:.0%} of the attention mass, {len(tokens)} prompts",
-        columns=[("layer", True), ("mean over heads", True), ("largest head", True)],
-        rows=[(str(i), f"{mean:.1f}", f"{most:.1f}") for i, (mean, most) in enumerate(demands)],
+        tables=[
+            (
+                f"Tokens for {profile.rho:.0%} of the attention mass, {len(tokens)} prompts",
+                [("layer", True), ("mean over heads", True), ("largest head", True)],
+                [(str(i), f"{mean:.1f}", f"{most:.1f}") for i, (mean, most) in enumerate(demands)],
+            )
+        ],
         use="--arm reasonalloc --profile",
     )
 
@@ -112,16 +121,20 @@ def _statistics(
             ),
             "no_queries": found.no_queries or None,
         },
-        title=f"Window attention of each layer, {len(tokens)} prompts",
-        columns=[
-            ("layer", True),
-            ("entropy", True),
-            ("variance", True),
-            (f"share of the top {found.tops[middle]}", True),
-        ],
-        rows=[
-            (str(layer), f"{entropy:.4g}", f"{variance:.3g}", f"{share:.1%}")
-            for (layer, entropy, variance), share in zip(spreads, shares, strict=True)
+        tables=[
+            (
+                f"Window attention of each layer, {len(tokens)} prompts",
+                [
+                    ("layer", True),
+                    ("entropy", True),
+                    ("variance", True),
+                    (f"share of the top {found.tops[middle]}", True),
+                ],
+                [
+                    (str(layer), f"{entropy:.4g}", f"{variance:.3g}", f"{share:.1%}")
+                    for (layer, entropy, variance), share in zip(spreads, shares, strict=True)
+                ],
+            )
         ],
         use=f"--arm {'rkv/cake/uniform' if found.no_queries else 'tri_attention/cake/uniform'} "
         "--profile",
@@ -133,16 +146,102 @@ def _kl(model: Any, inputs: Texts, on_progress: OnProgress, **options: Any) -> M
     from reasonalloc.calibration import ablation
 
     texts, kinds = inputs
-    return _costs(ablation(model, texts, kinds=kinds, on_progress=on_progress, **options))
+    job = _cost_job(texts, options, ("rkv",), most=1)
+
+    def measure(advance: OnProgress) -> list[CostProfile]:
+        (policy,) = job.policies
+        found = ablation(
+            model, texts, kinds=kinds, policy=policy, on_progress=advance, **job.options
+        )
+        return [found]
+
+    return _costs(model, texts, job, measure, on_progress)
 
 
 def _announce_kl(model: Any, inputs: Texts, **options: Any) -> str:
     from reasonalloc.calibration.ablation import estimate
 
-    found = estimate(model, inputs[0], **options)
-    minutes = found.seconds / 60
-    text = f"{found.forward_tokens:,} tokens will run through parts of the model, for about "
-    text += f"{minutes:.0f} minutes" if minutes >= 2 else f"{found.seconds:.0f} seconds"
+    job = _cost_job(inputs[0], options, ("rkv",), most=1)
+    found = estimate(model, inputs[0], policy=job.policies[0], **job.options)
+    return _announce(model, inputs[0], job, found, "parts of the model")
+
+
+def _fisher(model: Any, inputs: Texts, on_progress: OnProgress, **options: Any) -> Measured:
+    from reasonalloc.calibration import fisher
+    from reasonalloc.calibration.fisher import POLICIES
+
+    texts, kinds = inputs
+    job = _cost_job(texts, options, POLICIES)
+
+    def measure(advance: OnProgress) -> list[CostProfile]:
+        return fisher(
+            model, texts, kinds=kinds, policies=job.policies, on_progress=advance, **job.options
+        )
+
+    return _costs(model, texts, job, measure, on_progress)
+
+
+def _announce_fisher(model: Any, inputs: Texts, **options: Any) -> str:
+    from reasonalloc.calibration.fisher import POLICIES, estimate
+
+    job = _cost_job(inputs[0], options, POLICIES)
+    found = estimate(model, inputs[0], policies=job.policies, **job.options)
+    return _announce(model, inputs[0], job, found, "the model, forwards and backwards")
+
+
+@dataclass(frozen=True)
+class _CostJob:
+    """What an objective of costs was asked to do.
+
+    Attributes:
+        policies: candidates; the one that is cheapest in the check is kept.
+        check: budgets of the check, or none.
+        interval: generated tokens between two compressions.
+        options: the other options of the measurement, by name.
+    """
+
+    policies: list[str]
+    check: list[int]
+    interval: int
+    options: dict[str, Any]
+
+
+def _cost_job(
+    texts: list[Trajectory],
+    options: dict[str, Any],
+    policies: Sequence[str],
+    most: int | None = None,
+) -> _CostJob:
+    """From the command's options; ``policies`` are measured if none is named, ``most`` at most."""
+    from reasonalloc.calibration.joint import budgets_to_check
+
+    others = {name: value for name, value in options.items() if name not in ("policy", "check")}
+    named, check = options["policy"], options["check"]
+    chosen = list(policies) if named is None else o.split_arms(named)
+    if most is not None and len(chosen) > most:
+        raise UsageError(f"policy={named!r}: --objective kl measures one policy: name one")
+    if check != []:
+        check = budgets_to_check(texts, check, others["interval"], others["window"])
+    return _CostJob(chosen, check, others["interval"], others)
+
+
+def _announce(
+    model: Any, texts: list[Trajectory], job: _CostJob, found: Estimate, through: str
+) -> str:
+    from reasonalloc.calibration.joint import estimate
+
+    if not job.check and len(job.policies) > 1:
+        raise UsageError(
+            f"policy={','.join(job.policies)!r}: which of them is kept is for the check to say: "
+            "name one, or give --check a budget that evicts something from the first texts"
+        )
+    check = estimate(model, texts, len(job.policies), job.check, job.interval)
+    seconds = found.seconds + check.seconds
+    text = f"{found.forward_tokens:,} tokens will run through {through}, "
+    if check.forward_tokens:
+        text += f"then {check.forward_tokens:,} to check the costs of all heads together, "
+    text += "for about "
+    text += f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     if model.dtype.itemsize < 4:
         text += (
             f". In {str(model.dtype).removeprefix('torch.')} rounding alone may cost as much as a "
@@ -151,18 +250,46 @@ def _announce_kl(model: Any, inputs: Texts, **options: Any) -> str:
     return text
 
 
-def _costs(profile: CostProfile) -> Measured:
-    """What a cost profile shows, whatever measured it."""
-    from reasonalloc.cli.profile_tables import cost_table
+def _costs(
+    model: Any,
+    texts: list[Trajectory],
+    job: _CostJob,
+    measure: Callable[[OnProgress], list[CostProfile]],
+    on_progress: OnProgress,
+) -> Measured:
+    """Measure, check, and keep the cheapest policy: what is shown and written of it."""
+    from reasonalloc.calibration import joint
+    from reasonalloc.cli.profile_tables import cost_table, joint_table, spaced
 
-    columns, rows = cost_table(profile, profile.budgets)
+    check, steps = joint.steps(texts, len(job.policies), job.check), 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal steps
+        steps = total
+        on_progress(done, total + check)
+
+    def advance_check(done: int, total: int) -> None:
+        on_progress(steps + done, steps + total)
+
+    profiles = joint.joint_costs(model, texts, measure(advance), job.check, advance_check)
+    kept = joint.cheapest(profiles)
+    title = f"KL per token, one head at a budget, 1/1000 nat ({kept.policy})"
+    tables = [(title, *cost_table(kept, spaced(kept.budgets)))]
+    if kept.joint:
+        title = "KL per token, all heads at once, 1/1000 nat"
+        tables.append((title, *joint_table(profiles)))
+    worse = [f"{e['budget']:.0f}" for e in kept.joint if e["measured"] >= e["uniform"]]
     return Measured(
-        save=profile.save,
-        data={"budgets": profile.budgets, "costs": profile.curves()},
-        title="KL per token, one head at a budget, 1/1000 nat",
-        columns=columns,
-        rows=rows,
-        use="reasonalloc profile show",
+        save=kept.save,
+        data={
+            "policy": kept.policy,
+            "budgets": kept.budgets,
+            "costs": kept.curves(),
+            "joint": {profile.policy: profile.joint for profile in profiles},
+        },
+        tables=tables,
+        use="'reasonalloc profile show' or --arm best --profile",
+        note=f"At budget {', '.join(worse)} equal budgets measured no worse" if worse else "",
     )
 
 
@@ -170,4 +297,5 @@ OBJECTIVES = {
     "attention-mass": Objective(_attention_mass, (*_PROMPT_OPTIONS, "rho")),
     "statistics": Objective(_statistics, _PROMPT_OPTIONS, suffix=".safetensors"),
     "kl": Objective(_kl, (*_TEXT_OPTIONS, "stride"), ".json", _announce_kl),
+    "fisher": Objective(_fisher, (*_TEXT_OPTIONS, "samples"), ".json", _announce_fisher),
 }

@@ -106,8 +106,8 @@ Json = Annotated[
 ]
 
 
-def parse_budgets(text: str) -> list[int]:
-    """Budgets that are separated by commas.
+def parse_budgets(text: str, name: str = "budgets") -> list[int]:
+    """Budgets that are separated by commas; ``name`` is the option.
 
     Raises:
         UsageError: something else.
@@ -115,7 +115,7 @@ def parse_budgets(text: str) -> list[int]:
     try:
         return [int(size) for size in text.split(",")]
     except ValueError:
-        raise UsageError(f"budgets={text!r} must be whole numbers, as 64,128") from None
+        raise UsageError(f"{name}={text!r} must be whole numbers, as 64,128") from None
 
 
 def pick_model(argument: str | None, option: str | None) -> str:

@@ -15,8 +15,10 @@ from reasonalloc.cli.profile_tables import (
     demand_table,
     divided,
     held_table,
+    joint_table,
     number,
     side_by_side,
+    spaced,
 )
 from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
@@ -69,14 +71,14 @@ def show(
         require_report()
         target = check_writable(plot, "--plot")
     if isinstance(profile, CostProfile):
-        used = [measured_budget(profile, b) for b in budget] if budget else profile.budgets
+        used = [measured_budget(profile, b) for b in budget] if budget else spaced(profile.budgets)
         columns, rows = cost_table(profile, used, heads)
         title = (
             f"KL per token when one head is held to a budget: {escape(profile.model_id)}, "
             f"{profile.objective}, {profile.policy}, texts: {len(profile.tokens)}"
         )
         data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
-        data |= {"objective": profile.objective, "policy": profile.policy}
+        data |= {"objective": profile.objective, "policy": profile.policy, "joint": profile.joint}
     else:
         if heads:
             raise UsageError("--heads: an attention-mass profile has no heads: leave it out")
@@ -99,6 +101,10 @@ def show(
     output.stdout().print(f"[bold]{title}[/]")  # as a table's title it would be folded
     output.stdout().print(output.grid(columns, rows, ""))
     if isinstance(profile, CostProfile):
+        if profile.joint:
+            output.stdout().print(output.grid(*joint_table([profile]), "All heads at once"))
+        if left := [str(size) for size in profile.budgets if size not in used]:
+            output.stdout().print(f"Also measured at {', '.join(left)}: see --budget.")
         output.stdout().print("Costs in 1/1000 nat per token; of a layer: summed over its heads.")
     if plot is not None:
         output.stdout().print(f"Plots written to {target}")

@@ -38,6 +38,24 @@ def cost_table(
     return columns, rows
 
 
+def spaced(budgets: list[int], most: int = 5) -> list[int]:
+    """Budgets evenly from all of them, as many as a table has room for."""
+    last = min(most, len(budgets)) - 1
+    return [budgets[round(i * (len(budgets) - 1) / last)] for i in range(last + 1)]
+
+
+def joint_table(profiles: Sequence[CostProfile]) -> tuple[Columns, Rows]:
+    """A row per profile and checked budget, in 1/1000 nat per token."""
+    names = ("predicted", "measured", "equal budgets")
+    columns: Columns = [("policy", False), ("budget", True), *((name, True) for name in names)]
+    rows: Rows = []
+    for profile in profiles:
+        for entry in profile.joint:
+            found = (milli(entry[name]) for name in ("predicted", "measured", "uniform"))
+            rows.append((profile.policy, f"{entry['budget']:.0f}", *found))
+    return columns, rows
+
+
 def divided(file: str, profile: Profile, budget: int) -> list[int]:
     """[layers] tokens per head that the allocator ``profile`` gives at a mean budget."""
     from reasonalloc.allocators.layer import LayerQuery

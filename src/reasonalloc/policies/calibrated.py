@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reasonalloc.costs import load_costs
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.base import POLICIES, Candidates, Policy
+from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
 
 
 @POLICIES.register("calibrated", source="ours: the policy that a cost profile was made with")
@@ -29,6 +29,11 @@ class Calibrated(Policy):
         if isinstance(policy, Calibrated):
             raise UsageError(f"cost profile {self.path!r}: its policy must be a real one")
         return policy.resolve()
+
+    def bind(self, model: ModelFacts) -> Policy:
+        policy, costs = self.resolve(), load_costs(self.path)
+        costs.check_model(model.model_id, model.config_hash, model.layers, costs.kv_heads)
+        return policy.bind(model)
 
     def score(self, candidates: Candidates) -> Tensor:
         raise RuntimeError("a calibrated policy must be resolved before it scores")

@@ -1,0 +1,123 @@
+"""What measurements of costs share: arguments, checked; what they will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reasonalloc.calibration.observe import model_name
+from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.fidelity import check_length
+from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.planning import bound_policy, compression_points
+from reasonalloc.policies import POLICIES, Policy
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a measurement will take.
+
+    Attributes:
+        forward_tokens: tokens fed to the model over all passes, forwards and backwards, through
+            all of its layers or some.
+        seconds: of those passes, from timed ones.
+    """
+
+    forward_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Arguments that can work together.
+
+    Attributes:
+        layers: indices of the layers under a budget.
+        kv_heads: KV heads of each.
+        configs: per policy, the settings of a run with equal budgets, the first of ``budgets``.
+        policies: the same, bound to the model.
+    """
+
+    layers: list[int]
+    kv_heads: int
+    configs: list[CompressionConfig]
+    policies: list[Policy]
+
+
+def checked(
+    model: Any,
+    texts: Sequence[Trajectory],
+    kinds: Sequence[str] | None,
+    policies: Sequence[str],
+    budgets: Sequence[int],
+    interval: int,
+    window: int,
+    seed: int = 0,
+) -> Checked:
+    """Refuse what cannot work before anything is measured.
+
+    Raises:
+        UsageError: a wrong argument; names it.
+        UnsupportedError: a model that cannot run under a budget.
+    """
+    shapes = check_model(model)
+    if model.training:
+        raise UsageError("the model is in training mode: call model.eval() first")
+    if not texts:
+        raise UsageError("texts: none given, at least one is needed")
+    if kinds is not None and len(kinds) != len(texts):
+        raise UsageError(f"kinds: {len(kinds)} labels for {len(texts)} texts: give one per text")
+    for index, text in enumerate(texts):
+        if not text.prompt_ids or len(text.completion_ids) < 2:
+            raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
+        check_length(model, text)
+    if len(budgets) < 2 or sorted(set(budgets)) != list(budgets):
+        raise UsageError(f"budgets={list(budgets)} must be at least two whole numbers, rising")
+    if not policies:
+        raise UsageError("policies: none given, at least one is needed")
+    for policy in policies:
+        if list(policies).count(policy) > 1:
+            raise UsageError(f"policy={policy!r} is given twice: name each policy once")
+        if getattr(POLICIES.create(policy), "reads", None) == "cost profile":
+            raise UsageError(
+                f"policy={policy!r} takes its policy from a cost profile, which is to be made: "
+                "name a policy of its own, as rkv"
+            )
+    configs = [
+        CompressionConfig(
+            budget=budgets[0], arm=Arm(policy), interval=interval, window=window, seed=seed
+        )
+        for policy in policies
+    ]
+    if not any(evicts(text, budgets[0], interval) for text in texts):
+        raise UsageError(
+            f"budgets={list(budgets)}: even the smallest holds every text up to its last boundary, "
+            "so nothing would be measured: give smaller budgets or longer texts"
+        )
+    facts, name = text_config(model), model_name(model)
+    return Checked(
+        layers=[i for i, shape in enumerate(shapes) if shape.compressible],
+        kv_heads=next(shape.kv_heads for shape in shapes if shape.compressible),
+        configs=configs,
+        policies=[bound_policy(c, shapes, facts, name, lambda: read_rope(model)) for c in configs],
+    )
+
+
+def evicts(text: Trajectory, budget: int, interval: int) -> bool:
+    """Whether a text loses tokens at a budget per head, and any token comes after that."""
+    prompt, steps = len(text.prompt_ids), len(text.completion_ids) - 2
+    return bool(compression_points(budget, 1, interval, prompt, steps))
+
+
+def now(model: Any) -> float:
+    """Seconds on a clock, read once the model's device has finished its work."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,183 @@
+"""Costs of single heads put to the test: all heads under their budgets at once."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonalloc.allocators.minimise import interpolate
+from reasonalloc.calibration.checks import Estimate, evicts, now
+from reasonalloc.calibration.observe import model_name
+from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.costs import CostProfile
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.planning import planned_heads
+
+#: Budgets that are checked where the texts are long enough.
+BUDGETS = (64, 128)
+#: Texts that are replayed, from the first.
+TEXTS = 3
+_LEAST_KL = 1e-12  # nats; keeps the logarithm of a cost finite
+
+
+def budgets_to_check(
+    texts: Sequence[Trajectory], wanted: Sequence[int] | None, interval: int, window: int
+) -> list[int]:
+    """Mean budgets at which something is evicted from a replayed text.
+
+    Args:
+        texts: calibration texts.
+        wanted: budgets to check, or None for ``BUDGETS``, as far as they are at most half of the
+            longest text, or else a quarter of it; none if that evicts nothing.
+        interval, window: the cadence.
+
+    Raises:
+        UsageError: a wanted budget is below the window, evicts nothing or is given twice.
+    """
+
+    def works(size: int) -> bool:
+        return size >= window and any(evicts(text, size, interval) for text in texts[:TEXTS])
+
+    longest = max(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS])
+    if wanted is None:
+        usual = [size for size in BUDGETS if size <= longest // 2 and works(size)]
+        return usual or [size for size in [max(longest // 4, window)] if works(size)]
+    for size in wanted:
+        if not works(size) or list(wanted).count(size) > 1:
+            raise UsageError(
+                f"check={','.join(map(str, wanted))}: give different budgets, at least {window} "
+                f"(the window), that evict something from the first {TEXTS} texts (the longest has "
+                f"{longest} tokens)"
+            )
+    return list(wanted)
+
+
+def steps(texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]) -> int:
+    """Passes over a text that ``joint_costs`` makes."""
+    return len(texts[:TEXTS]) * (1 + 2 * profiles * len(budgets)) if budgets else 0
+
+
+def estimate(
+    model: Any, texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int], interval: int
+) -> Estimate:
+    """What ``joint_costs`` will take, from a timed pass with the full cache."""
+    lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS]]
+    passes = steps(texts, profiles, budgets) // len(lengths)
+    if not passes:
+        return Estimate(0, 0.0)
+    start = now(model)
+    full_logits(model, texts[0], interval)
+    each = (now(model) - start) / lengths[0]
+    return Estimate(passes * sum(lengths), passes * sum(lengths) * each)
+
+
+def joint_costs(
+    model: Any,
+    texts: Sequence[Trajectory],
+    profiles: Sequence[CostProfile],
+    budgets: Sequence[int],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[CostProfile]:
+    """Replay the first texts under the budgets that profiles give, and under equal ones.
+
+    Args:
+        model: the model of the profiles, not attached to anything.
+        texts: those that the profiles were made with.
+        profiles: of one cadence, such as those of several policies.
+        budgets: mean tokens per head, each at least the window.
+        on_progress: called with passes done and in all, after each.
+
+    Returns:
+        The profiles with ``joint`` filled, a mean over tokens of the first ``TEXTS`` texts.
+
+    Raises:
+        UsageError: a budget below the window, or profiles of several cadences or other models.
+    """
+    cadences = {(profile.interval, profile.window) for profile in profiles}
+    if len(cadences) > 1:
+        raise UsageError("profiles: they were made for several cadences: give those of one")
+    total, done = steps(texts, len(profiles), budgets), 0
+    if not total or not profiles:
+        return list(profiles)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arms: list[tuple[CompressionConfig, CompressionConfig]] = []
+        for number, profile in enumerate(profiles):
+            path = Path(folder) / f"{number}.json"
+            profile.save(path)
+            for size in budgets:
+                equal = CompressionConfig(
+                    size, Arm(profile.policy), interval=profile.interval, window=profile.window
+                )
+                own = Arm(profile.policy, "cost", "planned")
+                arms.append((replace(equal, arm=own, profile=path), equal))
+        predicted = [
+            _predicted(model, profile, arms[number * len(budgets) + point][0], len(texts[:TEXTS]))
+            for number, profile in enumerate(profiles)
+            for point in range(len(budgets))
+        ]
+        divergences: list[tuple[list[float], list[float]]] = [([], []) for _ in arms]
+        for text in texts[:TEXTS]:
+            full = full_logits(model, text, profiles[0].interval)
+            advance()
+            for pair, found in zip(arms, divergences, strict=True):
+                for config, kl in zip(pair, found, strict=True):
+                    kl += fidelity(model, text, full, config).kl
+                    advance()
+    entries = [
+        {
+            "budget": float(pair[0].budget),
+            "predicted": expected,
+            "measured": sum(measured) / len(measured),
+            "uniform": sum(uniform) / len(uniform),
+        }
+        for pair, expected, (measured, uniform) in zip(arms, predicted, divergences, strict=True)
+    ]
+    count = len(budgets)
+    return [
+        replace(profile, joint=entries[number * count : (number + 1) * count])
+        for number, profile in enumerate(profiles)
+    ]
+
+
+def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
+    """The profile with the least measured joint KL, geometric mean over budgets.
+
+    With an arithmetic mean the smallest budget alone would decide.
+
+    Args:
+        profiles: at least one; if several, all checked at the same budgets.
+    """
+    return min(
+        profiles,
+        key=lambda p: sum(math.log(max(entry["measured"], _LEAST_KL)) for entry in p.joint),
+    )
+
+
+def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
+    """Summed costs of the budgets that a profile gives, over the texts that are replayed."""
+    plan = planned_heads(config, check_model(model), text_config(model), model_name(model))
+    sizes = torch.tensor(plan, dtype=torch.float64).flatten()
+    curves = torch.tensor(profile.curves(list(range(texts))), dtype=torch.float64).flatten(0, 1)
+    points = torch.tensor(profile.budgets, dtype=torch.float64)
+    each: list[Tensor] = [
+        interpolate(curve[None], points, size[None])
+        for curve, size in zip(curves, sizes, strict=True)
+    ]
+    return float(torch.stack(each).sum())
