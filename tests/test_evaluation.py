@@ -72,7 +72,7 @@ def test_full_cache_is_plain_generate(worker: tuple[Any, Any]) -> None:
 
 def test_compressed_bytes_are_the_plan(worker: tuple[Any, Any], folder: Path) -> None:
     model, tokenizer = worker
-    settings = Settings(INTERVAL, WINDOW, folder / "profile.json")
+    settings = Settings(INTERVAL, WINDOW, folder / "profile.json", folder / "costs.json")
     for arm in demo_boxed.ARMS:
         result = run_job(model, tokenizer, PROBLEMS, Job(arm, BUDGET), settings)
         with attach(model, budget=BUDGET, interval=INTERVAL, window=WINDOW) as attachment:
