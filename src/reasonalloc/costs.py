@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.files import replacing
+from reasonalloc.profiles import check_fingerprint
 
 SCHEMA_VERSION = 1
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
@@ -96,18 +98,12 @@ class CostProfile:
                 f"{self.kv_heads} KV heads, but {model_id!r} has {layers} of {kv_heads}: calibrate "
                 "this model"
             )
-        if self.config_hash != fingerprint:
-            raise UsageError(
-                f"cost profile: made for {self.model_id!r} (configuration {self.config_hash}), not "
-                f"for {model_id!r} (configuration {fingerprint}): calibrate this model"
-            )
+        check_fingerprint("cost profile", self.model_id, self.config_hash, model_id, fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, replacing ``path`` only once everything is written."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(json.dumps(asdict(self)) + "\n")
-        temporary.replace(target)
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(asdict(self)) + "\n")
 
 
 def load_costs(path: str | os.PathLike[str]) -> CostProfile:

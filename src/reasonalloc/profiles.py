@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.files import replacing
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("attention-mass",)
@@ -33,6 +34,26 @@ def config_hash(config: dict[str, Any]) -> str:
     kept = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_fingerprint(
+    file: str, made_for: str, config_hash: str, model_id: str, fingerprint: str
+) -> None:
+    """Refuse a calibrated file of another architecture.
+
+    Args:
+        file: what it is called in messages.
+        made_for, config_hash: the model that the file was made for.
+        model_id, fingerprint: the model that it is given to.
+
+    Raises:
+        UsageError: the fingerprints differ.
+    """
+    if config_hash != fingerprint:
+        raise UsageError(
+            f"{file}: made for {made_for!r} (configuration {config_hash}), not for {model_id!r} "
+            f"(configuration {fingerprint}): calibrate this model"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,18 +93,12 @@ class Profile:
                 f"profile: made for {self.model_id!r} with {len(self.demand_mean)} layers, but "
                 f"{model_id!r} has {layers} compressible layers: calibrate this model"
             )
-        if self.config_hash != fingerprint:
-            raise UsageError(
-                f"profile: made for {self.model_id!r} (configuration {self.config_hash}), not for "
-                f"{model_id!r} (configuration {fingerprint}): calibrate this model"
-            )
+        check_fingerprint("profile", self.model_id, self.config_hash, model_id, fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, replacing ``path`` only once everything is written."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(target)
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:

@@ -15,6 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
+from reasonalloc.files import replacing
+from reasonalloc.profiles import check_fingerprint
 from reasonalloc.rotary import Rope
 
 SCHEMA_VERSION = 1
@@ -76,11 +78,7 @@ class Statistics:
                 f"statistics: made for {self.model_id!r} with {len(self.layers)} layers, but "
                 f"{model_id!r} has {layers} compressible layers: calibrate this model"
             )
-        if self.config_hash != fingerprint:
-            raise UsageError(
-                f"statistics: made for {self.model_id!r} (configuration {self.config_hash}), not "
-                f"for {model_id!r} (configuration {fingerprint}): calibrate this model"
-            )
+        check_fingerprint("statistics", self.model_id, self.config_hash, model_id, fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, replacing ``path`` only once everything is written."""
@@ -103,10 +101,8 @@ class Statistics:
             tensors["query_mean_real"] = self.query_mean.real.contiguous()
             tensors["query_mean_imag"] = self.query_mean.imag.contiguous()
             tensors["query_norm"] = self.query_norm
-        target = Path(path)
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_bytes(save(tensors, metadata={_HEADER: json.dumps(header)}))
-        temporary.replace(target)
+        with replacing(Path(path)) as partial:
+            partial.write_bytes(save(tensors, metadata={_HEADER: json.dumps(header)}))
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:

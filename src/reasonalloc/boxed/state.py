@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from reasonalloc.files import replacing
+
 
 def save_state(
     path: Path, model: torch.nn.Module, optimizers: Sequence[Optimizer], meta: dict[str, Any]
@@ -31,9 +33,8 @@ def save_state(
                     plain[-1]["state"].setdefault(str(index), {})[name] = value
     # Tied weights share memory, which the format does not allow.
     separate = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".part")
-    save_file(separate, partial, metadata={"json": json.dumps({**meta, "optimizers": plain})})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(separate, partial, metadata={"json": json.dumps({**meta, "optimizers": plain})})
 
 
 def load_state(

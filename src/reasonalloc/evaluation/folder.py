@@ -12,6 +12,7 @@ from typing import Any
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.records import ResultFile, append_lines
+from reasonalloc.files import replacing
 
 SAMPLES, EVENTS, LOCK = "samples.jsonl", "events.jsonl", ".lock"
 #: A sample: arm, budget, problem, number.
@@ -125,9 +126,8 @@ class RunFolder:
                     if whole:
                         kept.append(line)
             if dropped:
-                partial = path.with_name(path.name + ".part")
-                partial.write_bytes(b"".join(kept))
-                partial.replace(path)
+                with replacing(path) as partial:
+                    partial.write_bytes(b"".join(kept))
         except OSError as error:
             raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.files import replacing
 
 Row = dict[str, Any]
 
@@ -89,8 +90,7 @@ class ResultFile:
 
     def _begin(self, manifest: Row, skip: int) -> None:
         """Write a first line; what follows the old one of ``skip`` bytes stays."""
-        partial = self._path.with_name(self._path.name + ".part")
-        with partial.open("wb") as file:
+        with replacing(self._path) as partial, partial.open("wb") as file:
             file.write((json.dumps({"manifest": manifest}) + "\n").encode())
             if skip:
                 with self._path.open("rb") as old:
@@ -99,7 +99,6 @@ class ResultFile:
                         file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._path)
 
     def read_again(self) -> list[Row]:
         """What is on disk now, as in ``rows``: Ctrl-C may come between the disk and ``rows``."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.files import replacing
 
 TEMPLATE = "page.html.j2"
 _LIBRARIES = ("plotly", "jinja2")
@@ -91,9 +92,8 @@ def write(path: Path, html: str, option: str = "--out") -> None:
     Raises:
         UsageError: the disk is full or the folder is gone.
     """
-    partial = path.with_name(path.name + ".part")
     try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
