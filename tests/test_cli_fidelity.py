@@ -12,30 +12,13 @@ pytest.importorskip("typer")
 
 from transformers import AutoConfig
 
-from reasonalloc.cli.main import main
 from reasonalloc.cli.options import split_arms
 from reasonalloc.evaluation.fidelity_summary import kind
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 from reasonalloc.profiles import Profile, config_hash
-from tiny_folder import save_tiny
 
 ARMS = "rkv,rkv(lam=0.5, kernel=3)/pyramid/reasonalloc,streaming_llm"
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"), chat=False)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ pytest.importorskip("typer")
 
 from reasonalloc.cli.main import main
 from reasonalloc.costs import load_costs
-from tiny_folder import save_tiny
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = ["--budgets", "8,16,32", "--interval", "8", "--window", "4", "--samples", "2"]
@@ -31,11 +30,6 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
         return code, captured.out, " ".join(captured.err.split())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"), chat=False)
 
 
 @pytest.fixture

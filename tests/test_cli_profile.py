@@ -18,28 +18,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("scipy")
 
-from reasonalloc.cli.main import main
 from reasonalloc.costs import CostProfile, load_costs
 from reasonalloc.profiles import Profile
 from reasonalloc.report import curves
-from tiny_folder import save_tiny
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"), chat=False)
 
 
 @pytest.fixture
