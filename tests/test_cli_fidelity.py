@@ -96,6 +96,21 @@ def test_another_profile_under_the_same_name_is_another_arm(
     assert results[2]["rkv/uniform/uniform"] == results[0]["rkv/uniform/uniform"]
 
 
+def test_mistakes_are_found_before_anything_runs(
+    call: Call, folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.jsonl"
+    base = ["fidelity", folder, "--budgets", "20", "--out", out]
+    code, _, err = call(*base, "--trajectories", texts, "--arms", "best")
+    assert code == 2 and "needs a cost profile" in err and "Traceback" not in err
+    foreign = tmp_path / "foreign.jsonl"
+    row = {"prompt_ids": [1, 2], "completion_ids": [3, 10**6]}
+    foreign.write_text(f"{texts.read_text()}\n{json.dumps(row)}")
+    code, _, err = call(*base, "--trajectories", foreign, "--arms", "rkv")
+    assert code == 2 and "token id 1000000" in err and "another tokenizer" in err
+    assert not out.exists()
+
+
 def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "w1 w2 w3 w4"}\n')

@@ -12,7 +12,7 @@ import torch
 from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import check_length
+from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
@@ -77,7 +77,7 @@ def checked(
     for index, text in enumerate(texts):
         if not text.prompt_ids or len(text.completion_ids) < 2:
             raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
-        check_length(model, text)
+        check_text(model, text)
     if len(budgets) < 2 or sorted(set(budgets)) != list(budgets):
         raise UsageError(f"budgets={list(budgets)} must be at least two whole numbers, rising")
     if not policies:

@@ -61,13 +61,19 @@ def command(
         "protect_prompt": protect_prompt,
     }
     jobs = _jobs(budgets, arms, profile, shared)
-    from reasonalloc.evaluation.fidelity import complete
+    from reasonalloc.evaluation.fidelity import check_text, complete
     from reasonalloc.evaluation.trajectories import load_trajectories
+    from reasonalloc.integrations.hf import attach_config
     from reasonalloc.loading import load_model
 
     with output.stderr().status("Loading the model"):
         loaded, tokenizer = load_model(name, dtype, "auto", trust_remote_code=trust_remote_code)
+    for job in jobs:  # a wrong arm is refused before anything runs
+        with attach_config(loaded, job):
+            pass
     trajectories = load_trajectories(texts, tokenizer)
+    for trajectory in trajectories:
+        check_text(loaded, trajectory)
     if generate is None and any(not t.completion_ids for t in trajectories):
         raise UsageError(
             f"trajectories={texts!r} has prompts without a completion: give --generate N"

@@ -63,7 +63,7 @@ def full_logits(model: Any, trajectory: Trajectory, chunk: int) -> list[Tensor]:
     Returns:
         Tensors [chunk, vocabulary] in the model's dtype; the last may be shorter.
     """
-    check_length(model, trajectory)
+    check_text(model, trajectory)
     return list(replay_logits(model, trajectory, chunk, None))[1:]
 
 
@@ -129,8 +129,19 @@ def replay_logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) ->
         yield out.logits[0]
 
 
-def check_length(model: Any, trajectory: Trajectory) -> None:
-    """Refuse a text that is longer than the model's positions."""
+def check_text(model: Any, trajectory: Trajectory) -> None:
+    """Refuse a text that is longer than the model's positions, or made for another vocabulary.
+
+    Raises:
+        UsageError: as said.
+    """
+    most = max((*trajectory.prompt_ids, *trajectory.completion_ids))
+    size = model.get_input_embeddings().num_embeddings
+    if most >= size:
+        raise UsageError(
+            f"a trajectory has the token id {most}, but the model has {size} tokens: its ids were "
+            "made with another tokenizer, so give text, or ids of this model"
+        )
     tokens = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:
