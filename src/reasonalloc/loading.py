@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import socket
 import sys
@@ -253,6 +254,7 @@ def load_model(
     trust_remote_code: bool = False,
     config: Any = None,
     device_map: str | None = None,
+    tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -265,14 +267,14 @@ def load_model(
         config: the result of ``load_config``, if it is there already.
         device_map: passed to ``from_pretrained`` (``auto``: spread over all devices), instead of
             ``device``; needs accelerate.
+        tp_plan: passed to ``from_pretrained`` (``auto``: the model's own plan): every process of a
+            ``torchrun`` holds a part of each layer.
 
     Raises:
         UsageError: it cannot be found, read, or put on the device.
     """
     source, place = find_source(name), resolve_device(device)
-    spread = {} if device_map is None else {"device_map": device_map}
-    if spread and device != "auto":
-        raise UsageError(f"device={device!r} and device_map={device_map!r}: give one of the two")
+    spread = _spread(device, device_map, tp_plan)
     if config is None:
         config = _load_config(source, trust_remote_code)
     kind = resolve_dtype(dtype, config)
@@ -295,6 +297,22 @@ def load_model(
         raise UsageError(
             f"model {name!r} does not fit on {place}: use a smaller dtype or another device"
         ) from None
+
+
+def _spread(device: str, device_map: str | None, tp_plan: str | None) -> dict[str, str]:
+    """Arguments of ``from_pretrained`` that divide a model among devices; none if it is not."""
+    wanted = {"device_map": device_map, "tp_plan": tp_plan}
+    spread = {name: value for name, value in wanted.items() if value is not None}
+    given = ({} if device == "auto" else {"device": device}) | spread
+    if spread and len(given) > 1:
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UsageError(f"{both}: give one of them")
+    if tp_plan is not None and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            f"tp_plan={tp_plan!r} needs one process per device: start the command as "
+            "torchrun --nproc-per-node 2 -m reasonalloc ..."
+        )
+    return spread
 
 
 def _correct_gguf(path: Path, model: Any, tokenizer: Any) -> None:

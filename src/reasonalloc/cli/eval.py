@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def command(
     batch_size: e.BatchSize = 8,
     device: e.Device = "auto",
     device_map: e.DeviceMap = None,
+    tp_plan: e.TpPlan = None,
     workers: e.Workers = 1,
     ray_address: e.RayAddress = None,
     as_json: o.Json = False,
@@ -79,7 +81,12 @@ def command(
     from reasonalloc.evaluation.batch import Settings
     from reasonalloc.evaluation.solver import ModelSpec
 
-    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map)
+    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan)
+    if tp_plan is not None and (workers > 1 or ray_address is not None):
+        raise UsageError(
+            f"tp_plan={tp_plan!r} divides one model among the processes of a torchrun, workers and "
+            "ray_address start whole models: give one of the two"
+        )
     plan = _Plan(
         task=task,
         kind=kind,
@@ -152,6 +159,8 @@ class _Plan:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
+        if self.spec.tp_plan is not None:  # heads trade tokens inside a process only
+            found["tp_size"] = int(os.environ["WORLD_SIZE"])
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
 
 
@@ -188,11 +197,17 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
     from reasonalloc.cli.eval_watch import Watcher
     from reasonalloc.evaluation.folder import RunFolder
     from reasonalloc.evaluation.runner import InProcess, run
+    from reasonalloc.evaluation.sharded import Leader, first_rank, follow
     from reasonalloc.evaluation.solver import Solver
 
     chosen, rules = plan.problems.chosen, plan.rules
     arguments = (plan.spec, plan.settings, rules.sampling, rules.max_new_tokens)
     prompts = [problem.prompt for problem in chosen]
+    if plan.spec.tp_plan is not None and not first_rank():
+        solver = Solver(*arguments)
+        solver.check(plan.jobs, prompts)
+        follow(solver)
+        return
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out))
         watcher = Watcher(rules.max_new_tokens)
@@ -207,7 +222,8 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
                 facts = executor.check(plan.jobs, prompts)
             else:
                 solver = Solver(*arguments)
-                executor, facts = InProcess(solver, watcher), solver.check(plan.jobs, prompts)
+                executor = (Leader if plan.spec.tp_plan else InProcess)(solver, watcher)
+                facts = solver.check(plan.jobs, prompts)
         _check_length(facts, rules.max_new_tokens)
         if facts.template_hash is None:
             output.note("this model has no chat template: problems are given as plain text")

@@ -61,6 +61,14 @@ DeviceMap = Annotated[
     Optional[str],  # noqa: UP045
     _option("--device-map", panel=_SCALE, help="Passed to from_pretrained: auto, balanced, ..."),
 ]
+TpPlan = Annotated[
+    Optional[str],  # noqa: UP045
+    _option(
+        "--tp-plan",
+        panel=_SCALE,
+        help="Under torchrun: auto divides every layer's heads among GPUs.",
+    ),
+]
 Workers = Annotated[
     int, _option("--workers", panel=_SCALE, min=1, help="With Ray, a GPU or CPU share each.")
 ]

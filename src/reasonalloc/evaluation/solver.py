@@ -30,6 +30,7 @@ class ModelSpec:
     device: str = "auto"
     trust_remote_code: bool = False
     device_map: str | None = None
+    tp_plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Solver:
             spec.device,
             trust_remote_code=spec.trust_remote_code,
             device_map=spec.device_map,
+            tp_plan=spec.tp_plan,
         )
         self._settings, self._sampling = settings, sampling
         self._max_new_tokens = max_new_tokens
@@ -265,10 +267,15 @@ class Solver:
 
 
 def weights_hash(model: Any) -> str:
-    """Fingerprint of a model's weights: names, shapes and up to 256 numbers of each tensor."""
+    """Fingerprint of a model's weights: names, shapes and up to 256 numbers of each tensor.
+
+    Before transformers 5.18 a divided model's tensors are this process's parts.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
+        if hasattr(weight, "full_tensor"):  # divided among processes, each of which comes here
+            weight = weight.full_tensor()
         if not weight.is_meta:  # offloaded: there is nothing to look at
             flat = weight.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32)

@@ -16,12 +16,13 @@ from reasonalloc.attention import choose_backend
 from reasonalloc.cache import MemoryPlan
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
-from reasonalloc.errors import CompressionNeverHappened, UsageError
+from reasonalloc.errors import CompressionNeverHappened, UnsupportedError, UsageError
 from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.planning import bound_policy, layer_totals, plan_memory, planned_heads
 from reasonalloc.recorder import Recorder
 
@@ -36,11 +37,14 @@ class Attachment:
         shapes: all attention layers of the model.
         totals: retained tokens per layer under a budget, all its KV heads together.
         planned: the same per KV head, [layers][kv_heads], if the arm plans them beforehand.
+        shard: which KV heads are in this process. The three above, and ``plan``, are of the whole
+            model; the cache holds this process's part.
     """
 
     def __init__(self, model: Any, config: CompressionConfig) -> None:
         self.config = config
         self.shapes = check_model(model)
+        self.shard = find_shard(model, self.shapes)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(config.attention)
         self._text_config = text_config(model)
@@ -53,6 +57,11 @@ class Attachment:
         self._policy = bound_policy(
             config, self.shapes, self._text_config, name, lambda: read_rope(model)
         )
+        if self.shard.size > 1 and getattr(self._policy, "reads", None) == "statistics":
+            raise UnsupportedError(
+                f"policy={config.arm.policy!r} reads statistics of all heads, but this process "
+                f"holds one of {self.shard.size} parts (tp_plan): use another policy, or device_map"
+            )
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
         self.planned = planned_heads(config, self.shapes, self._text_config, name)
         self._model: Any = model
@@ -82,25 +91,29 @@ class Attachment:
     def new_cache(self) -> BudgetCache:
         """An empty cache, for ``generate(..., past_key_values=cache)`` or a plain forward call."""
         self._require_model()
-        recorder = Recorder(self.config.record)
+        recorder, shard = Recorder(self.config.record), self.shard
         totals = iter(self.totals)
         planned = iter(self.planned or [None] * len(self.totals))
-        layers = [
-            LayerCompressor(
-                index,
-                next(totals),
-                self.config,
-                self._policy,
-                self._heads,
-                self._backend,
-                recorder,
-                next(planned),
+        layers: list[LayerCompressor | None] = []
+        for index, shape in enumerate(self.shapes):
+            if not shape.compressible:
+                layers.append(None)
+                continue
+            total, heads = next(totals), next(planned)
+            layers.append(
+                LayerCompressor(
+                    index,
+                    shard.total(total, heads, shape.kv_heads),
+                    self.config,
+                    self._policy,
+                    self._heads,
+                    self._backend,
+                    recorder,
+                    None if heads is None else shard.heads(heads),
+                )
             )
-            if shape.compressible
-            else None
-            for index, shape in enumerate(self.shapes)
-        ]
-        cache = BudgetCache(layers, self.shapes, recorder, self)
+        shapes = tuple(shard.shape(shape) for shape in self.shapes)
+        cache = BudgetCache(layers, shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
         return cache
 
