@@ -23,6 +23,8 @@ class SlabView(Protocol):
     """[batch, slots, head_dim]"""
     values: Tensor
     """[batch, slots, value_dim]"""
+    owner: Tensor
+    """[batch, slots] int16: the KV head whose token lies there, -1 if none; of ragged runs only"""
     kv_heads: int
     uniform_length: int | None
 

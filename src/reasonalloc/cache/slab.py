@@ -33,11 +33,16 @@ class Rows:
     def gather(self, flat: Tensor) -> Tensor:
         """[batch, m, ...] storage as [batch, kv_heads, n, ...] rows; padding repeats tokens."""
         batch, heads, n = self.index.shape
-        index = self.index.reshape(batch, heads * n)
-        if flat.dim() == 3:
-            taken = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2]))
-            return taken.view(batch, heads, n, -1)
-        return flat.gather(1, index).view(batch, heads, n)
+        taken = _take(flat, self.index.reshape(batch, heads * n))
+        return taken.view(batch, heads, n, *flat.shape[2:])
+
+
+def _take(flat: Tensor, index: Tensor) -> Tensor:
+    """[batch, m, ...] at [batch, n]: whole rows are copied, several times faster than gather."""
+    batch, stored = flat.shape[:2]
+    start = torch.arange(batch, device=index.device)[:, None] * stored
+    taken = flat.reshape(batch * stored, *flat.shape[2:]).index_select(0, (index + start).flatten())
+    return taken.view(*index.shape, *flat.shape[2:])
 
 
 class Slab:
@@ -45,7 +50,8 @@ class Slab:
 
     Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
     positions, with room to grow behind. Physical lengths live here; logical positions are
-    ``positions``. While every run is known to have one length, that length is a host number
+    ``positions``; ``owner`` says which head's token lies in a slot, once the runs are ragged.
+    While every run is known to have one length, that length is a host number
     (``uniform_length``) and no table on the device is touched.
 
     Args:
@@ -76,6 +82,8 @@ class Slab:
         self.state = (
             torch.zeros(batch, slots, state_channels, device=device) if state_channels else None
         )
+        self.owner = torch.full((batch, slots), -1, dtype=torch.int16, device=device)
+        self._heads = torch.arange(kv_heads, dtype=torch.int16, device=device)
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._run = slots // kv_heads
@@ -96,7 +104,7 @@ class Slab:
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes allocated for everything else."""
-        tensors = [self.positions, self._offsets, self._lengths, self.state]
+        tensors = [self.positions, self.owner, self._offsets, self._lengths, self.state]
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -136,6 +144,8 @@ class Slab:
         self._longest, self._appended = self.uniform_length, 0
         self._offsets.copy_(self.offsets)
         self._lengths.fill_(self.uniform_length)
+        self.owner.fill_(-1)
+        self.rows(self.owner).copy_(self._heads[:, None])
         self.uniform_length = None
 
     def append(
@@ -172,6 +182,8 @@ class Slab:
             self.positions.scatter_(1, slot, position)
         if self.state is not None:
             self.state.scatter_(1, slot[..., None].expand(-1, -1, self.state.shape[-1]), 0.0)
+        heads = self._heads.expand(self.batch, -1)
+        self.owner.scatter_(1, slot, heads if valid is None else heads.where(valid, -1))
         self._lengths += 1 if valid is None else valid.long()
         self._appended += 1
 
@@ -203,15 +215,19 @@ class Slab:
             starts = torch.arange(self.kv_heads, device=self.keys.device) * self._run
             offsets = starts.expand(self.batch, -1)
         target = (offsets[..., None] + keep.cumsum(dim=-1) - 1).masked_fill(~keep, self.slots)
+        target = target.flatten(1)  # what goes is sent to one slot too many
         source = torch.zeros(self.batch, self.slots + 1, dtype=torch.int64, device=keep.device)
-        source.scatter_(1, target.flatten(1), rows.index.flatten(1))
-        source = source[:, :-1]
+        source = source.scatter_(1, target, rows.index.flatten(1))[:, :-1]
         moved = [(self.keys, rows.keys), (self.values, rows.values)]
         if self.state is not None and rows.state is not None:
             moved.append((self.state, rows.state))
         for own, flat in moved:
-            own.copy_(flat.gather(1, source[..., None].expand(-1, -1, own.shape[-1])))
+            own.copy_(_take(flat, source))
         self.positions.copy_(rows.positions.gather(1, source))
+        if uniform_length is None:
+            heads = self._heads[:, None].expand_as(keep).flatten(1)
+            owner = self.owner.new_full((self.batch, self.slots + 1), -1)
+            self.owner.copy_(owner.scatter_(1, target, heads)[:, :-1])
         self._offsets.copy_(offsets)
         self._lengths.copy_(lengths)
         self.uniform_length = uniform_length

@@ -59,14 +59,19 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     unit = keys.float()
     unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-8)
     unit = unit.masked_fill(~valid[..., None], 0.0)
-    index = torch.arange(n, device=keys.device, dtype=torch.int32)
-    sums = torch.zeros(batch, heads, n, device=keys.device)
+    # A column's sum over all rows is one product with the sum of the rows; what does not count is
+    # taken off again: the diagonal, and in each row the latest similar key.
+    sums: Tensor = (unit @ unit.sum(dim=2)[..., None]).squeeze(-1) - unit.square().sum(dim=-1)
+    number = torch.arange(1, n + 1, device=keys.device, dtype=torch.int32)
     rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
     for start in range(0, n, rows):
-        block = unit[:, :, start : start + rows] @ unit.transpose(-1, -2)
-        own = index[start : start + rows, None]
-        block.masked_fill_(index == own, 0.0)
-        latest = torch.where(block > threshold, index, -1).amax(dim=-1, keepdim=True)
-        sums += block.masked_fill_(index == latest, 0.0).sum(dim=2)
+        part = unit[:, :, start : start + rows]
+        similar = part @ unit.transpose(-1, -2) > threshold
+        similar.diagonal(start, 2, 3).fill_(False)
+        latest = (similar * number).amax(dim=-1).long() - 1  # -1: none
+        column = latest.clamp_min(0)
+        other = unit.gather(2, column[..., None].expand_as(part))
+        cosine = (part * other).sum(dim=-1).masked_fill(latest < 0, 0.0)
+        sums.scatter_add_(2, column, -cosine)
     mean = sums / valid.sum(dim=-1, keepdim=True).clamp_min(1)
     return mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=-1)
