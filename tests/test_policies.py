@@ -112,7 +112,9 @@ def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) ->
                     slow = reference.SCORES[name](head_of(candidates, b, h, seed), **kwargs, **own)
                     free = length - window
                     expected = torch.tensor(slow[:free])
-                    torch.testing.assert_close(fast[b, h, :free], expected, rtol=1e-4, atol=1e-6)
+                    # knorm drops all but 14 bits: a norm between two may go either way.
+                    rtol = 2**-13 if name == "knorm" else 1e-4
+                    torch.testing.assert_close(fast[b, h, :free], expected, rtol=rtol, atol=1e-6)
 
 
 def extra(policy: Policy) -> dict[str, Any]:

@@ -166,8 +166,10 @@ def window_logits(candidates: Candidates) -> Tensor:
     queries = candidates.queries
     if queries is None:
         raise RuntimeError("a policy that reads queries must set needs_queries")
-    keys = candidates.keys[:, :, None].float()
-    logits = queries.float() @ keys.transpose(-1, -2) * candidates.scaling
+    flat = queries.flatten(2, 3).float() * candidates.scaling
+    logits: Tensor = (flat @ candidates.keys.float().transpose(-1, -2)).unflatten(
+        2, queries.shape[2:4]
+    )
     if candidates.softcap is not None:
         logits = torch.tanh(logits / candidates.softcap) * candidates.softcap
     return logits

@@ -61,14 +61,14 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     unit = unit.masked_fill(~valid[..., None], 0.0)
     # A column's sum over all rows is one product with the sum of the rows; what does not count is
     # taken off again: the diagonal, and in each row the latest similar key.
-    sums: Tensor = (unit @ unit.sum(dim=2)[..., None]).squeeze(-1) - unit.square().sum(dim=-1)
-    number = torch.arange(1, n + 1, device=keys.device, dtype=torch.int32)
+    sums: Tensor = (unit * (unit.sum(dim=2, keepdim=True) - unit)).sum(dim=-1)
+    number = torch.arange(1, n + 1, device=keys.device, dtype=unit.dtype)  # exact up to 2**24
     rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
     for start in range(0, n, rows):
         part = unit[:, :, start : start + rows]
-        similar = part @ unit.transpose(-1, -2) > threshold
-        similar.diagonal(start, 2, 3).fill_(False)
-        latest = (similar * number).amax(dim=-1).long() - 1  # -1: none
+        similar = (part @ unit.transpose(-1, -2)).gt_(threshold)
+        similar.diagonal(start, 2, 3).zero_()
+        latest = similar.mul_(number).amax(dim=-1).long() - 1  # -1: none
         column = latest.clamp_min(0)
         other = unit.gather(2, column[..., None].expand_as(part))
         cosine = (part * other).sum(dim=-1).masked_fill(latest < 0, 0.0)
