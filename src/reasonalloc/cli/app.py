@@ -8,6 +8,7 @@ import typer
 import typer.core
 
 from reasonalloc.cli import (
+    bench,
     calibrate,
     demo,
     doctor,
@@ -71,6 +72,7 @@ app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval.command)
+app.command("bench")(bench.command)
 app.command("ls")(ls.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)

@@ -1,0 +1,1 @@
+"""Speed and memory of arms, side by side in one process."""
