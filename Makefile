@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.12.1
+KVPRESS := .venv-kvpress
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest clean
+.PHONY: setup demo test lint test-oldest bench bench-kvpress clean
 
 setup: $(VENV)/.ready
 
@@ -37,5 +38,27 @@ test-oldest: $(OLDEST)/.ready
 		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py \
 		tests/test_ablation.py
 
+# Speed on this machine, random weights in the shape of SmolLM2-135M: about 25 minutes on two cores.
+BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
+UNEQUAL := rkv/cost(path=benchmarks/fidelity/smollm2-costs.json)/planned
+
+bench: setup
+	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 \
+		--arms "rkv,$(UNEQUAL),rkv/uniform/reasonalloc,full" --out bench-batch16.json
+	$(BENCH) --batch 1 --new-tokens 4000 --at 300 --arms rkv --out bench-long1.json
+	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --arms rkv --out bench-long16.json
+	$(BIN)/python benchmarks/speed_targets.py bench-batch16.json bench-long1.json bench-long16.json
+
+# kvpress pins its own transformers.
+$(KVPRESS)/.ready:
+	$(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 \
+		'torch>=2.10,<2.14'
+	touch $@
+
+bench-kvpress: setup $(KVPRESS)/.ready
+	OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/kvpress/compare.py \
+		--peer-python $(KVPRESS)/bin/python --out bench-kvpress.json
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(OLDEST) $(KVPRESS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -73,7 +73,7 @@ def test_decode(
     slab = filled_slab(seed, lengths, uniform)
     query = torch.randn(len(lengths), len(lengths[0]) * group, 1, 8)
     expected, received = slow_decode(query, slab, 0.3, softcap)
-    for name in BACKENDS.entries():
+    for name in set(BACKENDS.entries()) - {"triton"}:  # that one has a file of its own
         for need_weights in (False, True):
             out, weights = BACKENDS.create(name).decode(query, slab, 0.3, softcap, need_weights)
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_decode_in_half_precision(dtype: torch.dtype, uniform: bool) -> None:
     slab = filled_slab(0, [[7, 7], [7, 7]] if uniform else [[3, 9], [12, 1]], uniform, dtype)
     query = torch.randn(2, 4, 1, 8).to(dtype)
     expected, _ = slow_decode(query, slab, 0.3, None)
-    for name in BACKENDS.entries():
+    for name in set(BACKENDS.entries()) - {"triton"}:
         out, _ = BACKENDS.create(name).decode(query, slab, 0.3, None, False)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)

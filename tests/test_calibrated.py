@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,3 +71,22 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             reasonalloc.attach(model, budget=20, arm="best", profile=path)
     model.generate(prompt(5), max_new_tokens=2, do_sample=False)  # nothing was left attached
+
+
+def test_another_cadence_is_said(tmp_path: Path) -> None:
+    model = tiny("llama")
+    costs = made_costs.of_model(model)
+    path = saved(costs, tmp_path)
+    own = {"interval": costs.interval, "window": costs.window}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with reasonalloc.attach(model, budget=24, arm="best", profile=path, **own):
+            pass
+    message = rf"measured at interval={costs.interval} and window={costs.window}, this run has"
+    for change in ({"interval": costs.interval + 1}, {"window": costs.window + 1}):
+        with (
+            pytest.warns(reasonalloc.OtherCadence, match=message) as caught,
+            reasonalloc.attach(model, budget=24, arm="best", profile=path, **{**own, **change}),
+        ):
+            pass
+        assert caught[0].filename == __file__

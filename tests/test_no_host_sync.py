@@ -45,7 +45,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             torch.ones(BATCH, 1, dtype=torch.bool),
         )
         query = torch.ones(BATCH, HEADS * GROUP, 1, DIM)
-        for backend in BACKENDS.entries():
+        for backend in set(BACKENDS.entries()) - {"triton"}:
             for need_weights in (False, True):
                 BACKENDS.create(backend).decode(query, slab, 1.0, None, need_weights)
         window = QueryWindow(query, WINDOW)

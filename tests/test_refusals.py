@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -302,3 +303,19 @@ def test_custom_masks() -> None:
         model(prompt(4), past_key_values=cache)
         with pytest.raises(UnsupportedError, match="pass a 2-D padding mask"):
             model(prompt(1), past_key_values=cache, attention_mask=torch.ones(1, 1, 1, 5).bool())
+
+
+@pytest.mark.parametrize("layers", ["uniform", "pyramid"])
+def test_the_budget_that_is_named_for_a_protected_prompt_is_enough(layers: str) -> None:
+    model, ids = tiny("llama"), prompt(40)
+    settings = {"layers": layers, "protect_prompt": True, "interval": 8}
+    with (
+        reasonalloc.attach(model, budget=24, **settings),
+        pytest.raises(UsageError, match="at least") as error,
+    ):
+        model.generate(ids, max_new_tokens=20)
+    budget = int(re.findall(r"at least (\d+)", str(error.value))[0])
+    with reasonalloc.attach(model, budget=budget, **settings):
+        model.generate(ids, max_new_tokens=20)
+    if layers == "uniform":
+        assert budget == 40 + 8

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import (
     CompressionNeverHappened,
+    OtherCadence,
     ReasonAllocError,
     UnsupportedError,
     UsageError,
@@ -23,6 +24,7 @@ __all__ = [
     "Attachment",
     "BudgetCache",
     "CompressionNeverHappened",
+    "OtherCadence",
     "ReasonAllocError",
     "UnsupportedError",
     "UsageError",

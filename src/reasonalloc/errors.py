@@ -22,6 +22,10 @@ class CompressionNeverHappened(UserWarning):
     """Compression was asked for, but no sequence ever grew past its budget."""
 
 
+class OtherCadence(UserWarning):
+    """A cost profile was measured at another interval or window than the run's."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Error for an unknown ``name`` that suggests the nearest of the ``known`` ones."""
     names = sorted(known)

@@ -11,6 +11,7 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.cache import LayerShape, MemoryPlan
 from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.costs import load_costs
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, ModelFacts, Policy
 from reasonalloc.profiles import config_hash
@@ -36,6 +37,24 @@ def files_read(config: CompressionConfig) -> list[str]:
     """Paths of the calibrated files that the parts of an arm read."""
     parts = (_with_file(part, config.profile) for part in _parts(config.arm).values())
     return [path for part in parts if (path := getattr(part, "path", None))]
+
+
+def other_cadence(config: CompressionConfig) -> str | None:
+    """What to say if a cost profile was measured at another cadence than the run's, else None."""
+    run = {"interval": config.interval, "window": config.window}
+    for part in _parts(config.arm).values():
+        made: Any = _with_file(part, config.profile)
+        if getattr(made, "reads", None) != "cost profile" or not made.path:
+            continue
+        costs = load_costs(made.path)
+        if (costs.interval, costs.window) != (config.interval, config.window):
+            wanted = " and ".join(f"{name}={value}" for name, value in run.items())
+            return (
+                f"the cost profile {made.path!r} was measured at interval={costs.interval} and "
+                f"window={costs.window}, this run has {wanted}: its budgets may not be the best "
+                "ones, so use its cadence or calibrate again"
+            )
+    return None
 
 
 def check_profile(config: CompressionConfig) -> None:

@@ -23,6 +23,8 @@ class SlabView(Protocol):
     """[batch, slots, head_dim]"""
     values: Tensor
     """[batch, slots, value_dim]"""
+    positions: Tensor
+    """[batch, slots] int32"""
     owner: Tensor
     """[batch, slots] int16: the KV head whose token lies there, -1 if none; of ragged runs only"""
     kv_heads: int
@@ -45,6 +47,14 @@ class SlabView(Protocol):
 
 class Backend(ABC):
     """Attention of one new query per sequence over the slab. Stateless."""
+
+    def check(self, device: torch.device) -> None:
+        """Refuse a device that it cannot run on.
+
+        Raises:
+            UsageError: says what is missing and what to use instead.
+        """
+        return
 
     @abstractmethod
     def decode(
@@ -73,16 +83,23 @@ class Backend(ABC):
 BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attention.backends")
 
 
-def choose_backend(name: str) -> Backend:
-    """Backend by name; ``auto`` is ``sdpa``, the fastest one so far on every device.
+def choose_backend(name: str, device: torch.device | None = None) -> Backend:
+    """Backend by name; ``auto`` is ``sdpa``, the fastest one that was measured on real devices.
+
+    Args:
+        name: of the backend.
+        device: of the model; None while its weights are not loaded.
 
     Raises:
-        UsageError: unknown name, with the nearest suggestion.
+        UsageError: unknown name, with the nearest suggestion; a device that it cannot run on.
     """
     if name != "auto" and name not in BACKENDS.entries():
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
-    return BACKENDS.create("sdpa" if name == "auto" else name)
+    backend = BACKENDS.create("sdpa" if name == "auto" else name)
+    if device is not None:
+        backend.check(device)
+    return backend
 
 
 def slot_mask(slab: SlabView) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def command(
     if out is not None and not Path(out).expanduser().parent.is_dir():
         raise UsageError(f"out={out!r}: there is no such folder")
     name, loaded = _load(model, model_option, shape, dtype, device, trust_remote_code)
-    _check(loaded, contenders, prompt + new_tokens + interval)
+    _check(loaded, contenders, prompt + max(new_tokens, interval + 1) + interval)
     data: dict[str, Any] = {
         "command": "reasonalloc " + " ".join(sys.argv[1:]),
         "model": name,
@@ -212,8 +213,9 @@ def _measure(
     ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(model.device)
     found = data["batches"][-1]
     with Progress(console=output.stderr(), transient=True) as progress:
-        for contender in contenders:  # warm-up: nothing is the first one to touch the memory
-            decode(model, contender, ids, 2, 1)
+        for contender in contenders:  # warm-up, past a compression: nobody touches memory first
+            with contextlib.suppress(torch.OutOfMemoryError):
+                decode(model, contender, ids, interval + 1, 1)
         for repeat in range(repeats):
             found["weight_products"].extend(weight_products(model, batch))
             first = repeat % len(contenders)  # nobody always comes first

@@ -151,7 +151,7 @@ def command(
     generate: Generate = None,
     policy: PolicyName = None,
     budgets: Budgets = None,
-    interval: Interval = 64,
+    interval: Interval = 128,
     window: Window = 8,
     check: Check = None,
     stride: Stride = 1,

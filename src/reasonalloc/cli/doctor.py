@@ -10,6 +10,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
+from reasonalloc.errors import UsageError
 
 _PACKAGES = (
     "torch",
@@ -19,6 +20,7 @@ _PACKAGES = (
     "rich",
     "gguf",
     "accelerate",
+    "triton",
 )
 
 
@@ -90,6 +92,8 @@ def _package(name: str, requirements: dict[str, tuple[Any, str | None]]) -> dict
 
 
 def _test_everything() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+    import torch
+
     from reasonalloc.attention.interface import BACKENDS
     from reasonalloc.cli.selftest import self_test
     from reasonalloc.loading import available_devices
@@ -99,8 +103,14 @@ def _test_everything() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
     tests = []
     for device in names:
         for backend in BACKENDS.entries():
-            checks = [vars(check) for check in self_test(backend, device)]
-            tests.append({"device": device, "attention": backend, "checks": checks})
+            found: dict[str, Any] = {"device": device, "attention": backend, "checks": []}
+            try:
+                BACKENDS.create(backend).check(torch.device(device))
+            except UsageError as error:
+                found["skipped"] = str(error)
+            else:
+                found["checks"] = [vars(check) for check in self_test(backend, device)]
+            tests.append(found)
     return devices, tests
 
 
@@ -129,6 +139,11 @@ def _show(report: dict[str, Any]) -> None:
         (test["device"], test["attention"], _mark(check["passed"]), check["name"], check["detail"])
         for test in report["self_test"]
         for check in test["checks"]
+    ]
+    checks += [
+        (test["device"], test["attention"], "-", "not tested", test["skipped"])
+        for test in report["self_test"]
+        if "skipped" in test
     ]
     titles = ("device", "attention", "", "check", "detail")
     console.print(output.grid([(t, False) for t in titles], checks, "Self-test"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.errors import OtherCadence, UnsupportedError, UsageError
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -26,7 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait. On a machine that does anything else besides, decoding
     # with spinning threads measured 8 to 18 times slower. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    said: set[str] = set()
+    show = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, OtherCadence):
+            show(message, category, *rest, **more)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"note: {message}", file=sys.stderr)
+
     try:
+        warnings.showwarning = say
         from reasonalloc.cli.app import app
 
         code = app(
@@ -51,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not failure.format_message():  # no command: the help was printed
             return USAGE
         return _fail(_explain(failure, sys.argv[1:] if arguments is None else arguments), USAGE)
+    finally:
+        warnings.showwarning = show
     return code if isinstance(code, int) else 0
 
 

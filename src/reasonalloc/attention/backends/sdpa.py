@@ -59,8 +59,9 @@ def _products(
 ) -> tuple[Tensor, Tensor | None]:
     """Explicit products over the slab where it lies: on a CPU as fast as the fused kernel.
 
-    Ragged runs are read as one: every query head is multiplied with every slot, since reading the
-    keys is what takes the time, and looks at the slots that its KV head owns.
+    Ragged runs are read as one: every query head is multiplied with every slot and looks at those
+    that its KV head owns. With few KV heads reading the keys is what takes the time; with many the
+    superfluous products do.
     """
     batch, query_heads, _, head_dim = query.shape
     heads, uniform = slab.kv_heads, slab.uniform_length is not None

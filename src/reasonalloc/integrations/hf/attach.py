@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -16,14 +17,25 @@ from reasonalloc.attention import choose_backend
 from reasonalloc.cache import MemoryPlan
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
-from reasonalloc.errors import CompressionNeverHappened, UnsupportedError, UsageError
+from reasonalloc.errors import (
+    CompressionNeverHappened,
+    OtherCadence,
+    UnsupportedError,
+    UsageError,
+)
 from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.sharding import find_shard
-from reasonalloc.planning import bound_policy, layer_totals, plan_memory, planned_heads
+from reasonalloc.planning import (
+    bound_policy,
+    layer_totals,
+    other_cadence,
+    plan_memory,
+    planned_heads,
+)
 from reasonalloc.recorder import Recorder
 
 _HANDLE = "_reasonalloc"
@@ -46,7 +58,7 @@ class Attachment:
         self.shapes = check_model(model)
         self.shard = find_shard(model, self.shapes)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
-        self._backend = choose_backend(config.attention)
+        self._backend = choose_backend(config.attention, model.device)
         self._text_config = text_config(model)
         if self._text_config._attn_implementation == attention.IMPLEMENTATION:
             raise UsageError(
@@ -54,6 +66,7 @@ class Attachment:
                 "copy of the configuration, or detach the other one"
             )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._name = name
         self._policy = bound_policy(
             config, self.shapes, self._text_config, name, lambda: read_rope(model)
         )
@@ -64,6 +77,8 @@ class Attachment:
             )
         self.totals = layer_totals(config, self.shapes, self._text_config, name)
         self.planned = planned_heads(config, self.shapes, self._text_config, name)
+        if (note := other_cadence(config)) is not None:
+            warnings.warn(note, OtherCadence, stacklevel=4)  # where attach() was called
         self._model: Any = model
         self._own_generate = model.__dict__.get("generate")
         self._original = self._implementations(self._text_config._attn_implementation)
@@ -74,6 +89,11 @@ class Attachment:
         """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
         itemsize = (dtype or self._model.dtype).itemsize
         return plan_memory(self.config, self.shapes, self.totals, batch, itemsize)
+
+    def totals_at(self, budget: int) -> tuple[int, ...]:
+        """``totals`` as they would be under another budget."""
+        config = dataclasses.replace(self.config, budget=budget)
+        return layer_totals(config, self.shapes, self._text_config, self._name)
 
     @property
     def attached(self) -> bool:

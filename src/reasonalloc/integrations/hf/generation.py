@@ -133,12 +133,30 @@ def _check_prompt(
         shape = next(s for s in attachment.shapes if s.compressible)
         room = min(attachment.totals) // shape.kv_heads - settings.window
         if tokens > room:
+            need = _budget_for(attachment, (tokens + settings.window) * shape.kv_heads)
+            raised = (
+                "use layers='uniform'" if need is None else f"raise the budget to at least {need}"
+            )
             raise UsageError(
                 f"protect_prompt: the prompt has {tokens} tokens, but the smallest layer has room "
-                f"for {max(room, 0)} besides its window at budget={settings.budget}: raise the "
-                f"budget to at least {tokens + settings.window}, shorten the prompt, or do not "
-                "protect it"
+                f"for {max(room, 0)} besides its window at budget={settings.budget}: {raised}, "
+                "shorten the prompt, or do not protect it"
             )
+
+
+def _budget_for(attachment: Attachment, least: int) -> int | None:
+    """A budget at which every layer keeps ``least`` tokens; None if 64 times the budget do not do.
+
+    With equal layers the smallest one; with unequal layers it may be a little more.
+    """
+    budget = attachment.config.budget
+    smallest = min(attachment.totals)
+    while smallest < least:
+        budget = max(budget + 1, -(-budget * least // smallest))
+        if budget > 64 * attachment.config.budget:
+            return None
+        smallest = min(attachment.totals_at(budget))
+    return budget
 
 
 def rope_switch(config: Any) -> int | None:

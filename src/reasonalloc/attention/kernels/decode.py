@@ -1,0 +1,231 @@
+"""Decode attention over ragged runs, split along the run (flash-decoding, arXiv 2311.01282).
+
+A program reads a part of one head's run once, for all query heads of its group; a second kernel
+joins the parts. Offsets and lengths are read on the device and the grid does not depend on them, so
+a step never waits for the host and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM: tl.constexpr):
+    """First slot and length of the run of (sequence, KV head) ``row``."""
+    if UNIFORM:
+        start = (row % kv_heads).to(tl.int64) * uniform_run
+        length = uniform_length
+    else:
+        start = tl.load(offsets + row)
+        length = tl.load(lengths + row).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def _logits(q, k, softcap, SOFTCAP: tl.constexpr):
+    """[group, block] float32; queries come scaled."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+    return s
+
+
+@triton.jit(do_not_specialize=["uniform_length"])
+def _split_kernel(
+    query, keys, values, offsets, lengths, parts, peaks, sums,
+    kv_heads, uniform_run, uniform_length, slots, scaling, softcap,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VDIM: tl.constexpr, VDIM_PAD: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0), tl.program_id(1)
+    start, length = _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM)
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    first = split * chunk
+    last = tl.minimum(first + chunk, length)
+    base = (row // kv_heads).to(tl.int64) * slots + start
+
+    group = tl.arange(0, GROUP_PAD)
+    dim, vdim, column = tl.arange(0, DIM_PAD), tl.arange(0, VDIM_PAD), tl.arange(0, BLOCK)
+    head = row.to(tl.int64) * GROUP + group
+    q = tl.load(
+        query + head[:, None] * DIM + dim[None, :],
+        mask=(group[:, None] < GROUP) & (dim[None, :] < DIM),
+        other=0.0,
+    )
+    q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
+    peak = tl.full([GROUP_PAD], -1e30, tl.float32)  # finite: a part may be empty
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, VDIM_PAD], tl.float32)
+    for begin in range(first, last, BLOCK):
+        at = begin + column
+        inside = at < last
+        slot = base + at
+        k = tl.load(
+            keys + slot[:, None] * DIM + dim[None, :],
+            mask=inside[:, None] & (dim[None, :] < DIM),
+            other=0.0,
+        )
+        s = _logits(q, k, softcap, SOFTCAP)
+        s = tl.where(inside[None, :], s, -1e30)
+        higher = tl.maximum(peak, tl.max(s, axis=1))
+        shrink = tl.exp(peak - higher)
+        p = tl.where(inside[None, :], tl.exp(s - higher[:, None]), 0.0)
+        v = tl.load(
+            values + slot[:, None] * VDIM + vdim[None, :],
+            mask=inside[:, None] & (vdim[None, :] < VDIM),
+            other=0.0,
+        )
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * shrink + tl.sum(p, axis=1)
+        peak = higher
+    out = head * SPLITS + split
+    real = group < GROUP
+    tl.store(
+        parts + out[:, None] * VDIM + vdim[None, :],
+        acc,
+        mask=real[:, None] & (vdim[None, :] < VDIM),
+    )
+    tl.store(peaks + out, peak, mask=real)
+    tl.store(sums + out, total, mask=real)
+
+
+@triton.jit
+def _join_kernel(
+    parts, peaks, sums, out, norms,
+    VDIM: tl.constexpr, VDIM_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    split, vdim = tl.arange(0, SPLITS_PAD), tl.arange(0, VDIM_PAD)
+    there = split < SPLITS
+    peak = tl.load(peaks + head * SPLITS + split, mask=there, other=-1e30)
+    total = tl.load(sums + head * SPLITS + split, mask=there, other=0.0)
+    highest = tl.max(peak, axis=0)
+    weight = tl.exp(peak - highest)
+    whole = tl.sum(total * weight, axis=0)
+    part = tl.load(
+        parts + (head * SPLITS + split[:, None]) * VDIM + vdim[None, :],
+        mask=there[:, None] & (vdim[None, :] < VDIM),
+        other=0.0,
+    )
+    result = tl.sum(part * weight[:, None], axis=0) / whole
+    tl.store(out + head * VDIM + vdim, result.to(out.dtype.element_ty), mask=vdim < VDIM)
+    tl.store(norms + head, highest + tl.log(whole))
+
+
+@triton.jit(do_not_specialize=["uniform_length"])
+def _received_kernel(
+    query, keys, offsets, lengths, norms, received,
+    kv_heads, uniform_run, uniform_length, slots, scaling, softcap,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0), tl.program_id(1)
+    start, length = _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM)
+    if block * BLOCK < length:
+        group, dim = tl.arange(0, GROUP_PAD), tl.arange(0, DIM_PAD)
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        inside, real = at < length, group < GROUP
+        slot = (row // kv_heads).to(tl.int64) * slots + start + at
+        head = row.to(tl.int64) * GROUP + group
+        q = tl.load(
+            query + head[:, None] * DIM + dim[None, :],
+            mask=real[:, None] & (dim[None, :] < DIM),
+            other=0.0,
+        )
+        q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
+        k = tl.load(
+            keys + slot[:, None] * DIM + dim[None, :],
+            mask=inside[:, None] & (dim[None, :] < DIM),
+            other=0.0,
+        )
+        norm = tl.load(norms + head, mask=real, other=0.0)
+        p = tl.exp(_logits(q, k, softcap, SOFTCAP) - norm[:, None])
+        p = tl.where(real[:, None], p, 0.0)
+        tl.store(received + slot, tl.sum(p, axis=0), mask=inside)
+
+
+def decode(
+    query: Tensor,
+    slab: Any,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and result of ``Backend.decode``."""
+    if query.device.type == "cuda":  # triton launches on the current device
+        with torch.cuda.device(query.device):
+            return _decode(query, slab, scaling, softcap, need_weights)
+    return _decode(query, slab, scaling, softcap, need_weights)
+
+
+def _decode(
+    query: Tensor, slab: Any, scaling: float, softcap: float | None, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    batch, query_heads, _, dim = query.shape
+    heads, vdim = slab.kv_heads, slab.values.shape[-1]
+    group, slots = query_heads // heads, slab.keys.shape[1]
+    uniform = slab.uniform_length is not None
+    query = query.reshape(batch, query_heads, dim).contiguous()
+    run = slab.rows(slab.positions).stride(1) if uniform else 0
+    # Unused pointers of the uniform case, which reads no table.
+    offsets, lengths = (query, query) if uniform else (slab.offsets, slab.lengths)
+    block = _block(max(dim, vdim), query.element_size())
+    splits = _splits(query.device, batch * heads, slots // heads, block)
+    fresh: dict[str, Any] = {"device": query.device, "dtype": torch.float32}
+    parts = torch.empty(batch * query_heads, splits, vdim, **fresh)
+    peaks = torch.empty(batch * query_heads, splits, **fresh)
+    sums = torch.empty_like(peaks)
+    norms = torch.empty(batch * query_heads, **fresh)
+    out = query.new_empty(batch, query_heads, 1, vdim, dtype=slab.values.dtype)
+    shared: dict[str, Any] = {
+        "GROUP": group,
+        "GROUP_PAD": max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
+        "DIM": dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "BLOCK": block,
+        "UNIFORM": uniform,
+        "SOFTCAP": softcap is not None,
+    }
+    numbers = (heads, run, slab.uniform_length or 0, slots, scaling, softcap or 1.0)
+    padded = max(16, triton.next_power_of_2(vdim))
+    _split_kernel[(batch * heads, splits)](
+        query, slab.keys, slab.values, offsets, lengths, parts, peaks, sums, *numbers,
+        VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, num_warps=4, num_stages=2, **shared,
+    )  # fmt: skip
+    _join_kernel[(batch * query_heads,)](
+        parts, peaks, sums, out, norms,
+        VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
+        num_warps=1,
+    )  # fmt: skip
+    if not need_weights:
+        return out, None
+    received = torch.zeros(batch, slots, **fresh)
+    # No run is longer than the slab; blocks beyond a run end at once.
+    longest = run if uniform else slots
+    _received_kernel[(batch * heads, triton.cdiv(longest, block))](
+        query, slab.keys, offsets, lengths, norms, received, *numbers, num_warps=4, **shared,
+    )  # fmt: skip
+    return out, received
+
+
+def _block(dim: int, itemsize: int) -> int:
+    """Tokens per step of a program: keys and values of two stages must fit into shared memory."""
+    return 64 if dim * itemsize <= 256 else 32 if dim * itemsize <= 1024 else 16
+
+
+def _splits(device: torch.device, rows: int, mean_run: int, block: int) -> int:
+    """Parts of a run: enough programs to fill the device, two blocks of work for each at least."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )
+    wanted = triton.cdiv(4 * processors, rows)
+    return int(max(1, min(wanted, triton.cdiv(mean_run, 2 * block), 64)))
