@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reasonalloc.allocators.head import HeadAllocator, HeadQuery
+from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
 from reasonalloc.attention.dense import attend, received_blocks
+from reasonalloc.boundary import decide
 from reasonalloc.cache import Rows, Slab, slab_slots
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
@@ -17,7 +18,6 @@ from reasonalloc.observation import observe_prefill, observe_step
 from reasonalloc.policies import Candidates, Policy
 from reasonalloc.prefill import joined_rows, new_positions, over_past
 from reasonalloc.recorder import Recorder
-from reasonalloc.selection import select
 from reasonalloc.window import QueryWindow
 
 
@@ -242,30 +242,14 @@ class LayerCompressor:
             layer=self.layer,
             seed=config.seed,
         )
-        forced = self._forced(candidates)
-        scores = self._policy.score(candidates).float()
-        scores = scores.clamp_min(torch.finfo(scores.dtype).min)
-        if forced is not None:
-            scores = scores.masked_fill(forced, torch.inf)
-        scores = scores.masked_fill(~candidates.evictable, -torch.inf)
-        held = rows.lengths.sum(dim=1)
-        least = torch.full_like(held, config.window)
-        if forced is not None:
-            least = least + forced.sum(dim=-1).amax(dim=1)
-        budgets = self._heads.allocate(
-            HeadQuery(
-                scores,
-                rows.lengths,
-                held.clamp_max(self.total),
-                self.total,
-                least,
-                config.window,
-                self._policy.sums_to_one,
-                self._planned_tensor,
-            )
-        )
-        keep = select(
-            scores, rows.lengths, budgets, config.window, self._policy.recent_fraction, forced
+        keep, budgets = decide(
+            candidates,
+            config,
+            self._policy,
+            self._heads,
+            self.total,
+            self._planned_tensor,
+            self._prompt if config.protect_prompt else 0,
         )
         # One length for all runs, known here: equal shares of a total that divides, no padding.
         equal = self._heads.equal and self.total % slab.kv_heads == 0
@@ -273,19 +257,6 @@ class LayerCompressor:
         slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
         self._held = min(self._held, self.total)
         self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
-
-    def _forced(self, candidates: Candidates) -> Tensor | None:
-        """[batch, kv_heads, n] bool: sinks and protected prompt among the evictable tokens."""
-        first: int | Tensor = self._config.n_sink
-        if self._config.protect_prompt:
-            prompt = self._prompt
-            if isinstance(prompt, Tensor):
-                first = prompt.clamp_min(first)[:, None, None]
-            else:
-                first = max(prompt, first)
-        elif first == 0:
-            return None
-        return (candidates.positions < first) & candidates.evictable
 
 
 def _valid(mask: Tensor | None, queries: int) -> Tensor | None:
