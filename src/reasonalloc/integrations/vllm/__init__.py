@@ -1,0 +1,1 @@
+"""KV budgets inside vLLM: a plugin that vLLM finds by its entry point."""

@@ -1,0 +1,112 @@
+"""What an engine under a budget cannot do yet, refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from reasonalloc.errors import UnsupportedError, UsageError
+
+#: Releases that the patches and the kernels were tested with: at least, and below.
+VERSIONS = ((0, 32), (0, 33))
+_CPU_BLOCK = 32  # tokens; vLLM's own 128 would waste much of a small budget
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM that was not tested.
+
+    Raises:
+        UnsupportedError: names the tested range.
+    """
+    low, high = (".".join(map(str, v)) for v in VERSIONS)
+    try:
+        found = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        found = (0, 0)
+    if not VERSIONS[0] <= found < VERSIONS[1]:
+        raise UnsupportedError(
+            f"vLLM {version} was not tested with ReasonAlloc: install vllm>={low},<{high}"
+        )
+
+
+def prepare(args: Any) -> None:
+    """Set what a user left open in vLLM's ``EngineArgs`` to what works under a budget.
+
+    Raises:
+        UsageError: something else was asked for.
+    """
+    from vllm.platforms import current_platform
+
+    if args.enable_prefix_caching:
+        raise UsageError(
+            "enable_prefix_caching=True (--enable-prefix-caching) cannot be used with a KV budget: "
+            "compressed blocks are no prefix of anything; leave the flag out"
+        )
+    args.enable_prefix_caching = False
+    if args.block_size is None and current_platform.is_cpu():
+        args.block_size = _CPU_BLOCK
+    os.environ.setdefault(_RUNNER, "0")
+
+
+def check_engine(config: Any) -> None:
+    """Refuse features of vLLM that do not go together with a budget.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+
+    Raises:
+        UnsupportedError, UsageError: names the flag and the remedy.
+    """
+    from vllm.platforms import current_platform
+
+    def refuse(flag: str, why: str) -> UnsupportedError:
+        return UnsupportedError(f"{flag} cannot be used with a KV budget yet: {why}")
+
+    if not current_platform.is_cpu():
+        raise UnsupportedError(
+            f"KV budgets in vLLM run on its CPU backend so far, and this is "
+            f"{current_platform.device_name}: use transformers there (reasonalloc.attach)"
+        )
+    parallel, cache = config.parallel_config, config.cache_config
+    if getattr(config, "use_v2_model_runner", False):
+        raise refuse(f"{_RUNNER}=1", f"set {_RUNNER}=0")
+    if config.speculative_config is not None:
+        raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
+    if config.kv_transfer_config is not None:
+        raise refuse("--kv-transfer-config", "blocks do not hold what others expect; leave it out")
+    if parallel.pipeline_parallel_size > 1:
+        raise refuse("--pipeline-parallel-size", "use --tensor-parallel-size")
+    if parallel.decode_context_parallel_size > 1:
+        raise refuse("--decode-context-parallel-size", "use --tensor-parallel-size")
+    if getattr(parallel, "enable_dbo", False):
+        raise refuse("--enable-dbo", "leave it out")
+    if cache.cache_dtype != "auto":
+        raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", "use auto")
+    if cache.kv_sharing_fast_prefill:
+        raise refuse("--kv-sharing-fast-prefill", "leave it out")
+    if config.scheduler_config.policy != "fcfs":
+        raise refuse(
+            f"--scheduling-policy {config.scheduler_config.policy}",
+            "it preempts requests, which would then continue differently; use fcfs",
+        )
+    if config.model_config.runner_type != "generate":
+        raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
+
+
+def check_prompt(tokens: int, reserve: Any, blocks: int) -> str | None:
+    """What to say of a prompt that the whole pool cannot hold, else None.
+
+    Args:
+        tokens: of the prompt.
+        reserve: ``layout.Reserve`` of the engine.
+        blocks: of the pool, the null block left out.
+    """
+    needed = reserve.needed(tokens, tokens)
+    if needed <= blocks:
+        return None
+    return (
+        f"the prompt has {tokens} tokens and takes {needed} blocks until it is compressed, but the "
+        f"whole KV cache has {blocks}: shorten it to {blocks * reserve.block_size} tokens, or give "
+        "the engine more KV cache memory"
+    )

@@ -1,0 +1,123 @@
+"""Where the tokens of a request lie among its blocks, in numbers that every process derives alike.
+
+A block holds ``block_size`` tokens of every (layer, KV head): ``layers * kv_heads`` pages. While a
+request is not compressed, page (layer, head) of its block ``j`` holds tokens ``j * block_size`` and
+on of that head, as vLLM does it. At its first compression the request moves to a constant number
+of blocks, whose pages are dealt out anew: every layer gets as many as its budget and its growth
+need, and the heads of a layer share those. From then on it needs no block more, however long it
+gets. When that happens follows from the number of tokens alone, so scheduler and workers know it
+without telling each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """What the scheduler must know.
+
+    Attributes:
+        block_size: tokens of a block.
+        interval: tokens between two boundaries.
+        overflow: tokens at which a boundary is the first to compress some layer.
+        blocks: blocks of a request from its first compression on.
+    """
+
+    block_size: int
+    interval: int
+    overflow: int
+    blocks: int
+
+    def first_event(self, start: int) -> int:
+        """Tokens at the first compression of a request whose prefill has ``start`` tokens."""
+        if start >= self.overflow:
+            return start
+        return start + -(-(self.overflow - start) // self.interval) * self.interval
+
+    def needed(self, start: int, tokens: int) -> int:
+        """Blocks that must be there for a step that ends with ``tokens`` tokens in the cache."""
+        first = self.first_event(start)
+        if tokens > first:
+            return self.blocks
+        plain = -(-tokens // self.block_size)
+        return plain if tokens < first else max(plain, self.blocks)
+
+    def peak(self, start: int, last: int) -> int:
+        """Most blocks that a request needs that ends with ``last`` tokens in the cache."""
+        return max(self.needed(start, min(last, self.first_event(start))), self.needed(start, last))
+
+    def compressions(self, start: int, tokens: int) -> int:
+        """Boundaries up to ``tokens`` tokens at which some layer was compressed."""
+        first = self.first_event(start)
+        return 0 if tokens < first else (tokens - first) // self.interval + 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a worker must know: of its own KV heads.
+
+    Attributes:
+        reserve: what the scheduler knows.
+        totals: tokens that each layer keeps, its heads in this process together.
+        kv_heads: KV heads of a layer in this process.
+    """
+
+    reserve: Reserve
+    totals: tuple[int, ...]
+    kv_heads: int
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each layer after the first compression."""
+        return tuple(
+            _pages(total, self.kv_heads, self.reserve.interval, self.reserve.block_size)
+            for total in self.totals
+        )
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First page of each layer."""
+        return (0, *accumulate(self.pages))[:-1]
+
+    def is_due(self, layer: int, tokens: int) -> bool:
+        """Whether a boundary at ``tokens`` tokens compresses the layer; once so, always so."""
+        return self.kv_heads * tokens > self.totals[layer]
+
+    def first_due(self, layer: int, start: int) -> int:
+        """Tokens at the first boundary that compresses the layer."""
+        least = self.totals[layer] // self.kv_heads + 1
+        return dataclasses.replace(self.reserve, overflow=least).first_event(start)
+
+
+def _pages(total: int, kv_heads: int, interval: int, block_size: int) -> int:
+    """Enough for any division of ``total`` among the heads, each growing by ``interval``."""
+    return (total + kv_heads * (interval + block_size - 1)) // block_size
+
+
+def make_layouts(
+    totals: Sequence[Sequence[int]], kv_heads: int, interval: int, block_size: int
+) -> tuple[Layout, ...]:
+    """Layouts of all tensor-parallel ranks.
+
+    Args:
+        totals: [ranks][layers] tokens, the heads of that rank together.
+        kv_heads: KV heads per layer and rank.
+        interval: tokens between two boundaries.
+        block_size: tokens of a block.
+    """
+    whole = [
+        sum(_pages(total, kv_heads, interval, block_size) for total in layers) for layers in totals
+    ]
+    per_block = len(totals[0]) * kv_heads
+    reserve = Reserve(
+        block_size=block_size,
+        interval=interval,
+        overflow=min(total for layers in totals for total in layers) // kv_heads + 1,
+        blocks=-(-max(whole) // per_block),
+    )
+    return tuple(Layout(reserve, tuple(layers), kv_heads) for layers in totals)

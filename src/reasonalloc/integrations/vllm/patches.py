@@ -1,0 +1,226 @@
+"""Everything of vLLM that is wrapped, in one table; without a budget the wrappers do nothing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm import checks
+from reasonalloc.integrations.vllm.plan import find_plan
+
+_MARK = "_reasonalloc_wrapped"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped method.
+
+    Attributes:
+        where: ``module:Class.method``.
+        needs: parameters that the wrapper relies on.
+        wrap: takes the original, returns the wrapper.
+    """
+
+    where: str
+    needs: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def apply(self) -> None:
+        """Wrap the method, once.
+
+        Raises:
+            UnsupportedError: it is not there or has other parameters.
+        """
+        module, _, path = self.where.partition(":")
+        owner_name, _, name = path.partition(".")
+        owner = getattr(importlib.import_module(module), owner_name, None)
+        original = getattr(owner, name, None)
+        if original is None:
+            raise UnsupportedError(f"this vLLM has no {self.where}: install a supported version")
+        if getattr(original, _MARK, False):
+            return
+        found = inspect.signature(original).parameters
+        if missing := [needed for needed in self.needs if needed not in found]:
+            raise UnsupportedError(
+                f"{self.where} of this vLLM has no parameter {missing[0]!r}: install a supported "
+                "version"
+            )
+        wrapper = functools.wraps(original)(self.wrap(original))
+        setattr(wrapper, _MARK, True)
+        setattr(owner, name, wrapper)
+
+
+def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Decoder layers of an engine with a budget get its attention backend."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.config import get_current_vllm_config
+
+        plan = find_plan(get_current_vllm_config())
+        if plan is not None:
+            from reasonalloc.integrations.vllm.backend import backend_of
+
+            if kwargs.get("attn_backend") is not None or kwargs.get("sinks") is not None:
+                raise UnsupportedError(
+                    f"{plan.name} cannot run under a KV budget: it brings its own attention"
+                )
+            kwargs["attn_backend"] = backend_of(plan)
+        original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _requests_of_a_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The metadata builder is told which requests a real step has."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduled = kwargs.get("num_scheduled_tokens")
+        if scheduled is not None:
+            names = self.input_batch.req_ids
+            for builder in _builders(self):
+                builder.begin(
+                    self.requests,
+                    names,
+                    self.input_batch.num_computed_tokens_cpu[: len(names)].tolist(),
+                    [scheduled[name] for name in names],
+                )
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _compress_after_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Boundaries are dealt with when the model has run."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        for builder in _builders(self):
+            builder.finish()
+        return output
+
+    return wrapper
+
+
+def _builders(runner: Any) -> list[Any]:
+    """The metadata builders of a model runner with a budget; none of another one."""
+    from reasonalloc.integrations.vllm.backend import BudgetBuilder
+
+    return [
+        group.get_metadata_builder(0)
+        for groups in runner.attn_groups
+        for group in groups
+        if isinstance(group.get_metadata_builder(0), BudgetBuilder)
+    ]
+
+
+def _announce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The block manager learns how long a request may get before it is admitted."""
+
+    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from reasonalloc.integrations.vllm.spec import BudgetManager
+
+        for manager in self.coordinator.single_type_managers:
+            if isinstance(manager, BudgetManager):
+                last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+                manager.announce(request.request_id, request.num_tokens, last)
+        return original(self, request, *args, **kwargs)
+
+    return wrapper
+
+
+def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine that is asked to keep a budget is refused if it cannot."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from reasonalloc.integrations.vllm.settings import find_settings
+
+        if find_settings(self.additional_config) is None:
+            return original(self, *args, **kwargs)
+        if _broken is not None:
+            raise _broken
+        checks.prepare(self)
+        config = original(self, *args, **kwargs)
+        checks.check_engine(config)
+        find_plan(config)
+        return config
+
+    return wrapper
+
+
+def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A prompt that the pool can never hold is refused, instead of waiting for ever."""
+
+    def wrapper(self: Any, prompt_len: int, prompt_type: str) -> None:
+        original(self, prompt_len, prompt_type)
+        plan = find_plan(self.vllm_config)
+        cache = self.vllm_config.cache_config
+        if plan is None or not cache.num_gpu_blocks:
+            return
+        engines = self.vllm_config.parallel_config.data_parallel_size
+        blocks = cache.num_gpu_blocks // engines - 1
+        reserve = plan.layouts(cache.block_size)[0].reserve
+        if (problem := checks.check_prompt(prompt_len, reserve, blocks)) is not None:
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(problem)
+
+    return wrapper
+
+
+_ENGINE = Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", (), _checked_engine)
+PATCHES = (
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_prompt_len",
+        ("prompt_len", "prompt_type"),
+        _refuse_long_prompts,
+    ),
+    Patch(
+        "vllm.model_executor.layers.attention.attention:Attention.__init__",
+        ("attn_backend",),
+        _budget_backend,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+        ("num_scheduled_tokens",),
+        _requests_of_a_step,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+        ("input_ids", "positions"),
+        _compress_after_forward,
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        ("request",),
+        _announce,
+    ),
+)
+
+
+_broken: UnsupportedError | None = None  # why this vLLM cannot run under a budget
+
+
+def apply_patches() -> None:
+    """Wrap everything in the table; harmless when repeated.
+
+    A vLLM that does not fit runs on as it is, and refuses an engine that asks for a budget.
+    """
+    global _broken
+    _ENGINE.apply()
+    try:
+        checks.check_version(importlib.metadata.version(_distribution()))
+        for patch in PATCHES:
+            patch.apply()
+    except UnsupportedError as error:
+        _broken = error
+
+
+def _distribution() -> str:
+    """The name under which vLLM is installed."""
+    return importlib.metadata.packages_distributions()["vllm"][0]

@@ -1,0 +1,60 @@
+"""What a vLLM engine is asked to do: read from its configuration or the environment, validated."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from reasonalloc.config import Arm, CompressionConfig, parse_arm
+from reasonalloc.errors import UsageError, unknown_name
+
+KEY = "reasonalloc"
+VARIABLE = "REASONALLOC_VLLM"
+_PARTS = ("policy", "layers", "heads")
+_PLAIN = ("budget", "interval", "window", "n_sink", "seed", "profile")
+
+
+def find_settings(additional_config: Any) -> CompressionConfig | None:
+    """The settings of an engine, or None if it is to run without a budget.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; its entry ``reasonalloc`` goes before the
+            environment variable ``REASONALLOC_VLLM``, which holds the same as JSON.
+
+    Raises:
+        UsageError: an unknown field or a wrong value.
+    """
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    owner = "additional_config['reasonalloc']"
+    if given is None and os.environ.get(VARIABLE):
+        owner = VARIABLE
+        try:
+            given = json.loads(os.environ[VARIABLE])
+        except ValueError:
+            raise UsageError(
+                f"{VARIABLE} is no JSON: write {VARIABLE}='{{\"budget\": 1024}}'"
+            ) from None
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UsageError(f'{owner} must be an object, such as {{"budget": 1024, "arm": "rkv"}}')
+    return _read(owner, dict(given))
+
+
+def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:
+    known = ("arm", *_PARTS, *_PLAIN)
+    for name in given:
+        if name not in known:
+            raise unknown_name(f"field of {owner}", name, known)
+    if "budget" not in given:
+        raise UsageError(f"{owner}: budget is missing: give the tokens that a KV head keeps")
+    plain = {name: given[name] for name in _PLAIN if name in given}
+    parts = {name: given[name] for name in _PARTS if name in given}
+    if "arm" not in given:
+        return CompressionConfig(arm=Arm(**parts), **plain)
+    if parts:
+        raise UsageError(f"{owner}: arm and {next(iter(parts))} are both given: give one of them")
+    arm = parse_arm(given["arm"])
+    return None if arm is None else CompressionConfig(arm=arm, **plain)

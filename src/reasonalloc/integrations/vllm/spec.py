@@ -1,0 +1,116 @@
+"""The KV cache of a layer under a budget, as vLLM's scheduler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from reasonalloc.integrations.vllm.layout import Reserve
+
+
+class BudgetManager(FullAttentionManager):
+    """Blocks of requests under a budget: growing until the first compression, constant after it.
+
+    A request is admitted only if the pool can hold the most that it and all admitted ones will
+    ever need, so that none is preempted: a preempted request would be computed anew, with other
+    boundaries, and could continue differently.
+    """
+
+    def __init__(self, kv_cache_spec: BudgetSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self._reserve = kv_cache_spec.reserve
+        self._start: dict[str, int] = {}  # tokens of the prefill
+        self._peak: dict[str, int] = {}  # most blocks, of admitted requests
+
+    def announce(self, request_id: str, start: int, last: int) -> None:
+        """Take note of a request that is about to be admitted.
+
+        Args:
+            request_id: of the request.
+            start: tokens of its prefill: the prompt, or all tokens if it is computed anew.
+            last: most tokens that it will have in the cache.
+        """
+        if request_id not in self.req_to_blocks:
+            self._start[request_id] = start
+            self._peak[request_id] = self._reserve.peak(start, last)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Blocks that must be free: the missing ones, or all that are reserved by an admission."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if held:
+            return max(self._reserve.needed(self._start[request_id], num_tokens) - held, 0)
+        outstanding = sum(
+            self._peak[other] - len(blocks) for other, blocks in self.req_to_blocks.items()
+        )
+        return self._peak[request_id] + outstanding
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Blocks for a step that ends with ``num_tokens`` tokens."""
+        blocks = self.req_to_blocks[request_id]
+        missing = self._reserve.needed(self._start[request_id], num_tokens) - len(blocks)
+        if missing <= 0:
+            return []
+        new = self.block_pool.get_new_blocks(missing)
+        blocks.extend(new)
+        return new
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Give back what a long prompt took and its compressed cache does not need."""
+        blocks = self.req_to_blocks.get(request_id)
+        keep = self._reserve.blocks
+        if not blocks or len(blocks) <= keep:
+            return
+        if processed_computed_tokens >= self._reserve.first_event(self._start[request_id]):
+            self.block_pool.free_blocks(reversed(blocks[keep:]))
+            del blocks[keep:]
+            self._peak[request_id] = keep
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request."""
+        self._start.pop(request_id, None)
+        self._peak.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+# vLLM registers its own specs at the first look into an empty registry: look before adding to it.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+
+
+@register_kv_cache_spec(manager_class=BudgetManager)
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpec(FullAttentionSpec):
+    """Full attention under a budget; the same for all layers, whatever they keep."""
+
+    reserve: Reserve
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Compressed blocks are no prefix of anything."""
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of the longest generation; a long prompt may need more for a moment."""
+        last = vllm_config.model_config.max_model_len
+        return self.reserve.peak(1, last) * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: Sequence[Any]) -> Any:
+        """One spec for all layers."""
+        if any(spec != specs[0] for spec in specs):
+            raise AssertionError("layers under a budget must share one KV cache spec")
+        return specs[0]
