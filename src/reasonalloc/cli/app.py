@@ -20,6 +20,7 @@ from reasonalloc.cli import (
     profile,
     report,
     run,
+    serve,
 )
 from reasonalloc.version import __version__
 
@@ -63,6 +64,10 @@ def _root(
 
 app.command("run")(run.command)
 app.command("plan")(plan.command)
+app.command(
+    "serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve.command)
 app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
 app.add_typer(profile.app, name="profile")

@@ -9,7 +9,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 
 #: Releases that the patches and the kernels were tested with: at least, and below.
 VERSIONS = ((0, 32), (0, 33))
-_CPU_BLOCK = 32  # tokens; vLLM's own 128 would waste much of a small budget
+_CPU_BLOCK, _BLOCK = 32, 16  # tokens; vLLM's own 128 on a CPU would waste much of a small budget
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -28,6 +28,13 @@ def check_version(version: str) -> None:
         raise UnsupportedError(
             f"vLLM {version} was not tested with ReasonAlloc: install vllm>={low},<{high}"
         )
+
+
+def default_block_size() -> int:
+    """Tokens of a block where a user gives none."""
+    from vllm.platforms import current_platform
+
+    return _CPU_BLOCK if current_platform.is_cpu() else _BLOCK
 
 
 def prepare(args: Any) -> None:

@@ -214,13 +214,13 @@ def apply_patches() -> None:
     global _broken
     _ENGINE.apply()
     try:
-        checks.check_version(importlib.metadata.version(_distribution()))
+        checks.check_version(importlib.metadata.version(distribution()))
         for patch in PATCHES:
             patch.apply()
     except UnsupportedError as error:
         _broken = error
 
 
-def _distribution() -> str:
+def distribution() -> str:
     """The name under which vLLM is installed."""
     return importlib.metadata.packages_distributions()["vllm"][0]

@@ -112,16 +112,27 @@ def find_plan(vllm_config: Any) -> EnginePlan | None:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     key = (config, model.model, str(model.hf_text_config), ranks)
     if key not in _plans:
-        _plans[key] = _make_plan(config, model, ranks)
+        _plans[key] = make_plan(config, model.model, model.hf_text_config, ranks)
     return _plans[key]
 
 
-def _make_plan(config: CompressionConfig, model: Any, ranks: int) -> EnginePlan:
-    shapes = layer_shapes(model.hf_text_config, model.model)
+def make_plan(config: CompressionConfig, name: str, text_config: Any, ranks: int) -> EnginePlan:
+    """The plan of a model whose weights need not be loaded.
+
+    Args:
+        config: the settings.
+        name: of the model, for messages.
+        text_config: transformers' configuration of the decoder.
+        ranks: tensor-parallel processes.
+
+    Raises:
+        UsageError, UnsupportedError: settings or a model that cannot work.
+    """
+    shapes = layer_shapes(text_config, name)
     for index, shape in enumerate(shapes):
         if not shape.compressible:
             raise UnsupportedError(
-                f"{model.model} cannot run under a KV budget in vLLM yet: layer {index} has a "
+                f"{name} cannot run under a KV budget in vLLM yet: layer {index} has a "
                 "sliding window; run it on transformers"
             )
     if shapes[0].kv_heads % ranks:
@@ -129,6 +140,6 @@ def _make_plan(config: CompressionConfig, model: Any, ranks: int) -> EnginePlan:
             f"tensor_parallel_size={ranks}: {shapes[0].kv_heads} KV heads cannot be divided "
             "equally under a KV budget: give a number that divides them"
         )
-    plan = EnginePlan(config, model.model, shapes, model.hf_text_config, ranks)
+    plan = EnginePlan(config, name, shapes, text_config, ranks)
     _ = plan.totals, plan.planned, plan.policy  # refused here, before anything is loaded
     return plan

@@ -1,0 +1,100 @@
+"""What a budget does to a request, computed from its token counts; nothing is reported back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from reasonalloc.integrations.vllm.layout import Layout
+from reasonalloc.integrations.vllm.plan import EnginePlan
+
+
+@dataclass(frozen=True)
+class Account:
+    """One request, when it is finished.
+
+    An *entry* is one token of one layer and KV head; those of all tensor-parallel ranks count.
+
+    Attributes:
+        kept: entries that are in the cache at the end.
+        evicted: entries that were in the cache and are not any more.
+        compressions: boundaries at which some layer was compressed.
+        held_bytes: of its blocks at the end, all ranks together.
+        full_bytes: of the blocks that it would hold without a budget.
+    """
+
+    kept: int
+    evicted: int
+    compressions: int
+    held_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Sizes of an engine under a budget.
+
+    Attributes:
+        plan: the budget.
+        block_size: tokens of a block.
+        itemsize: bytes of one number of the cache.
+    """
+
+    plan: EnginePlan
+    block_size: int
+    itemsize: int
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """One per tensor-parallel rank."""
+        return self.plan.layouts(self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block, all layers and heads of all ranks."""
+        numbers = sum(2 * shape.kv_heads * shape.head_dim for shape in self.plan.shapes)
+        return numbers * self.block_size * self.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a sequence from its first compression on."""
+        return self.layouts[0].reserve.blocks
+
+    def fits(self, memory: int, last: int) -> int:
+        """Sequences with prompts inside the budget that a rank's KV memory holds at their peak.
+
+        Args:
+            memory: bytes for the KV cache of one rank (of one GPU).
+            last: most tokens of a sequence.
+        """
+        pool = memory // (self.block_bytes // self.plan.ranks) - 1  # vLLM keeps a null block
+        return max(pool, 0) // self.layouts[0].reserve.peak(1, last)
+
+    def account(self, prompt: int, generated: int) -> Account:
+        """What became of a request.
+
+        Args:
+            prompt: its tokens.
+            generated: its tokens; the last one was never fed and is not in the cache.
+        """
+        tokens = prompt + max(generated, 1) - 1
+        kept = 0
+        for layout in self.layouts:
+            for layer, total in enumerate(layout.totals):
+                first = layout.first_due(layer, prompt)
+                if tokens < first:
+                    kept += layout.kv_heads * tokens
+                else:
+                    since = (tokens - first) % layout.reserve.interval
+                    kept += total + layout.kv_heads * since
+        reserve = self.layouts[0].reserve
+        compressed = tokens >= reserve.first_event(prompt)
+        plain = -(-tokens // self.block_size)
+        held = reserve.blocks if compressed else plain
+        return Account(
+            kept=kept,
+            evicted=self.plan.kv_heads * len(self.plan.shapes) * tokens - kept,
+            compressions=reserve.compressions(prompt, tokens),
+            held_bytes=held * self.block_bytes,
+            full_bytes=plain * self.block_bytes,
+        )
