@@ -100,7 +100,12 @@ def command(
         profile=profile,
     )
     _require_vllm()
-    arguments = ["--model", name, "--host", host, "--port", str(port), "--dtype", dtype]
+    from reasonalloc.loading import load_config, resolve_dtype
+
+    model_config = load_config(name, trust_remote_code)
+    kind = resolve_dtype(dtype, model_config)  # vLLM's own "auto" would halve float32
+    arguments = ["--model", name, "--host", host, "--port", str(port)]
+    arguments += ["--dtype", str(kind).removeprefix("torch.")]
     arguments += ["--tensor-parallel-size", str(tensor_parallel_size)]
     if trust_remote_code:
         arguments.append("--trust-remote-code")
@@ -117,8 +122,8 @@ def command(
         sizes, last = _sizes(
             name,
             settings,
-            dtype,
-            trust_remote_code,
+            model_config,
+            kind.itemsize,
             tensor_parallel_size,
             max_model_len,
             block_size,
@@ -164,8 +169,8 @@ def _as_json(settings: CompressionConfig) -> dict[str, Any]:
 def _sizes(
     name: str,
     settings: CompressionConfig,
-    dtype: str,
-    trust_remote_code: bool,
+    model_config: Any,
+    itemsize: int,
     ranks: int,
     max_model_len: int | None,
     block_size: int | None,
@@ -175,14 +180,12 @@ def _sizes(
     from reasonalloc.integrations.vllm.accounting import Accounting
     from reasonalloc.integrations.vllm.checks import default_block_size
     from reasonalloc.integrations.vllm.plan import make_plan
-    from reasonalloc.loading import load_config, resolve_dtype
 
-    config = load_config(name, trust_remote_code)
-    text = text_config(config)
+    text = text_config(model_config)
     plan = make_plan(settings, name, text, ranks)
     last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
     size = default_block_size() if block_size is None else block_size
-    return Accounting(plan, size, resolve_dtype(dtype, config).itemsize), last
+    return Accounting(plan, size, itemsize), last
 
 
 def _show(

@@ -1,0 +1,175 @@
+"""The OpenAI-compatible server that ``reasonalloc serve`` starts, through real HTTP."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import random_prompts
+
+SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
+LAYERS, KV_HEADS = 4, 2
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+    log: Path
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def metrics(self) -> dict[str, float]:
+        found = re.findall(r"^reasonalloc:(\w+)\{.*\} (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return {name: float(value) for name, value in found if not name.endswith("_created")}
+
+    def metrics_when(self, wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Metrics as soon as they are so; the last ones if they never are."""
+        found = self.metrics()
+        for _ in range(200):
+            if wanted(found):
+                break
+            time.sleep(0.1)
+            found = self.metrics()
+        return found
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    options = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    return [sys.executable, "-m", "reasonalloc", "serve", str(folder), *options, *more]
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    sizes = ["--port", str(port), "--max-model-len", "1024", "--kv-memory", "16MiB"]
+    line = command(folder, *sizes, "--enforce-eager")  # the last one is vLLM's own
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    running = Server(f"http://127.0.0.1:{port}", process, folder, log)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                running.get("/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield running
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def ids(server: Server, client: Any, prompt: list[int], new: int, **more: Any) -> Any:
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    return client.completions.create(
+        model=str(server.folder),
+        prompt=prompt,
+        max_tokens=new,
+        temperature=0,
+        extra_body=extra,
+        **more,
+    )
+
+
+def test_tokens_are_those_of_transformers(
+    server: Server, client: Any, reference: Callable[..., list[list[int]]]
+) -> None:
+    prompts = random_prompts([40, 150])
+    for prompt, expected in zip(prompts, reference(prompts, 200, **SETTINGS), strict=True):
+        answer = ids(server, client, prompt, 200)
+        assert answer.choices[0].token_ids == expected
+        assert answer.usage.completion_tokens == 200
+        streamed: list[int] = []
+        for part in ids(server, client, prompt, 200, stream=True):
+            streamed += part.choices[0].token_ids or []
+        assert streamed == expected
+
+
+def test_metrics_count_what_happened(server: Server, client: Any) -> None:
+    before = server.metrics_when(lambda found: found["kv_bytes_in_use"] == 0)
+    ids(server, client, random_prompts([40])[0], 200)
+    after = server.metrics_when(
+        lambda found: (
+            found["kv_tokens_kept_total"] > before["kv_tokens_kept_total"]
+            and found["kv_bytes_in_use"] == 0
+        )
+    )
+    grown = {name: after[name] - before[name] for name in after}
+    # 239 tokens were fed; boundaries at 72 (the first above 64), 104, 136, 168, 200, 232.
+    assert grown["compressions_total"] == 6
+    assert grown["kv_tokens_kept_total"] == LAYERS * KV_HEADS * (64 + 239 - 232)
+    assert grown["kv_tokens_evicted_total"] == LAYERS * KV_HEADS * (239 - 64 - 7)
+    block = 2 * LAYERS * KV_HEADS * 32 * 32 * 4  # keys and values, 32 tokens of 32 float32 numbers
+    assert after["kv_bytes_per_sequence"] == 4 * block
+    assert grown["kv_bytes_saved_total"] == (8 - 4) * block  # ceil(239 / 32) = 8
+    assert after["kv_bytes_in_use"] == 0
+
+
+def test_a_client_that_disconnects_leaves_no_blocks(server: Server, client: Any) -> None:
+    stream = ids(server, client, random_prompts([60])[0], 900, stream=True)
+    next(iter(stream))
+    assert server.metrics_when(lambda m: m["kv_bytes_in_use"] > 0)["kv_bytes_in_use"] > 0
+    stream.close()
+    assert server.metrics_when(lambda m: m["kv_bytes_in_use"] == 0)["kv_bytes_in_use"] == 0
+    running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", server.get("/metrics"), re.M)
+    assert running is not None
+    assert float(running.group(1)) == 0
+
+
+def test_ctrl_c_stops_it(server: Server) -> None:
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) in (0, 130)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--arm", "h2o"], "looks at the attention"),
+        (["--arm", "value_aware/uniform/uniform"], "value_aware"),
+        (["--arm", "tri_attention/uniform/uniform"], "tri_attention"),
+        (["--arm", "best"], "needs a cost profile"),
+        (["--additional-config", "{}"], "--budget"),
+        (["--tensor-parallel-size", "4"], "divides them"),
+        (["--enable-prefix-caching"], "leave the flag out"),
+    ],
+)
+def test_refused_with_one_line(folder: Path, more: list[str], says: str) -> None:
+    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert says in line
+    assert "Traceback" not in done.stderr
+
+
+def test_the_entry_point_is_declared() -> None:
+    names = [e.name for e in importlib.metadata.entry_points(group="vllm.stat_logger_plugins")]
+    assert "reasonalloc" in names
