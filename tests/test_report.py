@@ -139,7 +139,7 @@ def test_the_wave_of_the_runs_profile(tmp_path: Path) -> None:
     curve = [9.0, 3.0, 5.0]
     path = tmp_path / "profile.json"
     Profile("m", "0" * 16, 0.93, 5, ["0" * 64], curve, curve, [curve]).save(path)
-    manifest = {**MANIFEST, "profile": str(path)}
+    manifest = {**MANIFEST, "profiles": {"profile": str(path)}}
     folder = write(tmp_path / "run", rows(), manifest)
     (group,) = results(load_groups([str(folder)]), None, False)["groups"]
     assert group["profile"]["mean"] == curve

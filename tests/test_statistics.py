@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("scipy")
 
 import numpy
-from scipy.stats import ttest_1samp
+from scipy.stats import t, ttest_1samp
 
 from eval_folder import MANIFEST, made, row, rows, write
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.intervals import clustered_wilson, wilson
+from reasonalloc.evaluation.intervals import clustered_wilson, student_quantile, wilson
 from reasonalloc.evaluation.paired import compare, holm, verdict
 from reasonalloc.evaluation.samples import load_groups
 from reasonalloc.evaluation.statistics import by_cell, pareto, pass_at_k, summarise
@@ -40,6 +40,11 @@ def test_one_sample_per_problem_gives_wilson() -> None:
     found = summarise(made("rkv", right)).accuracy
     assert (found.low, found.high) == pytest.approx(wilson(10, 30))
     assert found.value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 199, 1318])
+def test_students_quantile(freedom: int) -> None:
+    assert student_quantile(freedom) == pytest.approx(t.ppf(0.975, freedom))
 
 
 def test_samples_that_always_agree_count_once() -> None:
@@ -218,15 +223,22 @@ def test_what_must_not_be_mixed_is_kept_apart(tmp_path: Path) -> None:
 
 
 def test_profiles_are_kept_apart_and_other_machines_are_told(tmp_path: Path) -> None:
-    def folder(name: str, arm: str, **changes: str) -> str:
-        return str(write(tmp_path / name, rows(3, 1, arms=(arm,)), {**MANIFEST, **changes}))
+    def folder(name: str, arm: str, content: str = "", **changes: object) -> str:
+        files = {arm: content} if content else {}
+        manifest = {**MANIFEST, "arm_files": files, **changes}
+        return str(write(tmp_path / name, rows(3, 1, arms=(arm,)), manifest))
 
     plain = folder("a", "rkv", device="cuda")
-    first = folder("b", "reasonalloc", profile_hash="1")
-    second = folder("c", "reasonalloc", profile_hash="2")
-    (group,) = load_groups([plain, first])
+    first = folder("b", "reasonalloc", "1")
+    second = folder("c", "reasonalloc", "2")
+    third = folder("d", "best", "3")
+    other = folder("e", "reasonalloc", "4", model="another")
+    newer = folder("f", "random", code={"1": "0.1.0", "2": "0.1.0"})
+    (group,) = load_groups([plain, first, third])
     assert group.notices == ("the folders differ in device: cpu, cuda",)
     assert len(load_groups([first, second])) == 2
+    assert "the code changed" in load_groups([first, newer])[0].notices[-1]
+    assert [g.protocol.get("arm_files") for g in load_groups([first, other])] == [None, None]
 
 
 def test_samples_that_are_there_twice_count_once(tmp_path: Path) -> None:

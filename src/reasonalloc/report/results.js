@@ -75,7 +75,7 @@ function drawBudget(group) {
     const cells = group.cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
     return armTrace(group, arm, index, cells, cells.map((c) => c.budget * shift(index)));
   });
-  const plan = layout("budget (tokens per layer and KV head)", "right answers (%)", { shapes: [] });
+  const plan = layout(narrow() ? "budget (tokens per KV head)" : "budget (tokens per layer and KV head)", "right answers (%)", { shapes: [] });
   const full = group.cells.find((c) => c.budget === null);
   if (full) {
     const edge = { xref: "paper", x0: 0, x1: 1 };
@@ -173,9 +173,10 @@ function drawProblems(group) {
   const z = cells.map((_, i) => problems.map((p) => (p.counts[i][1] ? p.counts[i][0] / p.counts[i][1] : null)));
   const text = cells.map((cell, i) => problems.map((p) => `${name(cell)}<br>problem ${p.id}: ${p.counts[i][0]} of ${p.counts[i][1]} right`));
   const plan = layout("problems", "", { margin: { l: 44, r: 8, t: 8, b: 44 } });
-  Object.assign(plan.xaxis, { showticklabels: false, showgrid: false });
+  Object.assign(plan.xaxis, { showticklabels: false, ticks: "", showgrid: false });
   Object.assign(plan.yaxis, { autorange: "reversed", showgrid: false, tickvals: cells.map((_, i) => i), ticktext: labels });
-  const gap = problems.length < 120 ? 1 : 0;
+  // A gap as wide as a cell would leave nothing of it.
+  const gap = byId(`problems-${group.id}`).clientWidth > 170 + 5 * problems.length ? 1 : 0;
   draw(`problems-${group.id}`, [{
     type: "heatmap", z, text, hovertemplate: "%{text}<extra></extra>", zmin: 0, zmax: 1, xgap: gap, ygap: 1,
     colorscale: [[0, dark.matches ? "#3a2b2b" : "#f2d9d5"], [1, dark.matches ? "#3fa55f" : "#1d6f3a"]],
