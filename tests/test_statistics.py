@@ -16,7 +16,12 @@ from scipy.stats import t, ttest_1samp
 
 from eval_folder import MANIFEST, made, row, rows, write
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.intervals import clustered_wilson, student_quantile, wilson
+from reasonalloc.evaluation.intervals import (
+    clustered_wilson,
+    mean_interval,
+    student_quantile,
+    wilson,
+)
 from reasonalloc.evaluation.paired import compare, holm, verdict
 from reasonalloc.evaluation.samples import load_groups
 from reasonalloc.evaluation.statistics import by_cell, pareto, pass_at_k, summarise
@@ -52,6 +57,8 @@ def test_samples_that_always_agree_count_once() -> None:
     assert clustered_wilson([1.0, 0.0, 0.0, 1.0, 0.0], 40) == pytest.approx(once)
     assert clustered_wilson([0.5] * 5, 40) == pytest.approx(wilson(20, 40))
     assert clustered_wilson([1.0] * 5, 40) == pytest.approx(wilson(5, 5))
+    for share in (0.0, 1.0):
+        assert mean_interval([share] * 5, 40) == mean_interval([share] * 5, 5)
 
 
 @pytest.mark.parametrize(("problems", "samples"), [(10, 4), (30, 1), (30, 8), (100, 8)])

@@ -127,8 +127,12 @@ class Cluster:
                 logging_level="ERROR",
             )
         except Exception as error:  # of many kinds
-            where = "on this machine" if address is None else f"at ray_address={address!r}"
-            raise UsageError(f"Ray cannot be started {where}: {_line(error)}") from None
+            if address is None:
+                raise UsageError(f"Ray cannot be started on this machine: {_line(error)}") from None
+            raise UsageError(
+                f"there is no way into the cluster at ray_address={address!r}: {_line(error)} (if "
+                "it wants a token, set RAY_AUTH_MODE=token)"
+            ) from None
 
     def _share(self, workers: int) -> dict[str, Any]:
         """What each worker takes: a GPU where there are any, else a share of the CPUs."""

@@ -69,13 +69,14 @@ def clustered_wilson(shares: Sequence[float], trials: int, z: float = Z95) -> tu
 def mean_interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
     """95 % interval of the mean of per-cluster shares: ``clustered_wilson``.
 
-    With Student's t where a variance between clusters was estimated, else the normal quantile.
+    With Student's t where a variance between clusters was estimated, else the normal quantile: no
+    more trials of clusters that all succeed or all fail may widen an interval.
 
     Args:
         shares: one number in [0, 1] per cluster.
         trials: all trials together.
     """
-    estimated = trials > len(shares) > 1
+    estimated = trials > len(shares) > 1 and 0 < math.fsum(shares) < len(shares)
     quantile = student_quantile(len(shares) - 1) if estimated else Z95
     return clustered_wilson(shares, trials, quantile)
 

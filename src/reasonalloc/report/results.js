@@ -97,7 +97,10 @@ function drawBudget(group) {
     });
   }
   const shown = budgets.length > 5 && narrow() ? budgets.filter((_, i) => i % 2 === 0) : budgets;
-  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map(String) });
+  // Points that stand side by side around one budget must not fill the axis.
+  const pad = Math.max(0.08 * Math.log10(budgets[budgets.length - 1] / budgets[0]), budgets.length > 1 ? 0.1 : 0.3);
+  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map(String),
+    range: [Math.log10(budgets[0]) - pad, Math.log10(budgets[budgets.length - 1]) + pad] });
   accuracyAxis(plan, group.cells, extra);
   draw(`by-budget-${group.id}`, traces, plan);
 }
@@ -110,8 +113,8 @@ function drawFront(group, id, xOf, onFront, xTitle, text) {
   }
   const traces = [];
   const front = cells.filter(onFront).sort((a, b) => xOf(a) - xOf(b));
-  traces.push({ name: "Pareto front", type: "scatter", mode: "lines", x: front.map(xOf), y: front.map((c) => 100 * c.accuracy),
-    line: { color: css("--accent"), width: 6 }, opacity: 0.35, hoverinfo: "skip" });
+  traces.push({ name: "Pareto front", type: "scatter", mode: "lines+markers", x: front.map(xOf), y: front.map((c) => 100 * c.accuracy),
+    line: { color: css("--accent"), width: 6 }, marker: { color: css("--accent"), size: 18 }, opacity: 0.35, hoverinfo: "skip" });
   armsWithBudget(group).forEach((arm, index) => {
     const own = cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
     if (own.length) traces.push(armTrace(group, arm, index, own, own.map(xOf)));
@@ -249,9 +252,12 @@ function setUp(group) {
   at("right").value = `${Math.max(other, 0)}`;
   for (const what of ["problem", "left", "right"]) at(what).addEventListener("change", () => showProblem(group));
   if (group.heads) {
-    // Equal budgets make a dull picture: start with a run that divides them.
-    const uneven = group.heads.runs.findIndex((run) => new Set(run.budgets[run.budgets.length - 1].flat()).size > 2);
-    at("run").value = `${Math.max(uneven, 0)}`;
+    // Equal budgets make a dull picture: start with a run that divides them among heads, or else among layers.
+    const { runs } = group.heads;
+    const last = (run) => run.budgets[run.budgets.length - 1];
+    const heads = runs.findIndex((run) => last(run).some((layer) => layer && Math.max(...layer) > Math.min(...layer) + 1));
+    const layers = runs.findIndex((run) => new Set(last(run).flat()).size > 2);
+    at("run").value = `${[heads, layers, 0].find((index) => index >= 0)}`;
     at("run").addEventListener("change", () => drawHeads(group));
   }
   showProblem(group);
