@@ -22,8 +22,8 @@ MANIFEST = {
     "samples": 2,
     "seed": 0,
     "interval": 128,
-    "profile": None,
-    "profile_hash": None,
+    "profiles": {},
+    "arm_files": {},
     "version": "0.1.0",
 }
 

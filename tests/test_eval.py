@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ import torch
 pytest.importorskip("typer")
 
 import tiny_folder
+from reasonalloc.cli import eval_watch
 from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import folder as run_folder
 from reasonalloc.evaluation import solver
 from reasonalloc.evaluation.runner import FIELDS
+from reasonalloc.version import __version__
 from tiny_boxed import save_tiny
 
 Call = Callable[..., tuple[int, str, str]]
@@ -62,7 +65,11 @@ def arguments(model: Path, out: object, **changes: object) -> list[str]:
         "out": out,
     }
     options |= changes
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    pairs = [
+        (f"--{name.replace('_', '-')}", str(value))
+        for name, given in options.items()
+        for value in (given if isinstance(given, tuple) else (given,))
+    ]
     return ["eval", str(model), *(text for pair in pairs for text in pair)]
 
 
@@ -133,25 +140,27 @@ def test_no_result_depends_on_the_batch(
     assert found == expected and events == expected_events
 
 
-def test_arms_budgets_and_limit_may_grow(
+def test_arms_budgets_samples_and_limit_may_grow(
     call: Call, model: Path, whole: Path, tmp_path: Path
 ) -> None:
+    both = (model / "costs.json", model / "profile.json")
     steps: list[dict[str, object]] = [
-        {"arms": "full", "limit": 2},
+        {"arms": "full", "limit": 2, "samples": 1},
         {"arms": "rkv/uniform/uniform", "limit": 3},  # a preset by its parts
         {"limit": 3},
         {},
-        {"arms": "reasonalloc", "profile": model / "profile.json", "limit": 1},
+        {"arms": "reasonalloc,best", "profile": both, "limit": 1, "samples": 1},
         {"arms": "rkv", "budgets": "24,30", "limit": 1},
     ]
     for changes in steps:
         code, _, err = call(*arguments(model, tmp_path, **changes))
         assert code == 0, err
     manifest, found, _ = read(tmp_path)
-    assert manifest["profile"].endswith("profile.json")
+    assert manifest["profiles"] == {"cost profile": str(both[0]), "profile": str(both[1])}
+    assert set(manifest["arm_files"]) == {"best", "reasonalloc"}
     expected = read(whole)[1]
     extra = {key[:2] for key in found.keys() - expected.keys()}
-    assert extra == {("reasonalloc", 24), ("rkv", 30)}
+    assert extra == {("reasonalloc", 24), ("best", 24), ("rkv", 30)}
     for key, row in expected.items():
         assert {**found[key], "batch": 0} == {**row, "batch": 0}
 
@@ -161,7 +170,6 @@ def test_arms_budgets_and_limit_may_grow(
     [
         ({"seed": 1}, "made with seed=0, now it is 1"),
         ({"window": 5}, "made with window=4, now it is 5"),
-        ({"samples": 3}, "made with samples=2, now it is 3"),
         ({"max_new_tokens": 41}, "made with max_new_tokens=40, now it is 41"),
         ({"temperature": 0.7}, "made with temperature=0.6, now it is 0.7"),
         ({"task": "chain(variables=3)"}, "made with data_hash="),
@@ -175,6 +183,24 @@ def test_changed_settings(
     code, out, err = call(*arguments(model, whole, **change))
     assert (code, out) == (2, "") and message in err
     assert (whole / "samples.jsonl").read_bytes() == before
+
+
+def test_changed_files_of_an_arm(call: Call, model: Path, tmp_path: Path) -> None:
+    """Named by the arm itself or by --profile; where a file lies does not matter."""
+    costs, moved = tmp_path / "costs.json", tmp_path / "moved.json"
+    costs.write_bytes((model / "costs.json").read_bytes())
+    named = f"rkv/cost(path={costs})/uniform"
+    small = {"limit": 1, "samples": 1}
+    for arms, files in ((named, {}), ("best", {"profile": costs})):
+        assert call(*arguments(model, tmp_path / arms[:4], arms=arms, **files, **small))[0] == 0
+    costs.rename(moved)
+    assert call(*arguments(model, tmp_path / "best", arms="best", profile=moved, **small))[0] == 0
+    data = json.loads(moved.read_text())
+    data["costs"][0][0][0][0] += 1.0
+    costs.write_text(json.dumps(data))
+    for arms, files in ((named, {}), ("best", {"profile": costs})):
+        code, _, err = call(*arguments(model, tmp_path / arms[:4], arms=arms, **files, **small))
+        assert code == 2 and f"was made with arm_files of {arms}=" in err
 
 
 def test_changed_weights(call: Call, model: Path, tmp_path: Path) -> None:
@@ -293,6 +319,8 @@ def test_what_counts_as_little_memory() -> None:
         torch.empty(10**14)
     assert solver._is_memory(error.value)
     assert solver._is_memory(RuntimeError("CUDA error: out of memory"))
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert solver._is_memory(RuntimeError(cublas))
     assert not solver._is_memory(RuntimeError("a bug"))
 
 
@@ -330,6 +358,16 @@ def test_a_full_disk_loses_nothing(
     monkeypatch.undo()
     assert call(*arguments(model, tmp_path))[0] == 0
     assert read(tmp_path) == read(whole)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "samples |" not in call(*arguments(model, tmp_path / "a", limit=1, arms="full"))[2]
+    monkeypatch.setattr(eval_watch, "LOG_SECONDS", 0.0)
+    code, _, err = call(*arguments(model, tmp_path / "b", limit=3, arms="full"))
+    assert code == 0 and re.search(r"note: 3 of 6 samples \| \d+ tok/s", err), err
+    assert "note: 6 of 6 samples |" in err
 
 
 def test_never_compressed_is_said(call: Call, model: Path, tmp_path: Path) -> None:
@@ -380,14 +418,15 @@ def test_data_from_a_file_without_a_chat_template(call: Call, plain: list[str]) 
         ({"arms": ","}, "arms is empty"),
         ({"budgets": "24,x"}, "must be whole numbers"),
         ({"budgets": "3"}, "give a budget of at least 4"),
-        ({"arms": "reasonalloc"}, "profile"),
-        ({"profile": "p.json"}, "has no effect with arms="),
+        ({"arms": "reasonalloc"}, "arm 'reasonalloc' reads a profile: add --profile FILE"),
+        ({"profile": "p.json"}, "profile 'p.json' cannot be read"),
         ({"protocol": "papre"}, "did you mean 'paper'"),
         ({"temperature": 0}, "would be the same text each time"),
         ({"data": "x.jsonl"}, "no effect with task chain"),
         ({"limit": 0}, "--limit"),
         ({"max_new_tokens": 5000}, "give --max-new-tokens 40"),
         ({"out": "/proc/none"}, "cannot be used"),
+        ({"out": os.devnull}, "is no folder: name one"),
         ({"device": "cuda:9"}, "is not available here"),
     ],
 )
@@ -409,14 +448,49 @@ def test_missing_extras(
     assert code == 2 and "pip install 'reasonalloc[ray]'" in err
 
 
+def test_files_that_do_not_fit_the_arms(call: Call, model: Path, tmp_path: Path) -> None:
+    profile, costs = model / "profile.json", model / "costs.json"
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(profile.read_bytes())
+    for arms, files, message in (
+        ("rkv", (profile,), "is a profile and has no effect with arms='rkv'"),
+        ("reasonalloc", (profile, costs), "is a cost profile and has no effect"),
+        ("best", (profile,), f"arm 'best' reads a cost profile, not '{profile}'"),
+        ("reasonalloc,best", (profile,), "arm 'best' reads a cost profile, not"),
+        ("reasonalloc", (profile, copy), "are both a profile: give one of each kind"),
+    ):
+        code, _, err = call(*arguments(model, tmp_path / "out", arms=arms, profile=files))
+        assert code == 2 and message in err, (arms, err)
+
+
 def test_a_grown_manifest_keeps_what_follows(tmp_path: Path) -> None:
     from reasonalloc.evaluation.records import ResultFile
 
     path = tmp_path / "results"
-    ResultFile(path, {"a": 1, "p": None}, late=("p",)).add({"x": 1}, {"x": 2})
-    ResultFile(path, {"a": 1, "p": 3}, late=("p",)).add({"x": 3})
-    kept = ResultFile(path, {"a": 1, "p": None}, keep=lambda r: {"y": r["x"]}, late=("p",))
+
+    def file(files: dict[str, int], **more: Any) -> ResultFile:
+        manifest = {"a": 1, "files": files, "note": files}
+        return ResultFile(path, manifest, grows=("files",), free=("note",), **more)
+
+    file({}).add({"x": 1}, {"x": 2})
+    file({"p": 3}).add({"x": 3})
+    kept = file({"q": 4}, keep=lambda r: {"y": r["x"]})
     assert kept.rows == [{"y": 1}, {"y": 2}, {"y": 3}]
-    assert json.loads(path.read_text().splitlines()[0]) == {"manifest": {"a": 1, "p": 3}}
-    with pytest.raises(UsageError, match="made with p=3, now it is 4"):
-        ResultFile(path, {"a": 1, "p": 4}, late=("p",))
+    both = {"p": 3, "q": 4}
+    first = {"manifest": {"a": 1, "files": both, "note": both}}
+    assert json.loads(path.read_text().splitlines()[0]) == first
+    with pytest.raises(UsageError, match="made with files of p=3, now it is 5"):
+        file({"p": 5})
+
+
+def test_the_code_is_part_of_the_manifest(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another state of the code may go on, and both are noted."""
+    small = {"limit": 1, "samples": 1, "arms": "rkv"}
+    assert call(*arguments(model, tmp_path, **small))[0] == 0
+    first = read(tmp_path)[0]["code"]
+    assert list(first.values()) == [__version__] and len(next(iter(first))) == 16
+    monkeypatch.setattr("reasonalloc.cli.eval_files.code_hash", lambda: "changed")
+    assert call(*arguments(model, tmp_path, **{**small, "limit": 2}))[0] == 0
+    assert read(tmp_path)[0]["code"] == {**first, "changed": __version__}

@@ -87,7 +87,10 @@ def test_mistakes_are_one_sentence(
 
 def dying(ray: Any) -> type[Any]:
     class Worker:
-        def __init__(self, arguments: Any, threads: Any) -> None: ...
+        def __init__(self, arguments: Any, threads: Any, folder: Any) -> None: ...
+
+        def check(self, jobs: Any, prompts: Any) -> None:
+            os._exit(1)
 
         def solve(self, chunk: Any) -> None:
             os._exit(1)
@@ -113,3 +116,13 @@ def test_a_chunk_that_kills_every_worker_ends_the_run(monkeypatch: pytest.Monkey
     ):
         list(workers.outcomes(deque([chunk])))
     assert died == [0, 0]
+
+
+def test_a_model_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_worker_class", dying)
+    nothing, observer = (None,) * 4, SimpleNamespace()
+    with (
+        cluster.Cluster(nothing, 1, None, observer) as workers,  # type: ignore[arg-type]
+        pytest.raises(UsageError, match="workers died 3 times while they loaded the model"),
+    ):
+        workers.check([], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -139,7 +140,7 @@ def test_the_wave_of_the_runs_profile(tmp_path: Path) -> None:
     curve = [9.0, 3.0, 5.0]
     path = tmp_path / "profile.json"
     Profile("m", "0" * 16, 0.93, 5, ["0" * 64], curve, curve, [curve]).save(path)
-    manifest = {**MANIFEST, "profile": str(path)}
+    manifest = {**MANIFEST, "profiles": {"profile": str(path)}}
     folder = write(tmp_path / "run", rows(), manifest)
     (group,) = results(load_groups([str(folder)]), None, False)["groups"]
     assert group["profile"]["mean"] == curve
@@ -234,6 +235,25 @@ def test_a_folder_that_may_not_be_written(
     monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != page and real(p, mode))
     code, _, err = call("report", folder)
     assert code == 2 and "may not be written" in err and page.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_old_page(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "run", rows(3, 1))
+    page = folder / "report.html"
+    page.write_text("old")
+    real = Path.write_text
+
+    def full(path: Path, text: str, **more: Any) -> int:
+        real(path, text[:100], **more)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = call("report", folder)
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert page.read_text() == "old"
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "samples.jsonl"]
 
 
 def test_ctrl_c(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

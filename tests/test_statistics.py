@@ -12,11 +12,16 @@ import pytest
 pytest.importorskip("scipy")
 
 import numpy
-from scipy.stats import ttest_1samp
+from scipy.stats import t, ttest_1samp
 
 from eval_folder import MANIFEST, made, row, rows, write
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.intervals import clustered_wilson, wilson
+from reasonalloc.evaluation.intervals import (
+    clustered_wilson,
+    mean_interval,
+    student_quantile,
+    wilson,
+)
 from reasonalloc.evaluation.paired import compare, holm, verdict
 from reasonalloc.evaluation.samples import load_groups
 from reasonalloc.evaluation.statistics import by_cell, pareto, pass_at_k, summarise
@@ -42,11 +47,18 @@ def test_one_sample_per_problem_gives_wilson() -> None:
     assert found.value == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 199, 1318])
+def test_students_quantile(freedom: int) -> None:
+    assert student_quantile(freedom) == pytest.approx(t.ppf(0.975, freedom))
+
+
 def test_samples_that_always_agree_count_once() -> None:
     once = clustered_wilson([1.0, 0.0, 0.0, 1.0, 0.0], 5)
     assert clustered_wilson([1.0, 0.0, 0.0, 1.0, 0.0], 40) == pytest.approx(once)
     assert clustered_wilson([0.5] * 5, 40) == pytest.approx(wilson(20, 40))
     assert clustered_wilson([1.0] * 5, 40) == pytest.approx(wilson(5, 5))
+    for share in (0.0, 1.0):
+        assert mean_interval([share] * 5, 40) == mean_interval([share] * 5, 5)
 
 
 @pytest.mark.parametrize(("problems", "samples"), [(10, 4), (30, 1), (30, 8), (100, 8)])
@@ -218,15 +230,22 @@ def test_what_must_not_be_mixed_is_kept_apart(tmp_path: Path) -> None:
 
 
 def test_profiles_are_kept_apart_and_other_machines_are_told(tmp_path: Path) -> None:
-    def folder(name: str, arm: str, **changes: str) -> str:
-        return str(write(tmp_path / name, rows(3, 1, arms=(arm,)), {**MANIFEST, **changes}))
+    def folder(name: str, arm: str, content: str = "", **changes: object) -> str:
+        files = {arm: content} if content else {}
+        manifest = {**MANIFEST, "arm_files": files, **changes}
+        return str(write(tmp_path / name, rows(3, 1, arms=(arm,)), manifest))
 
     plain = folder("a", "rkv", device="cuda")
-    first = folder("b", "reasonalloc", profile_hash="1")
-    second = folder("c", "reasonalloc", profile_hash="2")
-    (group,) = load_groups([plain, first])
+    first = folder("b", "reasonalloc", "1")
+    second = folder("c", "reasonalloc", "2")
+    third = folder("d", "best", "3")
+    other = folder("e", "reasonalloc", "4", model="another")
+    newer = folder("f", "random", code={"1": "0.1.0", "2": "0.1.0"})
+    (group,) = load_groups([plain, first, third])
     assert group.notices == ("the folders differ in device: cpu, cuda",)
     assert len(load_groups([first, second])) == 2
+    assert "the code changed" in load_groups([first, newer])[0].notices[-1]
+    assert [g.protocol.get("arm_files") for g in load_groups([first, other])] == [None, None]
 
 
 def test_samples_that_are_there_twice_count_once(tmp_path: Path) -> None:

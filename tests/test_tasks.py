@@ -48,6 +48,12 @@ def test_rows_of_every_task(name: str, expected: tuple[str, str, str], tmp_path:
     assert problem == Problem(expected[0], text + "\\boxed{}.", expected[2])
 
 
+def test_an_answer_in_degrees(tmp_path: Path) -> None:
+    row = {**ROWS["aime25"], "answer": "336^\\circ"}
+    (problem,) = TASKS.create("aime25").load(write(tmp_path / "data", row), None).chosen
+    assert TASKS.create("aime25").grade(problem, r"it is \boxed{336}").correct
+
+
 def test_limits_and_hashes(tmp_path: Path) -> None:
     rows = [{**ROWS["aime24"], "id": i} for i in range(5)]
     task = TASKS.create("aime24")
@@ -62,6 +68,9 @@ def test_limits_and_hashes(tmp_path: Path) -> None:
     ("name", "line", "message"),
     [
         ("gsm8k", {"question": "How much?", "answer": "1200"}, "no '####'"),
+        ("gsm8k", {"question": "How much?", "answer": "so #### many"}, "no '####'"),
+        ("aime24", {"problem": "How many?", "answer": "1000"}, "no whole number from 0 to 999"),
+        ("aime25", ROWS["gsm8k"], "no whole number from 0 to 999"),
         ("math500", {"problem": "Half?", "solution": "x"}, "it has no answer, only problem, sol"),
         ("math500", {"problem": " ", "answer": "1"}, "problem=' ' must be text"),
         ("aime24", "{", "no valid JSON"),
@@ -155,6 +164,19 @@ def mark(gold: str, completion: str) -> bool:
         (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}", True),
         (r"\text{Evelyn}", r"\boxed{\text{Bob}}", False),
         ("1200", r"\boxed{1,200}", True),
+        ("70000", r"\boxed{70\,000}", True),
+        ("1234567", r"\boxed{1{,}234{,}567 \text{ dollars}}", True),
+        (r"10,\!080", r"\boxed{10080}", True),
+        ("1200", r"\boxed{1,200.50}", False),
+        ("50", r"\boxed{50\%}", True),
+        (r"50\%", r"\boxed{0.5}", True),
+        (r"50\%", r"\boxed{5}", False),
+        (r"(-\infty,-2)\cup(3,\infty)", r"\boxed{(-\infty, -2) \cup (3, \infty)}", True),
+        (r"(-\infty,-2)\cup(3,\infty)", r"\boxed{(-\infty, -2] \cup (3, \infty)}", False),
+        (r"\text{(C)}", r"\boxed{C}", True),
+        ("1,-2", r"\boxed{-2,1}", True),
+        ("(3,5)", r"\boxed{(5,3)}", False),
+        ("73", r"\boxed{073}", True),
         ("18", r"\boxed{\$18}", True),
         ("2", r"first \boxed{3}, in the end \boxed{x = 2}", True),
         ("3", r"first \boxed{3}, in the end \boxed{2}", False),
@@ -166,6 +188,12 @@ def mark(gold: str, completion: str) -> bool:
 def test_marks(gold: str, answer: str, correct: bool) -> None:
     pytest.importorskip("math_verify")
     assert mark(gold, answer) is correct
+
+
+def test_the_gold_answer_comes_first() -> None:
+    """Math-verify takes an interval for an inequality that was asked for, and not the reverse."""
+    pytest.importorskip("math_verify")
+    assert mark("1 < x < 2", r"\boxed{(1,2)}") and not mark("(1,2)", r"\boxed{1 < x < 2}")
 
 
 def test_marks_from_threads() -> None:

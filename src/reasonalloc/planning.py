@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
@@ -27,6 +29,21 @@ def files_missing(arm: Arm) -> dict[str, str]:
         for name, part in _parts(arm).items()
         if getattr(part, "path", None) == ""
     }
+
+
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """What a calibrated file is, as ``files_missing`` says it; its reader finds out the rest.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError:
+        return "statistics"  # the only one that is no JSON
+    return "cost profile" if isinstance(data, dict) and data.get("kind") == "cost" else "profile"
 
 
 def _parts(arm: Arm) -> dict[str, Policy | LayerAllocator]:

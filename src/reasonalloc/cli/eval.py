@@ -46,7 +46,7 @@ def command(
     window: o.Window = 8,
     n_sink: o.Sinks = 0,
     protect_prompt: o.ProtectPrompt = False,
-    profile: o.ProfileFile = None,
+    profile: e.Profiles = None,
     batch_size: e.BatchSize = 8,
     device: e.Device = "auto",
     device_map: e.DeviceMap = None,
@@ -72,13 +72,24 @@ def command(
         "n_sink": n_sink,
         "protect_prompt": protect_prompt,
     }
-    jobs = _jobs(arms, budgets, profile, {**common, "seed": seed})
+    names = _arms(arms)
+    from reasonalloc.cli.eval_files import choose_files
+    from reasonalloc.evaluation.batch import Settings
+
+    files = choose_files(names, profile or [])
+    settings = Settings(
+        profile=files.get("profile"),
+        costs=files.get("cost profile"),
+        statistics=files.get("statistics"),
+        seed=seed,
+        **common,  # type: ignore[arg-type]
+    )
+    jobs = _jobs(names, budgets, settings)
     if kind.needs_math:
         from reasonalloc.evaluation.grading import require_math
 
         require_math()
     problems = kind.load(data, limit)
-    from reasonalloc.evaluation.batch import Settings
     from reasonalloc.evaluation.solver import ModelSpec
 
     spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan)
@@ -95,7 +106,8 @@ def command(
         rules=rules,
         protocol=protocol,
         spec=spec,
-        settings=Settings(profile=profile, seed=seed, **common),  # type: ignore[arg-type]
+        settings=settings,
+        files=files,
         batch=batch_size,
         workers=workers,
         ray_address=ray_address,
@@ -113,6 +125,7 @@ class _Plan:
     protocol: str
     spec: ModelSpec
     settings: Settings
+    files: dict[str, str]
     batch: int
     workers: int
     ray_address: str | None
@@ -129,11 +142,12 @@ class _Plan:
         return plan_chunks(self.jobs, chosen, samples, seed, self.batch, done)
 
     def manifest(self, facts: Facts) -> dict[str, Any]:
-        """What all samples of a folder share. Arms, budgets and the limit may grow."""
+        """What all samples of a folder share. Arms, budgets, samples and the limit may grow."""
         from importlib.metadata import version
 
+        from reasonalloc.cli import eval_files
+
         settings, sampling = self.settings, self.rules.sampling
-        profile = settings.profile
         found = {
             "kind": "eval",
             "task": self.task,
@@ -153,9 +167,10 @@ class _Plan:
             "window": settings.window,
             "n_sink": settings.n_sink,
             "protect_prompt": settings.protect_prompt,
-            "profile": None if profile is None else str(profile),
-            "profile_hash": o.files_digest([] if profile is None else [profile]),
+            "profiles": self.files,
+            "arm_files": eval_files.fingerprints(self.jobs, settings),
             "version": __version__,
+            "code": {eval_files.code_hash(): __version__},
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
@@ -164,32 +179,29 @@ class _Plan:
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
 
 
-def _jobs(arms: str, budgets: str, profile: str | None, common: dict[str, Any]) -> list[Job]:
-    from reasonalloc.config import CompressionConfig, parse_arm, preset_name
-    from reasonalloc.evaluation.batch import needs_profile
-    from reasonalloc.evaluation.runner import make_jobs
+def _arms(text: str) -> list[str]:
+    """Presets and arms, checked, none twice."""
+    from reasonalloc.config import parse_arm, preset_name
 
-    try:
-        sizes = list(dict.fromkeys(int(size) for size in budgets.split(",")))
-    except ValueError:
-        raise UsageError(f"budgets={budgets!r} must be whole numbers, as 128,256") from None
     names = []
-    for text in o.split_arms(arms):
-        arm = parse_arm(text)
-        names.append(text if arm is None else preset_name(arm))
+    for name in o.split_arms(text):
+        arm = parse_arm(name)
+        names.append(name if arm is None else preset_name(arm))
         if arm is not None:
             o.check_names(arm)
-            own = profile if needs_profile(names[-1]) else None
-            for size in sizes:
-                CompressionConfig(budget=size, arm=arm, profile=own, **common)
     if not names:
         raise UsageError("arms is empty: name at least one, as full,rkv")
-    if profile is not None and not any(needs_profile(name) for name in names):
-        raise UsageError(
-            f"profile={profile!r} has no effect with arms={arms!r}: add one that reads a file, "
-            "such as 'best' or 'reasonalloc', or leave it out"
-        )
-    return make_jobs(list(dict.fromkeys(names)), sizes)
+    return list(dict.fromkeys(names))
+
+
+def _jobs(names: list[str], budgets: str, settings: Settings) -> list[Job]:
+    from reasonalloc.evaluation.runner import make_jobs
+
+    jobs = make_jobs(names, list(dict.fromkeys(o.parse_budgets(budgets))))
+    for job in jobs:
+        if job.budget is not None:
+            settings.config(job)  # refuses a budget that cannot be
+    return jobs
 
 
 def _run(plan: _Plan, out: Path, as_json: bool) -> None:
@@ -245,7 +257,8 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
             )
             raise typer.Exit(130) from None
         _say_given_up(plan.kind)
-        report(plan.jobs, folder.rows, [problem.id for problem in chosen], plan.task, as_json)
+        ids = [problem.id for problem in chosen]
+        report(plan.jobs, folder.rows, ids, rules.samples, plan.task, as_json)
 
 
 def _say_given_up(kind: Task) -> None:

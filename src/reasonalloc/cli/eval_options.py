@@ -53,6 +53,15 @@ TopK = Annotated[
     _option("--top-k", panel=_SAMPLING, help="Replaces the protocol's; 0: all tokens."),
 ]
 Seed = Annotated[int, _option("--seed", panel=_SAMPLING, help="Of all samples.")]
+Profiles = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    _option(
+        "--profile",
+        panel="Budget",
+        metavar="FILE",
+        help="Calibrated file for the arms that read one; again for another kind of file.",
+    ),
+]
 BatchSize = Annotated[
     int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
 ]

@@ -7,26 +7,24 @@ from typing import Any
 
 from reasonalloc.cli import output
 from reasonalloc.evaluation.batch import Job
-from reasonalloc.evaluation.intervals import wilson
+from reasonalloc.evaluation.intervals import mean_interval
 
 
 def report(
     jobs: Sequence[Job],
     rows: Sequence[dict[str, Any]],
     problems: Sequence[str],
+    samples: int,
     task: str,
     as_json: bool,
 ) -> None:
-    """Print one line per job, over the problems that were asked for; say what never compressed."""
+    """Print one line per job, over the samples that were asked for; say what never compressed."""
     wanted = set(problems)
+    asked = [row for row in rows if row["problem"] in wanted and row["sample"] < samples]
     found = []
     for job in jobs:
-        own = [
-            row
-            for row in rows
-            if (row["arm"], row["budget"]) == (job.arm, job.budget) and row["problem"] in wanted
-        ]
-        found.append(_line(job, own))
+        key = job.arm, job.budget
+        found.append(_line(job, [row for row in asked if (row["arm"], row["budget"]) == key]))
     if as_json:
         output.print_json({"task": task, "problems": len(wanted), "results": found})
     else:
@@ -41,7 +39,10 @@ def report(
 
 def _line(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
     n, correct = len(rows), sum(row["correct"] for row in rows)
-    low, high = wilson(correct, n)
+    marks: dict[str, list[bool]] = {}
+    for row in rows:
+        marks.setdefault(row["problem"], []).append(row["correct"])
+    low, high = mean_interval([sum(own) / len(own) for own in marks.values()], n)
 
     def mean(name: str) -> float:
         return float(sum(row[name] for row in rows)) / n
@@ -84,7 +85,7 @@ def _show(found: list[dict[str, Any]], task: str, problems: int) -> None:
     heading = f"{task}, {problems} problems"
     console.print(output.grid([(t, t != "arm") for t in titles], cells, heading))
     console.print(
-        "pass@1 over all samples, 95 % Wilson interval (samples of one problem taken as "
-        "independent); cap hits: samples cut off at the token limit; means per sample: tokens, "
-        "events (compressions of a layer), KV bytes."
+        "pass@1: share of right samples (avg@n), 95 % Wilson interval, clustered by problem; cap "
+        "hits: samples cut off at the token limit; means per sample: tokens, events (compressions "
+        "of a layer), KV bytes. Paired comparisons: reasonalloc report."
     )

@@ -12,6 +12,9 @@ from rich.table import Column
 from reasonalloc.cli import output
 from reasonalloc.evaluation.solver import Chunk
 
+#: Between two lines where there is no terminal for a bar, such as the log of a batch job.
+LOG_SECONDS = 60.0
+
 
 class Watcher:
     """Shows progress on stderr; told by the runner.
@@ -36,14 +39,15 @@ class Watcher:
         )
         self._samples, self._max_new_tokens = 0, max_new_tokens
         self._task = self._progress.add_task("", info="")
-        self._began = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._done = self._tokens = 0
         self._now: dict[int, tuple[Chunk, int]] = {}
 
     @contextmanager
     def started(self, samples: int) -> Iterator[None]:
         """Inside, so many samples are taken and the progress is shown."""
-        self._samples, self._began = samples, time.monotonic()
+        self._samples = samples
+        self._began = self._logged = time.monotonic()
         self._progress.update(self._task, total=samples)
         with self._progress:
             yield
@@ -79,22 +83,32 @@ class Watcher:
     def _note(self, text: str) -> None:
         self._progress.console.print(f"note: {text}", markup=False, soft_wrap=True)
 
-    def _show(self) -> None:
+    def _completed(self) -> float:
+        """Samples; those under way count as if they went to the limit: time is never underrated."""
+        partial = sum(len(c.items) * s / self._max_new_tokens for c, s in self._now.values())
+        return self._done + partial
+
+    def _speed(self) -> list[str]:
+        """Tokens per second and the time left."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         tokens = self._tokens + sum(steps * len(c.items) for c, steps in self._now.values())
-        # A batch under way counts as if its samples went to the limit: time is never underrated.
-        partial = sum(len(c.items) * s / self._max_new_tokens for c, s in self._now.values())
-        info = [f"{tokens / seconds:.0f} tok/s"]
-        completed = self._done + partial
+        found, completed = [f"{tokens / seconds:.0f} tok/s"], self._completed()
         if completed > 0 and seconds > 1:
-            info.append(f"{_clock(seconds * (self._samples - completed) / completed)} left")
-        info.extend(f"{chunk.job}, {steps} tokens" for chunk, steps in self._now.values())
+            found.append(f"{_clock(seconds * (self._samples - completed) / completed)} left")
+        return found
+
+    def _show(self) -> None:
+        jobs = [f"{chunk.job}, {steps} tokens" for chunk, steps in self._now.values()]
         self._progress.update(
             self._task,
             description=f"{self._done} of {self._samples} samples",
-            completed=min(completed, self._samples),
-            info=" | ".join(info),
+            completed=min(self._completed(), self._samples),
+            info=" | ".join([*self._speed(), *jobs]),
         )
+        now = time.monotonic()
+        if not self._progress.console.is_terminal and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            self._note(f"{self._done} of {self._samples} samples | {' | '.join(self._speed())}")
 
 
 def _clock(seconds: float) -> str:

@@ -19,9 +19,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from reasonalloc.config import RecordLevel, parse_arm
+from reasonalloc.config import CompressionConfig, RecordLevel, parse_arm
+from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling
-from reasonalloc.integrations.hf import Attachment, attach
+from reasonalloc.integrations.hf import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.planning import files_missing
@@ -56,7 +57,7 @@ class Settings:
         interval: generated tokens between two compressions.
         window: most recent tokens that are always kept.
         profile: calibrated file for arms that read one.
-        costs: cost profile for arms that read one, if ``profile`` is of another kind.
+        costs, statistics: files of these kinds, if ``profile`` is of another one.
         record: what the recorder keeps of every compression.
         max_new_tokens: bound of generated tokens; None: the task's own.
         n_sink: first tokens that are always kept.
@@ -73,6 +74,26 @@ class Settings:
     n_sink: int = 0
     protect_prompt: bool = False
     seed: int = 0
+    statistics: str | os.PathLike[str] | None = None
+
+    def config(self, job: Job) -> CompressionConfig:
+        """Settings of the cache for a job that has a budget."""
+        arm = parse_arm(job.arm)
+        if arm is None:
+            raise UsageError(f"arm {job.arm!r} has no budget")
+        files = {"cost profile": self.costs, "statistics": self.statistics}
+        read = [files.get(kind) or self.profile for kind in files_missing(arm).values()]
+        return CompressionConfig(
+            budget=job.budget or 0,
+            arm=arm,
+            interval=self.interval,
+            window=self.window,
+            n_sink=self.n_sink,
+            protect_prompt=self.protect_prompt,
+            seed=self.seed,
+            profile=read[0] if read else None,
+            record=self.record,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,18 +207,7 @@ def solve(
 
 def attach_job(model: Any, job: Job, settings: Settings) -> Attachment:
     """``attach`` for a job that has a budget."""
-    return attach(
-        model,
-        budget=job.budget or 0,
-        arm=job.arm,
-        interval=settings.interval,
-        window=settings.window,
-        n_sink=settings.n_sink,
-        protect_prompt=settings.protect_prompt,
-        seed=settings.seed,
-        profile=_file_of(job.arm, settings),
-        record=settings.record,
-    )
+    return attach_config(model, settings.config(job))
 
 
 def check_jobs(model: Any, jobs: Sequence[Job], settings: Settings) -> None:
@@ -210,20 +220,6 @@ def check_jobs(model: Any, jobs: Sequence[Job], settings: Settings) -> None:
         if job.budget is not None:
             with attach_job(model, job, settings):
                 pass
-
-
-def _file_of(arm: str, settings: Settings) -> str | os.PathLike[str] | None:
-    parsed = parse_arm(arm)
-    kinds = set() if parsed is None else set(files_missing(parsed).values())
-    if kinds == {"cost profile"} and settings.costs is not None:
-        return settings.costs
-    return settings.profile if kinds else None
-
-
-def needs_profile(arm: str) -> bool:
-    """Whether a part of an arm reads a calibrated file that is given apart."""
-    parsed = parse_arm(arm)
-    return parsed is not None and bool(files_missing(parsed))
 
 
 def pad_token(model: Any) -> int:

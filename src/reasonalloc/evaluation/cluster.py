@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +71,20 @@ class Cluster:
         self._ray.shutdown()  # ends our workers, and the cluster if it is a private one
 
     def check(self, jobs: Sequence[Job], prompts: Sequence[str]) -> Facts:
-        """See ``Solver.check``; one worker answers for all."""
-        found: Facts = self._result(self._actors[0].check.remote(list(jobs), list(prompts)))
-        return found
+        """See ``Solver.check``; one worker answers for all.
+
+        Raises:
+            UsageError: as there, or workers die while they load the model.
+        """
+        for _ in range(_TRIES):
+            try:
+                found: Facts = self._result(self._actors[0].check.remote(list(jobs), list(prompts)))
+            except self._ray.exceptions.RayActorError as error:
+                reason = _line(error)
+                self._actors[0] = self._spawn()
+            else:
+                return found
+        raise UsageError(f"workers died {_TRIES} times while they loaded the model: {reason}")
 
     def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
         """See ``Executor``."""
@@ -114,8 +127,12 @@ class Cluster:
                 logging_level="ERROR",
             )
         except Exception as error:  # of many kinds
-            where = "on this machine" if address is None else f"at ray_address={address!r}"
-            raise UsageError(f"Ray cannot be started {where}: {_line(error)}") from None
+            if address is None:
+                raise UsageError(f"Ray cannot be started on this machine: {_line(error)}") from None
+            raise UsageError(
+                f"there is no way into the cluster at ray_address={address!r}: {_line(error)} (if "
+                "it wants a token, set RAY_AUTH_MODE=token)"
+            ) from None
 
     def _share(self, workers: int) -> dict[str, Any]:
         """What each worker takes: a GPU where there are any, else a share of the CPUs."""
@@ -132,7 +149,7 @@ class Cluster:
         """A worker; its first call loads the model."""
         threads = None if "num_gpus" in self._options else self._options["num_cpus"]
         remote = self._ray.remote(concurrency_groups={"watch": 1})(_worker_class(self._ray))
-        return remote.options(**self._options).remote(self._arguments, threads)
+        return remote.options(**self._options).remote(self._arguments, threads, str(Path.cwd()))
 
     def _result(self, reference: Any) -> Any:
         """The worker's result; its mistakes as they were there, without Ray's trace."""
@@ -168,7 +185,10 @@ def _worker_class(ray: Any) -> type[Any]:
     class Worker:
         """A ``Solver`` that loads on its first call and tells how far it is."""
 
-        def __init__(self, arguments: Any, threads: int | None) -> None:
+        def __init__(self, arguments: Any, threads: int | None, folder: str) -> None:
+            # A cluster's workers start where the cluster was started: paths mean ours.
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
             self._arguments, self._threads = arguments, threads
             self._solver: Any = None
             self._steps = 0

@@ -43,6 +43,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._samples: ResultFile | None = None
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"out={str(path)!r} is no folder: name one, old or new")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -81,7 +83,8 @@ class RunFolder:
             self.path / SAMPLES,
             manifest,
             keep=lambda row: {name: row[name] for name in _KEPT},
-            late=("profile", "profile_hash"),
+            grows=("arm_files",),
+            free=("code", "profiles", "samples"),
         )
         self._trim_events()
 

@@ -66,6 +66,47 @@ def clustered_wilson(shares: Sequence[float], trials: int, z: float = Z95) -> tu
     return wilson(min(mean * effective, effective), effective, z)
 
 
+def mean_interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
+    """95 % interval of the mean of per-cluster shares: ``clustered_wilson``.
+
+    With Student's t where a variance between clusters was estimated, else the normal quantile: no
+    more trials of clusters that all succeed or all fail may widen an interval.
+
+    Args:
+        shares: one number in [0, 1] per cluster.
+        trials: all trials together.
+    """
+    estimated = trials > len(shares) > 1 and 0 < math.fsum(shares) < len(shares)
+    quantile = student_quantile(len(shares) - 1) if estimated else Z95
+    return clustered_wilson(shares, trials, quantile)
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t with so many degrees of freedom, at least 1.
+
+    Bisection of the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+
+    def inside(value: float) -> float:
+        """Chance that |t| is below ``value``."""
+        angle = math.atan(value / math.sqrt(freedom))
+        step = math.cos(angle) ** 2
+        odd = freedom % 2
+        term = math.cos(angle) if odd else 1.0
+        terms = [term] if freedom > 1 else []
+        for index in range(3 if odd else 2, freedom - 1, 2):
+            term *= step * (index - 1) / index
+            terms.append(term)
+        series = math.sin(angle) * math.fsum(terms)
+        return 2 / math.pi * (angle + series) if odd else series
+
+    low, high = Z95, 13.0  # of 1 degree of freedom: 12.71
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
 def bootstrap_ratio(
     sums: list[float], counts: list[float], draws: int = 4000, seed: int = 0
 ) -> tuple[float, float]:

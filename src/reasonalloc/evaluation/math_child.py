@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
+
+#: A space in front of three digits: ``70\,000`` is 70000, which math-verify takes for a product.
+_THOUSANDS = re.compile(r"(?<=\d)\\[,:;! ](?=\d{3}(?!\d))")
 
 
 def _equal() -> Callable[[str, str], bool]:
@@ -20,7 +24,8 @@ def _equal() -> Callable[[str, str], bool]:
     configs = [LatexExtractionConfig(), ExprExtractionConfig()]
 
     def read(text: str) -> Any:
-        return parse(f"${text.strip().strip('$')}$", extraction_config=configs)
+        plain = _THOUSANDS.sub("", text.strip().strip("$"))
+        return parse(f"${plain}$", extraction_config=configs)
 
     return lambda gold, answer: bool(verify(read(gold), read(answer)))
 

@@ -23,7 +23,8 @@ class ResultFile:
         path: the file; made if it is not there.
         manifest: the settings that all results share, JSON values only.
         keep: what is held in memory of each row, in ``rows``; None: all of it.
-        late: settings that may be None at first and be given later, not the other way round.
+        grows: settings that are objects whose entries may be added and not changed.
+        free: settings that may change: the latest stays, of an object every entry's latest.
 
     Raises:
         UsageError: the file cannot be used; names the setting that differs.
@@ -34,9 +35,11 @@ class ResultFile:
         path: Path,
         manifest: Row,
         keep: Callable[[Row], Row] | None = None,
-        late: Collection[str] = (),
+        grows: Collection[str] = (),
+        free: Collection[str] = (),
     ) -> None:
-        self._path, self._keep, self._late = path, keep or _whole, late
+        self._path, self._keep = path, keep or _whole
+        self._grows, self._free = grows, free
         self.rows: list[Row] = []
         manifest = json.loads(json.dumps(manifest))
         try:
@@ -79,14 +82,26 @@ class ResultFile:
         return first, end
 
     def _merge(self, found: Row, manifest: Row) -> Row:
+        merged = dict(found)
         for name in sorted({*found, *manifest}):
             old, new = found.get(name), manifest.get(name)
-            if old != new and not (name in self._late and (old is None or new is None)):
-                raise UsageError(
-                    f"out={str(self._path)!r} was made with {name}={old!r}, now it is {new!r}: "
-                    "give another file, or the same settings"
-                )
-        return {**found, **{name: value for name, value in manifest.items() if value is not None}}
+            if isinstance(old, dict) and isinstance(new, dict):
+                merged[name] = old | new
+            else:
+                merged[name] = new
+            if name in self._grows and isinstance(old, dict) and isinstance(new, dict):
+                for entry in sorted(old.keys() & new.keys()):
+                    self._check(f"{name} of {entry}", old[entry], new[entry])
+            elif name not in self._free:
+                self._check(name, old, new)
+        return merged
+
+    def _check(self, name: str, old: Any, new: Any) -> None:
+        if old != new:
+            raise UsageError(
+                f"out={str(self._path)!r} was made with {name}={old!r}, now it is {new!r}: "
+                "give another file, or the same settings"
+            )
 
     def _begin(self, manifest: Row, skip: int) -> None:
         """Write a first line; what follows the old one of ``skip`` bytes stays."""

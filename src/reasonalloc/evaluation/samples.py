@@ -14,7 +14,7 @@ SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
 # What may differ between folders whose samples still answer the same question; versions and
 # devices change a sample by rounding at most, but it is said when they differ.
 _SAID = ("version", "torch", "transformers", "math_verify", "device")
-_NO_PROTOCOL = frozenset(("samples", "profile", "profile_hash", *_SAID))
+_NO_PROTOCOL = frozenset(("samples", "profiles", "arm_files", "code", *_SAID))
 _WHOLE = [
     "sample",
     "prompt_tokens",
@@ -99,19 +99,33 @@ def load_groups(folders: Sequence[str]) -> list[Group]:
     titles: dict[str, tuple[str, str, dict[str, Any]]] = {}
     paths = {Path(name).expanduser().resolve(): name for name in reversed(folders)}
     read = [(Path(n).expanduser(), *_read(n, Path(n).expanduser())) for n in paths.values()]
-    # A folder without a profile has no arm that depends on one, so it goes with any single one.
-    hashes = {manifest.get("profile_hash") for _, manifest, _, _ in read} - {None}
+    contents: dict[tuple[str, str], set[str]] = {}
+    for _, manifest, _, _ in read:
+        for arm, content in _arm_files(manifest).items():
+            contents.setdefault((_model(manifest), arm), set()).add(content)
     for folder, manifest, tasks, cut in reversed(read):
-        model = str(manifest.get("model", "unknown model"))
+        model = _model(manifest)
         rest = {k: v for k, v in manifest.items() if k not in _NO_PROTOCOL}
         protocol = {k: v for k, v in rest.items() if k not in ("model", "task")}
-        if len(hashes) > 1:
-            protocol["profile_hash"] = manifest.get("profile_hash")
+        # An arm that read another file is another arm.
+        files = _arm_files(manifest)
+        if any(len(seen) > 1 for (name, _), seen in contents.items() if name == model):
+            protocol["arm_files"] = {a: f for a, f in files.items() if len(contents[model, a]) > 1}
         for task, samples in tasks.items():
             key = json.dumps([model, task, protocol], sort_keys=True)
             titles[key] = (model, task, protocol)
             found.setdefault(key, []).append((folder, manifest, samples, cut))
     return [_group(*titles[key], parts) for key, parts in found.items()]
+
+
+def _model(manifest: dict[str, Any]) -> str:
+    return str(manifest.get("model", "unknown model"))
+
+
+def _arm_files(manifest: dict[str, Any]) -> dict[str, str]:
+    """Fingerprints of the calibrated files that arms read."""
+    found = manifest.get("arm_files")
+    return found if isinstance(found, dict) else {}
 
 
 def _group(
@@ -135,6 +149,8 @@ def _group(
     for name in _SAID:
         if len(values := {str(part[1].get(name)) for part in parts}) > 1:
             notices.append(f"the folders differ in {name}: {', '.join(sorted(values))}")
+    if len({code for part in parts for code in part[1].get("code", ())}) > 1:
+        notices.append("the code changed between samples (see code in the settings)")
     return Group(
         model=model,
         task=task,

@@ -291,4 +291,5 @@ def _is_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "defaultcpuallocator" in text
+    signs = ("out of memory", "defaultcpuallocator", "status_alloc_failed")  # torch's, cuBLAS's
+    return any(sign in text for sign in signs)

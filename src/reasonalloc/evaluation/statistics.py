@@ -1,7 +1,6 @@
 """What samples say about each arm: pass@k with intervals, tokens, bytes, speed.
 
-Samples of one problem are not independent, so everything is clustered by problem. Needs scipy
-(extra ``report``).
+Samples of one problem are not independent, so everything is clustered by problem.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reasonalloc.evaluation.intervals import Z95, bootstrap_ratio, clustered_wilson
+from reasonalloc.evaluation.intervals import bootstrap_ratio, mean_interval
 from reasonalloc.evaluation.samples import Sample
 
 ALPHA = 0.05
@@ -97,15 +96,6 @@ def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Samp
     return found
 
 
-def _quantile(clusters: int, trials: int) -> float:
-    """Student's t where a variance between problems was estimated, else the normal's."""
-    if trials == clusters or clusters < 2:
-        return Z95
-    from scipy.stats import t
-
-    return float(t.ppf(1 - ALPHA / 2, clusters - 1))
-
-
 def summarise(samples: Sequence[Sample]) -> Cell:
     """Numbers of one arm at one budget.
 
@@ -117,12 +107,11 @@ def summarise(samples: Sequence[Sample]) -> Cell:
         raise ValueError("no samples")
     counts = [len(p) for p in problems]
     right = [sum(s.correct for s in p) for p in problems]
-    quantile = _quantile(len(problems), len(samples))
     estimates = {}
     for k in (k for k in KS if k <= min(counts)):
         shares = [pass_at_k(n, c, k) for n, c in zip(counts, right, strict=True)]
-        low, high = clustered_wilson(shares, len(samples), quantile)
-        estimates[k] = Estimate(math.fsum(shares) / len(shares), low, high)
+        interval = mean_interval(shares, len(samples))
+        estimates[k] = Estimate(math.fsum(shares) / len(shares), *interval)
     lengths = [float(sum(s.completion_tokens for s in p)) for p in problems]
     seconds = math.fsum(s.seconds / s.batch for s in samples)
     peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]

@@ -75,7 +75,7 @@ function drawBudget(group) {
     const cells = group.cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
     return armTrace(group, arm, index, cells, cells.map((c) => c.budget * shift(index)));
   });
-  const plan = layout("budget (tokens per layer and KV head)", "right answers (%)", { shapes: [] });
+  const plan = layout(narrow() ? "budget (tokens per KV head)" : "budget (tokens per layer and KV head)", "right answers (%)", { shapes: [] });
   const full = group.cells.find((c) => c.budget === null);
   if (full) {
     const edge = { xref: "paper", x0: 0, x1: 1 };
@@ -97,7 +97,10 @@ function drawBudget(group) {
     });
   }
   const shown = budgets.length > 5 && narrow() ? budgets.filter((_, i) => i % 2 === 0) : budgets;
-  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map(String) });
+  // Points that stand side by side around one budget must not fill the axis.
+  const pad = Math.max(0.08 * Math.log10(budgets[budgets.length - 1] / budgets[0]), budgets.length > 1 ? 0.1 : 0.3);
+  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map(String),
+    range: [Math.log10(budgets[0]) - pad, Math.log10(budgets[budgets.length - 1]) + pad] });
   accuracyAxis(plan, group.cells, extra);
   draw(`by-budget-${group.id}`, traces, plan);
 }
@@ -110,8 +113,8 @@ function drawFront(group, id, xOf, onFront, xTitle, text) {
   }
   const traces = [];
   const front = cells.filter(onFront).sort((a, b) => xOf(a) - xOf(b));
-  traces.push({ name: "Pareto front", type: "scatter", mode: "lines", x: front.map(xOf), y: front.map((c) => 100 * c.accuracy),
-    line: { color: css("--accent"), width: 6 }, opacity: 0.35, hoverinfo: "skip" });
+  traces.push({ name: "Pareto front", type: "scatter", mode: "lines+markers", x: front.map(xOf), y: front.map((c) => 100 * c.accuracy),
+    line: { color: css("--accent"), width: 6 }, marker: { color: css("--accent"), size: 18 }, opacity: 0.35, hoverinfo: "skip" });
   armsWithBudget(group).forEach((arm, index) => {
     const own = cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
     if (own.length) traces.push(armTrace(group, arm, index, own, own.map(xOf)));
@@ -173,9 +176,10 @@ function drawProblems(group) {
   const z = cells.map((_, i) => problems.map((p) => (p.counts[i][1] ? p.counts[i][0] / p.counts[i][1] : null)));
   const text = cells.map((cell, i) => problems.map((p) => `${name(cell)}<br>problem ${p.id}: ${p.counts[i][0]} of ${p.counts[i][1]} right`));
   const plan = layout("problems", "", { margin: { l: 44, r: 8, t: 8, b: 44 } });
-  Object.assign(plan.xaxis, { showticklabels: false, showgrid: false });
+  Object.assign(plan.xaxis, { showticklabels: false, ticks: "", showgrid: false });
   Object.assign(plan.yaxis, { autorange: "reversed", showgrid: false, tickvals: cells.map((_, i) => i), ticktext: labels });
-  const gap = problems.length < 120 ? 1 : 0;
+  // A gap as wide as a cell would leave nothing of it.
+  const gap = byId(`problems-${group.id}`).clientWidth > 170 + 5 * problems.length ? 1 : 0;
   draw(`problems-${group.id}`, [{
     type: "heatmap", z, text, hovertemplate: "%{text}<extra></extra>", zmin: 0, zmax: 1, xgap: gap, ygap: 1,
     colorscale: [[0, dark.matches ? "#3a2b2b" : "#f2d9d5"], [1, dark.matches ? "#3fa55f" : "#1d6f3a"]],
@@ -248,9 +252,12 @@ function setUp(group) {
   at("right").value = `${Math.max(other, 0)}`;
   for (const what of ["problem", "left", "right"]) at(what).addEventListener("change", () => showProblem(group));
   if (group.heads) {
-    // Equal budgets make a dull picture: start with a run that divides them.
-    const uneven = group.heads.runs.findIndex((run) => new Set(run.budgets[run.budgets.length - 1].flat()).size > 2);
-    at("run").value = `${Math.max(uneven, 0)}`;
+    // Equal budgets make a dull picture: start with a run that divides them among heads, or else among layers.
+    const { runs } = group.heads;
+    const last = (run) => run.budgets[run.budgets.length - 1];
+    const heads = runs.findIndex((run) => last(run).some((layer) => layer && Math.max(...layer) > Math.min(...layer) + 1));
+    const layers = runs.findIndex((run) => new Set(last(run).flat()).size > 2);
+    at("run").value = `${[heads, layers, 0].find((index) => index >= 0)}`;
     at("run").addEventListener("change", () => drawHeads(group));
   }
   showProblem(group);

@@ -183,7 +183,8 @@ def _settings(protocol: dict[str, Any]) -> list[list[str]]:
 def _profile(group: Group) -> tuple[dict[str, Any] | None, list[str]]:
     """The wave of the first profile file that a manifest names and that is still there."""
     for manifest in group.manifests:
-        name = manifest.get("profile")
+        files = manifest.get("profiles")
+        name = files.get("profile") if isinstance(files, dict) else None
         if not isinstance(name, str) or not Path(name).is_file():
             continue
         try:
