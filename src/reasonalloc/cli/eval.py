@@ -48,6 +48,7 @@ def command(
     protect_prompt: o.ProtectPrompt = False,
     profile: e.Profiles = None,
     batch_size: e.BatchSize = 8,
+    engine: e.Engine = "transformers",
     device: e.Device = "auto",
     device_map: e.DeviceMap = None,
     tp_plan: e.TpPlan = None,
@@ -92,7 +93,8 @@ def command(
     problems = kind.load(data, limit)
     from reasonalloc.evaluation.solver import ModelSpec
 
-    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan)
+    spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan, engine)
+    _check_engine(spec, workers, ray_address, protect_prompt)
     if tp_plan is not None and (workers > 1 or ray_address is not None):
         raise UsageError(
             f"tp_plan={tp_plan!r} divides one model among the processes of a torchrun, workers and "
@@ -139,7 +141,10 @@ class _Plan:
         from reasonalloc.evaluation.runner import plan_chunks
 
         chosen, samples, seed = self.problems.chosen, self.rules.samples, self.settings.seed
-        return plan_chunks(self.jobs, chosen, samples, seed, self.batch, done)
+        chunks = plan_chunks(self.jobs, chosen, samples, seed, self.batch, done)
+        if self.spec.engine == "vllm":  # an engine has one budget: job after job
+            chunks.sort(key=lambda chunk: self.jobs.index(chunk.job))
+        return chunks
 
     def manifest(self, facts: Facts) -> dict[str, Any]:
         """What all samples of a folder share. Arms, budgets, samples and the limit may grow."""
@@ -174,9 +179,43 @@ class _Plan:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
+        if self.spec.engine == "vllm":
+            from reasonalloc.integrations.vllm.patches import version as vllm_version
+
+            found |= {"engine": "vllm", "vllm": vllm_version()}
         if self.spec.tp_plan is not None:  # heads trade tokens inside a process only
             found["tp_size"] = int(os.environ["WORLD_SIZE"])
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
+
+
+def _check_engine(
+    spec: ModelSpec, workers: int, ray_address: str | None, protect_prompt: bool
+) -> None:
+    """Refuse what goes with one engine only."""
+    from reasonalloc.errors import unknown_name
+
+    if spec.engine == "transformers":
+        return
+    if spec.engine != "vllm":
+        raise unknown_name("engine", spec.engine, ("transformers", "vllm"))
+    given = {
+        "--device": spec.device != "auto",
+        "--device-map": spec.device_map is not None,
+        "--tp-plan": spec.tp_plan is not None,
+        "--workers": workers > 1,
+        "--ray-address": ray_address is not None,
+        "--protect-prompt": protect_prompt,
+    }
+    for name, there in given.items():
+        if there:
+            raise UsageError(f"{name} cannot be used with --engine vllm yet: leave it out")
+    if spec.name.endswith(".gguf"):
+        raise UsageError(
+            f"model={spec.name!r}: --engine vllm takes a hub name or a folder, no .gguf file"
+        )
+    from reasonalloc.evaluation.vllm_solver import require_vllm
+
+    require_vllm()
 
 
 def _arms(text: str) -> list[str]:
@@ -232,6 +271,13 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
                     Cluster(arguments, plan.workers, plan.ray_address, watcher)
                 )
                 facts = executor.check(plan.jobs, prompts)
+            elif plan.spec.engine == "vllm":
+                from reasonalloc.evaluation.vllm_solver import VllmSolver
+
+                engines = VllmSolver(*arguments)
+                stack.callback(engines.close)
+                executor = InProcess(engines, watcher)
+                facts = engines.check(plan.jobs, prompts)
             else:
                 solver = Solver(*arguments)
                 executor = (Leader if plan.spec.tp_plan else InProcess)(solver, watcher)

@@ -65,6 +65,9 @@ Profiles = Annotated[
 BatchSize = Annotated[
     int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
 ]
+Engine = Annotated[
+    str, _option("--engine", panel=_SCALE, help="transformers, or vllm: one engine per arm.")
+]
 Device = Annotated[str, _option("--device", panel=_SCALE, help="auto, cpu, cuda, cuda:1, mps.")]
 DeviceMap = Annotated[
     Optional[str],  # noqa: UP045

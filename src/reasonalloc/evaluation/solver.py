@@ -31,6 +31,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     device_map: str | None = None
     tp_plan: str | None = None
+    engine: str = "transformers"
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,7 @@ class Solver:
         """
         for job in jobs:
             self._plan(job)
-        model, template = self._model, getattr(self._tokenizer, "chat_template", None)
-        device = model.device
-        return Facts(
-            config_hash=config_hash(text_config(model).to_dict()),
-            weights_hash=weights_hash(model),
-            template_hash=None if not template else _hash(str(template).encode()),
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            longest=max(len(self._encode(prompt)) for prompt in prompts),
-            positions=getattr(text_config(model), "max_position_embeddings", None),
-        )
+        return model_facts(self._model, self._tokenizer, prompts)
 
     def solve(self, chunk: Chunk, watch: Watch) -> Outcome:
         """Complete a chunk in one batch.
@@ -153,7 +144,7 @@ class Solver:
             UsageError: a prompt that cannot be encoded, or does not fit into the budget.
             Stopped: ``watch`` returned False.
         """
-        prompts = [self._encode(item.prompt) for item in chunk.items]
+        prompts = [encode(self._tokenizer, item.prompt) for item in chunk.items]
         record = chunk.record and chunk.job.budget is not None
         try:
             with quiet(), warnings.catch_warnings():
@@ -181,18 +172,6 @@ class Solver:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Outcome(None, [], reason)
-
-    def _encode(self, prompt: str) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            ids: list[int] = self._tokenizer(prompt + "\n")["input_ids"]
-            return ids
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )
-        except Exception as error:  # templates are programs and raise what they like
-            raise UsageError(f"the model's chat template refuses a prompt: {error}") from error
-        return list(encoded["input_ids"])
 
     def _plan(self, job: Job) -> MemoryPlan:
         """Memory of one sequence; the layers' totals."""
@@ -264,6 +243,38 @@ class Solver:
             for event in result.events
             if event.step - padding in own[event.layer]
         ]
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a problem, in the model's chat template if it has one.
+
+    Raises:
+        UsageError: the template refuses it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        ids: list[int] = tokenizer(prompt + "\n")["input_ids"]
+        return ids
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:  # templates are programs and raise what they like
+        raise UsageError(f"the model's chat template refuses a prompt: {error}") from error
+    return list(encoded["input_ids"])
+
+
+def model_facts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Facts:
+    """What a loaded model is, and the longest of the prompts."""
+    template, device = getattr(tokenizer, "chat_template", None), model.device
+    return Facts(
+        config_hash=config_hash(text_config(model).to_dict()),
+        weights_hash=weights_hash(model),
+        template_hash=None if not template else _hash(str(template).encode()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        longest=max(len(encode(tokenizer, prompt)) for prompt in prompts),
+        positions=getattr(text_config(model), "max_position_embeddings", None),
+    )
 
 
 def weights_hash(model: Any) -> str:

@@ -214,13 +214,13 @@ def apply_patches() -> None:
     global _broken
     _ENGINE.apply()
     try:
-        checks.check_version(importlib.metadata.version(distribution()))
+        checks.check_version(version())
         for patch in PATCHES:
             patch.apply()
     except UnsupportedError as error:
         _broken = error
 
 
-def distribution() -> str:
-    """The name under which vLLM is installed."""
-    return importlib.metadata.packages_distributions()["vllm"][0]
+def version() -> str:
+    """The version of vLLM, under whatever name it is installed."""
+    return importlib.metadata.version(importlib.metadata.packages_distributions()["vllm"][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reasonalloc.config import Arm, CompressionConfig, parse_arm
@@ -58,3 +59,13 @@ def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:
         raise UsageError(f"{owner}: arm and {next(iter(parts))} are both given: give one of them")
     arm = parse_arm(given["arm"])
     return None if arm is None else CompressionConfig(arm=arm, **plain)
+
+
+def as_json(config: CompressionConfig) -> dict[str, Any]:
+    """What ``find_settings`` reads back as these settings, from any folder."""
+    arm = config.arm
+    found = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
+    found |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
+    if config.profile is not None:
+        found["profile"] = str(Path(config.profile).resolve())
+    return found

@@ -1,0 +1,83 @@
+"""``reasonalloc eval --engine vllm``: the same files and, greedily, the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reasonalloc.cli.main import main
+
+pytest.importorskip("math_verify")
+
+JOBS = ["--arms", "full,rkv,rkv/uniform/reasonalloc", "--budgets", "32"]
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    path = tmp_path / "problems.jsonl"
+    rows = [
+        {
+            "question": " ".join(f"w{(7 * i + j) % 50}" for j in range(20 + 30 * i)),
+            "answer": "#### 1",
+        }
+        for i in range(3)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(folder: Path, problems: Path, out: Path, *more: str) -> int:
+    task = ["--task", "gsm8k", "--data", str(problems), "--protocol", "greedy"]
+    sizes = ["--max-new-tokens", "120", "--interval", "16", "--batch-size", "2"]
+    return main(["eval", str(folder), *task, *sizes, *JOBS, "--out", str(out), *more])
+
+
+def rows(out: Path) -> dict[Any, dict[str, Any]]:
+    lines = (out / "samples.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return {(r["arm"], r["budget"], r["problem"], r["sample"]): r for r in found}
+
+
+def test_greedy_samples_equal_those_of_transformers(
+    folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert evaluate(folder, problems, tmp_path / "hf") == 0
+    out = tmp_path / "vllm"
+    assert evaluate(folder, problems, out, "--engine", "vllm", "--limit", "2") == 0
+    assert evaluate(folder, problems, out, "--engine", "vllm") == 0  # goes on
+    expected, found = rows(tmp_path / "hf"), rows(out)
+    assert set(found) == set(expected)
+    assert len(found) == 9
+    same = ("completion", "completion_tokens", "prompt_tokens", "finish", "seed", "compressions")
+    for name, row in expected.items():
+        assert {k: found[name][k] for k in same} == {k: row[k] for k in same}, name
+        assert (found[name]["compressions"] > 0) == (name[1] is not None)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["engine"] == "vllm"
+    assert manifest["vllm"].startswith("0.32")
+    assert evaluate(folder, problems, out) == 2  # another engine's samples are not mixed in
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--device-map", "auto"], "--device-map cannot be used with --engine vllm"),
+        (["--workers", "2"], "--workers cannot be used"),
+        (["--protect-prompt"], "--protect-prompt cannot be used"),
+        (["--arms", "h2o"], "looks at the attention"),
+    ],
+)
+def test_refused(
+    folder: Path,
+    problems: Path,
+    tmp_path: Path,
+    more: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate(folder, problems, tmp_path / "out", "--engine", "vllm", *more) == 2
+    assert says in capsys.readouterr().err
