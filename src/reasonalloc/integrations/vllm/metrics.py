@@ -28,7 +28,7 @@ _COUNTERS = {
 }
 
 
-class BudgetMetrics(AggregateStatLoggerBase):  # type: ignore[misc]
+class BudgetMetrics(AggregateStatLoggerBase):
     """Entry point of ``vllm.stat_logger_plugins``; does nothing for an engine without a budget."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
