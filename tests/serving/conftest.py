@@ -1,0 +1,82 @@
+"""Engines for the tests that need vLLM; without it nothing here is collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reasonalloc
+from tiny_folder import save_tiny
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+# In this process, so that tests can look into scheduler and worker.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    HF_HUB_OFFLINE="1",
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama whose heads are as wide as vLLM's kernels want them, with a tokenizer."""
+    shape = {"hidden_size": 96, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 32}
+    return save_tiny(tmp_path_factory.mktemp("llama"), **shape)
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path) -> Callable[..., list[list[int]]]:
+    """Greedy tokens of transformers, each prompt alone: ``reference(prompts, new, budget=...)``."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def run(prompts: Sequence[Sequence[int]], new: int, **settings: Any) -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)])
+            limits = {"max_new_tokens": new, "do_sample": False}
+            if settings:
+                with reasonalloc.attach(model, **settings):
+                    out = model.generate(ids, **limits)
+            else:
+                out = model.generate(ids, **limits)
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    return run
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Callable[..., Any]]:
+    """Makes an ``LLM``; settings of the budget as ``budget=...``, the rest goes to vLLM."""
+    from vllm import LLM
+
+    made: list[Any] = []
+
+    def make(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        given: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            **arguments,
+        }
+        if settings:
+            given["additional_config"] = {"reasonalloc": settings}
+        made.append(LLM(str(folder), **given))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,79 @@
+"""What an engine under a budget cannot do is refused before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import greedy, random_prompts
+
+import made_costs
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.vllm.patches import PATCHES, Patch
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "says"),
+    [
+        ({}, {"enable_prefix_caching": True}, "--enable-prefix-caching"),
+        ({}, {"kv_cache_dtype": "fp8"}, "fp8"),
+        (
+            {},
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+            "--pipeline-parallel-size",
+        ),
+        ({}, {"scheduling_policy": "priority"}, "--scheduling-policy"),
+        ({"arm": "h2o"}, {}, "looks at the attention"),
+        ({"policy": "value_aware"}, {}, "value_aware"),
+        ({"arm": "reasonalloc"}, {}, "needs a profile"),
+        ({"budgett": 3}, {}, "budget"),
+        ({"budget": 4}, {}, "cannot hold the observation window"),
+    ],
+)
+def test_refused(
+    engine: Callable[..., Any], settings: dict[str, Any], arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises((UsageError, UnsupportedError), match=says):
+        engine({"budget": 64, **settings}, **arguments)
+
+
+def test_speculation_is_refused(engine: Callable[..., Any]) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(UnsupportedError, match="--speculative-config"):
+        engine({"budget": 64}, speculative_config=speculative)
+
+
+def test_a_cost_profile_of_a_policy_that_needs_attention(
+    engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    made_costs.make(4, 2).save(tmp_path / "costs.json")
+    with pytest.raises((UsageError, UnsupportedError)):
+        engine({"budget": 64, "arm": "best", "profile": str(tmp_path / "costs.json")})
+
+
+def test_a_prompt_that_never_fits(engine: Callable[..., Any]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    llm = engine({"budget": 64, "interval": 32}, kv_cache_memory_bytes=1 << 20)
+    with pytest.raises(VLLMValidationError, match="shorten it to"):
+        greedy(llm, random_prompts([1500]), 4)
+    assert len(greedy(llm, random_prompts([100]), 4)[0]) == 4
+
+
+def test_a_method_that_is_gone_or_changed() -> None:
+    where = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+    with pytest.raises(UnsupportedError, match="has no"):
+        Patch(f"{where}.allocate_everything", (), lambda original: original).apply()
+    with pytest.raises(UnsupportedError, match="no parameter 'colour'"):
+        Patch(f"{where}.free", ("colour",), lambda original: original).apply()
+
+
+def test_patches_are_applied_once() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    before = KVCacheManager.allocate_slots
+    for patch in PATCHES:
+        patch.apply()
+    assert KVCacheManager.allocate_slots is before

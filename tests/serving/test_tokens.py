@@ -1,0 +1,97 @@
+"""The same tokens as on transformers, and as stock vLLM while the budget holds everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import greedy, random_prompts
+from transformers import AutoConfig
+
+import made_costs
+from reasonalloc.profiles import config_hash
+
+PROMPTS = random_prompts((40, 150, 7, 300))
+CADENCE = {"budget": 64, "interval": 32}
+
+
+@pytest.fixture(scope="module")
+def costs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cost profile of the model, made with R-KV: unequal heads that stay as they are."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    fingerprint = config_hash(AutoConfig.from_pretrained(folder).to_dict())
+    made = made_costs.make(4, 2, fingerprint=fingerprint)
+    dataclasses.replace(made, policy="rkv", interval=32, window=8).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv", "rkv"])
+@pytest.mark.parametrize("layers", ["uniform", "pyramid", "cost"])
+@pytest.mark.parametrize("heads", ["uniform", "planned", "reasonalloc"])
+def test_as_on_transformers(
+    engine: Callable[..., Any],
+    reference: Callable[..., list[list[int]]],
+    costs: str,
+    policy: str,
+    layers: str,
+    heads: str,
+) -> None:
+    if heads == "planned" and layers != "cost":
+        pytest.skip("only layers='cost' plans heads")
+    arm = {"policy": policy, "layers": layers, "heads": heads}
+    settings = {**CADENCE, **arm, **({"profile": costs} if layers == "cost" else {})}
+    found = greedy(engine(settings), PROMPTS, 400)
+    assert found == reference(PROMPTS, 400, **settings)
+
+
+@pytest.mark.parametrize("arm", ["random", "tova/pyramid/adakv", "knorm/uniform/adakv"])
+def test_other_arms(
+    engine: Callable[..., Any], reference: Callable[..., list[list[int]]], arm: str
+) -> None:
+    settings = {**CADENCE, "arm": arm, "n_sink": 4, "seed": 3, "window": 4}
+    found = greedy(engine(settings), PROMPTS, 120)
+    assert found == reference(PROMPTS, 120, **settings)
+
+
+def test_compiled(engine: Callable[..., Any], reference: Callable[..., list[list[int]]]) -> None:
+    settings = {**CADENCE, "arm": "rkv/pyramid/reasonalloc"}
+    llm = engine(settings, enforce_eager=False)
+    assert greedy(llm, PROMPTS, 200) == reference(PROMPTS, 200, **settings)
+
+
+def test_prompts_that_come_in_chunks(
+    engine: Callable[..., Any], reference: Callable[..., list[list[int]]]
+) -> None:
+    settings = {**CADENCE, "arm": "snapkv/pyramid/reasonalloc"}
+    # Chunks end anywhere, also within the observation window.
+    llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=8)
+    assert greedy(llm, PROMPTS, 100) == reference(PROMPTS, 100, **settings)
+
+
+def test_a_budget_that_holds_everything_is_stock_vllm(engine: Callable[..., Any]) -> None:
+    found = greedy(engine({"budget": 800, "arm": "rkv/pyramid/reasonalloc"}), PROMPTS, 300)
+    assert found == greedy(engine(enable_prefix_caching=False), PROMPTS, 300)
+
+
+def test_the_plugin_without_a_budget_changes_nothing(
+    engine: Callable[..., Any], reference: Callable[..., list[list[int]]]
+) -> None:
+    assert greedy(engine(), PROMPTS, 60) == reference(PROMPTS, 60)
+
+
+def test_no_request_depends_on_its_batch_mates(engine: Callable[..., Any]) -> None:
+    chance = random.Random(0)
+    prompts = random_prompts([chance.randint(1, 200) for _ in range(100)], seed=5)
+    new = [chance.randint(1, 120) for _ in prompts]
+    llm = engine({"budget": 48, "interval": 16, "arm": "rkv/uniform/reasonalloc"}, max_num_seqs=32)
+    first = greedy(llm, prompts, new)
+    assert [len(tokens) for tokens in first] == new
+    for seed in range(2):
+        order = list(range(len(prompts)))
+        random.Random(seed).shuffle(order)
+        again = greedy(llm, [prompts[i] for i in order], [new[i] for i in order])
+        assert again == [first[i] for i in order]
