@@ -30,6 +30,7 @@ def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> Co
         kinds=["code", "prose"],
         tokens=[90, 40],
         costs=costs.tolist(),
+        layer_costs=(1.2 * costs.sum(dim=2)).tolist(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Costs of single heads against a slow reference that decodes token by token."""
+"""Costs of single heads and layers against a slow reference that decodes token by token."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def text(prompt_tokens: int = 25, completion: int = 36, seed: int = 0) -> Trajec
 
 
 class OneHead(Simulator):
-    """Evicts from one head of one layer; everything else is transformers' own."""
+    """Evicts from one head of one layer, or from all its heads; all else is transformers' own."""
 
-    def __init__(self, model: Any, layer: int, head: int, budget: int, policy: str) -> None:
+    def __init__(self, model: Any, layer: int, head: int | None, budget: int, policy: str) -> None:
         layers = model.config.num_hidden_layers
         super().__init__(model, (3 * budget,) * layers, policy, "uniform", INTERVAL, WINDOW)
         self.layer, self.head = layer, head
@@ -47,8 +47,9 @@ class OneHead(Simulator):
     ) -> None:
         kept = list(self.kept[layer])
         super().compress(layer, key, value, scaling, end)
-        kept[self.head] = self.kept[layer][self.head]
-        self.kept[layer] = kept
+        if self.head is not None:
+            kept[self.head] = self.kept[layer][self.head]
+            self.kept[layer] = kept
 
     @torch.no_grad()
     def cost(self, trajectory: Trajectory) -> list[float]:
@@ -84,6 +85,10 @@ def test_equals_token_by_token(name: str) -> None:
         found = profile.costs[0][layers.index(layer)][head][point]
         assert found == pytest.approx(sum(each) / len(each), rel=2e-3, abs=2e-6)
         assert found > 1e-4
+    each = OneHead(model, layers[-1], None, BUDGETS[0], "rkv").cost(trajectory)
+    found = profile.layer_costs[0][-1][0]
+    assert found == pytest.approx(sum(each) / len(each), rel=2e-3, abs=2e-6)
+    assert found > max(head[0] for head in profile.costs[0][-1])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +188,7 @@ def test_nothing_evicted_costs_nothing() -> None:
 def test_the_estimate_counts_what_is_run() -> None:
     model = tiny("llama")
     found = estimate(model, [text(), text(10, 21)], budgets=BUDGETS)
-    assert found.forward_tokens == 3 * 3 * 2 * (60 + 30) and found.seconds > 0
+    assert found.forward_tokens == 3 * 4 * 2 * (60 + 30) and found.seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.allocators.minimise import interpolate, minimise
 from reasonalloc.allocators.rounding import robustify
+from reasonalloc.costs import load_costs
 from reasonalloc.errors import UsageError
 from reasonalloc.rotary import Rope
 
@@ -131,6 +134,9 @@ def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, ext
         assert len(sizes) == layers * heads and sum(sizes) == query.total
         assert min(sizes) >= min(window + n_sink + 8, query.budget)
         assert max(sizes) <= max(6 * query.budget, 1)
+        plan = LAYER_ALLOCATORS.create(f"cost({costs}, by=layers)").plan_heads(query)
+        assert plan is not None and sum(sum(row) for row in plan) == query.total
+        assert all(len(row) == heads and len(set(row)) == 1 for row in plan)
         for name in ("cake", "dynamickv"):
             budgets = LAYER_ALLOCATORS.create(f"{name}({path})").allocate(query)
             assert budgets == reference.layer_budgets(
@@ -192,6 +198,29 @@ def test_cost_of_one_kind_of_text(tmp_path: Path) -> None:
     assert plans["code"] != plans["prose"]
     with pytest.raises(UsageError, match=r"no kind of text.*code, prose"):
         LAYER_ALLOCATORS.create(f"cost({path}, kind=poems)").allocate(query)
+
+
+def test_cost_of_whole_layers(tmp_path: Path) -> None:
+    query, path = LayerQuery(6, 3, 40, 4), tmp_path / "costs.json"
+    profile = made_costs.make(6, 3)
+    profile.save(path)
+    curves = torch.tensor(profile.layer_curves(), dtype=torch.float64)
+    found = minimise(curves, torch.tensor(profile.budgets).double(), 240, 12, 240).tolist()
+    allocator = LAYER_ALLOCATORS.create(f"cost({path}, by=layers)")
+    assert allocator.plan_heads(query) == [[size] * 3 for size in found]
+    assert len(set(found)) > 1
+    data = json.loads(path.read_text())
+    del data["layer_costs"]
+    path.write_text(json.dumps(data | {"version": 1}))  # a file from before there were any
+    assert load_costs(path) == replace(profile, layer_costs=[])
+    with pytest.raises(UsageError, match="no costs of whole layers"):
+        allocator.allocate(query)
+    with pytest.raises(UsageError, match="by='rows' must be 'heads' or 'layers'"):
+        LAYER_ALLOCATORS.create(f"cost({path}, by=rows)")
+    for wrong in ([[[1.0]]], [[]] * 2, [[[1.0] * 3] * 6] * 2):
+        path.write_text(json.dumps(data | {"version": 2, "layer_costs": wrong}))
+        with pytest.raises(UsageError, match="layer_costs must be"):
+            load_costs(path)
 
 
 def test_pyramid_is_the_published_line() -> None:

@@ -53,7 +53,7 @@ def slow(model: Any, text: Trajectory, config: CompressionConfig) -> list[list[f
 def test_equals_token_by_token(name: str, arm: Arm) -> None:
     model, text = tiny(name), trajectory(25, 43)
     config = CompressionConfig(budget=18, arm=arm, interval=8)
-    found = fidelity(model, text, full_logits(model, text, 8), config)
+    found = fidelity(model, text, full_logits(model, text), config)
     kl, agree, added = slow(model, text, config)
     assert len(found.kl) == 42 and found.compressions >= 3
     assert found.kl == pytest.approx(kl, rel=2e-3, abs=1e-4)
@@ -66,7 +66,7 @@ def test_equals_token_by_token(name: str, arm: Arm) -> None:
 def test_nothing_evicted_changes_nothing() -> None:
     model, text = tiny("llama"), trajectory(25, 43)
     config = CompressionConfig(budget=100, interval=16)
-    found = fidelity(model, text, full_logits(model, text, 16), config)
+    found = fidelity(model, text, full_logits(model, text), config)
     assert max(found.kl) < 1e-5 and all(found.agree) and found.compressions == 0
 
 
@@ -81,7 +81,7 @@ def test_completions_are_generated_with_the_full_cache() -> None:
 def test_too_long() -> None:
     model = tiny("llama", max_position_embeddings=32)
     with pytest.raises(UsageError, match="68 tokens, but the model has 32 positions"):
-        full_logits(model, trajectory(25, 43), 8)
+        full_logits(model, trajectory(25, 43))
 
 
 class Letters:

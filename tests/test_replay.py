@@ -22,15 +22,16 @@ ARMS = [
 
 
 def kept(recorder: Any) -> list[Any]:
-    return [
+    """By step and layer: a replay over several boundaries takes them layer by layer."""
+    return sorted(
         (e.step, e.layer, [[e.kept(b, h) for h in range(3)] for b in range(2)])
         for e in recorder.events
-    ]
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("pieces", [[8] * 6, [3, 5, 8, 1, 7, 8, 2, 2, 4, 8]])
+@pytest.mark.parametrize("pieces", [[8] * 6, [3, 5, 8, 1, 7, 8, 2, 2, 4, 8], [48], [3, 20, 1, 24]])
 @torch.no_grad()
 def test_replay_equals_decoding(name: str, arm: str, pieces: list[int]) -> None:
     model = tiny(name)
@@ -60,14 +61,3 @@ def test_replay_equals_decoding(name: str, arm: str, pieces: list[int]) -> None:
     assert whole_bytes == single_bytes
     torch.testing.assert_close(whole[0], single[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(whole[1, 11:], single[1, 11:], rtol=1e-3, atol=1e-3)
-
-
-def test_a_replay_past_the_boundary_is_refused() -> None:
-    model = tiny("llama")
-    with reasonalloc.attach(model, budget=20, interval=8) as attached:
-        cache = attached.new_cache()
-        with cache.replaying():
-            model(prompt(30), past_key_values=cache)
-            model(prompt(5), past_key_values=cache)
-            with pytest.raises(reasonalloc.UsageError, match="3 tokens are left before it"):
-                model(prompt(4), past_key_values=cache)

@@ -13,6 +13,7 @@ import time
 import torch
 
 from reasonalloc.config import CompressionConfig
+from reasonalloc.evaluation.fidelity import PIECE
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.loading import load_model
 
@@ -29,7 +30,7 @@ def main() -> None:
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT + tokens), generator=generator)
     config = CompressionConfig(BUDGET, interval=interval)
     took, last = {}, {}
-    for name, piece in (("replay", interval), ("token by token", 1)):
+    for name, piece in (("replay", PIECE), ("token by token", 1)):
         with attach_config(model, config) as attached:
             cache = attached.new_cache()
             model(ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,6 +1,6 @@
 """Tables from results of ``reasonalloc fidelity``: paired with one arm, by kind of text.
 
-    python benchmarks/fidelity/summarise.py test.jsonl OUT results.jsonl [more.jsonl ...]
+    python benchmarks/fidelity/summarise.py test.jsonl OUT results.jsonl [more.jsonl old.csv ...]
 
 Writes ``OUT.md`` and ``OUT.csv`` (mean KL per text). Ratios and differences are paired by text;
 intervals are 95 % percentile bootstraps over texts.
@@ -25,10 +25,15 @@ Table = dict[tuple[int, str], dict[str, float]]
 
 
 def read(paths: list[str]) -> Table:
-    """Mean KL per token of every text, by budget and arm."""
+    """Mean KL per token of every text, by budget and arm; later files replace earlier ones."""
     names = {str(preset.arm): name for name, preset in PRESETS.items()}
     found: Table = defaultdict(dict)
     for path in paths:
+        if path.endswith(".csv"):
+            with Path(path).open() as file:
+                for row in csv.DictReader(file):
+                    found[int(row["budget"]), row["arm"]][row["text"]] = float(row["kl"])
+            continue
         for line in Path(path).read_text().splitlines()[1:]:
             row = json.loads(line)
             arm = names.get(row["arm"], row["arm"])

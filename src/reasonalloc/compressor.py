@@ -82,7 +82,8 @@ class LayerCompressor:
         A call with several tokens, and the first call, is a prefill: attended densely, with a
         boundary right after it. A call with one token is a decode step. With ``replay``, several
         tokens are as many decode steps at once: since nothing is evicted between boundaries, the
-        result is that of feeding them one by one. They must not reach past the next boundary.
+        tokens up to the next one are attended together, then it compresses, and so on, with the
+        result of feeding them one by one.
 
         Args:
             query: [batch, query_heads, q, head_dim] after RoPE.
@@ -103,19 +104,22 @@ class LayerCompressor:
             )
         # Under autocast keys and values come in different types.
         key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
+        again = replay and self._columns > 0
+        if again and queries > self.until_boundary:
+            pieces, end = [], 0
+            while end < queries:
+                part = slice(end, end := min(end + self.until_boundary, queries))
+                own = None if mask is None else mask[..., part, part]
+                new = (query[:, :, part], key[:, :, part], value[:, :, part])
+                pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
+            return torch.cat(pieces, dim=2)
         valid = _valid(mask, queries)
         if valid is not None and isinstance(self._seen, int):
             batch = slab.batch
             self._seen = torch.full((batch,), self._seen, device=key.device)
         if queries == 1 and self._columns > 0:
             return self._decode(slab, query, key, value, valid, scaling, softcap)
-        boundary = not (replay and self._columns > 0)
-        if not boundary and queries > self.until_boundary:
-            raise UsageError(
-                f"a replay of {queries} tokens reaches past the next boundary: "
-                f"{self.until_boundary} tokens are left before it"
-            )
-        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, boundary)
+        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, not again)
 
     @property
     def until_boundary(self) -> int:

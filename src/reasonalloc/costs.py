@@ -13,7 +13,8 @@ from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
 from reasonalloc.profiles import check_fingerprint
 
-SCHEMA_VERSION = 1
+#: Version 1 had no ``layer_costs``; it is still read.
+SCHEMA_VERSION = 2
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
 #: order from gradients (see ``calibration``).
 OBJECTIVES = ("kl", "fisher")
@@ -36,6 +37,8 @@ class CostProfile:
         tokens: per text, completion tokens that were measured.
         costs: [texts][layers][kv_heads][points] nats per completion token, at least 0. Layers are
             those under a budget.
+        layer_costs: [texts][layers][points], the same with all heads of a layer held to the budget
+            together; empty in a file of version 1.
         joint: per checked budget, ``{"budget", "predicted", "measured", "uniform"}``: the KL that
             the summed costs predict, the measured one of all heads together, and that of equal
             budgets; nats per token.
@@ -53,6 +56,7 @@ class CostProfile:
     kinds: list[str]
     tokens: list[int]
     costs: list[list[list[list[float]]]]
+    layer_costs: list[list[list[float]]] = field(default_factory=list)
     joint: list[dict[str, float]] = field(default_factory=list)
     kind: str = "cost"
     version: int = SCHEMA_VERSION
@@ -73,17 +77,35 @@ class CostProfile:
         Args:
             texts: indices of the texts to use; None for all.
         """
+        heads = range(self.kv_heads)
+        return [
+            [self._mean([text[layer][head] for text in self.costs], texts) for head in heads]
+            for layer in range(self.layers)
+        ]
+
+    def layer_curves(self, texts: list[int] | None = None) -> list[list[float]]:
+        """[layers][points], as ``curves``, of whole layers.
+
+        Raises:
+            UsageError: the file has none.
+        """
+        if not self.layer_costs:
+            raise UsageError(
+                f"cost profile: the one of {self.model_id!r} has no costs of whole layers: "
+                "calibrate again, or use those of heads"
+            )
+        return [
+            self._mean([text[layer] for text in self.layer_costs], texts)
+            for layer in range(self.layers)
+        ]
+
+    def _mean(self, curves: list[list[float]], texts: list[int] | None) -> list[float]:
+        """[points] from [texts][points]."""
         used = range(len(self.tokens)) if texts is None else texts
         total = sum(self.tokens[t] for t in used)
         return [
-            [
-                [
-                    sum(self.tokens[t] * self.costs[t][layer][head][point] for t in used) / total
-                    for point in range(len(self.budgets))
-                ]
-                for head in range(self.kv_heads)
-            ]
-            for layer in range(self.layers)
+            sum(self.tokens[t] * curves[t][point] for t in used) / total
+            for point in range(len(self.budgets))
         ]
 
     def check_model(self, model_id: str, fingerprint: str, layers: int, kv_heads: int) -> None:
@@ -134,6 +156,8 @@ def _validated(data: Any) -> CostProfile:
         raise UsageError(
             "it is another kind of file: make one with 'reasonalloc calibrate --objective fisher'"
         )
+    if data.get("version") == 1 and "layer_costs" not in data:
+        data = {**data, "layer_costs": [], "version": SCHEMA_VERSION}
     if data.get("version") != SCHEMA_VERSION:
         raise UsageError(f"version={data.get('version')!r}, expected {SCHEMA_VERSION}")
     names = set(CostProfile.__dataclass_fields__)
@@ -162,7 +186,8 @@ def _validated(data: Any) -> CostProfile:
     _list("tokens", data["tokens"], texts, int)
     if min(data["tokens"]) < 1:
         raise UsageError("tokens must be positive")
-    _check_costs(data["costs"], texts, len(budgets))
+    layers = _check_costs(data["costs"], texts, len(budgets))
+    _check_layer_costs(data["layer_costs"], texts, layers, len(budgets))
     for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
         wanted = {"budget", "predicted", "measured", "uniform"}
         if not isinstance(entry, dict) or set(entry) != wanted:
@@ -178,7 +203,8 @@ def _list(name: str, values: Any, length: int | None, kind: type) -> int:
     return len(values)
 
 
-def _check_costs(costs: Any, texts: int, points: int) -> None:
+def _check_costs(costs: Any, texts: int, points: int) -> int:
+    """The number of layers, if all is well."""
     if not isinstance(costs, list) or len(costs) != texts:
         raise UsageError("costs must hold an entry per text")
     shape: tuple[int, int] | None = None
@@ -194,6 +220,19 @@ def _check_costs(costs: Any, texts: int, points: int) -> None:
                 raise UsageError(
                     f"costs[{index}]: every head needs {points} numbers >= 0, one per budget"
                 )
+    return len(costs[0])
+
+
+def _check_layer_costs(costs: Any, texts: int, layers: int, points: int) -> None:
+    shape = f"layer_costs must be [], or {texts} texts x {layers} layers x {points} numbers >= 0"
+    if not isinstance(costs, list) or len(costs) not in (0, texts):
+        raise UsageError(shape)
+    for text in costs:
+        if not isinstance(text, list) or len(text) != layers:
+            raise UsageError(shape)
+        for curve in text:
+            if not isinstance(curve, list) or len(curve) != points or not all(map(_is_cost, curve)):
+                raise UsageError(shape)
 
 
 def _is_cost(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What holding one KV head alone to a few tokens costs, measured head by head."""
+"""What holding one KV head, or one layer, to a few tokens costs, measured one by one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def ablation(
     stride: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CostProfile:
-    """Measure KL(full || compressed) with one KV head compressed at a time (docs/method.md).
+    """Measure KL(full || compressed) with one KV head, or one layer, compressed at a time.
+
+    See docs/method.md, "Costs of heads".
 
     Args:
         model: a decoder-only transformers model in evaluation mode, not attached to anything.
@@ -73,6 +75,7 @@ def ablation(
     _check_stride(stride)
     layers, config, bound = settings.layers, settings.configs[0], settings.policies[0]
     costs: list[list[list[list[float]]]] = []
+    layer_costs: list[list[list[float]]] = []
     measured: list[int] = []
     total = len(texts) * len(layers)
     with SuffixRunner(model, layers) as runner:
@@ -82,10 +85,13 @@ def ablation(
             if not costs and runner.resumes:
                 runner.resumes = _resumes(runner, text, full, model.dtype)
             costs.append([])
+            layer_costs.append([])
             for layer in layers:
                 seen = runner.seen[layer]
                 rows = outputs_under_budgets(seen, text.prompt, config, bound, budgets)
-                costs[-1].append(_costs(model, runner, text, full, layer, rows))
+                *heads, whole = _costs(model, runner, text, full, layer, rows)
+                costs[-1].append(heads)
+                layer_costs[-1].append(whole)
                 if on_progress is not None:
                     on_progress((len(costs) - 1) * len(layers) + len(costs[-1]), total)
             measured.append(len(text.positions))
@@ -102,6 +108,7 @@ def ablation(
         kinds=[""] * len(texts) if kinds is None else list(kinds),
         tokens=measured,
         costs=costs,
+        layer_costs=layer_costs,
     )
 
 
@@ -129,7 +136,7 @@ def estimate(
         whole = _seconds(lambda: runner.full(text.ids, text.positions), model)
         output = runner.seen[layers[-1]].output
         least = _seconds(lambda: runner.run(text.ids, text.positions, layers[-1], output), model)
-    each = len(budgets) * settings.kv_heads
+    each = len(budgets) * (settings.kv_heads + 1)
     count = sum(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts)
     # Between a pass through all layers and one through the last: linear in the layers that run.
     depth = [1 - layer / max(layers[-1], 1) for layer in layers]
@@ -162,22 +169,26 @@ def _costs(
     layer: int,
     rows: Sequence[Tensor | None],
 ) -> list[list[float]]:
-    """[kv_heads][budgets] mean KL of one layer; several ablations run as one batch."""
+    """Mean KL of one layer, [kv_heads + 1][budgets]: of each head, then of all of them.
+
+    Several ablations run as one batch.
+    """
     output, heads = runner.seen[layer].output, runner.seen[layer].key.shape[1]
     group = output.shape[2] // heads
-    jobs = [(h, p) for h in range(heads) for p in range(len(rows)) if rows[p] is not None]
-    costs = [[0.0] * len(rows) for _ in range(heads)]
+    parts = [slice(head * group, (head + 1) * group) for head in range(heads)] + [slice(None)]
+    jobs = [(i, p) for i in range(len(parts)) for p in range(len(rows)) if rows[p] is not None]
+    costs = [[0.0] * len(rows) for _ in parts]
     size = max(1, _BATCH_BYTES // _row_bytes(model, text))
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
         outputs = output.repeat(len(batch), 1, 1, 1)
-        for row, (head, point) in enumerate(batch):
-            part, ablated = slice(head * group, (head + 1) * group), rows[point]
+        for row, (index, point) in enumerate(batch):
+            part, ablated = parts[index], rows[point]
             if ablated is not None:
                 outputs[row, :, part] = ablated[:, part]
         logits = runner.run(text.ids, text.positions, layer, outputs)
-        for (head, point), found in zip(batch, logits, strict=True):
-            costs[head][point] = _kl(full, found)
+        for (index, point), found in zip(batch, logits, strict=True):
+            costs[index][point] = _kl(full, found)
     return costs
 
 

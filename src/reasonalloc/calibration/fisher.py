@@ -112,6 +112,7 @@ def fisher(
 
     generator = torch.Generator(device=model.device).manual_seed(seed)
     costs: list[list[list[list[list[float]]]]] = [[] for _ in bound]
+    layer_costs: list[list[list[list[float]]]] = [[] for _ in bound]
     tape = _Tape(layers)
     with _taping(model, tape):
         for trajectory in texts:
@@ -122,11 +123,13 @@ def fisher(
             for layer, directions in zip(layers, gradients, strict=True):
                 seen = tape.seen.pop(layer)
                 for policy, own, row in zip(bound, configs, rows, strict=True):
-                    found = outputs_under_budgets(seen, prompt, own, policy, budgets)
-                    row.append(_cost(found, seen, directions) / tokens)
+                    outputs = outputs_under_budgets(seen, prompt, own, policy, budgets)
+                    row.append(_cost(outputs, seen, directions) / tokens)
                     advance()
-            for of_policy, row in zip(costs, rows, strict=True):
-                of_policy.append(torch.stack(row).tolist())
+            for of_heads, of_layers, row in zip(costs, layer_costs, rows, strict=True):
+                found = torch.stack(row)
+                of_heads.append(found[:, :-1].tolist())
+                of_layers.append(found[:, -1].tolist())
     return [
         CostProfile(
             objective="fisher",
@@ -142,9 +145,10 @@ def fisher(
             ],
             kinds=list(kinds) if kinds is not None else [""] * len(texts),
             tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
-            costs=of_policy,
+            costs=of_heads,
+            layer_costs=of_layers,
         )
-        for own, of_policy in zip(configs, costs, strict=True)
+        for own, of_heads, of_layers in zip(configs, costs, layer_costs, strict=True)
     ]
 
 
@@ -240,7 +244,7 @@ def _gradients(
 
 
 def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:
-    """Summed cost over the text: [kv_heads, budgets].
+    """Summed cost over the text, of each head and of all of them: [kv_heads + 1, budgets].
 
     Args:
         rows: per budget [tokens, query_heads, value_dim], or None where nothing is evicted.
@@ -248,10 +252,11 @@ def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tens
         directions: [samples, tokens, query_heads, value_dim].
     """
     full, kv_heads = seen.output[0].detach(), seen.key.shape[1]
-    costs = torch.zeros(kv_heads, len(rows), device=full.device)
+    costs = torch.zeros(kv_heads + 1, len(rows), device=full.device)
     for point, row in enumerate(rows):
         if row is not None:
             products = torch.einsum("thd,sthd->sth", (row - full).float(), directions)
             grouped = products.unflatten(-1, (kv_heads, -1)).sum(dim=-1)
-            costs[:, point] = grouped.pow(2).sum(dim=1).mean(dim=0) / 2
+            together = torch.cat([grouped, grouped.sum(dim=-1, keepdim=True)], dim=-1)
+            costs[:, point] = together.pow(2).sum(dim=1).mean(dim=0) / 2
     return costs

@@ -68,7 +68,7 @@ def steps(texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]) ->
 
 
 def estimate(
-    model: Any, texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int], interval: int
+    model: Any, texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]
 ) -> Estimate:
     """What ``joint_costs`` will take, from a timed pass with the full cache."""
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS]]
@@ -76,7 +76,7 @@ def estimate(
     if not passes:
         return Estimate(0, 0.0)
     start = now(model)
-    full_logits(model, texts[0], interval)
+    full_logits(model, texts[0])
     each = (now(model) - start) / lengths[0]
     return Estimate(passes * sum(lengths), passes * sum(lengths) * each)
 
@@ -134,7 +134,7 @@ def joint_costs(
         ]
         divergences: list[tuple[list[float], list[float]]] = [([], []) for _ in arms]
         for text in texts[:TEXTS]:
-            full = full_logits(model, text, profiles[0].interval)
+            full = full_logits(model, text)
             advance()
             for pair, found in zip(arms, divergences, strict=True):
                 for config, kl in zip(pair, found, strict=True):

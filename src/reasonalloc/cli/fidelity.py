@@ -151,7 +151,7 @@ def _run(
         for trajectory in trajectories:
             left = [c for c in jobs if (trajectory.key, str(c.arm), c.budget) not in done]
             bar.advance(task, len(jobs) - len(left))
-            full = full_logits(model, trajectory, jobs[0].interval) if left else []
+            full = full_logits(model, trajectory) if left else []
             for config in left:
                 found = fidelity(model, trajectory, full, config)
                 row = {"trajectory": trajectory.key, "arm": str(config.arm)}

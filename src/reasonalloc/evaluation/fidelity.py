@@ -1,7 +1,8 @@
 """How far a compressed cache moves the model's predictions on a known text.
 
-The text is replayed ``interval`` tokens at a time, which gives exactly what token-by-token decoding
-under the same eviction gives, since tokens are evicted at boundaries only.
+The text is replayed hundreds of tokens at a time, which gives exactly what token-by-token decoding
+under the same eviction gives: a layer's output for a token depends on the layer's earlier inputs
+alone, so that each layer can go from boundary to boundary through all of them before the next one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.model import text_config
+
+#: Tokens that are fed at once: enough for the weights' products, few enough for their logits.
+PIECE = 512
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
 
 
 @torch.inference_mode()
-def full_logits(model: Any, trajectory: Trajectory, chunk: int) -> list[Tensor]:
-    """Logits of the full cache for every completion token but the first, in pieces of ``chunk``.
+def full_logits(model: Any, trajectory: Trajectory) -> list[Tensor]:
+    """Logits of the full cache for every completion token but the first, in pieces.
 
     Returns:
-        Tensors [chunk, vocabulary] in the model's dtype; the last may be shorter.
+        Tensors [PIECE, vocabulary] in the model's dtype; the last may be shorter.
     """
     check_text(model, trajectory)
-    return list(replay_logits(model, trajectory, chunk, None))[1:]
+    return list(replay_logits(model, trajectory, None))[1:]
 
 
 @torch.inference_mode()
@@ -76,7 +80,7 @@ def fidelity(
     Args:
         model: a decoder-only transformers model, not attached to anything.
         trajectory: what to replay.
-        full: from ``full_logits`` with ``chunk=config.interval``.
+        full: from ``full_logits``.
         config: arm, budget and cadence.
 
     Raises:
@@ -89,7 +93,7 @@ def fidelity(
     with attach_config(model, config) as attached:
         cache = attached.new_cache()
         with cache.replaying():
-            pieces = replay_logits(model, trajectory, config.interval, cache)
+            pieces = replay_logits(model, trajectory, cache)
             next(pieces)  # the first token is predicted by the prompt alone
             for reference, found in zip(full, pieces, strict=True):
                 target, targets = targets[: len(found), None], targets[len(found) :]
@@ -107,24 +111,23 @@ def fidelity(
         )
 
 
-def replay_logits(model: Any, trajectory: Trajectory, chunk: int, cache: Any) -> Iterator[Tensor]:
+def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Tensor]:
     """Logits that predict the completion: prefill with the prompt, then feed it in pieces.
 
     Args:
         model: attached, if ``cache`` is a compressed one.
         trajectory: with at least one completion token.
-        chunk: tokens per piece; the interval of a compressed cache, which must be ``replaying()``.
-        cache: an empty compressed cache, or None for the full one.
+        cache: an empty compressed cache, which must be ``replaying()``, or None for the full one.
 
     Yields:
-        Logits [1, vocabulary] of the first completion token, then [chunk, vocabulary] of others.
+        Logits [1, vocabulary] of the first completion token, then [PIECE, vocabulary] of others.
     """
     prompt = torch.tensor([trajectory.prompt_ids], device=model.device)
     fed = torch.tensor([trajectory.completion_ids[:-1]], device=model.device)
     out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     yield out.logits[0]
-    for start in range(0, fed.shape[1], chunk):
-        piece = fed[:, start : start + chunk]
+    for start in range(0, fed.shape[1], PIECE):
+        piece = fed[:, start : start + PIECE]
         out = model(piece, past_key_values=out.past_key_values, use_cache=True)
         yield out.logits[0]
 

@@ -131,7 +131,7 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
                 trajectory = Trajectory(tuple(context[-room:]), tuple(continuation))
                 cache = attached.new_cache()
                 with cache.replaying():
-                    pieces = replay_logits(self.model, trajectory, self.kv_config.interval, cache)
+                    pieces = replay_logits(self.model, trajectory, cache)
                     answers.append(_score(pieces, continuation))
                 self.kv_compressions += cache.recorder.compressions
                 if texts is not None:

@@ -18,17 +18,21 @@ class LeastCost(LayerAllocator):
 
     Every head keeps ``least`` tokens besides window and sinks (fewer if the budget has no room),
     and no more than ``most`` times the mean. ``kind``: only calibration texts of that kind count.
+    ``by="layers"``: costs of whole layers, whose heads then get equal shares.
     """
 
     path: str = ""
     least: int = 8
     most: float = 6.0
     kind: str = ""
+    by: str = "heads"
     reads: ClassVar[str] = "cost profile"
 
     def __post_init__(self) -> None:
         if self.least < 0:
             raise UsageError(f"cost: least={self.least} is a number of tokens: give 0 or more")
+        if self.by not in ("heads", "layers"):
+            raise UsageError(f"cost: by={self.by!r} must be 'heads' or 'layers'")
         if self.most < 1:
             raise UsageError(f"cost: most={self.most} is a multiple of the mean: give 1 or more")
 
@@ -49,13 +53,14 @@ class LeastCost(LayerAllocator):
             )
         lower = min(query.window + query.n_sink + self.least, query.budget)
         upper = max(int(self.most * query.budget), query.budget)
-        found = minimise(
-            torch.tensor(costs.curves(texts), dtype=torch.float64).flatten(0, 1),
-            torch.tensor(costs.budgets, dtype=torch.float64),
-            query.total,
-            lower,
-            upper,
-        )
+        points = torch.tensor(costs.budgets, dtype=torch.float64)
+        if self.by == "layers":
+            curves = torch.tensor(costs.layer_curves(texts), dtype=torch.float64)
+            mean = query.layers * query.budget
+            sizes = minimise(curves, points, mean, lower, upper).tolist()
+            return [[size] * query.kv_heads for size in sizes]
+        curves = torch.tensor(costs.curves(texts), dtype=torch.float64).flatten(0, 1)
+        found = minimise(curves, points, query.total, lower, upper)
         plan: list[list[int]] = found.view(query.layers, query.kv_heads).tolist()
         return plan
 

@@ -230,11 +230,7 @@ class BudgetCache(Cache):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Inside, several new tokens are as many decode steps at once, with the same result.
-
-        A call must not reach past the next boundary: feed at most ``interval`` tokens after the
-        prefill, then ``interval`` at a time.
-        """
+        """Inside, several new tokens are as many decode steps at once, with the same result."""
         for layer in self._compressed:
             layer.replay = True
         try:
