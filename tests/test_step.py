@@ -18,6 +18,7 @@ from reasonalloc.attention import choose_backend
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf import BudgetCache
 from reasonalloc.integrations.hf import step as steps
 from reasonalloc.policies import POLICIES
 from reasonalloc.recorder import Recorder
@@ -172,6 +173,18 @@ def test_a_step_that_reads_cannot_be_captured(
         pytest.raises(UnsupportedError, match="cannot be captured in a CUDA graph"),
     ):
         model.generate(prompt(20), **GREEDY)
+
+
+def test_replays_notice_numbers_of_the_host(
+    recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this file relies on: with lengths and positions on the host a replay goes wrong."""
+    model = tiny("llama")
+    with reasonalloc.attach(model, budget=16, interval=8):
+        expected = model.generate(prompt(20), **GREEDY)
+    monkeypatch.setattr(BudgetCache, "fix", lambda cache: None)
+    with reasonalloc.attach(model, budget=16, interval=8, step="graph"):
+        assert not torch.equal(model.generate(prompt(20), **GREEDY), expected)
 
 
 def test_refusals() -> None:
