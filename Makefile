@@ -50,7 +50,7 @@ bench-full: setup
 	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --arms rkv,full --out bench-full.json
 
 bench-arms: setup
-	$(BENCH) --batch 16 --new-tokens 256 --repeats 3 --profile $(COSTS) \
+	$(BENCH) --batch 16 --new-tokens 192 --repeats 2 --profile $(COSTS) \
 		--arms "rkv,rkv/cost/planned,rkv/uniform/reasonalloc,best" --out bench-arms.json
 
 bench-long1: setup
