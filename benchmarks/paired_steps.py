@@ -15,13 +15,14 @@ import time
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from reasonalloc.benchmark.decode import weight_products
 from reasonalloc.benchmark.shapes import build_shape
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.hf import attach_config
 
-ARMS = ("rkv", "rkv/cost/planned", "rkv/uniform/reasonalloc", "best")
+ARMS = ("rkv", "rkv/cost/planned", "rkv/uniform/reasonalloc", "best", "full")
 
 
 def main() -> None:
@@ -38,7 +39,9 @@ def main() -> None:
     for name in ARMS:
         twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         arm = parse_arm(name)
-        assert arm is not None
+        if arm is None:
+            runs[name] = twin, DynamicCache(config=twin.config)
+            continue
         reads = options.profile if name in ("best", "rkv/cost/planned") else None
         config = CompressionConfig(budget=128, interval=options.interval, arm=arm, profile=reads)
         runs[name] = twin, attach_config(twin, config).new_cache()
