@@ -35,7 +35,7 @@ class QueryWindow:
             valid: [batch, q] bool, false at padding; None if all are real.
         """
         columns = query.shape[2]
-        fresh = query.transpose(1, 2)
+        fresh = query.transpose(1, 2).to(self._ring.dtype)  # under autocast types change
         if columns == 1:
             self._push_one(fresh, seen, valid)
             return
