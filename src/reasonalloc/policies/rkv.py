@@ -61,12 +61,12 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     unit = keys.float() * scale[..., None]
     # A column's sum over all rows is one product with the sum of the rows; what does not count is
     # taken off again: the diagonal, and in each row the latest similar key.
-    sums: Tensor = (unit @ unit.sum(dim=2)[..., None]).squeeze(-1) - (norm * scale).square()
+    sums: Tensor = (unit * unit.sum(dim=2, keepdim=True)).sum(dim=-1) - (norm * scale).square()
     number = torch.arange(1, n + 1, device=keys.device, dtype=unit.dtype)  # exact up to 2**24
     rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
     for start in range(0, n, rows):
         part = unit[:, :, start : start + rows]
-        cosine = part @ unit.transpose(-1, -2)
+        cosine = (part @ unit.transpose(-1, -2)).float()  # autocast may have multiplied in halves
         cosine.diagonal(start, 2, 3).zero_()
         similar = cosine.clone().gt_(threshold)
         latest = similar.mul_(number).amax(dim=-1, keepdim=True).long() - 1  # -1: none
