@@ -6,7 +6,8 @@ OLDEST_TRANSFORMERS := 5.12.1
 KVPRESS := .venv-kvpress
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest bench bench-kvpress clean
+.PHONY: setup demo test lint test-oldest clean bench bench-full bench-arms bench-long1 bench-long16 \
+	bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -38,16 +39,25 @@ test-oldest: $(OLDEST)/.ready
 		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py \
 		tests/test_ablation.py
 
-# Speed on this machine, random weights in the shape of SmolLM2-135M: about 25 minutes on two cores.
+# Speed on this machine, random weights in the shape of SmolLM2-135M: about 40 minutes on two cores.
 BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
-UNEQUAL := rkv/cost(path=benchmarks/fidelity/smollm2-costs.json)/planned
+COSTS := benchmarks/fidelity/smollm2-costs.json
 
-bench: setup
-	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 \
-		--arms "rkv,$(UNEQUAL),rkv/uniform/reasonalloc,full" --out bench-batch16.json
+bench: bench-full bench-arms bench-long1 bench-long16
+	$(BIN)/python benchmarks/speed_targets.py .
+
+bench-full: setup
+	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --arms rkv,full --out bench-full.json
+
+bench-arms: setup
+	$(BENCH) --batch 16 --new-tokens 192 --repeats 2 --profile $(COSTS) \
+		--arms "rkv,rkv/cost/planned,rkv/uniform/reasonalloc,best" --out bench-arms.json
+
+bench-long1: setup
 	$(BENCH) --batch 1 --new-tokens 4000 --at 300 --arms rkv --out bench-long1.json
+
+bench-long16: setup
 	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --arms rkv --out bench-long16.json
-	$(BIN)/python benchmarks/speed_targets.py bench-batch16.json bench-long1.json bench-long16.json
 
 # kvpress pins its own transformers.
 $(KVPRESS)/.ready:
@@ -56,9 +66,31 @@ $(KVPRESS)/.ready:
 		'torch>=2.10,<2.14'
 	touch $@
 
-bench-kvpress: setup $(KVPRESS)/.ready
-	OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/kvpress/compare.py \
-		--peer-python $(KVPRESS)/bin/python --out bench-kvpress.json
+BESIDE := OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/kvpress/compare.py \
+	--peer-python $(KVPRESS)/bin/python
+
+bench-kvpress: bench-snapkv bench-adakv
+
+bench-snapkv: setup $(KVPRESS)/.ready
+	$(BESIDE) --press snapkv --new-tokens 384 --repeats 3 --out bench-snapkv.json
+
+bench-adakv: setup $(KVPRESS)/.ready
+	$(BESIDE) --press adakv --new-tokens 1500 --repeats 1 --out bench-adakv.json
+
+# Speed on a GPU, random weights in the shape of Llama-8B in bfloat16; batches for 80 GB.
+GPU_BENCH := $(BIN)/reasonalloc bench --shape llama-8b --device cuda --budget 1024 --interval 128 \
+	--attention triton --step graph
+BATCH ?= 352
+FULL_BATCH ?= 24
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/kernel_bandwidth.py --out bench-gpu-kernel.json
+	$(GPU_BENCH) --batch 1 --new-tokens 2048 --repeats 3 --at 512 \
+		--arms rkv,rkv/uniform/reasonalloc,full,full-static --out bench-gpu-one.json
+	$(GPU_BENCH) --batch $(BATCH) --new-tokens 16384 --at 1024 \
+		--arms rkv,rkv/uniform/reasonalloc --out bench-gpu-many.json
+	$(GPU_BENCH) --batch $(FULL_BATCH) --new-tokens 16384 --at 1024 --arms full \
+		--out bench-gpu-full.json
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(KVPRESS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,6 +1,6 @@
-"""What `make bench` measured, against what a bounded cache should reach; Markdown on stdout.
+"""What `make bench` and `make bench-kvpress` measured, against what a bounded cache should reach.
 
-python benchmarks/speed_targets.py bench-batch16.json bench-long1.json bench-long16.json
+python benchmarks/speed_targets.py FOLDER     # with bench-*.json; Markdown on stdout
 """
 
 from __future__ import annotations
@@ -8,63 +8,96 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ONLINE = "rkv/uniform/reasonalloc"
+ONLINE, UNEQUAL = "rkv/uniform/reasonalloc", "rkv/cost/planned"
+#: What, limit (None: no target), value, whether the limit is an upper one.
+Row = tuple[str, "float | None", float, bool]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("batch16", "long1", "long16"):
-        parser.add_argument(name, type=Path)
-    options = parser.parse_args()
-    batch16, long1, long16 = (
-        json.loads(p.read_text()) for p in (options.batch16, options.long1, options.long16)
-    )
-    machine = batch16["machine"]
-    print(f"{batch16['model']}, {machine['dtype']}, budget {batch16['budget']}, interval ", end="")
-    print(f"{batch16['interval']}, {machine['processor']}, {machine['threads']} threads, ", end="")
-    print(f"torch {machine['torch']}, transformers {machine['transformers']}\n")
-    print("| what | target | measured | met |\n|---|---|---|---|")
-    for what, limit, value, at_most in rows(batch16, long1, long16):
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    found = {
+        path.stem.removeprefix("bench-"): json.loads(path.read_text())
+        for path in sorted(folder.glob("bench-*.json"))
+    }
+    for name, data in found.items():
+        if "machine" in data:
+            machine = data["machine"]
+            print(
+                f"- `{name}`: {data['model']}, {machine['dtype']}, {machine['processor']}, ", end=""
+            )
+            print(f"{machine['threads']} threads, torch {machine['torch']}, transformers ", end="")
+            print(f"{machine['transformers']}: `{data['command']}`")
+    print("\n| what | target | measured | met |\n|---|---|---|---|")
+    for what, limit, value, at_most in rows(found):
+        if limit is None:
+            print(f"| {what} | | {value:.3f} | |")
+            continue
         met = value <= limit if at_most else value >= limit
         sign = "at most" if at_most else "at least"
         print(f"| {what} | {sign} {limit:g} | {value:.3f} | {'yes' if met else '**no**'} |")
 
 
-def rows(
-    batch16: dict[str, Any], long1: dict[str, Any], long16: dict[str, Any]
-) -> list[tuple[str, float, float, bool]]:
-    """What, limit, value, whether the limit is an upper one."""
-    found: list[tuple[str, float, float, bool]] = []
-    for name, data in (("1", long1), ("16", long16)):
-        (arm,) = data["summary"][0]["arms"]
-        last = str(data["new_tokens"])
-        ratio = arm["step_seconds"][last] / arm["step_seconds"]["300"]
-        found.append((f"batch {name}: a step at {last} tokens / at 300", 1.05, ratio, True))
-    (entry,) = long1["summary"]
-    step = entry["arms"][0]["quartiles"][1]
-    found.append(
-        ("batch 1: a step / its weight products alone", 1.1, step / entry["weight_products"], True)
-    )
-    arms = {arm["arm"]: arm for arm in batch16["summary"][0]["arms"]}
-    runs = {run["arm"]: run for run in batch16["batches"][0]["runs"]}
-    last = str(batch16["new_tokens"])
-    uniform, full = arms["rkv"], arms["full"]
-    unequal = next(arm for name, arm in arms.items() if name.startswith("rkv/cost"))
-    whole = uniform["tokens_per_second"] / full["tokens_per_second"]
-    found.append((f"batch 16, {last} tokens: tokens/s / full cache's", 2.0, whole, False))
-    end = full["step_seconds"][last] / uniform["step_seconds"][last]
-    found.append(("batch 16: the full cache's last step / ours", 3.5, end, False))
-    ratio = unequal["quartiles"][1] / uniform["quartiles"][1]
-    found.append(("batch 16: a step with unequal heads / with equal ones", 1.1, ratio, True))
-    online = uniform["tokens_per_second"] / arms[ONLINE]["tokens_per_second"]
-    found.append(("batch 16: time of a run, `reasonalloc` heads / equal heads", 1.01, online, True))
-    for name in ("rkv", ONLINE):
-        value = compression(runs[name]["steps"], batch16["interval"])
-        found.append((f"batch 16: share of compression, `{name}`", 0.03, value, True))
-    return found
+def rows(found: dict[str, Any]) -> Iterator[Row]:
+    """One row per claim that the files at hand speak of."""
+    for name, batch in (("long1", 1), ("long16", 16)):
+        if name in found:
+            yield from constant(found[name], batch)
+    if "full" in found:
+        yield from beside_full(found["full"])
+    if "arms" in found:
+        yield from among_arms(found["arms"])
+    for name, what, limit in (
+        ("snapkv", "tokens/s, equal heads / kvpress's DecodingPress(SnapKVPress)", 1.0),
+        ("adakv", "tokens/s, unequal heads / kvpress's DecodingPress(AdaKVPress)", 2.0),
+    ):
+        if name in found:
+            peer, ours = (
+                statistics.median(sum(run["steps"]) for run in runs)
+                for runs in found[name]["runs"].values()
+            )
+            tokens = found[name]["new_tokens"]
+            yield f"batch 16, {tokens} tokens: {what}", limit, peer / ours, False
+
+
+def constant(data: dict[str, Any], batch: int) -> Iterator[Row]:
+    (arm,), last = data["summary"][0]["arms"], str(data["new_tokens"])
+    ratio = arm["step_seconds"][last] / arm["step_seconds"]["300"]
+    yield f"batch {batch}: a step at {last} tokens / at 300", 1.05, ratio, True
+    if batch == 1:
+        ratio = arm["quartiles"][1] / data["summary"][0]["weight_products"]
+        yield "batch 1: a step / its weight products alone", 1.1, ratio, True
+
+
+def beside_full(data: dict[str, Any]) -> Iterator[Row]:
+    arms, last = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}, str(data["new_tokens"])
+    ours, full = arms["rkv"], arms["full"]
+    ratio = ours["tokens_per_second"] / full["tokens_per_second"]
+    yield f"batch 16, {last} tokens: tokens/s / the full cache's", 2.0, ratio, False
+    ratio = full["step_seconds"][last] / ours["step_seconds"][last]
+    yield f"batch 16, {last} tokens: the full cache's last step / ours", 3.5, ratio, False
+
+
+def among_arms(data: dict[str, Any]) -> Iterator[Row]:
+    arms = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}
+    ours = arms["rkv"]
+
+    def step(name: str) -> float:
+        return arms[name]["quartiles"][1] / ours["quartiles"][1]
+
+    yield "batch 16: a step with heads of 16 to 384 / with equal heads", 1.1, step(UNEQUAL), True
+    online = ours["tokens_per_second"] / arms[ONLINE]["tokens_per_second"]
+    yield "batch 16: time of a run, `reasonalloc` heads / equal heads", 1.01, online, True
+    yield "batch 16: a step of `best` / of `rkv`", None, step("best"), True
+    for name in arms:
+        runs = [run["steps"] for run in data["batches"][0]["runs"] if run["arm"] == name]
+        share = statistics.median(compression(steps, data["interval"]) for steps in runs)
+        yield f"batch 16: share of compression, `{name}`", 0.03, share, True
 
 
 def compression(steps: list[float], interval: int) -> float:

@@ -125,7 +125,7 @@ def test_the_command(call: Call, small: None, tmp_path: Path) -> None:
         assert all(len(run["steps"]) == 16 for run in batch["runs"])
     for entry in data["summary"]:
         assert all(set(arm["step_seconds"]) == {"8", "16"} for arm in entry["arms"])
-    code, text, _ = call(*RUN, "--new-tokens", 8, "--batch", 1)
+    code, text, _ = call(*RUN, "--new-tokens", 8, "--batch", 1, "--step", "static")
     assert code == 0 and "weight products alone" in text and "rkv" in text
 
 
@@ -142,6 +142,8 @@ def test_the_command(call: Call, small: None, tmp_path: Path) -> None:
         (("--out", "/no/such/folder/x.json"), "no such folder"),
         (("MODEL",), "give one of the two"),
         (("--budget", "4"), "budget"),
+        (("--step", "graphs"), "unknown step 'graphs': did you mean 'graph'?"),
+        (("--attention", "triton"), "needs a GPU"),
     ],
 )
 def test_refusals(call: Call, small: None, options: tuple[str, ...], message: str) -> None:

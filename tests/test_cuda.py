@@ -59,3 +59,26 @@ def test_steps_and_events_do_not_wait(policy: str, heads: str) -> None:
             step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("arm", ["rkv", "h2o/pyramid/adakv", "snapkv/uniform/reasonalloc"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_graphs_write_the_same(name: str, arm: str, attention: str) -> None:
+    model = tiny(name).cuda()
+    ids = prompt(30, 2).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    sampled = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 50}
+    outs = []
+    for step in ("eager", "graph"):
+        settings = {"budget": 24, "interval": 8, "arm": arm, "attention": attention, "step": step}
+        with reasonalloc.attach(model, **settings):
+            torch.manual_seed(0)
+            found = [
+                model.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False),
+                model.generate(ids, **sampled),
+            ]
+        outs.append(found)
+    for eager, graph in zip(*outs, strict=True):
+        assert torch.equal(eager, graph)

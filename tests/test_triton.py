@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def test_kernels_are_the_reference() -> None:
 def test_kernels_compile_for_gpus() -> None:
     done = run(str(HERE / "compile_kernels.py"))
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
+
+
+def test_the_microbenchmark_runs(tmp_path: Path) -> None:
+    script = str(HERE.parent / "benchmarks" / "kernel_bandwidth.py")
+    small = "--device cpu --dtype float32 --batches 1,3 --budgets 24 --kv-heads 2 --group 2"
+    options = f"{small} --head-dim 16 --repeats 4 --rotate 65536 --out {tmp_path / 'kernel.json'}"
+    done = run(script, *options.split(), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "kernel.json").read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    assert all(row["relative_error"] < 1e-5 and len(row["ragged"]) == 4 for row in rows)
 
 
 def test_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

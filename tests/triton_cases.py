@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,8 +92,9 @@ def test_a_model_writes_the_same(arm: str) -> None:
     model = models.tiny("llama").to(DEVICE)
     parts = arm if "/" in arm else f"{arm}/uniform/uniform"
     written = []
-    for name in ("triton", "eager"):
-        with reasonalloc.attach(model, budget=16, arm=parts, interval=8, attention=name):
+    for name, step in (("eager", "eager"), ("triton", "eager"), ("triton", "static")):
+        settings: dict[str, Any] = {"attention": name, "step": step}
+        with reasonalloc.attach(model, budget=16, arm=parts, interval=8, **settings):
             ids = models.prompt(20).to(DEVICE)
             written.append(model.generate(ids, max_new_tokens=18, do_sample=False).tolist())
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]

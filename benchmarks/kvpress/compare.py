@@ -25,12 +25,13 @@ from reasonalloc.cli.output import grid, human, stdout
 
 HERE = Path(__file__).parent
 # kvpress's press, and the same method here.
-PAIRS = (("snapkv", "snapkv"), ("adakv", "snapkv/uniform/adakv"))
+PAIRS = {"snapkv": "snapkv", "adakv": "snapkv/uniform/adakv"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", required=True, help="python of kvpress's environment")
+    parser.add_argument("--press", default="snapkv", choices=list(PAIRS))
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=100)
@@ -41,20 +42,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
+    arm = PAIRS[options.press]
+    names = f"kvpress {options.press}", f"reasonalloc {arm}"
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder, result = Path(temporary) / "model", Path(temporary) / "result.json"
         build_shape(options.shape, torch.float32, torch.device("cpu")).save_pretrained(folder)
+        commands = peer(options, folder, options.press, result), ours(options, folder, arm, result)
+        sides = list(zip(names, commands, strict=True))
         for turn in range(options.repeats):
-            for press, arm in PAIRS:
-                sides = [
-                    (f"kvpress {press}", peer(options, folder, press, result)),
-                    (f"reasonalloc {arm}", ours(options, folder, arm, result)),
-                ]
-                for name, command in sides if turn % 2 == 0 else sides[::-1]:
-                    print(f"run {turn + 1} of {options.repeats}: {name}", file=sys.stderr)
-                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                    found.setdefault(name, []).append(read(result))
+            for name, command in sides if turn % 2 == 0 else sides[::-1]:
+                print(f"run {turn + 1} of {options.repeats}: {name}", file=sys.stderr)
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                found[name].append(read(result))
     show(options, found)
     if options.out is not None:
         data = {**{k: str(v) for k, v in vars(options).items()}, "runs": found}
@@ -86,22 +86,19 @@ def show(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) ->
     def median(name: str, value: Any) -> float:
         return statistics.median(value(run) for run in found[name])
 
-    last = options.interval
-    rows = []
-    for press, arm in PAIRS:
-        names = (f"kvpress {press}", f"reasonalloc {arm}")
-        whole = [median(n, lambda r: sum(r["steps"])) for n in names]
-        end = [median(n, lambda r: statistics.mean(r["steps"][-last:])) for n in names]
-        for name, total, tail in zip(names, whole, end, strict=True):
-            rows.append(
-                [
-                    name,
-                    f"{options.batch * options.new_tokens / total:.1f}",
-                    f"{1e3 * tail:.1f}",
-                    human(found[name][0]["kv_bytes"]),
-                    f"{whole[0] / total:.2f}x",
-                ]
-            )
+    last, rows = options.interval, []
+    whole = [median(name, lambda r: sum(r["steps"])) for name in found]
+    end = [median(name, lambda r: statistics.mean(r["steps"][-last:])) for name in found]
+    for name, total, tail in zip(found, whole, end, strict=True):
+        rows.append(
+            [
+                name,
+                f"{options.batch * options.new_tokens / total:.1f}",
+                f"{1e3 * tail:.1f}",
+                human(found[name][0]["kv_bytes"]),
+                f"{whole[0] / total:.2f}x",
+            ]
+        )
     heads = [("", False), ("tok/s", True), ("ms a step, end", True), ("KV", True)]
     title = (
         f"{options.shape}, batch {options.batch}, budget {options.budget}, interval "

@@ -13,10 +13,17 @@ from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.boundary import decide
 from reasonalloc.cache import Rows, Slab, slab_slots
 from reasonalloc.config import CompressionConfig
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.errors import UsageError
 from reasonalloc.observation import observe_prefill, observe_step
 from reasonalloc.policies import Candidates, Policy
-from reasonalloc.prefill import joined_rows, new_positions, over_past
+from reasonalloc.prefill import (
+    check_protected,
+    joined_rows,
+    most_tokens,
+    new_positions,
+    new_tokens,
+    over_past,
+)
 from reasonalloc.recorder import Recorder
 from reasonalloc.window import QueryWindow
 
@@ -60,6 +67,11 @@ class LayerCompressor:
         self._prompt: int | Tensor = 0  # real tokens of the first prefill
         self._held = 0  # upper bound of the tokens held by a sequence, over all heads
         self._since = 0  # decode steps since the last boundary
+        self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
+        #: Whether decode steps leave the host's part to ``advance``.
+        self.static = False
+        #: Whether a static step has run that ``advance`` has not been told of.
+        self.unsettled = False
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -113,7 +125,7 @@ class LayerCompressor:
                 new = (query[:, :, part], key[:, :, part], value[:, :, part])
                 pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
             return torch.cat(pieces, dim=2)
-        valid = _valid(mask, queries)
+        valid = new_tokens(mask, queries)
         if valid is not None and isinstance(self._seen, int):
             batch = slab.batch
             self._seen = torch.full((batch,), self._seen, device=key.device)
@@ -154,7 +166,10 @@ class LayerCompressor:
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        slab.append(key, value, self._seen, valid)
+        if self.static:
+            slab.store(key, value, self._seen, valid)
+        else:
+            slab.append(key, value, self._seen, valid)
         if self._queries is not None:
             self._queries.push(query, self._seen, valid)
         out, received = self._backend.decode(
@@ -163,15 +178,41 @@ class LayerCompressor:
         if received is not None:
             group = query.shape[1] // slab.kv_heads
             observe_step(self._policy, slab, received, group, self._seen, valid)
-        self._seen = self._seen + (1 if valid is None else valid.squeeze(1).long())
+        self._seen += 1 if valid is None else valid.squeeze(1).long()  # a tensor: where it lies
+        self._logits = (scaling, softcap)
+        self.unsettled = True
+        if not self.static:
+            self._settle(slab)
+        return out
+
+    def fix(self) -> None:
+        """Prepare static steps: their device part reads nothing that the host knows.
+
+        Lengths, offsets and positions are on the device, where they stay at one address, and so do
+        keys, values, queries and the policy's state: a captured step may be replayed.
+        """
+        if self.slab is None or self._columns == 0:
+            raise RuntimeError("a static step before the prompt")
+        self.slab.make_ragged()
+        self._seen = _per_sequence(self._seen, self.slab)
+
+    def advance(self) -> None:
+        """The host's part of a static step, after its device part was run or replayed."""
+        if self.slab is None:
+            raise RuntimeError("a static step before the prompt")
+        self.slab.count()
+        self._settle(self.slab)
+
+    def _settle(self, slab: Slab) -> None:
+        """Count a decode step on the host; compress if it completes an interval."""
+        self.unsettled = False
         self._columns += 1
         self._held += slab.kv_heads
         self._since += 1
         if self._since == self._config.interval:
             self._since = 0
             if self._held > self.total:
-                self._compress(slab, slab.as_rows(), scaling, softcap)
-        return out
+                self._compress(slab, slab.as_rows(), *self._logits)
 
     def _prefill(
         self,
@@ -204,10 +245,11 @@ class LayerCompressor:
         if self._columns == 0:
             self._prompt = columns if valid is None else valid.sum(dim=1)
             if self._config.protect_prompt:
-                self._check_prompt(columns if valid is None else int(valid.sum(1).max()), heads)
+                tokens = columns if valid is None else int(valid.sum(1).max())
+                check_protected(tokens, self.layer, self.total // heads, self._config.window)
         self._seen = self._seen + (columns if valid is None else valid.sum(dim=1))
         self._columns += columns
-        self._held += heads * _most(valid, columns)
+        self._held += heads * most_tokens(valid, columns)
         # A prefill ends with a boundary; replayed decode steps do if they complete the interval.
         self._since = 0 if boundary else (self._since + columns) % self._config.interval
         if self._held > self.total and self._since == 0:
@@ -219,15 +261,6 @@ class LayerCompressor:
                 rows, index < rows.lengths[..., None], rows.index.shape[-1] if equal else None
             )
         return out
-
-    def _check_prompt(self, tokens: int, heads: int) -> None:
-        room = self.total // heads - self._config.window
-        if tokens > room:
-            raise UsageError(
-                f"protect_prompt: the prompt has {tokens} tokens, but layer {self.layer} keeps "
-                f"{self.total // heads} per head, {self._config.window} of them for the window: "
-                f"raise the budget, shorten the prompt to {max(room, 0)} or do not protect it"
-            )
 
     def _compress(self, slab: Slab, rows: Rows, scaling: float, softcap: float | None) -> None:
         config = self._config
@@ -261,25 +294,6 @@ class LayerCompressor:
         slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
         self._held = min(self._held, self.total)
         self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
-
-
-def _valid(mask: Tensor | None, queries: int) -> Tensor | None:
-    """[batch, q] bool from the mask's last row: which of the new tokens are real."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool or mask.shape[-1] != queries:
-        raise UnsupportedError(
-            f"an attention mask of shape {tuple(mask.shape)} and type {mask.dtype} cannot be used "
-            "on a compressed cache: pass a 2-D padding mask, or none"
-        )
-    return mask[:, 0, -1, :]
-
-
-def _most(valid: Tensor | None, columns: int) -> int:
-    """Upper bound of the real tokens among new columns; exact where looking costs no wait."""
-    if valid is None or valid.device.type != "cpu":
-        return columns
-    return int(valid.sum(dim=1).max())
 
 
 def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:

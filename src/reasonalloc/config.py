@@ -9,6 +9,7 @@ from typing import Literal
 from reasonalloc.errors import UsageError, unknown_name
 
 RecordLevel = Literal["off", "budgets", "tokens"]
+Step = Literal["eager", "static", "graph"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class CompressionConfig:
         profile: path of a calibrated file, for the policy or layer allocator that reads one and has
             no path of its own.
         attention: ``auto``, or a name from ``reasonalloc ls``.
+        step: how ``generate`` runs a decode step: ``eager``; ``static``, with fixed shapes and
+            addresses, lengths and positions on the device; ``graph``, the same captured in a CUDA
+            graph.
         record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
     """
 
@@ -110,6 +114,7 @@ class CompressionConfig:
     seed: int = 0
     profile: str | os.PathLike[str] | None = None
     attention: str = "auto"
+    step: Step = "eager"
     record: RecordLevel = "off"
 
     def __post_init__(self) -> None:
@@ -126,5 +131,7 @@ class CompressionConfig:
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
                 f"sinks ({self.n_sink}): give a budget of at least {self.window + self.n_sink}"
             )
+        if self.step not in ("eager", "static", "graph"):
+            raise unknown_name("step", str(self.step), ("eager", "static", "graph"))
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))

@@ -7,6 +7,41 @@ from torch import Tensor
 
 from reasonalloc.attention.dense import repeat_heads
 from reasonalloc.cache import Rows
+from reasonalloc.errors import UnsupportedError, UsageError
+
+
+def new_tokens(mask: Tensor | None, queries: int) -> Tensor | None:
+    """[batch, q] bool from the mask's last row: which of the new tokens are real."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape[-1] != queries:
+        raise UnsupportedError(
+            f"an attention mask of shape {tuple(mask.shape)} and type {mask.dtype} cannot be used "
+            "on a compressed cache: pass a 2-D padding mask, or none"
+        )
+    return mask[:, 0, -1, :]
+
+
+def most_tokens(valid: Tensor | None, columns: int) -> int:
+    """Upper bound of the real tokens among new columns; exact where looking costs no wait."""
+    if valid is None or valid.device.type != "cpu":
+        return columns
+    return int(valid.sum(dim=1).max())
+
+
+def check_protected(tokens: int, layer: int, kept: int, window: int) -> None:
+    """Refuse a protected prompt of ``tokens`` where a head keeps ``kept``.
+
+    Raises:
+        UsageError: says what fits.
+    """
+    room = kept - window
+    if tokens > room:
+        raise UsageError(
+            f"protect_prompt: the prompt has {tokens} tokens, but layer {layer} keeps {kept} per "
+            f"head, {window} of them for the window: raise the budget, shorten the prompt to "
+            f"{max(room, 0)} or do not protect it"
+        )
 
 
 def over_past(past: Rows, mask: Tensor | None, columns: int, query_heads: int) -> Tensor:

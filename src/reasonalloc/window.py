@@ -35,14 +35,14 @@ class QueryWindow:
             valid: [batch, q] bool, false at padding; None if all are real.
         """
         columns = query.shape[2]
-        fresh = query.transpose(1, 2)
+        fresh = query.transpose(1, 2).to(self._ring.dtype)  # under autocast types change
+        if columns == 1:
+            self._push_one(fresh, seen, valid)
+            return
         if isinstance(seen, int) and valid is None:
             first = max(0, columns - self._window)
             place = (torch.arange(first, columns) + seen) % self._window
-            if columns == 1:
-                self._ring[:, seen % self._window] = fresh[:, 0]
-            else:
-                self._ring[:, place.to(query.device)] = fresh[:, first:]
+            self._ring[:, place.to(query.device)] = fresh[:, first:]
             return
         batch = query.shape[0]
         real = torch.ones(batch, columns, dtype=torch.bool, device=query.device)
@@ -55,6 +55,17 @@ class QueryWindow:
         spare = torch.cat([self._ring, self._ring[:, :1]], dim=1)
         index = place[..., None, None].expand(-1, -1, *fresh.shape[2:])
         self._ring = spare.scatter(1, index, fresh)[:, : self._window].contiguous()
+
+    def _push_one(self, fresh: Tensor, seen: int | Tensor, valid: Tensor | None) -> None:
+        """In place, so that a captured step finds the ring where it was. [batch, 1, heads, dim]."""
+        if isinstance(seen, int) and valid is None:
+            self._ring[:, seen % self._window] = fresh[:, 0]
+            return
+        place = torch.as_tensor(seen, device=fresh.device) % self._window
+        index = place.expand(fresh.shape[0])[:, None, None, None].expand_as(fresh)
+        if valid is not None:
+            fresh = fresh.where(valid[..., None, None], self._ring.gather(1, index))
+        self._ring.scatter_(1, index, fresh)
 
     def positions(self, seen: int | Tensor) -> Tensor:
         """[batch, window] (or [1, window]) int64, oldest first; negative where there is none."""

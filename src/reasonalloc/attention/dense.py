@@ -38,16 +38,18 @@ def attend(
         [batch, query_heads, q, value_dim].
     """
     heads = query.shape[1]
-    keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
-    if softcap is None:
+    if softcap is None and mask is None:  # the fast kernels, without a mask and without copies
         return F.scaled_dot_product_attention(
             query,
             keys,
             values,
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
+            is_causal=query.shape[2] > 1,
             scale=scaling,
+            enable_gqa=heads != keys.shape[1],
         )
+    keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     blocks = []
     for start, stop in _blocks(query, keys):
         weights = _weights(query, keys, mask, scaling, softcap, start, stop)

@@ -110,7 +110,7 @@ def _cache(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) ->
     if contender.config is not None:
         with attach_config(model, contender.config) as attachment:
             cache = attachment.new_cache()
-            with cache.only_real_tokens():
+            with attachment.decoding(cache):
                 yield cache
     elif contender.name == STATIC:
         yield StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)

@@ -133,9 +133,12 @@ class Slab:
 
     def rows(self, flat: Tensor) -> Tensor:
         """Strided view [batch, kv_heads, uniform_length, ...] of a [batch, slots, ...] tensor."""
+        return self._runs(flat)[:, :, : self.uniform_length]
+
+    def _runs(self, flat: Tensor) -> Tensor:
+        """The same with the room behind: [batch, kv_heads, run, ...]."""
         runs = flat[:, : self.kv_heads * self._run]
-        shape = (self.batch, self.kv_heads, self._run, *flat.shape[2:])
-        return runs.view(shape)[:, :, : self.uniform_length]
+        return runs.view(self.batch, self.kv_heads, self._run, *flat.shape[2:])
 
     def make_ragged(self) -> None:
         """Describe the runs by device tables from now on, wherever they are."""
@@ -151,7 +154,23 @@ class Slab:
     def append(
         self, key: Tensor, value: Tensor, position: int | Tensor, valid: Tensor | None
     ) -> None:
-        """Add one token to every run.
+        """Add one token to every run: ``store`` it and ``count`` it."""
+        if valid is not None or isinstance(position, Tensor):
+            self.make_ragged()
+        self.store(key, value, position, valid)
+        self.count()
+
+    def count(self) -> None:
+        """The host's part of ``append``: every run may be longer by one token."""
+        if self.uniform_length is not None:
+            self.uniform_length += 1
+        else:
+            self._appended += 1
+
+    def store(
+        self, key: Tensor, value: Tensor, position: int | Tensor, valid: Tensor | None
+    ) -> None:
+        """The device's part of ``append``; of ragged runs it reads no number of the host.
 
         Args:
             key: [batch, kv_heads, 1, head_dim]; value: [batch, kv_heads, 1, value_dim].
@@ -159,18 +178,15 @@ class Slab:
             valid: [batch, 1] bool, false where the token is padding and is not kept; None if all
                 are real.
         """
-        if valid is not None or isinstance(position, Tensor):
-            self.make_ragged()
         if self.uniform_length is not None:
             at = self.uniform_length
             if at >= self._run:
                 raise RuntimeError(f"a run of {self._run} slots is full: compress before appending")
-            self.uniform_length = at + 1
-            self.rows(self.keys)[:, :, at] = key[:, :, 0]
-            self.rows(self.values)[:, :, at] = value[:, :, 0]
-            self.rows(self.positions)[:, :, at] = position
+            self._runs(self.keys)[:, :, at] = key[:, :, 0]
+            self._runs(self.values)[:, :, at] = value[:, :, 0]
+            self._runs(self.positions)[:, :, at] = position
             if self.state is not None:
-                self.rows(self.state)[:, :, at] = 0.0
+                self._runs(self.state)[:, :, at] = 0.0
             return
         slot = self._offsets + self._lengths
         self.keys.scatter_(1, slot[..., None].expand(-1, -1, key.shape[-1]), key[:, :, 0])
@@ -185,7 +201,6 @@ class Slab:
         heads = self._heads.expand(self.batch, -1)
         self.owner.scatter_(1, slot, heads if valid is None else heads.where(valid, -1))
         self._lengths += 1 if valid is None else valid.long()
-        self._appended += 1
 
     def as_rows(self) -> Rows:
         """Everything that the slab holds, as rows that point into it."""

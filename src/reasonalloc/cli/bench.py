@@ -49,6 +49,8 @@ def command(
     interval: o.Interval = 64,
     window: o.Window = 8,
     profile: o.ProfileFile = None,
+    attention: o.Attention = "auto",
+    step: o.StepKind = "eager",
     batches: Batches = "1,16",
     prompt: Prompt = 100,
     new_tokens: NewTokens = 512,
@@ -58,7 +60,8 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
-    contenders = _contenders(arms, profile, budget=budget, interval=interval, window=window)
+    settings: dict[str, Any] = {"budget": budget, "interval": interval, "window": window}
+    contenders = _contenders(arms, profile, **settings, attention=attention, step=step)
     sizes = o.parse_budgets(batches, "batch")
     points = sorted({*(o.parse_budgets(at, "at") if at else []), new_tokens})
     if min(sizes) < 1:
@@ -75,6 +78,8 @@ def command(
         "machine": machine(loaded),
         "budget": budget,
         "interval": interval,
+        "attention": attention,
+        "step": step,
         "prompt": prompt,
         "new_tokens": new_tokens,
         "batches": [],

@@ -101,6 +101,20 @@ ProfileFile = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention", help="Attention backend, see 'reasonalloc ls'.", rich_help_panel=_BUDGET
+    ),
+]
+StepKind = Annotated[
+    str,
+    typer.Option(
+        "--step",
+        help="Decode steps: eager, static (fixed shapes) or graph (in a CUDA graph).",
+        rich_help_panel=_BUDGET,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
 ]

@@ -77,14 +77,6 @@ Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model"),
 ]
-AttentionName = Annotated[
-    str,
-    typer.Option(
-        "--attention",
-        help="Attention backend, see 'reasonalloc ls'.",
-        rich_help_panel="Budget",
-    ),
-]
 
 
 def command(
@@ -105,7 +97,8 @@ def command(
     n_sink: o.Sinks = 0,
     protect_prompt: o.ProtectPrompt = False,
     profile: o.ProfileFile = None,
-    attention: AttentionName = "auto",
+    attention: o.Attention = "auto",
+    step: o.StepKind = "eager",
     max_new_tokens: MaxNew = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -126,6 +119,7 @@ def command(
         protect_prompt=protect_prompt,
         profile=profile,
         attention=attention,
+        step=step,
         seed=seed,
     )
     if top_p == 0 or (top_p < 1 and temperature == 0):

@@ -56,22 +56,22 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
         [batch, kv_heads, n] float32.
     """
     batch, heads, n, _ = keys.shape
-    unit = keys.float()
-    unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-8)
-    unit = unit.masked_fill(~valid[..., None], 0.0)
+    norm = keys.float().norm(dim=-1)
+    scale = (norm + 1e-8).reciprocal().masked_fill(~valid, 0.0)
+    unit = keys.float() * scale[..., None]
     # A column's sum over all rows is one product with the sum of the rows; what does not count is
     # taken off again: the diagonal, and in each row the latest similar key.
-    sums: Tensor = (unit * (unit.sum(dim=2, keepdim=True) - unit)).sum(dim=-1)
+    sums: Tensor = (unit * unit.sum(dim=2, keepdim=True)).sum(dim=-1) - (norm * scale).square()
     number = torch.arange(1, n + 1, device=keys.device, dtype=unit.dtype)  # exact up to 2**24
     rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
     for start in range(0, n, rows):
         part = unit[:, :, start : start + rows]
-        similar = (part @ unit.transpose(-1, -2)).gt_(threshold)
-        similar.diagonal(start, 2, 3).zero_()
-        latest = similar.mul_(number).amax(dim=-1).long() - 1  # -1: none
+        cosine = (part @ unit.transpose(-1, -2)).float()  # autocast may have multiplied in halves
+        cosine.diagonal(start, 2, 3).zero_()
+        similar = cosine.clone().gt_(threshold)
+        latest = similar.mul_(number).amax(dim=-1, keepdim=True).long() - 1  # -1: none
         column = latest.clamp_min(0)
-        other = unit.gather(2, column[..., None].expand_as(part))
-        cosine = (part * other).sum(dim=-1).masked_fill(latest < 0, 0.0)
-        sums.scatter_add_(2, column, -cosine)
+        counted = cosine.gather(-1, column).masked_fill(latest < 0, 0.0)
+        sums.scatter_add_(2, column.squeeze(-1), -counted.squeeze(-1))
     mean = sums / valid.sum(dim=-1, keepdim=True).clamp_min(1)
     return mean.masked_fill(~valid, torch.finfo(mean.dtype).min).softmax(dim=-1)

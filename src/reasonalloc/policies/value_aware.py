@@ -31,11 +31,16 @@ class ValueAware(Policy):
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
         # A query that is padding gives nothing to any token, and is not counted.
-        real = (received.sum(dim=-1, keepdim=True) > 0).float()
+        total = received.sum(dim=-1, keepdim=True)
+        if received.shape[-2] == 1:  # at every step: fewer operations
+            kept = torch.where(total > 0, 0.5 ** (1 / self.half_life), 1.0).squeeze(-2)
+            state[..., 0].mul_(kept).add_(received.squeeze(-2))
+            return
+        real = (total > 0).float()
         later = real.flip(-2).cumsum(-2).flip(-2) - real
         fading = 0.5 ** (later / self.half_life)
         kept = 0.5 ** (real.sum(dim=-2) / self.half_life)
-        state[..., 0] = state[..., 0] * kept + (received * fading).sum(dim=-2)
+        state[..., 0].mul_(kept).add_((received * fading).sum(dim=-2))
 
     def score(self, candidates: Candidates) -> Tensor:
         seen = candidates.seen[:, None, None] - candidates.positions

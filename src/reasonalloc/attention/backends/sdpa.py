@@ -76,10 +76,11 @@ def _products(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if not uniform:
+        # Added, which is several times faster here than masked_fill_; finite, since a run may be
+        # empty. No logit is large enough to be seen beside it.
         head = torch.arange(heads, dtype=torch.int16)[:, None]
-        logits.masked_fill_(
-            (slab.owner[:, None] != head)[:, :, None], torch.finfo(logits.dtype).min
-        )
+        foreign = (slab.owner[:, None] != head).to(logits.dtype).mul_(-1e30)
+        logits.add_(foreign[:, :, None])
     weights = logits.softmax(dim=-1)
     shape = (keys.shape[0], -1, keys.shape[1])
     out = torch.bmm(weights.view(shape).to(values.dtype), values)

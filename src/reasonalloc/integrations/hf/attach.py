@@ -7,6 +7,8 @@ import functools
 import os
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +18,7 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.attention import choose_backend
 from reasonalloc.cache import MemoryPlan
 from reasonalloc.compressor import LayerCompressor
-from reasonalloc.config import Arm, CompressionConfig, RecordLevel, parse_arm
+from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, parse_arm
 from reasonalloc.errors import (
     CompressionNeverHappened,
     OtherCadence,
@@ -29,6 +31,7 @@ from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.sharding import find_shard
+from reasonalloc.integrations.hf.step import StaticStep, check_step
 from reasonalloc.planning import (
     bound_policy,
     layer_totals,
@@ -57,6 +60,7 @@ class Attachment:
         self.config = config
         self.shapes = check_model(model)
         self.shard = find_shard(model, self.shapes)
+        check_step(config.step, model, self.shapes, self.shard.size)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(config.attention, model.device)
         self._text_config = text_config(model)
@@ -137,6 +141,24 @@ class Attachment:
         self._last, self.recorder = weakref.ref(cache), recorder
         return cache
 
+    @contextmanager
+    def decoding(self, cache: BudgetCache) -> Iterator[None]:
+        """Inside, single new tokens are never padding, and steps run as ``config.step`` says."""
+        model = self._require_model()
+        with cache.only_real_tokens():
+            if self.config.step == "eager":
+                yield
+                return
+            own = model.__dict__.get("forward")
+            graph = self.config.step == "graph"
+            model.__dict__["forward"] = StaticStep(model.forward, cache, model.device, graph)
+            try:
+                yield
+            finally:
+                del model.__dict__["forward"]
+                if own is not None:
+                    model.__dict__["forward"] = own
+
     @property
     def cache(self) -> BudgetCache | None:
         """The cache of the latest ``generate`` call, while something still holds it."""
@@ -148,7 +170,7 @@ class Attachment:
         cache = check_generate(model, self, args, kwargs)
         kwargs["past_key_values"] = cache
         own = self._own_generate or functools.partial(type(model).generate, model)
-        with cache.only_real_tokens():
+        with self.decoding(cache):
             result = own(*args, **kwargs)
         check_result(result, cache)
         if cache.recorder.compressions == 0:
@@ -210,6 +232,7 @@ def attach(
     seed: int = 0,
     profile: str | os.PathLike[str] | None = None,
     attention: str = "auto",
+    step: Step = "eager",
     record: RecordLevel = "off",
 ) -> Attachment:
     """Put a KV budget on a transformers model; ``model.generate`` then works as before.
@@ -221,7 +244,7 @@ def attach(
         policy: which tokens stay (default ``rkv``).
         layers: how many per layer (default ``uniform``).
         heads: how many per KV head (default ``uniform``).
-        interval, window, n_sink, protect_prompt, seed, profile, attention, record: see
+        interval, window, n_sink, protect_prompt, seed, profile, attention, step, record: see
             ``CompressionConfig``.
 
     Returns:
@@ -255,6 +278,7 @@ def attach(
         seed=seed,
         profile=profile,
         attention=attention,
+        step=step,
         record=record,
     )
     return attach_config(model, config)

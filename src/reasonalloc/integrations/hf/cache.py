@@ -78,6 +78,11 @@ class SlabLayer(CacheLayerMixin):
         """Whether tokens were announced and not attended to."""
         return self._values is not None
 
+    @property
+    def midway(self) -> bool:
+        """Whether a call broke off in this layer, or after it in a static step."""
+        return self.pending or self.compressor.unsettled
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
         found = (key_states.shape[1], key_states.shape[3])
@@ -96,7 +101,8 @@ class SlabLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._values = value_states
-        self._logical += key_states.shape[-2]
+        if not self.compressor.static:
+            self._logical += key_states.shape[-2]
         setattr(key_states, _TAG, self)
         return key_states, value_states
 
@@ -122,6 +128,11 @@ class SlabLayer(CacheLayerMixin):
         setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
         self._values = None
         return out
+
+    def advance(self) -> None:
+        """The host's part of a static step, see ``LayerCompressor.advance``."""
+        self._logical += 1
+        self.compressor.advance()
 
     def get_seq_length(self) -> int:
         """Logical length: tokens per sequence so far, padding and evicted ones included."""
@@ -205,7 +216,7 @@ class BudgetCache(Cache):
             )
         if layer_idx == 0:
             lengths = {layer.get_seq_length() for layer in self._compressed}
-            if len(lengths) > 1 or any(layer.pending for layer in self._compressed):
+            if len(lengths) > 1 or any(layer.midway for layer in self._compressed):
                 raise UsageError(
                     "an earlier call on this cache was interrupted or failed, so its layers are "
                     "out of step: start with a new cache"
@@ -227,6 +238,29 @@ class BudgetCache(Cache):
         finally:
             for layer in self._compressed:
                 layer.decode_is_real = False
+
+    def fix(self) -> None:
+        """Prepare static steps, after the prompt; see ``LayerCompressor.fix``."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self._compressed:
+                layer.compressor.fix()
+
+    @contextmanager
+    def static(self) -> Iterator[None]:
+        """Inside, a decode step does the device's part alone; ``advance`` does the host's."""
+        for layer in self._compressed:
+            layer.compressor.static = True
+        try:
+            yield
+        finally:
+            for layer in self._compressed:
+                layer.compressor.static = False
+
+    def advance(self) -> None:
+        """Count a static step in every layer, and compress the layers that are due."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self._compressed:
+                layer.advance()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

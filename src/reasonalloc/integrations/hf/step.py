@@ -1,0 +1,155 @@
+"""Decode steps of fixed shape: run as they are, or captured in a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonalloc.cache import LayerShape
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.cache import BudgetCache
+
+# Results that a replay would overwrite while somebody still holds them.
+_EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) -> None:
+    """Refuse static steps where they cannot work.
+
+    Args:
+        step: ``eager``, ``static`` or ``graph``.
+        model: a transformers model.
+        shapes: its attention layers.
+        parts: number of processes that share its heads.
+
+    Raises:
+        UnsupportedError: says why, and what to use instead.
+    """
+
+    def refuse(reason: str) -> UnsupportedError:
+        name = type(model).__name__
+        return UnsupportedError(f"step={step!r} cannot run {name}: {reason}: use step='eager'")
+
+    if step == "eager":
+        return
+    if not all(shape.compressible for shape in shapes):
+        raise refuse("the caches of its layers with a sliding window grow from step to step")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise refuse("it does not take position_ids")
+    if step == "static":
+        return
+    if model.device.type != "cuda":
+        raise UsageError(f"step='graph' needs a GPU, but the model is on {model.device}")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
+        raise refuse("it is divided among several devices")
+
+
+def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Capture what ``run`` does on a GPU, without doing it.
+
+    Returns:
+        What replays it, and what it returned: every replay writes to the same memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as those that stream, may go on using the device.
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
+        result = run()
+    return graph.replay, result
+
+
+class StaticStep:
+    """Stands for a model's ``forward`` while it decodes on a cache under a budget.
+
+    Calls with one new token per sequence do the device's part of a step with inputs and cache at
+    fixed addresses, then the host's: counting, and compressing when an interval is complete. With
+    ``graph``, the second such call captures the device's part (the first has warmed it up) and
+    replays it from then on; a result is overwritten by the next call. All other calls, the prompt
+    above all, go to ``forward`` as they are.
+
+    Args:
+        forward: the model's own.
+        cache: new tokens of single steps are never padding there (``only_real_tokens``).
+        device: of the model.
+        graph: capture and replay.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], cache: BudgetCache, device: torch.device, graph: bool
+    ) -> None:
+        functools.update_wrapper(self, forward)  # generate() looks at the signature
+        self._forward = forward
+        self._cache = cache
+        self._device = device
+        self._graph = graph
+        self._inputs: dict[str, Tensor] = {}
+        self._options: dict[str, Any] = {}
+        self._replay: Callable[[], None] | None = None
+        self._result: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``forward``."""
+        if args or not self._is_step(kwargs):
+            self._inputs = {}
+            self._replay = self._result = None
+            return self._forward(*args, **kwargs)
+        kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
+        if kwargs.get("position_ids") is None:
+            shape = kwargs["input_ids"].shape
+            kwargs["position_ids"] = torch.full(
+                shape, self._cache.get_seq_length(), device=self._device
+            )
+        inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+        options = {k: v for k, v in kwargs.items() if k not in inputs}
+        if self._fits(inputs, options):
+            for name, tensor in inputs.items():
+                self._inputs[name].copy_(tensor)
+            if self._graph and self._replay is None:
+                self._replay, self._result = self._capture()
+        else:
+            self._cache.fix()
+            self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            self._options, self._replay = options, None
+        if self._replay is None:
+            self._result = self._run()
+        else:
+            self._replay()
+        self._cache.advance()
+        return self._result
+
+    def _is_step(self, call: dict[str, Any]) -> bool:
+        ids = call.get("input_ids")
+        return (
+            isinstance(ids, Tensor)
+            and ids.shape[1] == 1
+            and call.get("past_key_values") is self._cache
+            and self._cache.get_seq_length() > 0
+            and not any(call.get(name) for name in _EXTRA_OUTPUTS)
+        )
+
+    def _fits(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> bool:
+        """Whether a call differs from the one before in the content of its tensors alone."""
+        kinds = [{k: (v.shape, v.dtype) for k, v in x.items()} for x in (inputs, self._inputs)]
+        return kinds[0] == kinds[1] and options == self._options
+
+    def _run(self) -> Any:
+        with self._cache.static():
+            return self._forward(**self._inputs, **self._options)
+
+    def _capture(self) -> tuple[Callable[[], None], Any]:
+        try:
+            return capture(self._run, self._device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"step='graph': a step of this model cannot be captured in a CUDA graph ({error}): "
+                "use step='eager'"
+            ) from error
