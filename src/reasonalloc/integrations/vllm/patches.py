@@ -109,7 +109,7 @@ def _compress_after_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _builders(runner: Any) -> list[Any]:
     """The metadata builders of a model runner with a budget; none of another one."""
-    from reasonalloc.integrations.vllm.backend import BudgetBuilder
+    from reasonalloc.integrations.vllm.builder import BudgetBuilder
 
     return [
         group.get_metadata_builder(0)

@@ -1,0 +1,193 @@
+"""vLLM with and without a KV budget, side by side: a small pool, and an unpressed one.
+
+    make bench-vllm
+
+Random weights. In the small pool 24 requests of 900 tokens compete for 6 MiB; in the large one 8
+requests run at once on a 28-layer model and only the overhead counts. Each run is a process of its
+own, stock and budget take turns, and the medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# name: layers, KV cache bytes, requests, prompt, new tokens, the budget's settings by arm
+CASES: dict[str, dict[str, Any]] = {
+    "6 MiB, 24 requests of 900 tokens": {
+        "layers": 4,
+        "memory": 6 << 20,
+        "requests": 24,
+        "prompt": 100,
+        "new": 800,
+        "arms": {
+            "stock": None,
+            "streaming_llm": {"budget": 96, "interval": 64, "arm": "streaming_llm"},
+            "rkv": {"budget": 96, "interval": 64, "arm": "rkv"},
+            "rkv/pyramid/reasonalloc": {
+                "budget": 96,
+                "interval": 64,
+                "arm": "rkv/pyramid/reasonalloc",
+            },
+        },
+    },
+    "unpressed, 28 layers, 8 requests of 400 tokens": {
+        "layers": 28,
+        "memory": 256 << 20,
+        "requests": 8,
+        "prompt": 100,
+        "new": 300,
+        "arms": {
+            "stock": None,
+            "rkv": {"budget": 128, "interval": 64, "arm": "rkv"},
+            "rkv/pyramid/uniform": {"budget": 128, "interval": 64, "arm": "rkv/pyramid/uniform"},
+            "rkv/pyramid/reasonalloc": {
+                "budget": 128,
+                "interval": 64,
+                "arm": "rkv/pyramid/reasonalloc",
+            },
+        },
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--run", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print("RESULT", json.dumps(run(CASES[options.run[0]], options.run[1], options.model)))
+        return
+    for name, case in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(Path(folder), case["layers"])
+            found: dict[str, list[dict[str, float]]] = {arm: [] for arm in case["arms"]}
+            for turn in range(options.repeats):
+                order = list(case["arms"])
+                for arm in order if turn % 2 == 0 else order[::-1]:
+                    print(f"{name}: {arm}, run {turn + 1}", file=sys.stderr)
+                    found[arm].append(child(name, arm, folder))
+        show(name, found)
+
+
+def child(case: str, arm: str, folder: str) -> dict[str, float]:
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, __file__, "--run", case, arm, "--model", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result: dict[str, float] = json.loads(line.removeprefix("RESULT "))
+            return result
+    raise SystemExit(f"{case}, {arm} failed:\n{done.stderr[-3000:]}")
+
+
+def save_model(folder: Path, layers: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
+    """Steps, seconds, preemptions and most requests running at once."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    settings = case["arms"][arm]
+    more = {"additional_config": {"reasonalloc": settings}} if settings else {}
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        block_size=32,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        kv_cache_memory_bytes=case["memory"],
+        **more,
+    )
+    engine = llm.llm_engine
+    core: Any = engine.engine_core
+    scheduler = core.engine_core.scheduler
+    generator = torch.Generator().manual_seed(0)
+    limits = SamplingParams(
+        temperature=0, max_tokens=case["new"], ignore_eos=True, detokenize=False
+    )
+    preempted = count_preemptions(scheduler)
+    for index in range(case["requests"]):
+        prompt = torch.randint(2, 97, (case["prompt"],), generator=generator).tolist()
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, limits)
+    steps, running, start = 0, 0, time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+        steps += 1
+        running = max(running, len(scheduler.running))
+    seconds = time.perf_counter() - start
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "tokens_per_second": case["requests"] * case["new"] / seconds,
+        "preemptions": len(preempted),
+        "running": running,
+    }
+
+
+def count_preemptions(scheduler: Any) -> list[str]:
+    """A list that gets an entry at every preemption."""
+    seen: list[str] = []
+    original = scheduler._preempt_request
+
+    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(request.request_id)
+        original(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return seen
+
+
+def show(name: str, found: dict[str, list[dict[str, float]]]) -> None:
+    def median(arm: str, what: str) -> float:
+        return statistics.median(run[what] for run in found[arm])
+
+    print(f"\n{name}, float32, {len(next(iter(found.values())))} runs each\n")
+    print("| arm | steps | preemptions | most running | seconds | tok/s | tok/s / stock |")
+    print("|---|---|---|---|---|---|---|")
+    stock = median("stock", "tokens_per_second")
+    for arm in found:
+        speed = median(arm, "tokens_per_second")
+        print(
+            f"| {arm} | {median(arm, 'steps'):.0f} | {median(arm, 'preemptions'):.0f} | "
+            f"{median(arm, 'running'):.0f} | {median(arm, 'seconds'):.1f} | {speed:.0f} | "
+            f"{speed / stock:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

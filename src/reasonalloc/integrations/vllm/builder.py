@@ -1,0 +1,259 @@
+"""A step of vLLM as runs: the metadata of its attention, and compression after it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
+from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
+from reasonalloc.integrations.vllm.plan import EnginePlan, find_plan
+from reasonalloc.integrations.vllm.runs import (
+    NO_REQUEST,
+    Batch,
+    QueryRows,
+    Runs,
+    Tracked,
+    dummy_batch,
+)
+from reasonalloc.integrations.vllm.spec import BudgetSpec
+
+
+@dataclass
+class BudgetMetadata:
+    """What a step's attention needs, for all layers. ``L`` layers, ``N`` runs = requests x heads.
+
+    Attributes:
+        builder: owns the storage.
+        tokens: new tokens.
+        by_head: runs are ordered by head first (several tokens per request) or by request first
+            (one each, so that queries need not be moved).
+        query_start: [N + 1] int32.
+        lengths: [L, N] int32; table: [L, N, pages] int32.
+        slots: [L, tokens * kv_heads] int64, where new tokens go.
+        noted: tokens whose queries are remembered, their rows and places; None if none are.
+        longest_query: most new tokens of a request.
+    """
+
+    builder: BudgetBuilder
+    tokens: int
+    by_head: bool
+    query_start: Tensor
+    lengths: Tensor
+    table: Tensor
+    slots: Tensor
+    noted: tuple[Tensor, Tensor, Tensor] | None
+    longest_query: int
+
+    def __post_init__(self) -> None:
+        self._schedules: dict[int, Any] = {}
+
+    def schedule(self, layer: int) -> Any:
+        """The kernel's schedule of a layer; one for all while all layers hold the same."""
+        key = 0 if self.builder.layers_alike else layer
+        if key not in self._schedules:
+            kernel = self.builder.kernel
+            self._schedules[key] = kernel.schedule(self.query_start, self.lengths[layer])
+        return self._schedules[key]
+
+
+class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
+    """Turns a step's requests into runs; owns the tables and compresses after the forward pass."""
+
+    def __init__(
+        self,
+        kv_cache_spec: BudgetSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        plan = find_plan(vllm_config)
+        if plan is None:
+            raise RuntimeError("a budget's backend without a budget")
+        self._plan: EnginePlan = plan
+        self._rank = get_tensor_model_parallel_rank() if plan.ranks > 1 else 0
+        layout = plan.layouts(kv_cache_spec.block_size)[self._rank]
+        self.layers = {name: index for index, name in enumerate(layer_names)}
+        self.runs = Runs(layout, device)
+        self.queries = QueryRows(len(layer_names), plan.config.window)
+        self._batch: Batch | None = None
+        self._due: list[Due] = []
+        self._blocks: Tensor | None = None
+        self._tables: tuple[Any, Tensor] | None = None
+        # Equal budgets: no need to look at the layers one by one.
+        self.layers_alike = (
+            len(set(layout.totals)) == 1
+            and layout.totals[0] % layout.kv_heads == 0
+            and HEAD_ALLOCATORS.create(plan.config.arm.heads).equal
+        )
+
+    @cached_property
+    def _modules(self) -> list[Any]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return [context[name] for name in self.layers]
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """The kernel of all layers."""
+        impl = self._modules[0].impl
+        return CpuKernel(
+            impl.scale,
+            impl.logits_soft_cap,
+            impl.num_heads // impl.num_kv_heads,
+            impl.head_size,
+            self.kv_cache_spec.block_size,
+            self.kv_cache_spec.dtype,
+        )
+
+    def _bind(self) -> None:
+        if not self.runs.bound:
+            self.runs.bind(self.kernel.pages([module.kv_cache for module in self._modules]))
+
+    @cached_property
+    def _compressor(self) -> PoolCompressor:
+        impl = self._modules[0].impl
+        return PoolCompressor(
+            self._plan,
+            self._rank,
+            self.runs,
+            self.queries,
+            impl.scale,
+            impl.logits_soft_cap or None,
+        )
+
+    def begin(self, alive: Any, requests: list[str], before: list[int], new: list[int]) -> None:
+        """Take note of the requests of the step that is built next.
+
+        Args:
+            alive: by name, the requests that the worker knows, with their ``num_tokens``.
+            requests: those of the step, in order.
+            before: tokens of each in the cache; new: tokens that the step adds.
+        """
+        self.queries.give_back(self.runs.forget_others(alive))
+        tracked = [
+            self.runs.track(name, alive[name].num_tokens if seen == 0 else None)
+            for name, seen in zip(requests, before, strict=True)
+        ]
+        after = [seen + more for seen, more in zip(before, new, strict=True)]
+        self._batch = Batch(tracked, before, after)
+        self._due = [
+            Due(request, row, tokens)
+            for row, (request, tokens) in enumerate(zip(tracked, after, strict=True))
+            if tokens == self._boundary(request, tokens)
+        ]
+
+    def _boundary(self, request: Tracked, tokens: int) -> int:
+        """The first boundary at or after ``tokens`` tokens."""
+        over = max(tokens - request.start, 0)
+        interval = self.runs.layout.reserve.interval
+        return request.start + -(-over // interval) * interval
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> BudgetMetadata:
+        """Metadata of one step."""
+        common, batch, self._batch = common_attn_metadata, self._batch, None
+        starts = common.query_start_loc_cpu.tolist()
+        new = [b - a for a, b in itertools.pairwise(starts)]
+        if batch is None:
+            self._due = []
+            after = common.seq_lens.tolist()
+            batch = dummy_batch([n - q for n, q in zip(after, new, strict=True)], after)
+        self._bind()
+        runs = self.runs
+        heads, tokens = runs.heads, starts[-1]
+        slots = torch.tensor(batch.slots, device=self.device)
+        lengths = runs.lengths(slots, common.seq_lens)
+        blocks = self._blocks = common.block_table_tensor
+        table = self._table(batch, slots, lengths, blocks)
+        by_head = tokens > len(new)
+        new_slots = self._new_slots(table, lengths, new, starts)
+        query_start = common.query_start_loc
+        if by_head:
+            table, lengths = table.transpose(1, 2), lengths.transpose(1, 2)
+            offset = torch.arange(heads, device=self.device)[:, None] * tokens
+            query_start = torch.cat([(query_start[:-1] + offset).flatten(), offset[-1] + tokens])
+            query_start = query_start.to(torch.int32)
+        else:
+            query_start = torch.arange(len(new) * heads + 1, dtype=torch.int32, device=self.device)
+        return BudgetMetadata(
+            builder=self,
+            tokens=tokens,
+            by_head=by_head,
+            query_start=query_start,
+            lengths=lengths.flatten(1).contiguous(),
+            table=table.flatten(1, 2).contiguous(),
+            slots=new_slots,
+            noted=self._noted(batch, starts),
+            longest_query=max(new),
+        )
+
+    def _table(self, batch: Batch, slots: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:
+        """[L, requests, H, pages]; made anew only if runs, requests or their blocks changed."""
+        size = self.kv_cache_spec.block_size
+        pages = -(-int(lengths.max()) // size)
+        needed = self.runs.layout.reserve.needed
+        held = [needed(r.start, n) for r, n in zip(batch.requests, batch.after, strict=True)]
+        key = (self.runs.version, pages, batch.slots, held)
+        if self._tables is None or self._tables[0] != key:
+            self._tables = key, self.runs.table(slots, blocks, pages)
+        return self._tables[1]
+
+    def _new_slots(
+        self, table: Tensor, lengths: Tensor, new: list[int], starts: list[int]
+    ) -> Tensor:
+        """[L, tokens * H] int64: where the new tokens go, the last ones of their runs.
+
+        Args:
+            table: [L, requests, H, pages]; lengths: [L, requests, H], new tokens included.
+            new: tokens of each request; starts: the first token of each, and the end.
+        """
+        layers, requests, heads, pages = table.shape
+        size = self.kv_cache_spec.block_size
+        place, row = lengths.long() - 1, torch.arange(requests, device=self.device)
+        if starts[-1] > requests:
+            row = row.repeat_interleave(torch.tensor(new, device=self.device))
+            ends = torch.tensor(starts[1:], device=self.device)[row]
+            behind = ends - torch.arange(1, starts[-1] + 1, device=self.device)
+            place = place[:, row] - behind[:, None]
+        run = torch.arange(layers, device=self.device)[:, None, None] * requests + row[:, None]
+        run = run * heads + torch.arange(heads, device=self.device)
+        page = table.reshape(-1).take(run * pages + place // size)
+        return (page.long() * size + place % size).flatten(1)
+
+    def _noted(self, batch: Batch, starts: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Tokens of the step that a boundary's observation window will want."""
+        if not self._plan.policy.needs_queries:
+            return None
+        tokens, rows, places = [], [], []
+        window = self.queries.window
+        steps = zip(batch.requests, batch.before, batch.after, strict=True)
+        for at, (request, before, after) in zip(starts, steps, strict=False):
+            if request.slot == NO_REQUEST:
+                continue
+            for position in range(max(before, self._boundary(request, after) - window), after):
+                tokens.append(at + position - before)
+                rows.append(self.queries.lend(request))
+                places.append(position % window)
+        if not tokens:
+            return None
+        found = [torch.tensor(x, device=self.device) for x in (tokens, rows, places)]
+        return found[0], found[1], found[2]
+
+    def finish(self) -> None:
+        """Compress what reached a boundary; after the forward pass of a step."""
+        due, self._due = self._due, []
+        if due and self._blocks is not None:
+            self._compressor.run(due, self._blocks)
