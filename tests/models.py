@@ -49,7 +49,7 @@ EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_e
 FACTORIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "llama": lambda c: LlamaForCausalLM(LlamaConfig(**c)),
     "qwen2": lambda c: Qwen2ForCausalLM(Qwen2Config(**c)),
-    "qwen3": lambda c: Qwen3ForCausalLM(Qwen3Config(**c, head_dim=16)),
+    "qwen3": lambda c: Qwen3ForCausalLM(Qwen3Config(**{"head_dim": 16, **c})),
     "mistral": lambda c: MistralForCausalLM(MistralConfig(**c, sliding_window=None)),
     "phi3": lambda c: Phi3ForCausalLM(Phi3Config(**c)),
     "gemma2": lambda c: Gemma2ForCausalLM(

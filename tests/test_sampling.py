@@ -14,7 +14,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, solve
 from reasonalloc.evaluation.protocols import PROTOCOLS, Rules, find_rules
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling, sample_seed
-from reasonalloc.evaluation.solver import Chunk, Item, ModelSpec, Solver
+from reasonalloc.evaluation.solver import Chunk, Item, ModelSpec, Solver, encode
 from tiny_folder import save_tiny
 
 SETTINGS = Settings(interval=8, window=4)
@@ -107,7 +107,7 @@ def test_rows_say_of_each_sample_what_it_would_be_alone(folder: Path, arm: str) 
     assert {r["finish"] for r in rows} == {"stop", "length"}
     # The counts and bytes are calculated; this is what really happened.
     for item, row in zip(items, rows, strict=True):
-        tokens = solver._encode(item.prompt)
+        tokens = encode(solver._tokenizer, item.prompt)
         found = solve(solver._model, [tokens], job, SETTINGS, 40, sampling=Sampling(3.0),
                       seeds=[item.seed])  # fmt: skip
         assert row["compressions"] == found.compressions

@@ -27,9 +27,9 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama whose heads are as wide as vLLM's kernels want them, with a tokenizer."""
+    """A tiny Qwen3 whose heads are as wide as vLLM's kernels want them, with a tokenizer."""
     shape = {"hidden_size": 96, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 32}
-    return save_tiny(tmp_path_factory.mktemp("llama"), **shape)
+    return save_tiny(tmp_path_factory.mktemp("qwen3"), name="qwen3", **shape)
 
 
 @pytest.fixture(scope="session")

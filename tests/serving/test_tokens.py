@@ -73,7 +73,7 @@ def test_prompts_that_come_in_chunks(
 
 
 def test_a_budget_that_holds_everything_is_stock_vllm(engine: Callable[..., Any]) -> None:
-    found = greedy(engine({"budget": 800, "arm": "rkv/pyramid/reasonalloc"}), PROMPTS, 300)
+    found = greedy(engine({"budget": 800, "arm": "rkv/uniform/reasonalloc"}), PROMPTS, 300)
     assert found == greedy(engine(enable_prefix_caching=False), PROMPTS, 300)
 
 
