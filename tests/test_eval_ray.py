@@ -58,7 +58,7 @@ def test_a_killed_worker_is_replaced(model: Path, tmp_path: Path) -> None:
     victims = workers_of(process)
     assert len(victims) == 2
     victims[0].kill()
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "died" in err and "takes its batch up again" in " ".join(err.split())
     assert read(there) == read(here)
