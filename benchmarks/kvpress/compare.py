@@ -22,6 +22,7 @@ import torch
 
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.cli.output import grid, human, stdout
+from reasonalloc.loading import quiet
 
 HERE = Path(__file__).parent
 # kvpress's press, and the same method here.
@@ -47,13 +48,15 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder, result = Path(temporary) / "model", Path(temporary) / "result.json"
-        build_shape(options.shape, torch.float32, torch.device("cpu")).save_pretrained(folder)
+        with quiet():
+            build_shape(options.shape, torch.float32, torch.device("cpu")).save_pretrained(folder)
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         commands = peer(options, folder, options.press, result), ours(options, folder, arm, result)
         sides = list(zip(names, commands, strict=True))
         for turn in range(options.repeats):
             for name, command in sides if turn % 2 == 0 else sides[::-1]:
                 print(f"run {turn + 1} of {options.repeats}: {name}", file=sys.stderr)
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
                 found[name].append(read(result))
     show(options, found)
     if options.out is not None:

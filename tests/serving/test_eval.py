@@ -61,11 +61,27 @@ def test_greedy_samples_equal_those_of_transformers(
     assert evaluate(folder, problems, out) == 2  # another engine's samples are not mixed in
 
 
+def test_an_engine_per_worker(
+    folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = [tmp_path / "one", tmp_path / "two"]
+    assert evaluate(folder, problems, out[0], "--engine", "vllm") == 0
+    assert evaluate(folder, problems, out[1], "--engine", "vllm", "--workers", "2") == 0
+    (one, expected), (two, found) = map(read, out)
+    assert one == two
+    assert set(found) == set(expected)
+    for name, row in expected.items():
+        for field in ("completion", "compressions", "kv_bytes", "finish", "seed"):
+            assert found[name][field] == row[field], (name, field)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--device-map", "auto"], "--device-map cannot be used with --engine vllm"),
-        (["--workers", "2"], "--workers cannot be used"),
         (["--protect-prompt"], "--protect-prompt cannot be used"),
         (["--arms", "h2o"], "looks at the attention"),
     ],

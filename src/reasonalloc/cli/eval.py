@@ -94,7 +94,7 @@ def command(
     from reasonalloc.evaluation.solver import ModelSpec
 
     spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan, engine)
-    _check_engine(spec, workers, ray_address, protect_prompt)
+    _check_engine(spec, protect_prompt)
     if tp_plan is not None and (workers > 1 or ray_address is not None):
         raise UsageError(
             f"tp_plan={tp_plan!r} divides one model among the processes of a torchrun, workers and "
@@ -188,9 +188,7 @@ class _Plan:
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
 
 
-def _check_engine(
-    spec: ModelSpec, workers: int, ray_address: str | None, protect_prompt: bool
-) -> None:
+def _check_engine(spec: ModelSpec, protect_prompt: bool) -> None:
     """Refuse what goes with one engine only."""
     from reasonalloc.errors import unknown_name
 
@@ -202,8 +200,6 @@ def _check_engine(
         "--device": spec.device != "auto",
         "--device-map": spec.device_map is not None,
         "--tp-plan": spec.tp_plan is not None,
-        "--workers": workers > 1,
-        "--ray-address": ray_address is not None,
         "--protect-prompt": protect_prompt,
     }
     for name, there in given.items():

@@ -51,6 +51,7 @@ class Cluster:
 
         self._ray: Any = ray
         self._arguments, self._observer = arguments, observer
+        self._known: Any = None  # jobs and prompts, in Ray's store
         self._start(address)
         try:
             self._options = self._share(workers)
@@ -76,9 +77,10 @@ class Cluster:
         Raises:
             UsageError: as there, or workers die while they load the model.
         """
+        self._known = self._ray.put((list(jobs), list(prompts)))
         for _ in range(_TRIES):
             try:
-                found: Facts = self._result(self._actors[0].check.remote(list(jobs), list(prompts)))
+                found: Facts = self._result(self._actors[0].check.remote(self._known))
             except self._ray.exceptions.RayActorError as error:
                 reason = _line(error)
                 self._actors[0] = self._spawn()
@@ -94,7 +96,8 @@ class Cluster:
             idle = set(range(len(self._actors))) - {worker for worker, _ in busy.values()}
             for worker in sorted(idle)[: len(todo)]:
                 chunk = todo.popleft()
-                busy[self._actors[worker].solve.remote(chunk)] = worker, chunk
+                call = self._actors[worker].solve.remote(chunk, self._known)
+                busy[call] = worker, chunk
             ready, _ = ray.wait(list(busy), timeout=_POLL_SECONDS)
             if not ready:
                 self._look(busy)
@@ -183,7 +186,7 @@ def require_ray() -> None:
 
 def _worker_class(ray: Any) -> type[Any]:
     class Worker:
-        """A ``Solver`` that loads on its first call and tells how far it is."""
+        """A solver that loads on its first call and tells how far it is."""
 
         def __init__(self, arguments: Any, threads: int | None, folder: str) -> None:
             # A cluster's workers start where the cluster was started: paths mean ours.
@@ -191,25 +194,27 @@ def _worker_class(ray: Any) -> type[Any]:
                 os.chdir(folder)
             self._arguments, self._threads = arguments, threads
             self._solver: Any = None
+            self._facts: Any = None
             self._steps = 0
 
-        def _ready(self) -> Any:
+        def check(self, known: Any) -> Any:
             if self._solver is None:
                 import torch
 
-                from reasonalloc.evaluation.solver import Solver
-
+                # An engine of this process, which ends with it, on the cores that Ray gave it.
+                os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
                 if self._threads is not None:
                     torch.set_num_threads(self._threads)
-                self._solver = Solver(*self._arguments)
-            return self._solver
+                self._solver = _solver_class(self._arguments[0])(*self._arguments)
+            if self._facts is None:
+                self._facts = self._solver.check(*known)
+            return self._facts
 
-        def check(self, jobs: Any, prompts: Any) -> Any:
-            return self._ready().check(jobs, prompts)
-
-        def solve(self, chunk: Any) -> Any:
+        def solve(self, chunk: Any, known: Any) -> Any:
             self._steps = 0
-            return self._ready().solve(chunk, self._watch)
+            self.check(known)
+            return self._solver.solve(chunk, self._watch)
 
         def _watch(self, steps: int) -> bool:
             self._steps = steps
@@ -220,6 +225,16 @@ def _worker_class(ray: Any) -> type[Any]:
             return self._steps
 
     return Worker
+
+
+def _solver_class(spec: ModelSpec) -> type[Any]:
+    if spec.engine == "vllm":
+        from reasonalloc.evaluation.vllm_solver import VllmSolver
+
+        return VllmSolver
+    from reasonalloc.evaluation.solver import Solver
+
+    return Solver
 
 
 def _check_address(address: str) -> None:
