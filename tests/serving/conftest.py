@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import decided, random_prompts
 
-import reasonalloc
 from tiny_folder import save_tiny
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -33,26 +33,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(folder: Path) -> Callable[..., list[list[int]]]:
-    """Greedy tokens of transformers, each prompt alone: ``reference(prompts, new, budget=...)``."""
+def clear(folder: Path) -> Callable[..., tuple[list[list[int]], list[list[int]]]]:
+    """Prompts of given lengths that leave no doubt, and the greedy tokens of transformers.
+
+    ``clear(lengths, new, budget=...)``. Engines round differently, and so do processors: where two
+    tokens or two candidates for eviction lie as close as that, any of them is right. Of several
+    random prompts of each length the one is taken whose closest decision is the least close.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    def run(prompts: Sequence[Sequence[int]], new: int, **settings: Any) -> list[list[int]]:
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)])
-            limits = {"max_new_tokens": new, "do_sample": False}
-            if settings:
-                with reasonalloc.attach(model, **settings):
-                    out = model.generate(ids, **limits)
-            else:
-                out = model.generate(ids, **limits)
-            found.append(out[0, len(prompt) :].tolist())
-        return found
+    def find(
+        lengths: Sequence[int], new: int, tries: int = 4, **settings: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        candidates = [p for seed in range(tries) for p in random_prompts(lengths, seed)]
+        tokens, room = decided(model, candidates, new, settings)
+        best = room.view(tries, len(lengths)).argmax(dim=0)
+        chosen = [int(turn) * len(lengths) + i for i, turn in enumerate(best)]
+        assert min(room[chosen]) > 1, "no prompt leaves no doubt: give more tries"
+        return [candidates[i] for i in chosen], [tokens[i] for i in chosen]
 
-    return run
+    return find
 
 
 @pytest.fixture

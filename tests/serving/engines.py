@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
+import reasonalloc
+import reasonalloc.compressor
 from models import VOCAB
+
+# What rounding may change, generously: logits (absolute), scores (relative to the largest one).
+LOGIT, SCORE = 2e-4, 2e-6
 
 
 def greedy(llm: Any, prompts: Sequence[Sequence[int]], new: int | Sequence[int]) -> list[list[int]]:
@@ -26,6 +31,76 @@ def greedy(llm: Any, prompts: Sequence[Sequence[int]], new: int | Sequence[int])
 def random_prompts(lengths: Sequence[int], seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def decided(
+    model: Any, prompts: Sequence[Sequence[int]], new: int, settings: dict[str, Any]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy tokens of transformers, and how far each prompt's closest decision was from a tie.
+
+    Returns:
+        The tokens, and [prompts] float32: gaps between the first and the second choice, of tokens
+        and of candidates for eviction, in units of what rounding may change.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    room = torch.full((len(prompts),), torch.inf)
+    original = reasonalloc.compressor.decide
+
+    def watched(candidates: Any, config: Any, policy: Any, *rest: Any) -> Any:
+        keep, budgets = original(candidates, config, policy, *rest)
+        if config.arm.policy in ("streaming_llm", "random"):  # scores that nobody rounds
+            return keep, budgets
+        scores = policy.score(candidates).float()
+        sinks = candidates.evictable & ((candidates.positions < config.n_sink) | scores.isinf())
+        open_ = candidates.evictable & ~sinks  # sinks stay, whatever their scores
+        size = scores.where(open_, 0.0).abs().amax(dim=-1).clamp_min(1e-30)
+        stays = scores.masked_fill(~(open_ & keep), torch.inf).amin(dim=-1)
+        goes = scores.masked_fill(~open_ | keep, -torch.inf).amax(dim=-1)
+        gaps = [((stays - goes) / size).amin(dim=1)]
+        if config.arm.heads.startswith(("adakv", "reasonalloc")):
+            # Heads that share a layer's total: its last place, by raw scores and by scores that
+            # are comparable between heads of different lengths.
+            wanted = budgets.sum(dim=1) - keep.shape[1] * candidates.window
+            wanted = (wanted - sinks.sum(dim=(1, 2))).clamp_min(1)[:, None]
+            for pooled in (scores, scores * (candidates.lengths - candidates.window)[..., None]):
+                flat = pooled.masked_fill(~open_, -torch.inf).flatten(1)
+                flat = torch.nn.functional.pad(flat, (0, 1), value=-torch.inf)
+                flat = flat.sort(descending=True).values
+                gap = (flat.gather(1, wanted - 1) - flat.gather(1, wanted)).squeeze(1)
+                gaps.append(gap / flat[:, 0].abs().clamp_min(1e-30))
+        full = budgets.sum(dim=1) == candidates.lengths.sum(dim=1)
+        for gap in gaps:
+            gap = gap.nan_to_num(nan=torch.inf).masked_fill(full, torch.inf)
+            room.copy_(torch.minimum(room, gap / SCORE))
+        return keep, budgets
+
+    def run() -> Any:
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    reasonalloc.compressor.decide = watched
+    try:
+        if settings:
+            with reasonalloc.attach(model, **settings):
+                out = run()
+        else:
+            out = run()
+    finally:
+        reasonalloc.compressor.decide = original
+    for logits in out.logits:
+        first, second = logits.float().topk(2, dim=-1).values.unbind(dim=-1)
+        room = torch.minimum(room, (first - second) / LOGIT)
+    return out.sequences[:, width:].tolist(), room
 
 
 def pool(llm: Any) -> Any:

@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from engines import decided
 
 from reasonalloc.cli.main import main
+from reasonalloc.evaluation.solver import encode
+from reasonalloc.evaluation.tasks.base import TASKS
 
 pytest.importorskip("math_verify")
 
 JOBS = ["--arms", "full,rkv/uniform/reasonalloc", "--budgets", "32"]
 
 
-@pytest.fixture
-def problems(tmp_path: Path) -> Path:
-    path = tmp_path / "problems.jsonl"
+@pytest.fixture(scope="module")
+def problems(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three problems whose completions leave no doubt, see ``clear``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     rows = [
         {
-            "question": " ".join(f"w{(7 * i + j) % 50}" for j in range(20 + 30 * i)),
+            "question": " ".join(f"w{(7 * i + j) % 50}" for j in range(20 + 10 * i)),
             "answer": "#### 1",
         }
-        for i in range(3)
+        for i in range(9)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+
+    def write(chosen: list[int]) -> None:
+        path.write_text("".join(json.dumps(rows[i]) + "\n" for i in chosen))
+
+    write(list(range(len(rows))))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded = TASKS.create("gsm8k").load(str(path), None).chosen
+    prompts = [encode(tokenizer, problem.prompt) for problem in loaded]
+    settings = {"budget": 32, "interval": 16, "arm": "rkv/uniform/reasonalloc"}
+    room = torch.minimum(
+        decided(model, prompts, 120, settings)[1], decided(model, prompts, 120, {})[1]
+    )
+    best = room.argsort(descending=True)[:3].tolist()
+    assert min(room[best]) > 1
+    write(sorted(best))
     return path
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines that do not compile, here and in workers: that takes a minute for each."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def evaluate(folder: Path, problems: Path, out: Path, *more: str) -> int:
@@ -42,9 +74,8 @@ def read(out: Path) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
 
 
 def test_greedy_samples_equal_those_of_transformers(
-    folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, problems: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert evaluate(folder, problems, tmp_path / "hf") == 0
     out = tmp_path / "vllm"
     assert evaluate(folder, problems, out, "--engine", "vllm", "--limit", "2") == 0
@@ -65,7 +96,6 @@ def test_an_engine_per_worker(
     folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = [tmp_path / "one", tmp_path / "two"]
     assert evaluate(folder, problems, out[0], "--engine", "vllm") == 0

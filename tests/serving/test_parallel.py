@@ -8,11 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engines import random_prompts
 
-PROMPTS = random_prompts((40, 150, 7, 100))
+LENGTHS = (40, 150, 7, 100)
 PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -29,15 +29,14 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.parametrize("arm", ["rkv/pyramid/uniform", "streaming_llm/uniform/uniform"])
-def test_two_processes(
-    folder: Path, tmp_path: Path, reference: Callable[..., list[list[int]]], arm: str
-) -> None:
+def test_two_processes(folder: Path, tmp_path: Path, clear: Callable[..., Any], arm: str) -> None:
     settings = {"budget": 64, "interval": 32, "arm": arm}
+    prompts, expected = clear(LENGTHS, 150, **settings)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    arguments = [str(folder), json.dumps(PROMPTS), json.dumps(settings)]
+    arguments = [str(folder), json.dumps(prompts), json.dumps(settings)]
     done = subprocess.run(
         [sys.executable, str(program), *arguments],
         env=environment,
@@ -48,4 +47,4 @@ def test_two_processes(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(s for s in done.stdout.splitlines() if s.startswith("TOKENS "))
-    assert json.loads(line.removeprefix("TOKENS ")) == reference(PROMPTS, 150, **settings)
+    assert json.loads(line.removeprefix("TOKENS ")) == expected

@@ -101,10 +101,9 @@ def ids(server: Server, client: Any, prompt: list[int], new: int, **more: Any) -
 
 
 def test_tokens_are_those_of_transformers(
-    server: Server, client: Any, reference: Callable[..., list[list[int]]]
+    server: Server, client: Any, clear: Callable[..., Any]
 ) -> None:
-    prompts = random_prompts([40, 150])
-    for prompt, expected in zip(prompts, reference(prompts, 200, **SETTINGS), strict=True):
+    for prompt, expected in zip(*clear((40, 150), 200, **SETTINGS), strict=True):
         answer = ids(server, client, prompt, 200)
         assert answer.choices[0].token_ids == expected
         assert answer.usage.completion_tokens == 200

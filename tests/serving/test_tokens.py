@@ -15,7 +15,8 @@ from transformers import AutoConfig
 import made_costs
 from reasonalloc.profiles import config_hash
 
-PROMPTS = random_prompts((40, 150, 7, 300))
+LENGTHS = (40, 150, 7, 300)
+PROMPTS = random_prompts(LENGTHS)
 CADENCE = {"budget": 64, "interval": 32}
 
 
@@ -34,7 +35,7 @@ def costs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("heads", ["uniform", "planned", "reasonalloc"])
 def test_as_on_transformers(
     engine: Callable[..., Any],
-    reference: Callable[..., list[list[int]]],
+    clear: Callable[..., Any],
     costs: str,
     policy: str,
     layers: str,
@@ -44,32 +45,29 @@ def test_as_on_transformers(
         pytest.skip("only layers='cost' plans heads")
     arm = {"policy": policy, "layers": layers, "heads": heads}
     settings = {**CADENCE, **arm, **({"profile": costs} if layers == "cost" else {})}
-    found = greedy(engine(settings), PROMPTS, 400)
-    assert found == reference(PROMPTS, 400, **settings)
+    prompts, expected = clear(LENGTHS, 400, **settings)
+    assert greedy(engine(settings), prompts, 400) == expected
 
 
-@pytest.mark.parametrize("arm", ["random", "tova/pyramid/adakv", "knorm/uniform/adakv"])
-def test_other_arms(
-    engine: Callable[..., Any], reference: Callable[..., list[list[int]]], arm: str
-) -> None:
+@pytest.mark.parametrize("arm", ["random", "tova/pyramid/adakv", "rkv(lam=0.5)/uniform/adakv"])
+def test_other_arms(engine: Callable[..., Any], clear: Callable[..., Any], arm: str) -> None:
     settings = {**CADENCE, "arm": arm, "n_sink": 4, "seed": 3, "window": 4}
-    found = greedy(engine(settings), PROMPTS, 120)
-    assert found == reference(PROMPTS, 120, **settings)
+    prompts, expected = clear(LENGTHS, 120, **settings)
+    assert greedy(engine(settings), prompts, 120) == expected
 
 
-def test_compiled(engine: Callable[..., Any], reference: Callable[..., list[list[int]]]) -> None:
+def test_compiled(engine: Callable[..., Any], clear: Callable[..., Any]) -> None:
     settings = {**CADENCE, "arm": "rkv/pyramid/reasonalloc"}
-    llm = engine(settings, enforce_eager=False)
-    assert greedy(llm, PROMPTS, 200) == reference(PROMPTS, 200, **settings)
+    prompts, expected = clear(LENGTHS, 200, **settings)
+    assert greedy(engine(settings, enforce_eager=False), prompts, 200) == expected
 
 
-def test_prompts_that_come_in_chunks(
-    engine: Callable[..., Any], reference: Callable[..., list[list[int]]]
-) -> None:
+def test_prompts_that_come_in_chunks(engine: Callable[..., Any], clear: Callable[..., Any]) -> None:
     settings = {**CADENCE, "arm": "snapkv/pyramid/reasonalloc"}
     # Chunks end anywhere, also within the observation window.
+    prompts, expected = clear(LENGTHS, 100, **settings)
     llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=8)
-    assert greedy(llm, PROMPTS, 100) == reference(PROMPTS, 100, **settings)
+    assert greedy(llm, prompts, 100) == expected
 
 
 def test_a_budget_that_holds_everything_is_stock_vllm(engine: Callable[..., Any]) -> None:
@@ -78,9 +76,10 @@ def test_a_budget_that_holds_everything_is_stock_vllm(engine: Callable[..., Any]
 
 
 def test_the_plugin_without_a_budget_changes_nothing(
-    engine: Callable[..., Any], reference: Callable[..., list[list[int]]]
+    engine: Callable[..., Any], clear: Callable[..., Any]
 ) -> None:
-    assert greedy(engine(), PROMPTS, 60) == reference(PROMPTS, 60)
+    prompts, expected = clear(LENGTHS, 60)
+    assert greedy(engine(), prompts, 60) == expected
 
 
 def test_no_request_depends_on_its_batch_mates(engine: Callable[..., Any]) -> None:
