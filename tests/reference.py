@@ -27,6 +27,7 @@ class Head:
     head: int = 0
     seen: int = 0
     seed: int = 0
+    projections: torch.Tensor | None = None  # [group, outputs, d], of the head's query heads
 
     @property
     def n(self) -> int:
@@ -192,13 +193,18 @@ def score_random(head: Head) -> list[float]:
     return [(_mix((key + p) & mask) & ((1 << 24) - 1)) / (1 << 24) for p in head.positions]
 
 
-def score_value_aware(head: Head, half_life: float = 32.0) -> list[float]:
+def score_value_aware(head: Head, half_life: float = 32.0, metric: str = "value") -> list[float]:
     scores = []
     mean = sum(head.values[i] for i in range(head.n)) / head.n
     for i, token in enumerate(head.received):
         attention = sum(w * 0.5 ** ((head.seen - 1 - at) / half_life) for at, w in token)
         weight = sum(0.5 ** (k / half_life) for k in range(head.seen - head.positions[i]))
-        distance = math.sqrt(sum(float(x) ** 2 for x in head.values[i] - mean))
+        away = head.values[i] - mean
+        distance = math.sqrt(sum(float(x) ** 2 for x in away))
+        if metric == "output":
+            assert head.projections is not None
+            moved = [sum(float(x) ** 2 for x in part @ away) for part in head.projections]
+            distance = math.sqrt(sum(moved) / len(moved))
         scores.append(attention / weight * distance)
     return scores
 

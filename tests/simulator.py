@@ -37,7 +37,9 @@ class Simulator:
         self.model = model
         self.policy, _, parameters = policy.rstrip(")").partition("(")
         pairs = (pair.split("=") for pair in parameters.split(",") if pair)
-        self.parameters: dict[str, Any] = {name.strip(): float(value) for name, value in pairs}
+        self.parameters: dict[str, Any] = {
+            name.strip(): value if value.isalpha() else float(value) for name, value in pairs
+        }
         if statistics is not None:
             self.parameters["statistics"] = statistics
         self.totals, self.heads = totals, heads
@@ -106,13 +108,13 @@ class Simulator:
         if first or columns > 1 or self.since[layer] == self.interval:
             self.since[layer] = 0
             if sum(len(row) for row in self.kept[layer]) > self.totals[layer]:
-                self.compress(layer, key, value, scaling, end)
+                self.compress(module, key, value, scaling, end)
         return out.transpose(1, 2).contiguous(), None
 
     def compress(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
+        self, module: Any, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
     ) -> None:
-        heads, window = key.shape[1], self.window
+        layer, heads, window = module.layer_idx, key.shape[1], self.window
         recent = torch.stack(self.queries[layer][-window:], dim=1)
         group = recent.shape[0] // heads
         first = max(self.n_sink, self.prompt if self.protect_prompt else 0)
@@ -132,6 +134,9 @@ class Simulator:
                 head=h,
                 seen=end,
                 seed=self.seed,
+                projections=module.o_proj.weight.detach()
+                .unflatten(1, (heads * group, -1))[:, h * group : (h + 1) * group]
+                .transpose(0, 1),
             )
             row = SCORES[self.policy](head, **self.parameters)[: len(kept) - window]
             forced = [p < first for p in kept[: len(kept) - window]]

@@ -184,6 +184,7 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
         "lazy_eviction(threshold=0)",
         "tri_attention(horizon=0)",
         "value_aware(half_life=0)",
+        "value_aware(metric=norm)",
     ],
 )
 def test_parameters_are_checked(spec: str) -> None:

@@ -319,3 +319,13 @@ def test_the_budget_that_is_named_for_a_protected_prompt_is_enough(layers: str) 
         model.generate(ids, max_new_tokens=20)
     if layers == "uniform":
         assert budget == 40 + 8
+
+
+def test_an_output_projection_that_cannot_be_read() -> None:
+    model = tiny("llama")
+    layer = model.model.layers[1].self_attn
+    layer.o_proj = torch.nn.Sequential(layer.o_proj)  # as quantised ones are: no plain matrix
+    with pytest.raises(UnsupportedError, match=r"layer 1 .* use metric='value'") as caught:
+        reasonalloc.attach(model, budget=20, policy="value_aware(metric=output)")
+    one_sentence(caught.value)
+    reasonalloc.attach(model, budget=20, policy="value_aware").detach()

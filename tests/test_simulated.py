@@ -93,6 +93,13 @@ def test_expected_attention_of_other_models(name: str, tmp_path: Path) -> None:
         compare(name, 45, 50, budget=20, heads="reasonalloc", interval=8, window=4, **settings)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])
+def test_values_behind_the_output_projection(name: str) -> None:
+    policy = "value_aware(half_life=9, metric=output)"
+    for heads in ("uniform", "reasonalloc"):
+        compare(name, 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
+
+
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
 def test_recurrence_with_tokens_that_are_not_attended_to(threshold: float) -> None:
     policy = f"lazy_eviction(threshold={threshold})"

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.cache import LayerShape, MemoryPlan
@@ -115,12 +117,14 @@ def bound_policy(
     model_config: Any,
     name: str,
     load_rope: Callable[[], Rope] | None = None,
+    load_output_metrics: Callable[[], dict[int, Tensor]] | None = None,
 ) -> Policy:
     """The policy of a run, checked against the model.
 
     Args:
         config, shapes, model_config, name: as for ``layer_totals``.
-        load_rope: reads the model's rotary embedding; None while its weights are not loaded.
+        load_rope, load_output_metrics: read the model's rotary embedding and output projections,
+            see ``ModelFacts``; None while its weights are not loaded.
     """
     budgeted = [shape for shape in shapes if shape.compressible]
     facts = ModelFacts(
@@ -130,6 +134,7 @@ def bound_policy(
         query_heads=budgeted[0].query_heads,
         head_dim=budgeted[0].head_dim,
         load_rope=load_rope,
+        load_output_metrics=load_output_metrics,
     )
     check_profile(config)
     return _policy(config).bind(facts)

@@ -15,6 +15,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.planning import bound_policy, compression_points
 from reasonalloc.policies import POLICIES, Policy
@@ -106,7 +107,12 @@ def checked(
         layers=[i for i, shape in enumerate(shapes) if shape.compressible],
         kv_heads=next(shape.kv_heads for shape in shapes if shape.compressible),
         configs=configs,
-        policies=[bound_policy(c, shapes, facts, name, lambda: read_rope(model)) for c in configs],
+        policies=[
+            bound_policy(
+                c, shapes, facts, name, lambda: read_rope(model), lambda: output_metrics(model)
+            )
+            for c in configs
+        ],
     )
 
 

@@ -93,6 +93,10 @@ class ModelFacts:
         head_dim: width of a query.
         load_rope: returns its rotary embedding, or raises ``UnsupportedError`` if it has none that
             is a fixed rotation; None while only the configuration is known.
+        load_output_metrics: returns, by layer under a budget, [kv_heads, value_dim, value_dim]
+            float32: ``W^T W`` of the part ``W`` of the output projection that reads a query head,
+            averaged over the group. Raises ``UnsupportedError`` if the projection cannot be read;
+            None while only the configuration is known.
     """
 
     model_id: str
@@ -101,6 +105,7 @@ class ModelFacts:
     query_heads: int
     head_dim: int
     load_rope: Callable[[], Rope] | None = None
+    load_output_metrics: Callable[[], dict[int, Tensor]] | None = None
 
 
 class Policy(ABC):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.base import POLICIES, Candidates, Policy, kept_state
+from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy, kept_state
 
 
 @POLICIES.register("value_aware", source="ours; value norms as in VATP, arXiv 2406.12335")
@@ -17,17 +18,33 @@ class ValueAware(Policy):
 
     The attention is averaged over all queries since the token came, with weights that halve every
     ``half_life`` queries; the value counts by its distance from the mean value of the head's
-    tokens, since attention that is lost falls to the others.
+    tokens, since attention that is lost falls to the others. ``metric="output"`` measures that
+    distance behind the output projection (its mean square over the group's query heads) instead of
+    before it.
     """
 
     half_life: float = 32.0
+    metric: str = "value"
     state_channels: ClassVar[int] = 1
+    _roots: dict[tuple[int, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _metrics: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.half_life > 0:
             raise UsageError(
                 f"value_aware: half_life={self.half_life} is a number of queries: give one above 0"
             )
+        if self.metric not in ("value", "output"):
+            raise UsageError(f"value_aware: metric={self.metric!r} must be 'value' or 'output'")
+
+    def bind(self, model: ModelFacts) -> Policy:
+        if self.metric == "value" or model.load_output_metrics is None:
+            return self
+        bound = dataclasses.replace(self)
+        object.__setattr__(bound, "_metrics", model.load_output_metrics())
+        return bound
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
         # A query that is padding gives nothing to any token, and is not counted.
@@ -50,5 +67,19 @@ class ValueAware(Policy):
         values = candidates.values.float()
         valid = candidates.valid[..., None]
         mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
-        score: Tensor = attention * torch.linalg.vector_norm(values - mean, dim=-1)
+        away = values - mean
+        if self.metric == "output":
+            away = away @ self._root(candidates.layer, away.device)
+        score: Tensor = attention * torch.linalg.vector_norm(away, dim=-1)
         return score
+
+    def _root(self, layer: int, device: torch.device) -> Tensor:
+        """[kv_heads, value_dim, value_dim] ``R`` with ``R R^T`` the layer's metric."""
+        place = (layer, device)
+        if place not in self._roots:
+            if layer not in self._metrics:
+                raise RuntimeError("value_aware(metric=output) must be bound to a model")
+            sizes, directions = torch.linalg.eigh(self._metrics[layer].double())
+            root = directions * sizes.clamp_min(0).sqrt()[:, None]
+            self._roots[place] = root.float().to(device)
+        return self._roots[place]

@@ -29,6 +29,7 @@ from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.generation import check_generate, check_result
 from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.integrations.hf.step import StaticStep, check_step
@@ -72,7 +73,12 @@ class Attachment:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._name = name
         self._policy = bound_policy(
-            config, self.shapes, self._text_config, name, lambda: read_rope(model)
+            config,
+            self.shapes,
+            self._text_config,
+            name,
+            lambda: read_rope(model),
+            lambda: output_metrics(model, self.shard),
         )
         if self.shard.size > 1 and getattr(self._policy, "reads", None) == "statistics":
             raise UnsupportedError(
