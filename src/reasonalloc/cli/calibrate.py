@@ -181,8 +181,6 @@ def command(
     load = _texts(objective, own, count) if chosen.reads_texts else _prompts(objective, own, count)
     target = _writable(out)
     chosen.check_out(out)
-    from rich.progress import Progress
-
     from reasonalloc.loading import load_model
 
     with output.stderr().status("Loading the model"):
@@ -192,14 +190,8 @@ def command(
         with output.stderr().status("Timing the model"):
             announced = chosen.announce(loaded, inputs, **own)
         output.note(announced)
-    with Progress(console=output.stderr(), transient=True) as bar:
-        task = bar.add_task("Calibrating", total=None)
-        measured = chosen.measure(
-            loaded,
-            inputs,
-            lambda done, total: bar.update(task, completed=done, total=total),
-            **own,
-        )
+    with output.progress("Calibrating") as tell:
+        measured = chosen.measure(loaded, inputs, tell, **own)
     measured.save(target)
     if as_json:
         output.print_json({"profile": str(target), **measured.data})

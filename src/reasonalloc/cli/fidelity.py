@@ -127,8 +127,6 @@ def _run(
     """Everything that is not in the result file yet; all rows, old and new."""
     from dataclasses import asdict
 
-    from rich.progress import Progress
-
     from reasonalloc.evaluation.fidelity import fidelity, full_logits
     from reasonalloc.evaluation.records import ResultFile
     from reasonalloc.integrations.hf.model import text_config
@@ -146,11 +144,11 @@ def _run(
     # A row whose arm read files of another content stays in the file and is not looked at.
     rows = [row for row in rows if row["files"] == digests.get(row["arm"], row["files"])]
     done = {(row["trajectory"], row["arm"], row["budget"]) for row in rows}
-    with Progress(console=output.stderr(), transient=True) as bar:
-        task = bar.add_task("Replaying", total=len(trajectories) * len(jobs))
+    total, finished = len(trajectories) * len(jobs), 0
+    with output.progress("Replaying") as tell:
         for trajectory in trajectories:
             left = [c for c in jobs if (trajectory.key, str(c.arm), c.budget) not in done]
-            bar.advance(task, len(jobs) - len(left))
+            finished += len(jobs) - len(left)
             full = full_logits(model, trajectory) if left else []
             for config in left:
                 found = fidelity(model, trajectory, full, config)
@@ -161,7 +159,8 @@ def _run(
                 rows.append(row)
                 if file is not None:
                     file.add(row)
-                bar.advance(task)
+                finished += 1
+                tell(finished, total)
     return rows
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -59,6 +60,30 @@ def stderr() -> Console:
 def note(text: str) -> None:
     """One line on stderr that the user should know."""
     stderr().print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """How far it is: call what comes with (done, total).
+
+    A bar on stderr; where that is no terminal, a line at every tenth.
+    """
+    console, told = stderr(), 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if total and done * 10 // total > told:
+            told = done * 10 // total
+            note(f"{title}: {done} of {total}")
+
+    if not console.is_terminal:
+        yield tell
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(data: dict[str, Any]) -> None:
