@@ -89,10 +89,10 @@ def dying(ray: Any) -> type[Any]:
     class Worker:
         def __init__(self, arguments: Any, threads: Any, folder: Any) -> None: ...
 
-        def check(self, jobs: Any, prompts: Any) -> None:
+        def check(self, known: Any) -> None:
             os._exit(1)
 
-        def solve(self, chunk: Any) -> None:
+        def solve(self, chunk: Any, known: Any) -> None:
             os._exit(1)
 
         @ray.method(concurrency_group="watch")

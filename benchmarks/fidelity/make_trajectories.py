@@ -25,33 +25,18 @@ from reasonalloc.loading import load_model
 
 PROMPT, COMPLETION = 48, 720
 CODE = {
-    "calibration": (
-        *("heapq", "textwrap", "csv", "shutil", "calendar", "optparse", "zipfile", "inspect"),
-        *("dataclasses", "unittest.mock", "tokenize"),
-    ),
+    "calibration": ("heapq", "textwrap", "csv"),
     "test": ("argparse", "statistics", "difflib", "configparser", "fractions"),
 }
 TOPICS = {
-    "calibration": (
-        *("execmodel", "customization", "import", "types", "string-methods", "debugger"),
-        *("typesseq", "function"),
-    ),
+    "calibration": ("execmodel", "customization", "import"),
     "test": ("compound", "attribute-access", "formatstrings", "typesmapping"),
 }
-# First rows, by twelve: calibration and test share none.
-SOLUTIONS = {
-    "calibration": (*range(0, 96, 12), 200, 212),
-    "test": range(100, 184, 12),
-}
-QUESTIONS = {"calibration": range(0, 72, 12), "test": range(100, 136, 12)}
 ASKED = {
     "calibration": (
         "Explain step by step how a bicycle stays upright, in detail.",
         "Write a long story about a lighthouse keeper who finds a map.",
         "Solve step by step: a train leaves at 9 and another at 10. Invent the numbers.",
-        "Write a detailed essay about the history of paper.",
-        "Explain in detail how a letter travels from one country to another.",
-        "Think aloud, step by step: how many bricks are in a large house?",
     ),
     "test": (
         "Write a detailed essay about the history of bread.",
@@ -100,11 +85,11 @@ def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Ite
     solutions = [json.loads(line) for line in Path(math).read_text().splitlines()]
     answers = [json.loads(line) for line in Path(gsm8k).read_text().splitlines()]
     test = split == "test"
-    for start in SOLUTIONS[split]:
+    for start in range(100, 184, 12) if test else range(0, 36, 12):
         rows = solutions[start : start + 12]
         pieces = _joined(rows, "problem", "solution", "Problem: {}\n\nSolution: {}\n\n")
         yield "solutions", _cut(tokenizer, pieces)
-    for start in QUESTIONS[split]:
+    for start in range(100, 136, 12) if test else range(0, 12, 12):
         pieces = _joined(answers[start : start + 12], "question", "answer", "Q: {}\nA: {}\n\n")
         yield "questions", _cut(tokenizer, pieces)
     for name in CODE[split]:
