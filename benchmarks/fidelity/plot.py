@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from cycler import cycler
 
 from reasonalloc.allocators.minimise import minimise
 from reasonalloc.costs import load_costs
@@ -30,7 +31,8 @@ def fidelity(path: str, out: Path) -> None:
     with Path(path).open() as file:
         for row in csv.DictReader(file):
             values[row["arm"]][int(row["budget"])].append(float(row["kl"]))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 5))
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
     for arm, budgets in sorted(values.items(), key=lambda item: item[1][64]):
         if "kind=" in arm:
             continue
@@ -48,7 +50,7 @@ def fidelity(path: str, out: Path) -> None:
     axes.set_xticks([64, 128, 256], ["64", "128", "256"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out / "fidelity.svg", metadata={"Date": None})
 

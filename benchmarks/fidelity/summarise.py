@@ -1,4 +1,4 @@
-"""Tables from results of ``reasonalloc fidelity``: paired with one arm, by kind of text.
+"""Tables from results of ``reasonalloc fidelity``: paired with two arms, by kind of text.
 
     python benchmarks/fidelity/summarise.py test.jsonl OUT results.jsonl [more.jsonl old.csv ...]
 
@@ -20,7 +20,7 @@ from reasonalloc.config import PRESETS
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 from reasonalloc.evaluation.trajectories import Trajectory
 
-BASE = "rkv"
+BASE, OURS = "rkv", "best"
 Table = dict[tuple[int, str], dict[str, float]]
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     table = read(paths)
     labels = list(dict.fromkeys(kinds.values()))
     lines = [
-        "| budget | arm | texts | KL | ratio to rkv (95 %) | KL less rkv's (95 %) | "
+        "| budget | arm | texts | KL | ratio to `rkv` (95 %) | `best`'s KL less this (95 %) | "
         + " | ".join(labels)
         + " |",
         "|---" * (6 + len(labels)) + "|",
@@ -71,7 +71,10 @@ def main() -> None:
         common = [key for key in kinds if key in ours and key in base]
         mine, theirs = [ours[k] for k in common], [base[k] for k in common]
         low, high = bootstrap_ratio(mine, theirs)
-        gap = difference(mine, theirs)
+        best, gap = table.get((budget, OURS), {}), ""
+        if shared := [key for key in common if key in best]:
+            middle, *ends = difference([best[k] for k in shared], [ours[k] for k in shared])
+            gap = f"{middle:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f})"
         cells = []
         for label in labels:
             keys = [k for k in common if kinds[k] == label]
@@ -82,7 +85,7 @@ def main() -> None:
         lines.append(
             f"| {budget} | `{arm}` | {len(common)} | {sum(mine) / len(mine):.4f} | "
             f"{ratio:.3f} ({low:.3f}-{high:.3f}) | "
-            f"{gap[0]:+.4f} ({gap[1]:+.4f} to {gap[2]:+.4f}) | " + " | ".join(cells) + " |"
+            f"{gap} | " + " | ".join(cells) + " |"
         )
     Path(out + ".md").write_text("\n".join(lines) + "\n")
     with Path(out + ".csv").open("w", newline="") as file:
