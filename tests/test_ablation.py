@@ -43,10 +43,11 @@ class OneHead(Simulator):
         return super().attention(module, query, key, value, mask, **k)
 
     def compress(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
+        self, module: Any, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
     ) -> None:
+        layer = module.layer_idx
         kept = list(self.kept[layer])
-        super().compress(layer, key, value, scaling, end)
+        super().compress(module, key, value, scaling, end)
         if self.head is not None:
             kept[self.head] = self.kept[layer][self.head]
             self.kept[layer] = kept
