@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def decided(
 
     def watched(candidates: Any, config: Any, policy: Any, *rest: Any) -> Any:
         keep, budgets = original(candidates, config, policy, *rest)
-        if config.arm.policy in ("streaming_llm", "random"):  # scores that nobody rounds
+        # Whole numbers, or rounded by the policy itself.
+        if config.arm.policy in ("streaming_llm", "random", "knorm"):
             return keep, budgets
         scores = policy.score(candidates).float()
         sinks = candidates.evictable & ((candidates.positions < config.n_sink) | scores.isinf())
@@ -78,23 +80,17 @@ def decided(
             room.copy_(torch.minimum(room, gap / SCORE))
         return keep, budgets
 
-    def run() -> Any:
-        return model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=new,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-
     reasonalloc.compressor.decide = watched
     try:
-        if settings:
-            with reasonalloc.attach(model, **settings):
-                out = run()
-        else:
-            out = run()
+        with reasonalloc.attach(model, **settings) if settings else nullcontext():
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
     finally:
         reasonalloc.compressor.decide = original
     for logits in out.logits:

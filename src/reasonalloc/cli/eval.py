@@ -245,13 +245,13 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
     from reasonalloc.evaluation.folder import RunFolder
     from reasonalloc.evaluation.runner import InProcess, run
     from reasonalloc.evaluation.sharded import Leader, first_rank, follow
-    from reasonalloc.evaluation.solver import Solver
+    from reasonalloc.evaluation.solver import make_solver
 
     chosen, rules = plan.problems.chosen, plan.rules
     arguments = (plan.spec, plan.settings, rules.sampling, rules.max_new_tokens)
     prompts = [problem.prompt for problem in chosen]
     if plan.spec.tp_plan is not None and not first_rank():
-        solver = Solver(*arguments)
+        solver = make_solver(*arguments)
         solver.check(plan.jobs, prompts)
         follow(solver)
         return
@@ -267,15 +267,9 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
                     Cluster(arguments, plan.workers, plan.ray_address, watcher)
                 )
                 facts = executor.check(plan.jobs, prompts)
-            elif plan.spec.engine == "vllm":
-                from reasonalloc.evaluation.vllm_solver import VllmSolver
-
-                engines = VllmSolver(*arguments)
-                stack.callback(engines.close)
-                executor = InProcess(engines, watcher)
-                facts = engines.check(plan.jobs, prompts)
             else:
-                solver = Solver(*arguments)
+                solver = make_solver(*arguments)
+                stack.callback(solver.close)
                 executor = (Leader if plan.spec.tp_plan else InProcess)(solver, watcher)
                 facts = solver.check(plan.jobs, prompts)
         _check_length(facts, rules.max_new_tokens)

@@ -149,7 +149,10 @@ def _run(
         for trajectory in trajectories:
             left = [c for c in jobs if (trajectory.key, str(c.arm), c.budget) not in done]
             finished += len(jobs) - len(left)
-            full = full_logits(model, trajectory) if left else []
+            if not left:
+                continue
+            tell(finished, total)
+            full = full_logits(model, trajectory)
             for config in left:
                 found = fidelity(model, trajectory, full, config)
                 row = {"trajectory": trajectory.key, "arm": str(config.arm)}

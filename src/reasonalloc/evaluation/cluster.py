@@ -201,12 +201,14 @@ def _worker_class(ray: Any) -> type[Any]:
             if self._solver is None:
                 import torch
 
+                from reasonalloc.evaluation.solver import make_solver
+
                 # An engine of this process, which ends with it, on the cores that Ray gave it.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
                 if self._threads is not None:
                     torch.set_num_threads(self._threads)
-                self._solver = _solver_class(self._arguments[0])(*self._arguments)
+                self._solver = make_solver(*self._arguments)
             if self._facts is None:
                 self._facts = self._solver.check(*known)
             return self._facts
@@ -225,16 +227,6 @@ def _worker_class(ray: Any) -> type[Any]:
             return self._steps
 
     return Worker
-
-
-def _solver_class(spec: ModelSpec) -> type[Any]:
-    if spec.engine == "vllm":
-        from reasonalloc.evaluation.vllm_solver import VllmSolver
-
-        return VllmSolver
-    from reasonalloc.evaluation.solver import Solver
-
-    return Solver
 
 
 def _check_address(address: str) -> None:

@@ -173,6 +173,9 @@ class Solver:
             torch.cuda.empty_cache()
         return Outcome(None, [], reason)
 
+    def close(self) -> None:
+        """Nothing to end: the model goes with the solver."""
+
     def _plan(self, job: Job) -> MemoryPlan:
         """Memory of one sequence; the layers' totals."""
         if job not in self._plans:
@@ -243,6 +246,20 @@ class Solver:
             for event in result.events
             if event.step - padding in own[event.layer]
         ]
+
+
+def make_solver(
+    spec: ModelSpec, settings: Settings, sampling: Sampling, max_new_tokens: int
+) -> Any:
+    """The solver of a model's engine: a ``Solver``, or what stands for one.
+
+    Arguments and errors are those of ``Solver``.
+    """
+    if spec.engine == "vllm":
+        from reasonalloc.evaluation.vllm_solver import VllmSolver
+
+        return VllmSolver(spec, settings, sampling, max_new_tokens)
+    return Solver(spec, settings, sampling, max_new_tokens)
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:

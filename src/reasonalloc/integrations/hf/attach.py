@@ -78,7 +78,7 @@ class Attachment:
             self._text_config,
             name,
             lambda: read_rope(model),
-            lambda: output_metrics(model, self.shard),
+            lambda: output_metrics(model),
         )
         if self.shard.size > 1 and getattr(self._policy, "reads", None) == "statistics":
             raise UnsupportedError(

@@ -9,39 +9,41 @@ from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf.model import check_model
-from reasonalloc.integrations.hf.sharding import HeadShard
+from reasonalloc.integrations.hf.sharding import find_shard
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 @torch.no_grad()
-def output_metrics(model: Any, shard: HeadShard | None = None) -> dict[int, Tensor]:
+def output_metrics(model: Any) -> dict[int, Tensor]:
     """How far a change of a head's output moves the layer's output, by layer under a budget.
 
     Args:
         model: a transformers model with its weights.
-        shard: which KV heads are in this process; None: all.
 
     Returns:
         [kv_heads, value_dim, value_dim] float32 on the CPU: ``W^T W`` of the columns ``W`` of the
         output projection that belong to a query head, averaged over the KV head's group.
 
     Raises:
-        UnsupportedError: a layer's output projection cannot be read.
+        UnsupportedError: a layer's output projection cannot be read, or is divided.
     """
-    if shard is not None and shard.size > 1:
+    shapes, found = check_model(model), {}
+    shard = find_shard(model, shapes)
+    if shard.size > 1:
         raise UnsupportedError(
             f"metric='output' reads whole output projections, but this process holds one of "
             f"{shard.size} parts (tp_plan): use metric='value', or device_map"
         )
-    shapes, found = check_model(model), {}
-    modules = {
-        m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and _of(m) is not None
+    weights = {
+        module.layer_idx: weight
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and (weight := _of(module)) is not None
     }
     for layer, shape in enumerate(shapes):
         if not shape.compressible:
             continue
-        weight = _of(modules[layer]) if layer in modules else None
+        weight = weights.get(layer)
         if weight is None or weight.shape[1] % shape.query_heads:
             raise UnsupportedError(
                 f"metric='output': the output projection of {type(model).__name__}'s layer {layer} "
