@@ -30,21 +30,22 @@ class _Notes(TorchDispatchMode):
         return out
 
 
-def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """As ``integrations.hf.step.capture``; noting executes, so the first replay does not."""
     notes = _Notes()
     with notes:
         result = run()
     first = [True]
 
-    def replay() -> None:
+    def replay() -> Any:
         if first:
             first.clear()
-            return
+            return result
         for func, args, kwargs, out in notes.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        return result
 
-    return replay, result
+    return replay

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reasonalloc
@@ -18,7 +19,7 @@ from reasonalloc.attention import choose_backend
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf import BudgetCache
+from reasonalloc.integrations.hf import BudgetCache, compiled
 from reasonalloc.integrations.hf import step as steps
 from reasonalloc.policies import POLICIES
 from reasonalloc.recorder import Recorder
@@ -107,6 +108,83 @@ class Pieces:
 
     def end(self) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"), [("llama", "rkv"), ("qwen3", "snapkv/uniform/reasonalloc"), ("phi3", "h2o")]
+)
+def test_compiled_steps_write_the_same(name: str, arm: str) -> None:
+    model = tiny(name)
+    ids, mask = padded()
+    sampled = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 20}
+    again = {"return_dict_in_generate": True, "output_logits": True}
+    outs = []
+    for step in ("eager", "compile"):
+        with reasonalloc.attach(model, budget=16, interval=8, arm=arm, step=step) as attached:
+            torch.manual_seed(3)
+            first = model.generate(ids, attention_mask=mask, **GREEDY, **again)
+            more = torch.cat([first.sequences, prompt(5, 3)], dim=1)
+            mask_of_more = torch.cat([mask, torch.ones(3, 50, dtype=torch.long)], dim=1)
+            second = model.generate(
+                more,
+                attention_mask=mask_of_more,
+                past_key_values=first.past_key_values,
+                **sampled,
+                **again,
+            )
+            equal = model.generate(prompt(25, 3), **GREEDY, **again)
+            assert attached.recorder is not None and attached.recorder.compressions > 0
+        outs.append([first, second, equal])
+    for plain, other in zip(*outs, strict=True):
+        assert torch.equal(plain.sequences, other.sequences)
+        logits = (torch.stack(x.logits) for x in (plain, other))
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    compiler = torch._inductor.compile
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return compiler(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor, "compile", counting)
+    monkeypatch.setattr(compiled, "_known", {})
+    model = tiny("llama", num_hidden_layers=4)
+    for _ in range(2):
+        with reasonalloc.attach(model, budget=16, interval=8, step="compile"):
+            model.generate(prompt(20), **GREEDY)
+    assert len(made) == 3  # up to the first layer, between layers, after the last one
+
+
+def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+
+    def reading(states: torch.Tensor) -> torch.Tensor:
+        return states * (2.0 if float(states.sum()) > 1e9 else 1.0)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("fatal error: omp.h: No such file\nmore")
+
+    monkeypatch.setattr(compiled, "_known", {})
+    with reasonalloc.attach(model, budget=16, interval=8, step="compile"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UnsupportedError, match=r"omp\.h.*eager"),
+        ):
+            patch.setattr(torch._inductor, "compile", broken)
+            model.generate(prompt(20), **GREEDY)
+        monkeypatch.setitem(model.model.norm.__dict__, "forward", reading)
+        with pytest.raises(UnsupportedError, match="reads numbers back"):
+            model.generate(prompt(20), **GREEDY)
+
+    def none(*args: Any) -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler.*step='eager'"):
+        reasonalloc.attach(model, budget=16, step="compile")
 
 
 def test_extra_outputs_are_steps_of_their_own(recorded: None) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
 
 RecordLevel = Literal["off", "budgets", "tokens"]
-Step = Literal["eager", "static", "graph"]
+Step = Literal["eager", "static", "graph", "compile"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CompressionConfig:
         attention: ``auto``, or a name from ``reasonalloc ls``.
         step: how ``generate`` runs a decode step: ``eager``; ``static``, with fixed shapes and
             addresses, lengths and positions on the device; ``graph``, the same captured in a CUDA
-            graph.
+            graph; ``compile``, the same compiled, for CPUs.
         record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
     """
 
@@ -131,7 +131,7 @@ class CompressionConfig:
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
                 f"sinks ({self.n_sink}): give a budget of at least {self.window + self.n_sink}"
             )
-        if self.step not in ("eager", "static", "graph"):
-            raise unknown_name("step", str(self.step), ("eager", "static", "graph"))
+        if self.step not in get_args(Step):
+            raise unknown_name("step", str(self.step), get_args(Step))
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))

@@ -62,10 +62,11 @@ class QueryWindow:
             self._ring[:, seen % self._window] = fresh[:, 0]
             return
         place = torch.as_tensor(seen, device=fresh.device) % self._window
-        index = place.expand(fresh.shape[0])[:, None, None, None].expand_as(fresh)
+        row = torch.arange(fresh.shape[0], device=fresh.device)
+        at = (row, place.expand(fresh.shape[0]))
         if valid is not None:
-            fresh = fresh.where(valid[..., None, None], self._ring.gather(1, index))
-        self._ring.scatter_(1, index, fresh)
+            fresh = fresh.where(valid[..., None, None], self._ring[at][:, None])
+        self._ring.index_put_(at, fresh[:, 0])
 
     def positions(self, seen: int | Tensor) -> Tensor:
         """[batch, window] (or [1, window]) int64, oldest first; negative where there is none."""

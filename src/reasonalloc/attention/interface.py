@@ -29,6 +29,8 @@ class SlabView(Protocol):
     """[batch, slots] int16: the KV head whose token lies there, -1 if none; of ragged runs only"""
     kv_heads: int
     uniform_length: int | None
+    regular: bool
+    """Every run has one length, if only the device knows it: ``runs`` gives a strided view."""
 
     @property
     def offsets(self) -> Tensor:
@@ -42,6 +44,10 @@ class SlabView(Protocol):
 
     def rows(self, flat: Tensor) -> Tensor:
         """[batch, kv_heads, uniform_length, ...] view of a [batch, slots, ...] tensor."""
+        ...
+
+    def runs(self, flat: Tensor) -> Tensor:
+        """The same with the room behind: [batch, kv_heads, run, ...]."""
         ...
 
 

@@ -19,7 +19,8 @@ def summarise(data: dict[str, Any], points: Sequence[int]) -> list[dict[str, Any
     Returns:
         One entry per batch size: ``batch``, ``weight_products`` (seconds) and ``arms`` with
         ``tokens_per_second``, ``step_seconds`` by point, ``quartiles`` of all steps (seconds), the
-        shares ``attention``, ``compression``, ``rest`` and ``kv_bytes``, ``peak_bytes``.
+        shares ``attention`` (None if it is in the rest), ``compression``, ``rest`` and
+        ``kv_bytes``, ``peak_bytes``.
     """
     entries = []
     for found in data["batches"]:
@@ -55,7 +56,10 @@ def _arm(name: str, found: dict[str, Any], interval: int, points: Sequence[int])
         },
         "quartiles": quartiles([step for run in whole for step in run["steps"]]),
         "prefill_seconds": middle([run["prefill_seconds"] for run in whole]),
-        **{part: middle([run[part] for run in whole]) for part in PARTS},
+        **{
+            part: None if whole[0][part] is None else middle([run[part] for run in whole])
+            for part in PARTS
+        },
         "kv_bytes": max(run["kv_bytes"] for run in whole),
         "peak_bytes": max(run["peak_bytes"] or 0 for run in whole) or None,
     }

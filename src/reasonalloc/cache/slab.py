@@ -52,7 +52,8 @@ class Slab:
     positions, with room to grow behind. Physical lengths live here; logical positions are
     ``positions``; ``owner`` says which head's token lies in a slot, once the runs are ragged.
     While every run is known to have one length, that length is a host number
-    (``uniform_length``) and no table on the device is touched.
+    (``uniform_length``) and no table on the device is touched. ``regular`` runs have one length and
+    equal distances too, but their length may be on the device alone.
 
     Args:
         batch, kv_heads: number of sequences and of KV heads.
@@ -87,7 +88,9 @@ class Slab:
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._run = slots // kv_heads
+        self._rows = torch.arange(batch, device=device)[:, None]
         self.uniform_length: int | None = 0
+        self.regular = True
         self._longest: DeferredMax | int = 0
         self._appended = 0
 
@@ -133,10 +136,10 @@ class Slab:
 
     def rows(self, flat: Tensor) -> Tensor:
         """Strided view [batch, kv_heads, uniform_length, ...] of a [batch, slots, ...] tensor."""
-        return self._runs(flat)[:, :, : self.uniform_length]
+        return self.runs(flat)[:, :, : self.uniform_length]
 
-    def _runs(self, flat: Tensor) -> Tensor:
-        """The same with the room behind: [batch, kv_heads, run, ...]."""
+    def runs(self, flat: Tensor) -> Tensor:
+        """The same of regular runs, with the room behind: [batch, kv_heads, run, ...]."""
         runs = flat[:, : self.kv_heads * self._run]
         return runs.view(self.batch, self.kv_heads, self._run, *flat.shape[2:])
 
@@ -157,6 +160,7 @@ class Slab:
         """Add one token to every run: ``store`` it and ``count`` it."""
         if valid is not None or isinstance(position, Tensor):
             self.make_ragged()
+            self.regular = self.regular and valid is None
         self.store(key, value, position, valid)
         self.count()
 
@@ -182,24 +186,22 @@ class Slab:
             at = self.uniform_length
             if at >= self._run:
                 raise RuntimeError(f"a run of {self._run} slots is full: compress before appending")
-            self._runs(self.keys)[:, :, at] = key[:, :, 0]
-            self._runs(self.values)[:, :, at] = value[:, :, 0]
-            self._runs(self.positions)[:, :, at] = position
+            self.runs(self.keys)[:, :, at] = key[:, :, 0]
+            self.runs(self.values)[:, :, at] = value[:, :, 0]
+            self.runs(self.positions)[:, :, at] = position
             if self.state is not None:
-                self._runs(self.state)[:, :, at] = 0.0
+                self.runs(self.state)[:, :, at] = 0.0
             return
-        slot = self._offsets + self._lengths
-        self.keys.scatter_(1, slot[..., None].expand(-1, -1, key.shape[-1]), key[:, :, 0])
-        self.values.scatter_(1, slot[..., None].expand(-1, -1, value.shape[-1]), value[:, :, 0])
-        if isinstance(position, Tensor):
-            filled = position[:, None].expand(-1, self.kv_heads).to(torch.int32)
-            self.positions.scatter_(1, slot, filled)
-        else:
-            self.positions.scatter_(1, slot, position)
+        # index_put_, since compilers do it in place where they would copy for scatter_.
+        slot = (self._rows, self._offsets + self._lengths)
+        self.keys.index_put_(slot, key[:, :, 0])
+        self.values.index_put_(slot, value[:, :, 0])
+        filled = position[:, None] if isinstance(position, Tensor) else self._rows * 0 + position
+        self.positions.index_put_(slot, filled.to(torch.int32))
         if self.state is not None:
-            self.state.scatter_(1, slot[..., None].expand(-1, -1, self.state.shape[-1]), 0.0)
+            self.state.index_put_(slot, self.state.new_zeros(()))
         heads = self._heads.expand(self.batch, -1)
-        self.owner.scatter_(1, slot, heads if valid is None else heads.where(valid, -1))
+        self.owner.index_put_(slot, heads if valid is None else heads.where(valid, -1))
         self._lengths += 1 if valid is None else valid.long()
 
     def as_rows(self) -> Rows:
@@ -208,7 +210,9 @@ class Slab:
         index = (self.offsets[..., None] + index).clamp_max(self.slots - 1)
         return Rows(self.keys, self.values, self.positions, self.state, index, self.lengths.clone())
 
-    def rewrite(self, rows: Rows, keep: Tensor, uniform_length: int | None) -> None:
+    def rewrite(
+        self, rows: Rows, keep: Tensor, uniform_length: int | None, regular: bool = False
+    ) -> None:
         """Replace the content by the kept tokens of ``rows``: one gather per tensor.
 
         The room that is left over is shared evenly, so that every head can grow by the same
@@ -219,6 +223,7 @@ class Slab:
             keep: [batch, kv_heads, n] bool.
             uniform_length: the number of tokens kept by every head of every sequence, if the host
                 knows that they are equal; None otherwise.
+            regular: they are equal, known here or not.
         """
         lengths = keep.sum(dim=-1)
         if uniform_length is None:
@@ -246,3 +251,4 @@ class Slab:
         self._offsets.copy_(offsets)
         self._lengths.copy_(lengths)
         self.uniform_length = uniform_length
+        self.regular = regular or uniform_length is not None

@@ -246,11 +246,13 @@ def _measure(
 
 def _row(contender: Contender, timing: Timing) -> dict[str, Any]:
     split = timing.split
+    # Of a replayed step, attention is not a part that could be timed.
+    whole = contender.config is not None and contender.config.step in ("graph", "compile")
     return {
         "arm": contender.name,
         "prefill_seconds": timing.prefill_seconds,
         "steps": [round(s, 7) for s in timing.steps],
-        "attention": split.attention / split.total,
+        "attention": None if whole else split.attention / split.total,
         "compression": split.compression / split.total,
         "rest": split.rest / split.total,
         "kv_bytes": timing.kv_bytes,
@@ -259,6 +261,8 @@ def _row(contender: Contender, timing: Timing) -> dict[str, Any]:
 
 
 def _show(data: dict[str, Any], points: list[int]) -> None:
+    from reasonalloc.benchmark.summary import PARTS
+
     for entry in data["summary"]:
         rows = []
         for arm in entry["arms"]:
@@ -271,7 +275,7 @@ def _show(data: dict[str, Any], points: list[int]) -> None:
                     f"{arm['tokens_per_second']:.1f}",
                     *(f"{1e3 * arm['step_seconds'][str(p)]:.1f}" for p in points),
                     f"{1e3 * arm['quartiles'][0]:.1f}-{1e3 * arm['quartiles'][2]:.1f}",
-                    *(f"{100 * arm[part]:.1f} %" for part in ("attention", "compression", "rest")),
+                    *("-" if arm[part] is None else f"{100 * arm[part]:.1f} %" for part in PARTS),
                     output.human(arm["kv_bytes"]),
                 ]
             )
@@ -285,6 +289,7 @@ def _show(data: dict[str, Any], points: list[int]) -> None:
     output.stdout().print(
         "tok/s: over the whole decode; ms@N: mean of the interval that ends at N new tokens, its "
         "compression included; quartiles: of all steps (ms); attn, compr, rest: attention, "
-        "compression and the rest of one more interval at the end, timed one by one.",
+        "compression and the rest of one more interval at the end, timed one by one (a replayed "
+        "step's attention is in the rest).",
         style="dim",
     )

@@ -111,7 +111,7 @@ StepKind = Annotated[
     str,
     typer.Option(
         "--step",
-        help="Decode steps: eager, static (fixed shapes) or graph (in a CUDA graph).",
+        help="Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU).",
         rich_help_panel=_BUDGET,
     ),
 ]

@@ -156,8 +156,8 @@ class Attachment:
                 yield
                 return
             own = model.__dict__.get("forward")
-            graph = self.config.step == "graph"
-            model.__dict__["forward"] = StaticStep(model.forward, cache, model.device, graph)
+            step = StaticStep(model.forward, cache, model.device, self.config.step)
+            model.__dict__["forward"] = step
             try:
                 yield
             finally:

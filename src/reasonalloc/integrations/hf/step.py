@@ -1,4 +1,4 @@
-"""Decode steps of fixed shape: run as they are, or captured in a CUDA graph and replayed."""
+"""Decode steps of fixed shape: run as they are, replayed from a CUDA graph, or compiled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.compiled import check_compiler, compile_step
 
 # Results that a replay would overwrite while somebody still holds them.
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -22,7 +23,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     """Refuse static steps where they cannot work.
 
     Args:
-        step: ``eager``, ``static`` or ``graph``.
+        step: ``eager``, ``static``, ``graph`` or ``compile``.
         model: a transformers model.
         shapes: its attention layers.
         parts: number of processes that share its heads.
@@ -43,17 +44,25 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         raise refuse("it does not take position_ids")
     if step == "static":
         return
-    if model.device.type != "cuda":
-        raise UsageError(f"step='graph' needs a GPU, but the model is on {model.device}")
+    if step == "graph" and model.device.type != "cuda":
+        raise UsageError(
+            f"step='graph' needs a GPU, but the model is on {model.device}: use step='compile'"
+        )
+    if step == "compile" and model.device.type != "cpu":
+        raise UsageError(
+            f"step='compile' is for CPUs, but the model is on {model.device}: use step='graph'"
+        )
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
-        raise refuse("it is divided among several devices")
+        raise refuse("it is divided among several devices or processes")
+    if step == "compile":
+        check_compiler()
 
 
-def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """Capture what ``run`` does on a GPU, without doing it.
 
     Returns:
-        What replays it, and what it returned: every replay writes to the same memory.
+        What replays it and returns what it returned: every replay writes to the same memory.
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as those that stream, may go on using the device.
@@ -62,7 +71,12 @@ def capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
         torch.cuda.graph(graph, capture_error_mode="thread_local"),
     ):
         result = run()
-    return graph.replay, result
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class StaticStep:
@@ -70,35 +84,38 @@ class StaticStep:
 
     Calls with one new token per sequence do the device's part of a step with inputs and cache at
     fixed addresses, then the host's: counting, and compressing when an interval is complete. With
-    ``graph``, the second such call captures the device's part (the first has warmed it up) and
-    replays it from then on; a result is overwritten by the next call. All other calls, the prompt
-    above all, go to ``forward`` as they are.
+    ``graph`` or ``compile``, the second such call captures the device's part (the first has warmed
+    it up), which is replayed from then on; under ``graph`` a result is overwritten by the next
+    call. All other calls, the prompt above all, go to ``forward`` as they are.
 
     Args:
         forward: the model's own.
         cache: new tokens of single steps are never padding there (``only_real_tokens``).
         device: of the model.
-        graph: capture and replay.
+        step: ``static``, ``graph`` or ``compile``.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], cache: BudgetCache, device: torch.device, graph: bool
+        self,
+        forward: Callable[..., Any],
+        cache: BudgetCache,
+        device: torch.device,
+        step: str,
     ) -> None:
         functools.update_wrapper(self, forward)  # generate() looks at the signature
         self._forward = forward
         self._cache = cache
         self._device = device
-        self._graph = graph
+        self._step = step
         self._inputs: dict[str, Tensor] = {}
         self._options: dict[str, Any] = {}
-        self._replay: Callable[[], None] | None = None
-        self._result: Any = None
+        self._replay: Callable[[], Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``."""
         if args or not self._is_step(kwargs):
             self._inputs = {}
-            self._replay = self._result = None
+            self._replay = None
             return self._forward(*args, **kwargs)
         kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
         if kwargs.get("position_ids") is None:
@@ -111,18 +128,15 @@ class StaticStep:
         if self._fits(inputs, options):
             for name, tensor in inputs.items():
                 self._inputs[name].copy_(tensor)
-            if self._graph and self._replay is None:
-                self._replay, self._result = self._capture()
+            if self._step != "static" and self._replay is None:
+                self._replay = self._capture()
         else:
             self._cache.fix()
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             self._options, self._replay = options, None
-        if self._replay is None:
-            self._result = self._run()
-        else:
-            self._replay()
+        result = self._run() if self._replay is None else self._replay()
         self._cache.advance()
-        return self._result
+        return result
 
     def _is_step(self, call: dict[str, Any]) -> bool:
         ids = call.get("input_ids")
@@ -139,11 +153,13 @@ class StaticStep:
         kinds = [{k: (v.shape, v.dtype) for k, v in x.items()} for x in (inputs, self._inputs)]
         return kinds[0] == kinds[1] and options == self._options
 
-    def _run(self) -> Any:
-        with self._cache.static():
+    def _run(self, on_attend: Callable[[], None] | None = None) -> Any:
+        with self._cache.static(on_attend):
             return self._forward(**self._inputs, **self._options)
 
-    def _capture(self) -> tuple[Callable[[], None], Any]:
+    def _capture(self) -> Callable[[], Any]:
+        if self._step == "compile":
+            return compile_step(self._run)
         try:
             return capture(self._run, self._device)
         except torch.OutOfMemoryError:

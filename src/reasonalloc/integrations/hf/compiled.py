@@ -1,0 +1,207 @@
+"""Decode steps as compiled code: operations are noted once, cut by layers, and compiled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from reasonalloc.errors import UnsupportedError, UsageError
+
+_aten = torch.ops.aten
+# What they return is a number of the host, which would stay as it was when it was noted.
+_READS = (
+    _aten._local_scalar_dense,
+    _aten.nonzero,
+    _aten.is_nonzero,
+    _aten.equal,
+    _aten.masked_select,
+)
+
+Compiled = Callable[..., Sequence[Tensor]]
+
+_OPTIONS = {"size_asserts": False}
+# Of this process: pieces that differ in their tensors alone are the same function.
+_known: dict[tuple[Any, ...], Compiled] = {}
+_MOST_KNOWN = 1024
+
+
+def check_compiler() -> None:
+    """Make sure that there is a C++ compiler.
+
+    Raises:
+        UsageError: says what to install or to use instead.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UsageError(
+            "step='compile' needs a C++ compiler, and none was found: install g++ (or name one in "
+            "the environment variable CXX), or use step='eager'"
+        ) from error
+
+
+@dataclass
+class _Piece:
+    """Operations between two cuts, as (operator, arguments, keywords, result)."""
+
+    calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+
+    def tensors(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Those that it takes from elsewhere, and those that it makes, in order, by ``id``."""
+        taken: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}
+        for _, args, kwargs, result in self.calls:
+            for tensor in _tensors((args, kwargs)):
+                if id(tensor) not in made:
+                    taken[id(tensor)] = tensor
+            for tensor in _tensors(result):
+                if id(tensor) not in taken:  # else changed in place
+                    made[id(tensor)] = tensor
+        return taken, made
+
+    def graph(self, taken: Sequence[int], given: Sequence[int]) -> fx.GraphModule:
+        """A function of the tensors ``taken`` that returns those ``given``."""
+        graph = fx.Graph()
+        nodes = {key: graph.placeholder(f"x{i}") for i, key in enumerate(taken)}
+
+        def node(x: Any) -> Any:
+            return nodes[id(x)] if isinstance(x, Tensor) else x
+
+        for call, args, kwargs, result in self.calls:
+            made = graph.call_function(call, tree_map(node, args), tree_map(node, kwargs))
+            if isinstance(result, Tensor):
+                nodes[id(result)] = made
+                continue
+            for i, part in enumerate(result if isinstance(result, (list, tuple)) else ()):
+                if isinstance(part, Tensor):
+                    nodes[id(part)] = graph.call_function(operator.getitem, (made, i))
+        graph.output(tuple(nodes[key] for key in given))
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+class _Notes(TorchDispatchMode):
+    """Takes note of every operation while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pieces = [_Piece()]
+
+    def cut(self) -> None:
+        """What follows is a piece of its own."""
+        self.pieces.append(_Piece())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _READS:
+            raise UnsupportedError(
+                f"step='compile': a step of this model reads numbers back ({func}), which cannot "
+                "be compiled: use step='eager'"
+            )
+        result = func(*args, **(kwargs or {}))
+        self.pieces[-1].calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+def compile_step(run: Callable[[Callable[[], None]], Any]) -> Callable[[], Any]:
+    """Run a step, and return what repeats it on the same memory, compiled by Inductor.
+
+    The step is noted while it runs, as a list of operations, cut where a layer begins to
+    attend. Pieces that differ in their tensors alone, as those of equal layers, are compiled
+    once: weights, cache and activations are arguments.
+
+    Args:
+        run: does the step; calls its argument where a layer begins to attend.
+
+    Returns:
+        The first call returns what ``run`` returned, without doing anything; every other one
+        repeats the step and returns the like with new tensors.
+
+    Raises:
+        UnsupportedError: the step reads numbers back, or cannot be compiled.
+    """
+    notes = _Notes()
+    with torch.inference_mode(False), torch.no_grad():
+        with notes:
+            result = run(notes.cut)
+        return _bind(notes.pieces, result)
+
+
+def _bind(pieces: list[_Piece], result: Any) -> Callable[[], Any]:
+    parts = [piece.tensors() for piece in pieces]
+    made_somewhere = {key for _, made in parts for key in made}
+    leaves, spec = tree_flatten(result)
+    results = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    wanted = set(results)
+    gives: list[list[int]] = []
+    for taken, made in reversed(parts):
+        gives.append([key for key in made if key in wanted])
+        wanted |= set(taken)
+    gives.reverse()
+    places: dict[int, int] = {}
+    values: list[Any] = []
+    for taken, made in parts:
+        for key, tensor in {**taken, **made}.items():
+            if key in wanted and key not in places:
+                places[key] = len(values)
+                values.append(None if key in made_somewhere else tensor)
+    steps = []
+    for piece, (taken, _), given in zip(pieces, parts, gives, strict=True):
+        compiled = _compile(piece.graph(list(taken), given), list(taken.values()))
+        steps.append((compiled, [places[k] for k in taken], [places[k] for k in given]))
+    first = [result]
+
+    def replay() -> Any:
+        if first:
+            return first.pop()
+        with torch.inference_mode(False), torch.no_grad():
+            for compiled, takes, puts in steps:
+                found = compiled(*[values[place] for place in takes])
+                for place, tensor in zip(puts, found, strict=True):
+                    values[place] = tensor
+        fresh = iter([values[places[key]] for key in results])
+        return tree_unflatten(
+            [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        )
+
+    return replay
+
+
+def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
+    storages: dict[int, int] = {}
+    key = (
+        module.code,
+        torch.get_num_threads(),  # is compiled in
+        *(
+            (t.shape, t.stride(), t.storage_offset(), t.dtype, storage)
+            for t in inputs
+            for storage in [storages.setdefault(t.untyped_storage().data_ptr(), len(storages))]
+        ),
+    )
+    if key not in _known:
+        try:
+            found = torch._inductor.compile(module, [*inputs], options=_OPTIONS)
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UnsupportedError(
+                f"step='compile': a step of this model cannot be compiled ({reason}): use "
+                "step='eager'"
+            ) from error
+        if not callable(found):
+            raise RuntimeError(f"Inductor returned a {type(found).__name__}")
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+        _known[key] = found
+    return _known[key]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
