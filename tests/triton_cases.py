@@ -40,11 +40,6 @@ def random_slab(
     slab.lengths.copy_(torch.tensor(lengths))
     room = slab.lengths + torch.randint(0, 5, (batch, heads), generator=generator).to(DEVICE)
     slab.offsets.copy_(room.cumsum(1) - room)
-    slot = torch.arange(slots, device=DEVICE)
-    slab.owner.fill_(-1)
-    for head in range(heads):
-        start, length = slab.offsets[:, head, None], slab.lengths[:, head, None]
-        slab.owner.masked_fill_((slot >= start) & (slot < start + length), head)
     return slab
 
 

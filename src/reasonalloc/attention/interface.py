@@ -25,8 +25,6 @@ class SlabView(Protocol):
     """[batch, slots, value_dim]"""
     positions: Tensor
     """[batch, slots] int32"""
-    owner: Tensor
-    """[batch, slots] int16: the KV head whose token lies there, -1 if none; of ragged runs only"""
     kv_heads: int
     uniform_length: int | None
     regular: bool

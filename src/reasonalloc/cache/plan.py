@@ -81,7 +81,7 @@ class MemoryPlan:
     @property
     def bookkeeping_bytes(self) -> int:
         """Positions, run tables and what the policy observes, besides keys and values."""
-        per_slot = 4 + 2 + 4 * self.state_channels  # position, owner, state
+        per_slot = 4 + 4 * self.state_channels  # position, state
         size = 0
         for shape, total in self._slabs:
             size += self.batch * slab_slots(total, shape.kv_heads, self.interval) * per_slot

@@ -50,7 +50,7 @@ class Slab:
 
     Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
     positions, with room to grow behind. Physical lengths live here; logical positions are
-    ``positions``; ``owner`` says which head's token lies in a slot, once the runs are ragged.
+    ``positions``.
     While every run is known to have one length, that length is a host number
     (``uniform_length``) and no table on the device is touched. ``regular`` runs have one length and
     equal distances too, but their length may be on the device alone.
@@ -83,8 +83,6 @@ class Slab:
         self.state = (
             torch.zeros(batch, slots, state_channels, device=device) if state_channels else None
         )
-        self.owner = torch.full((batch, slots), -1, dtype=torch.int16, device=device)
-        self._heads = torch.arange(kv_heads, dtype=torch.int16, device=device)
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._run = slots // kv_heads
@@ -107,7 +105,7 @@ class Slab:
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes allocated for everything else."""
-        tensors = [self.positions, self.owner, self._offsets, self._lengths, self.state]
+        tensors = [self.positions, self._offsets, self._lengths, self.state]
         return sum(t.nbytes for t in tensors if t is not None)
 
     @property
@@ -150,8 +148,6 @@ class Slab:
         self._longest, self._appended = self.uniform_length, 0
         self._offsets.copy_(self.offsets)
         self._lengths.fill_(self.uniform_length)
-        self.owner.fill_(-1)
-        self.rows(self.owner).copy_(self._heads[:, None])
         self.uniform_length = None
 
     def append(
@@ -200,8 +196,6 @@ class Slab:
         self.positions.index_put_(slot, filled.to(torch.int32))
         if self.state is not None:
             self.state.index_put_(slot, self.state.new_zeros(()))
-        heads = self._heads.expand(self.batch, -1)
-        self.owner.index_put_(slot, heads if valid is None else heads.where(valid, -1))
         self._lengths += 1 if valid is None else valid.long()
 
     def as_rows(self) -> Rows:
@@ -244,10 +238,6 @@ class Slab:
         for own, flat in moved:
             own.copy_(_take(flat, source))
         self.positions.copy_(rows.positions.gather(1, source))
-        if uniform_length is None:
-            heads = self._heads[:, None].expand_as(keep).flatten(1)
-            owner = self.owner.new_full((self.batch, self.slots + 1), -1)
-            self.owner.copy_(owner.scatter_(1, target, heads)[:, :-1])
         self._offsets.copy_(offsets)
         self._lengths.copy_(lengths)
         self.uniform_length = uniform_length

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, Policy, check_kernel, window_logits
 
-_BLOCK_ELEMENTS = 1 << 23  # similarity is worked off in blocks of rows, each of 32 MiB in fp32
+# Similarity is worked off in blocks of rows: 2 MiB in fp32 fit a CPU's cache, 32 MiB fill a GPU.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
+_DEVICE_BLOCK_ELEMENTS = 1 << 23
 
 
 @POLICIES.register("rkv", source="R-KV, arXiv 2505.24133")
@@ -63,7 +65,8 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     # taken off again: the diagonal, and in each row the latest similar key.
     sums: Tensor = (unit * unit.sum(dim=2, keepdim=True)).sum(dim=-1) - (norm * scale).square()
     number = torch.arange(1, n + 1, device=keys.device, dtype=unit.dtype)  # exact up to 2**24
-    rows = max(1, _BLOCK_ELEMENTS // (batch * heads * n))
+    elements = _BLOCK_ELEMENTS.get(keys.device.type, _DEVICE_BLOCK_ELEMENTS)
+    rows = max(1, elements // (batch * heads * n))
     for start in range(0, n, rows):
         part = unit[:, :, start : start + rows]
         cosine = (part @ unit.transpose(-1, -2)).float()  # autocast may have multiplied in halves

@@ -61,7 +61,7 @@ def _products(
 
     Regular runs are read with the room behind them where the host does not know their length.
     Ragged runs are read as one: every query head is multiplied with every slot and looks at those
-    that its KV head owns. With few KV heads reading the keys is what takes the time; with many the
+    of its KV head. With few KV heads reading the keys is what takes the time; with many the
     superfluous products do.
     """
     batch, query_heads, _, head_dim = query.shape
@@ -81,10 +81,10 @@ def _products(
         # Added, which is several times faster here than masked_fill_; finite, since a run may be
         # empty. No logit is large enough to be seen beside it.
         if slab.regular:
-            foreign = torch.arange(keys.shape[1]) >= slab.lengths[..., None]
+            own = torch.arange(keys.shape[1]) < slab.lengths[..., None]
         else:
-            foreign = slab.owner[:, None] != torch.arange(heads, dtype=torch.int16)[:, None]
-        logits.add_(foreign.to(logits.dtype).mul_(-1e30)[:, :, None])
+            own = slot_mask(slab)
+        logits.add_(own.to(logits.dtype).sub_(1.0).mul_(1e30)[:, :, None])
     weights = logits.softmax(dim=-1)
     shape = (keys.shape[0], -1, keys.shape[1])
     out = torch.bmm(weights.view(shape).to(values.dtype), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -187,6 +188,8 @@ def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
         ),
     )
     if key not in _known:
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # repeats errors, with traces
+        disabled, log.disabled = log.disabled, True
         try:
             found = torch._inductor.compile(module, [*inputs], options=_OPTIONS)
         except Exception as error:
@@ -195,6 +198,8 @@ def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
                 f"step='compile': a step of this model cannot be compiled ({reason}): use "
                 "step='eager'"
             ) from error
+        finally:
+            log.disabled = disabled
         if not callable(found):
             raise RuntimeError(f"Inductor returned a {type(found).__name__}")
         while len(_known) >= _MOST_KNOWN:
