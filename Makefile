@@ -57,23 +57,24 @@ bench-vllm: $(VLLM)/.ready
 
 # Speed on this machine, random weights in the shape of SmolLM2-135M: about 40 minutes on two cores.
 BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
+STEPS := eager,compile
 COSTS := benchmarks/fidelity/smollm2-costs.json
 
 bench: bench-full bench-arms bench-long1 bench-long16
 	$(BIN)/python benchmarks/speed_targets.py .
 
 bench-full: setup
-	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --arms rkv,full --out bench-full.json
+	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --step $(STEPS) --arms rkv,full --out bench-full.json
 
 bench-arms: setup
-	$(BENCH) --batch 16 --new-tokens 192 --repeats 2 --profile $(COSTS) \
+	$(BENCH) --batch 16 --new-tokens 192 --repeats 2 --profile $(COSTS) --step $(STEPS) \
 		--arms "rkv,rkv/cost/planned,rkv/uniform/reasonalloc,best" --out bench-arms.json
 
 bench-long1: setup
-	$(BENCH) --batch 1 --new-tokens 4000 --at 300 --arms rkv --out bench-long1.json
+	$(BENCH) --batch 1 --new-tokens 4000 --at 300 --step $(STEPS) --arms rkv --out bench-long1.json
 
 bench-long16: setup
-	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --arms rkv --out bench-long16.json
+	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --step compile --arms rkv --out bench-long16.json
 
 # kvpress pins its own transformers.
 $(KVPRESS)/.ready:

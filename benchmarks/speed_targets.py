@@ -65,39 +65,48 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
             yield f"batch 16, {tokens} tokens: {what}", limit, peer / ours, False
 
 
+def of(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways to run a step that were measured (as `, compile`, or nothing), with arms by name."""
+    arms = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}
+    for way in dict.fromkeys(name.removeprefix("rkv") for name in arms if name.startswith("rkv,")):
+        yield way, {name.removesuffix(way): arm for name, arm in arms.items() if name.endswith(way)}
+    if "rkv" in arms:
+        yield "", arms
+
+
 def constant(data: dict[str, Any], batch: int) -> Iterator[Row]:
-    (arm,), last = data["summary"][0]["arms"], str(data["new_tokens"])
-    ratio = arm["step_seconds"][last] / arm["step_seconds"]["300"]
-    yield f"batch {batch}: a step at {last} tokens / at 300", 1.05, ratio, True
-    if batch == 1:
-        ratio = arm["quartiles"][1] / data["summary"][0]["weight_products"]
-        yield "batch 1: a step / its weight products alone", 1.1, ratio, True
+    for way, arms in of(data):
+        arm, last = arms["rkv"], str(data["new_tokens"])
+        ratio = arm["step_seconds"][last] / arm["step_seconds"]["300"]
+        yield f"batch {batch}{way}: a step at {last} tokens / at 300", 1.05, ratio, True
+        if batch == 1:
+            ratio = arm["quartiles"][1] / data["summary"][0]["weight_products"]
+            yield f"batch 1{way}: a step / its weight products alone", 1.1, ratio, True
 
 
 def beside_full(data: dict[str, Any]) -> Iterator[Row]:
-    arms, last = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}, str(data["new_tokens"])
-    ours, full = arms["rkv"], arms["full"]
-    ratio = ours["tokens_per_second"] / full["tokens_per_second"]
-    yield f"batch 16, {last} tokens: tokens/s / the full cache's", 2.0, ratio, False
-    ratio = full["step_seconds"][last] / ours["step_seconds"][last]
-    yield f"batch 16, {last} tokens: the full cache's last step / ours", 3.5, ratio, False
+    full = next(arm for arm in data["summary"][0]["arms"] if arm["arm"] == "full")
+    last = str(data["new_tokens"])
+    for way, arms in of(data):
+        what, ours = f"batch 16{way}, {last} tokens", arms["rkv"]
+        ratio = ours["tokens_per_second"] / full["tokens_per_second"]
+        yield f"{what}: tokens/s / the full cache's", 2.0, ratio, False
+        ratio = full["step_seconds"][last] / ours["step_seconds"][last]
+        yield f"{what}: the full cache's last step / ours", 3.5, ratio, False
 
 
 def among_arms(data: dict[str, Any]) -> Iterator[Row]:
-    arms = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}
-    ours = arms["rkv"]
-
-    def step(name: str) -> float:
-        return arms[name]["quartiles"][1] / ours["quartiles"][1]
-
-    yield "batch 16: a step with heads of 16 to 384 / with equal heads", 1.1, step(UNEQUAL), True
-    online = ours["tokens_per_second"] / arms[ONLINE]["tokens_per_second"]
-    yield "batch 16: time of a run, `reasonalloc` heads / equal heads", 1.01, online, True
-    yield "batch 16: a step of `best` / of `rkv`", None, step("best"), True
-    for name in arms:
-        runs = [run["steps"] for run in data["batches"][0]["runs"] if run["arm"] == name]
-        share = statistics.median(compression(steps, data["interval"]) for steps in runs)
-        yield f"batch 16: share of compression, `{name}`", 0.03, share, True
+    for way, arms in of(data):
+        what, ours = f"batch 16{way}", arms["rkv"]
+        steps = {name: arm["quartiles"][1] / ours["quartiles"][1] for name, arm in arms.items()}
+        yield f"{what}: a step, heads of 16 to 384 / equal heads", 1.1, steps[UNEQUAL], True
+        online = ours["tokens_per_second"] / arms[ONLINE]["tokens_per_second"]
+        yield f"{what}: time of a run, `reasonalloc` heads / equal heads", 1.01, online, True
+        yield f"{what}: a step of `best` / of `rkv`", None, steps["best"], True
+        for name in arms:
+            runs = [r["steps"] for r in data["batches"][0]["runs"] if r["arm"] == name + way]
+            share = statistics.median(compression(steps, data["interval"]) for steps in runs)
+            yield f"{what}: share of compression, `{name}`", 0.03, share, True
 
 
 def compression(steps: list[float], interval: int) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
     from reasonalloc.benchmark.decode import Contender, Timing
+    from reasonalloc.config import Step
 
 Shape = Annotated[
     Optional[str],  # noqa: UP045
@@ -27,6 +28,14 @@ NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Decode step
 At = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--at", help="Time per step at so many new tokens, as 300,4000; the last anyway."),
+]
+Steps = Annotated[
+    str,
+    typer.Option(
+        "--step",
+        help="How a step runs: eager, static, graph (CUDA), compile (CPU); eager,compile compares.",
+        rich_help_panel="KV budget",
+    ),
 ]
 Prompt = Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the (random) prompts.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Runs per arm, taking turns.")]
@@ -50,7 +59,7 @@ def command(
     window: o.Window = 8,
     profile: o.ProfileFile = None,
     attention: o.Attention = "auto",
-    step: o.StepKind = "eager",
+    step: Steps = "eager",
     batches: Batches = "1,16",
     prompt: Prompt = 100,
     new_tokens: NewTokens = 512,
@@ -61,7 +70,8 @@ def command(
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
     settings: dict[str, Any] = {"budget": budget, "interval": interval, "window": window}
-    contenders = _contenders(arms, profile, **settings, attention=attention, step=step)
+    kinds = list(dict.fromkeys(part.strip() for part in step.split(",")))
+    contenders = _contenders(arms, profile, kinds, **settings, attention=attention)
     sizes = o.parse_budgets(batches, "batch")
     points = sorted({*(o.parse_budgets(at, "at") if at else []), new_tokens})
     if min(sizes) < 1:
@@ -109,7 +119,9 @@ def command(
         raise typer.Exit(130)
 
 
-def _contenders(arms: str, profile: str | None, **settings: Any) -> list[Contender]:
+def _contenders(
+    arms: str, profile: str | None, steps: list[str], **settings: Any
+) -> list[Contender]:
     from reasonalloc.benchmark.decode import FULL, STATIC, Contender
     from reasonalloc.config import CompressionConfig, parse_arm
     from reasonalloc.planning import files_missing
@@ -122,7 +134,9 @@ def _contenders(arms: str, profile: str | None, **settings: Any) -> list[Contend
             continue
         o.check_names(arm)
         own = profile if files_missing(arm) else None
-        found.append(Contender(name, CompressionConfig(arm=arm, profile=own, **settings)))
+        for step in steps:
+            config = CompressionConfig(arm=arm, profile=own, step=cast("Step", step), **settings)
+            found.append(Contender(name if len(steps) == 1 else f"{name}, {step}", config))
     if not found:
         raise UsageError("arms is empty: name at least one, as full,rkv")
     return found
