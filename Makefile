@@ -55,7 +55,7 @@ test-vllm: $(VLLM)/.ready
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
 
-# Speed on this machine, random weights in the shape of SmolLM2-135M: about 40 minutes on two cores.
+# Speed on this machine, random weights in the shape of SmolLM2-135M: about 45 minutes on two cores.
 BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
 STEPS := eager,compile
 COSTS := benchmarks/fidelity/smollm2-costs.json
