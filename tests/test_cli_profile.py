@@ -160,7 +160,9 @@ def test_ctrl_c(folder: Path, texts: Path, tmp_path: Path) -> None:
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip() == "error: interrupted"
+    *progress, last = err.strip().splitlines()
+    assert process.returncode == 130 and last == "error: interrupted"
+    assert all(line.startswith("note: Calibrating: ") for line in progress)
     assert [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
