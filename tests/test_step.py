@@ -165,13 +165,13 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return states * (2.0 if float(states.sum()) > 1e9 else 1.0)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("fatal error: omp.h: No such file\nmore")
+        raise RuntimeError("C++ compile error\n\nx.cpp:1: fatal error: omp.h: No such file\n...")
 
     monkeypatch.setattr(compiled, "_known", {})
     with reasonalloc.attach(model, budget=16, interval=8, step="compile"):
         with (
             monkeypatch.context() as patch,
-            pytest.raises(UnsupportedError, match=r"omp\.h.*eager"),
+            pytest.raises(UnsupportedError, match=r"\(x\.cpp.*omp\.h.*eager"),
         ):
             patch.setattr(torch._inductor, "compile", broken)
             model.generate(prompt(20), **GREEDY)

@@ -193,7 +193,9 @@ def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
         try:
             found = torch._inductor.compile(module, [*inputs], options=_OPTIONS)
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            lines = [line for line in lines if " error: " in line] + lines  # the C++ compiler's own
+            reason = lines[0] if lines else type(error).__name__
             raise UnsupportedError(
                 f"step='compile': a step of this model cannot be compiled ({reason}): use "
                 "step='eager'"
