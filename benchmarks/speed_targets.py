@@ -66,12 +66,12 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def of(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways to run a step that were measured (as `, compile`, or nothing), with arms by name."""
+    """Ways to run a step that were measured (`, compile`; nothing: eager), with arms by name."""
     arms = {arm["arm"]: arm for arm in data["summary"][0]["arms"]}
     for way in dict.fromkeys(name.removeprefix("rkv") for name in arms if name.startswith("rkv,")):
         yield way, {name.removesuffix(way): arm for name, arm in arms.items() if name.endswith(way)}
     if "rkv" in arms:
-        yield "", arms
+        yield "" if data["step"] == "eager" else f", {data['step']}", arms
 
 
 def constant(data: dict[str, Any], batch: int) -> Iterator[Row]:
@@ -103,8 +103,8 @@ def among_arms(data: dict[str, Any]) -> Iterator[Row]:
         online = ours["tokens_per_second"] / arms[ONLINE]["tokens_per_second"]
         yield f"{what}: time of a run, `reasonalloc` heads / equal heads", 1.01, online, True
         yield f"{what}: a step of `best` / of `rkv`", None, steps["best"], True
-        for name in arms:
-            runs = [r["steps"] for r in data["batches"][0]["runs"] if r["arm"] == name + way]
+        for name, arm in arms.items():
+            runs = [r["steps"] for r in data["batches"][0]["runs"] if r["arm"] == arm["arm"]]
             share = statistics.median(compression(steps, data["interval"]) for steps in runs)
             yield f"{what}: share of compression, `{name}`", 0.03, share, True
 

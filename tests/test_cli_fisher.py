@@ -158,6 +158,8 @@ def test_ctrl_c_leaves_the_old_file(folder: Path, texts: Path, tmp_path: Path) -
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().splitlines()[-1] == "error: interrupted"
+    *progress, last = err.strip().splitlines()
+    assert process.returncode == 130 and last == "error: interrupted"
+    assert all(line.startswith("note: Calibrating: ") for line in progress)
     assert out.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["costs.json", "texts.jsonl"]

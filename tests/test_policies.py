@@ -150,7 +150,7 @@ def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
 def test_similarity_in_blocks_equals_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = ragged(1, [[30, 22], [9, 30]], 2, 4)
     whole = POLICIES.create("rkv").score(candidates)
-    monkeypatch.setattr(rkv, "_BLOCK_ELEMENTS", {"cpu": 500})
+    monkeypatch.setattr(rkv, "_CPU_BLOCK_ELEMENTS", 500)
     torch.testing.assert_close(POLICIES.create("rkv").score(candidates), whole)
 
 

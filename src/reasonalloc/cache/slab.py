@@ -50,8 +50,7 @@ class Slab:
 
     Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
     positions, with room to grow behind. Physical lengths live here; logical positions are
-    ``positions``.
-    While every run is known to have one length, that length is a host number
+    ``positions``. While every run is known to have one length, that length is a host number
     (``uniform_length``) and no table on the device is touched. ``regular`` runs have one length and
     equal distances too, but their length may be on the device alone.
 
@@ -86,7 +85,7 @@ class Slab:
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._run = slots // kv_heads
-        self._rows = torch.arange(batch, device=device)[:, None]
+        self._sequences = torch.arange(batch, device=device)[:, None]
         self.uniform_length: int | None = 0
         self.regular = True
         self._longest: DeferredMax | int = 0
@@ -189,11 +188,13 @@ class Slab:
                 self.runs(self.state)[:, :, at] = 0.0
             return
         # index_put_, since compilers do it in place where they would copy for scatter_.
-        slot = (self._rows, self._offsets + self._lengths)
+        slot = (self._sequences, self._offsets + self._lengths)
         self.keys.index_put_(slot, key[:, :, 0])
         self.values.index_put_(slot, value[:, :, 0])
-        filled = position[:, None] if isinstance(position, Tensor) else self._rows * 0 + position
-        self.positions.index_put_(slot, filled.to(torch.int32))
+        if isinstance(position, Tensor):
+            self.positions.index_put_(slot, position[:, None].to(torch.int32))
+        else:
+            self.positions.index_put_(slot, self.positions.new_full((), position))
         if self.state is not None:
             self.state.index_put_(slot, self.state.new_zeros(()))
         self._lengths += 1 if valid is None else valid.long()

@@ -29,14 +29,6 @@ At = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--at", help="Time per step at so many new tokens, as 300,4000; the last anyway."),
 ]
-Steps = Annotated[
-    str,
-    typer.Option(
-        "--step",
-        help="How a step runs: eager, static, graph (CUDA), compile (CPU); eager,compile compares.",
-        rich_help_panel="KV budget",
-    ),
-]
 Prompt = Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the (random) prompts.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Runs per arm, taking turns.")]
 Out = Annotated[
@@ -59,7 +51,7 @@ def command(
     window: o.Window = 8,
     profile: o.ProfileFile = None,
     attention: o.Attention = "auto",
-    step: Steps = "eager",
+    step: o.StepKinds = "eager",
     batches: Batches = "1,16",
     prompt: Prompt = 100,
     new_tokens: NewTokens = 512,

@@ -107,11 +107,20 @@ Attention = Annotated[
         "--attention", help="Attention backend, see 'reasonalloc ls'.", rich_help_panel=_BUDGET
     ),
 ]
+_STEPS = "Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU)."
 StepKind = Annotated[
     str,
     typer.Option(
         "--step",
-        help="Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU).",
+        help=_STEPS,
+        rich_help_panel=_BUDGET,
+    ),
+]
+StepKinds = Annotated[
+    str,
+    typer.Option(
+        "--step",
+        help=f"{_STEPS} Several are compared, as eager,compile.",
         rich_help_panel=_BUDGET,
     ),
 ]

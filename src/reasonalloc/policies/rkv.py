@@ -11,8 +11,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, Policy, check_kernel, window_logits
 
 # Similarity is worked off in blocks of rows: 2 MiB in fp32 fit a CPU's cache, 32 MiB fill a GPU.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19}
-_DEVICE_BLOCK_ELEMENTS = 1 << 23
+_CPU_BLOCK_ELEMENTS, _BLOCK_ELEMENTS = 1 << 19, 1 << 23
 
 
 @POLICIES.register("rkv", source="R-KV, arXiv 2505.24133")
@@ -65,7 +64,7 @@ def _redundancy(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     # taken off again: the diagonal, and in each row the latest similar key.
     sums: Tensor = (unit * unit.sum(dim=2, keepdim=True)).sum(dim=-1) - (norm * scale).square()
     number = torch.arange(1, n + 1, device=keys.device, dtype=unit.dtype)  # exact up to 2**24
-    elements = _BLOCK_ELEMENTS.get(keys.device.type, _DEVICE_BLOCK_ELEMENTS)
+    elements = _CPU_BLOCK_ELEMENTS if keys.device.type == "cpu" else _BLOCK_ELEMENTS
     rows = max(1, elements // (batch * heads * n))
     for start in range(0, n, rows):
         part = unit[:, :, start : start + rows]

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from reasonalloc.errors import UnsupportedError, UsageError
 
 _aten = torch.ops.aten
-# What they return is a number of the host, which would stay as it was when it was noted.
-_READS = (
+#: What they return is a number of the host, which would stay as it was when it was noted.
+READS = (
     _aten._local_scalar_dense,
     _aten.nonzero,
     _aten.is_nonzero,
@@ -102,7 +102,7 @@ class _Notes(TorchDispatchMode):
         self.pieces.append(_Piece())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in _READS:
+        if func.overloadpacket in READS:
             raise UnsupportedError(
                 f"step='compile': a step of this model reads numbers back ({func}), which cannot "
                 "be compiled: use step='eager'"
@@ -147,28 +147,22 @@ def _bind(pieces: list[_Piece], result: Any) -> Callable[[], Any]:
         gives.append([key for key in made if key in wanted])
         wanted |= set(taken)
     gives.reverse()
-    places: dict[int, int] = {}
-    values: list[Any] = []
-    for taken, made in parts:
-        for key, tensor in {**taken, **made}.items():
-            if key in wanted and key not in places:
-                places[key] = len(values)
-                values.append(None if key in made_somewhere else tensor)
+    # What no piece makes stays; the rest is replaced by every repetition.
+    values = {k: t for taken, _ in parts for k, t in taken.items() if k not in made_somewhere}
     steps = []
     for piece, (taken, _), given in zip(pieces, parts, gives, strict=True):
         compiled = _compile(piece.graph(list(taken), given), list(taken.values()))
-        steps.append((compiled, [places[k] for k in taken], [places[k] for k in given]))
+        steps.append((compiled, list(taken), given))
     first = [result]
 
     def replay() -> Any:
         if first:
             return first.pop()
         with torch.inference_mode(False), torch.no_grad():
-            for compiled, takes, puts in steps:
-                found = compiled(*[values[place] for place in takes])
-                for place, tensor in zip(puts, found, strict=True):
-                    values[place] = tensor
-        fresh = iter([values[places[key]] for key in results])
+            for compiled, taken, given in steps:
+                found = compiled(*[values[key] for key in taken])
+                values.update(zip(given, found, strict=True))
+        fresh = iter([values[key] for key in results])
         return tree_unflatten(
             [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
         )
@@ -182,9 +176,11 @@ def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
         module.code,
         torch.get_num_threads(),  # is compiled in
         *(
-            (t.shape, t.stride(), t.storage_offset(), t.dtype, storage)
+            (
+                *(t.shape, t.stride(), t.storage_offset(), t.dtype),
+                storages.setdefault(t.untyped_storage().data_ptr(), len(storages)),
+            )
             for t in inputs
-            for storage in [storages.setdefault(t.untyped_storage().data_ptr(), len(storages))]
         ),
     )
     if key not in _known:
