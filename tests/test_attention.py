@@ -134,5 +134,7 @@ def test_dense(softcap: float | None, masked: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(UsageError, match="'flash' is unknown: choose one of auto, eager, sdpa"):
+    with pytest.raises(
+        UsageError, match="'flash' is unknown: choose one of auto, cpp, eager, sdpa"
+    ):
         choose_backend("flash")

@@ -80,10 +80,17 @@ def token(batch: int, heads: int, position: list[int]) -> torch.Tensor:
 
 
 @given(
-    st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(4, 12), st.booleans()
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(4, 12),
+    st.booleans(),
+    st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_slab_history(seed: int, batch: int, heads: int, budget: int, ragged: bool) -> None:
+@settings(max_examples=100, deadline=None)
+def test_slab_history(
+    seed: int, batch: int, heads: int, budget: int, ragged: bool, native: bool
+) -> None:
     generator = _seeded(seed)
     interval = 5
     slab = Slab(
@@ -95,6 +102,7 @@ def test_slab_history(seed: int, batch: int, heads: int, budget: int, ragged: bo
         dtype=torch.float32,
         device=torch.device("cpu"),
         state_channels=2,
+        native=native,
     )
     assert slab.kv_bytes == 2 * batch * heads * (budget + interval) * 2 * 4
     seen = [0] * batch

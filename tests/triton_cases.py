@@ -36,7 +36,6 @@ def random_slab(
         return slab
     slab.uniform_length = 1
     slab.make_ragged()
-    slab.regular = False
     slab.lengths.copy_(torch.tensor(lengths))
     room = slab.lengths + torch.randint(0, 5, (batch, heads), generator=generator).to(DEVICE)
     slab.offsets.copy_(room.cumsum(1) - room)

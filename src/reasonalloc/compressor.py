@@ -149,6 +149,7 @@ class LayerCompressor:
             dtype=key.dtype,
             device=key.device,
             state_channels=self._policy.state_channels,
+            native=self._backend.native,
         )
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
@@ -194,15 +195,7 @@ class LayerCompressor:
         if self.slab is None or self._columns == 0:
             raise RuntimeError("a static step before the prompt")
         self.slab.make_ragged()
-        self.slab.regular = self.slab.regular and self._equal_shares  # as it will stay
         self._seen = _per_sequence(self._seen, self.slab)
-
-    @property
-    def _equal_shares(self) -> bool:
-        """Whether a compression leaves every head with as many tokens, without padding."""
-        if self.slab is None:
-            return False
-        return self._heads.equal and self.total % self.slab.kv_heads == 0
 
     def advance(self) -> None:
         """The host's part of a static step, after its device part was run or replayed."""
@@ -269,7 +262,6 @@ class LayerCompressor:
                 rows,
                 index < rows.lengths[..., None],
                 rows.index.shape[-1] if known else None,
-                slab.regular and valid is None,
             )
         return out
 
@@ -289,6 +281,7 @@ class LayerCompressor:
             softcap=softcap,
             layer=self.layer,
             seed=config.seed,
+            stored=(rows.keys, rows.index) if self._backend.native else None,
         )
         keep, budgets = decide(
             candidates,
@@ -300,9 +293,13 @@ class LayerCompressor:
             self._prompt if config.protect_prompt else 0,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
-        equal = self._equal_shares and slab.regular
-        known = equal and isinstance(self._seen, int) and slab.uniform_length is not None
-        slab.rewrite(rows, keep, self.total // slab.kv_heads if known else None, equal)
+        equal = (
+            self._heads.equal
+            and self.total % slab.kv_heads == 0
+            and isinstance(self._seen, int)
+            and slab.uniform_length is not None
+        )
+        slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
         self._held = min(self._held, self.total)
         self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
 

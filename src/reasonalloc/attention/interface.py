@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ class SlabView(Protocol):
     """[batch, slots] int32"""
     kv_heads: int
     uniform_length: int | None
-    regular: bool
-    """Every run has one length, if only the device knows it: ``runs`` gives a strided view."""
 
     @property
     def offsets(self) -> Tensor:
@@ -44,13 +42,12 @@ class SlabView(Protocol):
         """[batch, kv_heads, uniform_length, ...] view of a [batch, slots, ...] tensor."""
         ...
 
-    def runs(self, flat: Tensor) -> Tensor:
-        """The same with the room behind: [batch, kv_heads, run, ...]."""
-        ...
-
 
 class Backend(ABC):
     """Attention of one new query per sequence over the slab. Stateless."""
+
+    native: ClassVar[bool] = False
+    """Whether scores and moves use the compiled loops of ``reasonalloc.native`` as well."""
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that it cannot run on.
@@ -87,12 +84,17 @@ class Backend(ABC):
 BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attention.backends")
 
 
-def choose_backend(name: str, device: torch.device | None = None) -> Backend:
-    """Backend by name; ``auto`` is ``sdpa``, the fastest one that was measured on real devices.
+def choose_backend(
+    name: str, device: torch.device | None = None, compiled: bool = False
+) -> Backend:
+    """Backend by name; ``auto`` is the fastest one that was measured and needs nothing more.
+
+    That is ``sdpa``, and ``cpp`` where steps are compiled, for which there is a compiler.
 
     Args:
         name: of the backend.
         device: of the model; None while its weights are not loaded.
+        compiled: whether steps are compiled, on a CPU.
 
     Raises:
         UsageError: unknown name, with the nearest suggestion; a device that it cannot run on.
@@ -100,7 +102,9 @@ def choose_backend(name: str, device: torch.device | None = None) -> Backend:
     if name != "auto" and name not in BACKENDS.entries():
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
-    backend = BACKENDS.create("sdpa" if name == "auto" else name)
+    if name == "auto":
+        name = "cpp" if compiled else "sdpa"
+    backend = BACKENDS.create(name)
     if device is not None:
         backend.check(device)
     return backend

@@ -51,14 +51,14 @@ class Slab:
     Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
     positions, with room to grow behind. Physical lengths live here; logical positions are
     ``positions``. While every run is known to have one length, that length is a host number
-    (``uniform_length``) and no table on the device is touched. ``regular`` runs have one length and
-    equal distances too, but their length may be on the device alone.
+    (``uniform_length``) and no table on the device is touched.
 
     Args:
         batch, kv_heads: number of sequences and of KV heads.
         slots: slots per sequence, at least ``kv_heads`` times the longest run in uniform use.
         head_dim, value_dim: widths of keys and values.
         state_channels: float32 numbers per slot that belong to the policy; zeros for a new token.
+        native: move tokens with the compiled loops of ``reasonalloc.native``, on a CPU.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Slab:
         dtype: torch.dtype,
         device: torch.device,
         state_channels: int = 0,
+        native: bool = False,
     ) -> None:
         self.kv_heads = kv_heads
         self.slots = slots
@@ -84,10 +85,10 @@ class Slab:
         )
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
+        self._native = native
         self._run = slots // kv_heads
         self._sequences = torch.arange(batch, device=device)[:, None]
         self.uniform_length: int | None = 0
-        self.regular = True
         self._longest: DeferredMax | int = 0
         self._appended = 0
 
@@ -133,10 +134,10 @@ class Slab:
 
     def rows(self, flat: Tensor) -> Tensor:
         """Strided view [batch, kv_heads, uniform_length, ...] of a [batch, slots, ...] tensor."""
-        return self.runs(flat)[:, :, : self.uniform_length]
+        return self._runs(flat)[:, :, : self.uniform_length]
 
-    def runs(self, flat: Tensor) -> Tensor:
-        """The same of regular runs, with the room behind: [batch, kv_heads, run, ...]."""
+    def _runs(self, flat: Tensor) -> Tensor:
+        """The same with the room behind: [batch, kv_heads, run, ...]."""
         runs = flat[:, : self.kv_heads * self._run]
         return runs.view(self.batch, self.kv_heads, self._run, *flat.shape[2:])
 
@@ -155,7 +156,6 @@ class Slab:
         """Add one token to every run: ``store`` it and ``count`` it."""
         if valid is not None or isinstance(position, Tensor):
             self.make_ragged()
-            self.regular = self.regular and valid is None
         self.store(key, value, position, valid)
         self.count()
 
@@ -181,11 +181,11 @@ class Slab:
             at = self.uniform_length
             if at >= self._run:
                 raise RuntimeError(f"a run of {self._run} slots is full: compress before appending")
-            self.runs(self.keys)[:, :, at] = key[:, :, 0]
-            self.runs(self.values)[:, :, at] = value[:, :, 0]
-            self.runs(self.positions)[:, :, at] = position
+            self._runs(self.keys)[:, :, at] = key[:, :, 0]
+            self._runs(self.values)[:, :, at] = value[:, :, 0]
+            self._runs(self.positions)[:, :, at] = position
             if self.state is not None:
-                self.runs(self.state)[:, :, at] = 0.0
+                self._runs(self.state)[:, :, at] = 0.0
             return
         # index_put_, since compilers do it in place where they would copy for scatter_.
         slot = (self._sequences, self._offsets + self._lengths)
@@ -205,10 +205,8 @@ class Slab:
         index = (self.offsets[..., None] + index).clamp_max(self.slots - 1)
         return Rows(self.keys, self.values, self.positions, self.state, index, self.lengths.clone())
 
-    def rewrite(
-        self, rows: Rows, keep: Tensor, uniform_length: int | None, regular: bool = False
-    ) -> None:
-        """Replace the content by the kept tokens of ``rows``: one gather per tensor.
+    def rewrite(self, rows: Rows, keep: Tensor, uniform_length: int | None) -> None:
+        """Replace the content by the kept tokens of ``rows``, tensor by tensor.
 
         The room that is left over is shared evenly, so that every head can grow by the same
         number of tokens: by ``interval`` when the layer is filled up to its budget.
@@ -218,7 +216,6 @@ class Slab:
             keep: [batch, kv_heads, n] bool.
             uniform_length: the number of tokens kept by every head of every sequence, if the host
                 knows that they are equal; None otherwise.
-            regular: they are equal, known here or not.
         """
         lengths = keep.sum(dim=-1)
         if uniform_length is None:
@@ -229,17 +226,29 @@ class Slab:
         else:
             starts = torch.arange(self.kv_heads, device=self.keys.device) * self._run
             offsets = starts.expand(self.batch, -1)
+        self._move(rows, keep, offsets)
+        self._offsets.copy_(offsets)
+        self._lengths.copy_(lengths)
+        self.uniform_length = uniform_length
+
+    def _move(self, rows: Rows, keep: Tensor, offsets: Tensor) -> None:
+        """Write kept tokens into the runs that begin at ``offsets``, [batch, kv_heads] int64."""
+        moved = [
+            (self.keys, rows.keys),
+            (self.values, rows.values),
+            (self.positions, rows.positions),
+        ]
+        if self.state is not None and rows.state is not None:
+            moved.append((self.state, rows.state))
+        if self._native:
+            from reasonalloc.native.rows import move_rows
+
+            for own, flat in moved:
+                move_rows(own, flat, rows.index, keep, offsets)
+            return
         target = (offsets[..., None] + keep.cumsum(dim=-1) - 1).masked_fill(~keep, self.slots)
         target = target.flatten(1)  # what goes is sent to one slot too many
         source = torch.zeros(self.batch, self.slots + 1, dtype=torch.int64, device=keep.device)
         source = source.scatter_(1, target, rows.index.flatten(1))[:, :-1]
-        moved = [(self.keys, rows.keys), (self.values, rows.values)]
-        if self.state is not None and rows.state is not None:
-            moved.append((self.state, rows.state))
         for own, flat in moved:
             own.copy_(_take(flat, source))
-        self.positions.copy_(rows.positions.gather(1, source))
-        self._offsets.copy_(offsets)
-        self._lengths.copy_(lengths)
-        self.uniform_length = uniform_length
-        self.regular = regular or uniform_length is not None

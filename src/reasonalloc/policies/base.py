@@ -39,6 +39,9 @@ class Candidates:
         softcap: soft-capping of the attention logits, or None.
         layer: index of the layer.
         seed: seed of the run.
+        stored: where the keys lie, if a policy may read them there with the compiled loops of
+            ``reasonalloc.native``: [batch, m, head_dim], and [batch, kv_heads, n] int64 places in
+            them; else None.
     """
 
     lengths: Tensor
@@ -54,6 +57,7 @@ class Candidates:
     softcap: float | None
     layer: int
     seed: int
+    stored: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def keys(self) -> Tensor:

@@ -29,8 +29,22 @@ class RKV(Policy):
         check_kernel("rkv", self.kernel)
         if not 0 <= self.lam <= 1:
             raise UsageError(f"rkv: lam={self.lam} must lie between 0 and 1")
+        if self.threshold < 0:
+            raise UsageError(f"rkv: threshold={self.threshold} must not be negative")
 
     def score(self, candidates: Candidates) -> Tensor:
+        if candidates.stored is not None and candidates.queries is not None:
+            from reasonalloc.native.rkv import rkv_scores
+
+            return rkv_scores(
+                candidates.queries.float() * candidates.scaling,
+                *candidates.stored,
+                candidates.lengths,
+                lam=self.lam,
+                kernel=self.kernel,
+                threshold=self.threshold,
+                softcap=candidates.softcap,
+            )
         importance = self._importance(candidates)
         redundancy = _redundancy(candidates.keys, candidates.valid, self.threshold)
         return self.lam * importance - (1 - self.lam) * redundancy

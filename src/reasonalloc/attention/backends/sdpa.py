@@ -59,17 +59,15 @@ def _products(
 ) -> tuple[Tensor, Tensor | None]:
     """Explicit products over the slab where it lies: on a CPU as fast as the fused kernel.
 
-    Regular runs are read with the room behind them where the host does not know their length.
     Ragged runs are read as one: every query head is multiplied with every slot and looks at those
     of its KV head. With few KV heads reading the keys is what takes the time; with many the
     superfluous products do.
     """
     batch, query_heads, _, head_dim = query.shape
-    heads, known = slab.kv_heads, slab.uniform_length is not None
-    rows = slab.rows if known else slab.runs
+    heads, uniform = slab.kv_heads, slab.uniform_length is not None
     query = query * scaling
-    if slab.regular:
-        keys, values = (rows(x).flatten(0, 1) for x in (slab.keys, slab.values))
+    if uniform:
+        keys, values = (slab.rows(x).flatten(0, 1) for x in (slab.keys, slab.values))
         logits = torch.bmm(query.view(batch * heads, -1, head_dim), keys.transpose(1, 2))
     else:
         keys, values = slab.keys, slab.values
@@ -77,21 +75,18 @@ def _products(
     logits = logits.float().view(batch, heads, query_heads // heads, -1)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    if not known:
+    if not uniform:
         # Added, which is several times faster here than masked_fill_; finite, since a run may be
         # empty. No logit is large enough to be seen beside it.
-        if slab.regular:
-            own = torch.arange(keys.shape[1]) < slab.lengths[..., None]
-        else:
-            own = slot_mask(slab)
+        own = slot_mask(slab)
         logits.add_(own.to(logits.dtype).sub_(1.0).mul_(1e30)[:, :, None])
     weights = logits.softmax(dim=-1)
     shape = (keys.shape[0], -1, keys.shape[1])
     out = torch.bmm(weights.view(shape).to(values.dtype), values)
     received = None
-    if need_weights and slab.regular:
+    if need_weights and uniform:
         received = weights.new_zeros(slab.keys.shape[:2])
-        rows(received).copy_(weights.sum(dim=2))
+        slab.rows(received).copy_(weights.sum(dim=2))
     elif need_weights:
         received = weights.sum(dim=(1, 2))
     return out.view(batch, query_heads, 1, -1), received

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.native.build import compiler_message
 
 _aten = torch.ops.aten
 #: What they return is a number of the host, which would stay as it was when it was noted.
@@ -31,24 +32,6 @@ _OPTIONS = {"size_asserts": False}
 # Of this process: pieces that differ in their tensors alone are the same function.
 _known: dict[tuple[Any, ...], Compiled] = {}
 _MOST_KNOWN = 1024
-
-
-def check_compiler() -> None:
-    """Make sure that there is a C++ compiler.
-
-    Raises:
-        UsageError: says what to install or to use instead.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UsageError(
-            "step='compile' needs a C++ compiler, and none was found: install g++ (or name one in "
-            "the environment variable CXX), or use step='eager'"
-        ) from error
 
 
 @dataclass
@@ -189,12 +172,9 @@ def _compile(module: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
         try:
             found = torch._inductor.compile(module, [*inputs], options=_OPTIONS)
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            lines = [line for line in lines if " error: " in line] + lines  # the C++ compiler's own
-            reason = lines[0] if lines else type(error).__name__
             raise UnsupportedError(
-                f"step='compile': a step of this model cannot be compiled ({reason}): use "
-                "step='eager'"
+                "step='compile': a step of this model cannot be compiled "
+                f"({compiler_message(error)}): use step='eager'"
             ) from error
         finally:
             log.disabled = disabled

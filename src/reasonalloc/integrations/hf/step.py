@@ -13,7 +13,8 @@ from torch import Tensor
 from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.compiled import check_compiler, compile_step
+from reasonalloc.integrations.hf.compiled import compile_step
+from reasonalloc.native.build import check_compiler
 
 # Results that a replay would overwrite while somebody still holds them.
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -55,7 +56,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
-        check_compiler()
+        check_compiler("step='compile'", "step='eager'")
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -1,0 +1,92 @@
+"""Compile this folder's C++ with the compiler and the flags of PyTorch's Inductor, once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reasonalloc.errors import UnsupportedError, UsageError
+
+_SOURCES = ("lanes.h", "attention.cpp", "rkv.cpp", "rows.cpp")
+_P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "ragged_decode": ([_P] * 7 + [_I] * 6 + [_F] * 2 + [_N] * 3, _N),
+    "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
+    "move_rows": ([_P] * 5 + [_I] * 6 + [_N], None),
+}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def check_compiler(option: str, instead: str) -> None:
+    """Make sure that there is a C++ compiler.
+
+    Args:
+        option, instead: what was asked for, and what works without one, for the message.
+
+    Raises:
+        UsageError: says what to install or to use instead.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UsageError(
+            f"{option} needs a C++ compiler, and none was found: install g++ (or name one in the "
+            f"environment variable CXX), or use {instead}"
+        ) from error
+
+
+def compiler_message(error: Exception) -> str:
+    """One line: what the C++ compiler said, else what the exception says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if " error: " in line] + lines
+    return lines[0] if lines else type(error).__name__
+
+
+@functools.cache
+def library() -> Any:
+    """The functions of this folder; PyTorch keeps the machine code on disk.
+
+    Raises:
+        UnsupportedError: this compiler cannot compile them, in its own words.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    folder = Path(__file__).parent
+    source = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
+    try:
+        found = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+    except Exception as error:
+        raise UnsupportedError(
+            f"attention='cpp' cannot be compiled ({compiler_message(error)}): use attention='sdpa'"
+        ) from error
+    for name, (arguments, result) in _ARGUMENTS.items():
+        function = getattr(found, f"reasonalloc_{name}")
+        function.argtypes, function.restype = arguments, result
+    return found
+
+
+def kind(dtype: torch.dtype) -> int:
+    """Number of an element type; the functions refuse -1."""
+    return _KINDS.get(dtype, -1)
+
+
+def check_result(refused: int, *dtypes: torch.dtype) -> None:
+    """Raise if a function does not know one of the types.
+
+    Raises:
+        UnsupportedError: says what to use instead.
+    """
+    if refused:
+        compiler = os.environ.get("CXX", "this C++ compiler")
+        raise UnsupportedError(
+            f"attention='cpp' cannot compute in {', '.join(map(str, dtypes))} with {compiler}: use "
+            "attention='sdpa'"
+        )

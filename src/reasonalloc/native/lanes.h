@@ -1,0 +1,129 @@
+// Vectors of floats and what is done with them, for the files of this folder. Vector extensions of
+// GCC and Clang: the compiler divides them into registers of the machine.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;   // one AVX-512 register, two of AVX2, four of NEON
+
+// may_alias, aligned as its elements are: loads and stores at any address.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Half8 __attribute__((vector_size(32)));
+typedef float Half4 __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Lanes load(const float* at) { return *reinterpret_cast<const Unaligned*>(at); }
+
+inline Lanes load(const BFloat16* at) {
+  return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Shorts*>(at), Words) << 16);
+}
+
+inline float read(const float* at) { return *at; }
+
+inline float read(const BFloat16* at) {
+  uint32_t word = uint32_t(at->bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+inline void write(float* at, float value) { *at = value; }
+
+inline void write(BFloat16* at, float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  // To nearest, ties to even; what is not a number stays one.
+  at->bits = value == value ? uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+#ifdef __FLT16_MANT_DIG__
+#define REASONALLOC_HALF 1
+typedef _Float16 Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+inline Lanes load(const _Float16* at) {
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(at), Lanes);
+}
+inline float read(const _Float16* at) { return float(*at); }
+inline void write(_Float16* at, float value) { *at = _Float16(value); }
+#endif
+
+inline void store(float* at, Lanes x) { *reinterpret_cast<Unaligned*>(at) = x; }
+
+inline Lanes splat(float x) { return x - Lanes{}; }
+
+inline float largest_of(Lanes x) {
+  float most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
+  return most;
+}
+
+inline float sum(Lanes x) {
+  Half8 halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  Half8 eight = halves[0] + halves[1];
+  Half4 quarters[2];
+  std::memcpy(quarters, &eight, sizeof eight);
+  Half4 four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// exp of numbers that are at most 0, to 2 units in the last place; 0 below -87.
+inline Lanes exp_of_negative(Lanes x) {
+  Ints alive = x > -87.0f;
+  x = alive ? x : splat(-87.0f);
+  Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // cut off: the nearest
+  Lanes n = __builtin_convertvector(power, Lanes);
+  Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Lanes y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  y *= (Lanes)((power + 127) << 23);
+  return alive ? y : Lanes{};
+}
+
+// cap * tanh(x / cap)
+inline Lanes softly_capped(Lanes x, float cap) {
+  Lanes y = x / cap;
+  Ints negative = y < 0.0f;
+  Lanes e = exp_of_negative(-2.0f * (negative ? -y : y));
+  Lanes tanh = (1.0f - e) / (1.0f + e);
+  return (negative ? -tanh : tanh) * cap;
+}
+
+// Calls `run` with a zero of an element type: 0 float, 1 bfloat16, 2 half. Returns 0, or 1 if this
+// compiler does not know the type.
+template <typename Run>
+int by_kind(int kind, Run run) {
+  if (kind == 0) {
+    run(0.0f);
+  } else if (kind == 1) {
+    run(BFloat16{});
+#ifdef REASONALLOC_HALF
+  } else if (kind == 2) {
+    run(_Float16(0));
+#endif
+  } else {
+    return 1;
+  }
+  return 0;
+}
+
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+}  // namespace

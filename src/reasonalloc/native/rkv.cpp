@@ -1,0 +1,230 @@
+// R-KV's scores of the tokens of every run, on a CPU; see rkv.py for the interface.
+//
+// A run's keys are read once, normalised and turned so that a vector holds one channel of several
+// keys; everything else happens in that copy, which fits a core's cache for usual budgets.
+
+namespace {
+
+constexpr int kRows = 4;   // rows of a tile of products
+constexpr int kTile = 32;  // columns of it: two vectors
+
+// Products of kRows rows with kTile columns; both turned: channel d of row r is rows[d * row_step +
+// r], that of column c is columns[d * column_step + c].
+inline void tile(const float* rows, int64_t row_step, const float* columns, int64_t column_step,
+                 int64_t width, Lanes out[kRows][2]) {
+  Lanes sums[kRows][2] = {};
+  for (int64_t d = 0; d < width; ++d) {
+    Lanes left = load(columns + d * column_step);
+    Lanes right = load(columns + d * column_step + kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      float x = rows[d * row_step + r];
+      sums[r][0] += x * left;
+      sums[r][1] += x * right;
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < 2; ++i) out[r][i] = sums[r][i];
+}
+
+inline int32_t latest_of(Ints x) {
+  int32_t most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
+  return most;
+}
+
+struct Run {
+  int64_t length;
+  int64_t padded;      // to a multiple of kTile
+  int64_t width;
+  const float* units;  // [width, padded]: keys of length 1, zeros behind the last one
+};
+
+// In each row the latest key, but itself, whose cosine is above the threshold: its place plus 1, or
+// 0. From the last key on backwards, until every row of the tile has found one.
+void latest_similar(const Run& run, float threshold, int threads, int32_t* latest) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t first = 0; first < run.length; first += kRows) {
+    Ints found[kRows] = {};
+    for (int64_t column = run.padded - kTile; column >= 0; column -= kTile) {
+      Lanes cosine[kRows][2];
+      tile(run.units + first, run.padded, run.units + column, run.padded, run.width, cosine);
+      bool all = true;
+      for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < 2; ++i) {
+          Ints place = lane + int32_t(column + i * kLanes);
+          Ints similar = (cosine[r][i] > threshold) & (place != int32_t(first + r)) &
+                         (place < int32_t(run.length));
+          Ints here = similar & (place + 1);
+          found[r] = here > found[r] ? here : found[r];
+        }
+        latest[first + r] = latest_of(found[r]);
+        all = all && (latest[first + r] > 0 || first + r >= run.length);
+      }
+      if (all) break;
+    }
+  }
+}
+
+// Softmax over keys of their mean cosine to the others, the latest similar ones not counted.
+void redundancy_of(const Run& run, float threshold, int threads, std::vector<int32_t>& latest,
+                   float* out) {
+  const float* units = run.units;
+  for (int64_t j = 0; j < run.padded; ++j) out[j] = 0.0f;
+  for (int64_t d = 0; d < run.width; ++d) {
+    const float* channel = units + d * run.padded;
+    Lanes sums = {};
+    for (int64_t j = 0; j < run.padded; j += kLanes) sums += load(channel + j);
+    const float total = sum(sums);
+    for (int64_t j = 0; j < run.padded; j += kLanes) {
+      Lanes x = load(channel + j);
+      store(out + j, load(out + j) + x * (total - x));
+    }
+  }
+  latest.resize(size_t(run.padded));
+  latest_similar(run, threshold, threads, latest.data());
+  for (int64_t i = 0; i < run.length; ++i) {
+    if (latest[i] == 0) continue;
+    const int64_t j = latest[i] - 1;
+    float cosine = 0.0f;
+    for (int64_t d = 0; d < run.width; ++d)
+      cosine += units[d * run.padded + i] * units[d * run.padded + j];
+    out[j] -= cosine;
+  }
+  for (int64_t j = 0; j < run.length; ++j) out[j] /= float(run.length);
+}
+
+// Turns logits [padded] of the first `count` places into their softmax times `factor`.
+void softmax(float* logits, int64_t count, int64_t padded, float factor) {
+  for (int64_t j = count; j < padded; ++j) logits[j] = kLowest;
+  Lanes most = splat(kLowest);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Lanes x = load(logits + j);
+    most = x > most ? x : most;
+  }
+  const float top = largest_of(most);
+  Lanes sums = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Lanes x = exp_of_negative(load(logits + j) - top);
+    store(logits + j, x);
+    sums += x;
+  }
+  const float share = factor / sum(sums);
+  for (int64_t j = 0; j < padded; j += kLanes) store(logits + j, load(logits + j) * share);
+}
+
+// Mean over the window of the softmax of the group's largest logits, over the evictable tokens.
+void importance_of(const Run& run, const float* lengths_of_keys, const float* queries,
+                   int64_t group, int64_t window, float softcap, std::vector<float>& memory,
+                   float* out) {
+  for (int64_t j = 0; j < run.padded; ++j) out[j] = 0.0f;
+  const int64_t evictable = run.length - window;
+  if (evictable <= 0) return;
+  const int64_t rows = group * window, step = (rows + kRows - 1) / kRows * kRows;
+  memory.resize(size_t(run.width * step + step * run.padded));
+  float* turned = memory.data();
+  float* logits = turned + run.width * step;
+  std::memset(turned, 0, size_t(run.width * step) * 4);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < run.width; ++d) turned[d * step + r] = queries[r * run.width + d];
+  for (int64_t first = 0; first < step; first += kRows)
+    for (int64_t column = 0; column < run.padded; column += kTile) {
+      Lanes products[kRows][2];
+      tile(turned + first, step, run.units + column, run.padded, run.width, products);
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < 2; ++i) {
+          const int64_t j = column + i * kLanes;
+          Lanes x = products[r][i] * load(lengths_of_keys + j);
+          if (softcap > 0.0f) x = softly_capped(x, softcap);
+          store(logits + (first + r) * run.padded + j, x);
+        }
+    }
+  for (int64_t w = 0; w < window; ++w) {
+    float* own = logits + w * run.padded;
+    for (int64_t g = 1; g < group; ++g) {
+      const float* other = logits + (g * window + w) * run.padded;
+      for (int64_t j = 0; j < run.padded; j += kLanes) {
+        Lanes x = load(own + j), y = load(other + j);
+        store(own + j, x > y ? x : y);
+      }
+    }
+    softmax(own, evictable, run.padded, 1.0f / float(window));
+    for (int64_t j = 0; j < run.padded; j += kLanes) store(out + j, load(out + j) + load(own + j));
+  }
+}
+
+struct RkvMemory {
+  std::vector<float> units, norms, redundancy, importance, logits;
+  std::vector<int32_t> latest;
+};
+
+template <typename T>
+void score_run(const float* queries, const T* keys, const int64_t* index, int64_t length,
+               int64_t group, int64_t window, int64_t width, float lam, int64_t kernel,
+               float threshold, float softcap, int threads, RkvMemory& memory, float* scores) {
+  const int64_t padded = (length + kTile - 1) / kTile * kTile;
+  memory.units.assign(size_t(width * padded), 0.0f);
+  memory.norms.assign(size_t(padded), 0.0f);
+  memory.redundancy.resize(size_t(padded));
+  memory.importance.resize(size_t(padded));
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t j = 0; j < length; ++j) {
+    const T* key = keys + index[j] * width;
+    Lanes squares = {};
+    for (int64_t d = 0; d < whole; d += kLanes) squares += load(key + d) * load(key + d);
+    float square = sum(squares);
+    for (int64_t d = whole; d < width; ++d) square += read(key + d) * read(key + d);
+    const float norm = std::sqrt(square) + 1e-8f, scale = 1.0f / norm;
+    memory.norms[j] = norm;
+    for (int64_t d = 0; d < width; ++d) memory.units[d * padded + j] = read(key + d) * scale;
+  }
+  const Run run{length, padded, width, memory.units.data()};
+  float* redundancy = memory.redundancy.data();
+  float* importance = memory.importance.data();
+  redundancy_of(run, threshold, threads, memory.latest, redundancy);
+  softmax(redundancy, length, padded, 1.0f - lam);
+  importance_of(run, memory.norms.data(), queries, group, window, softcap, memory.logits,
+                importance);
+  for (int64_t j = 0; j < length; ++j) {
+    float most = 0.0f;  // the largest importance within the pooling kernel
+    const int64_t stop = std::min(length, j + kernel / 2 + 1);
+    for (int64_t i = std::max<int64_t>(0, j - kernel / 2); i < stop; ++i)
+      most = std::max(most, importance[i]);
+    scores[j] = lam * most - redundancy[j];
+  }
+}
+
+template <typename T>
+void rkv_scores(const float* queries, const T* keys, const int64_t* index, const int64_t* lengths,
+                float* scores, int64_t batch, int64_t kv_heads, int64_t group, int64_t window,
+                int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam,
+                float threshold, float softcap, int threads) {
+  const int64_t runs = batch * kv_heads;
+  const bool many = runs >= threads;  // else threads share a run
+#pragma omp parallel for num_threads(threads) if (many) schedule(dynamic, 1)
+  for (int64_t run = 0; run < runs; ++run) {
+    static thread_local RkvMemory memory;
+    std::memset(scores + run * n, 0, size_t(n) * 4);
+    if (lengths[run] > 0)
+      score_run(queries + run * group * window * width, keys + run / kv_heads * stored * width,
+                index + run * n, lengths[run], group, window, width, lam, kernel, threshold,
+                softcap, many ? 1 : threads, memory, scores + run * n);
+  }
+}
+
+}  // namespace
+
+// queries are scaled; result as of reasonalloc_ragged_decode.
+extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys, const int64_t* index,
+                                      const int64_t* lengths, float* scores, int64_t batch,
+                                      int64_t kv_heads, int64_t group, int64_t window,
+                                      int64_t stored, int64_t n, int64_t width, int64_t kernel,
+                                      float lam, float threshold, float softcap, int kind,
+                                      int threads) {
+  return by_kind(kind, [&](auto zero) {
+    using T = decltype(zero);
+    rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
+               group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
+  });
+}

@@ -1,0 +1,238 @@
+"""The loops in C++ against plain PyTorch, over shapes at which they change their way."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reasonalloc
+from models import prompt, tiny
+from reasonalloc.attention import BACKENDS, choose_backend
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.native import build
+from reasonalloc.native.rows import move_rows
+from reasonalloc.policies import POLICIES, Candidates
+from triton_cases import random_slab
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> None:
+    """More threads than runs, and fewer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def heads_of(longest: int) -> st.SearchStrategy[list[list[int]]]:
+    """Lengths per sequence and head, some of them 0."""
+    length = st.one_of(st.integers(0, longest), st.sampled_from([0, 1, 255, 256, 257, 512]))
+    return st.integers(1, 3).flatmap(
+        lambda heads: st.lists(
+            st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=2
+        )
+    )
+
+
+@given(
+    st.integers(0, 10**6),
+    heads_of(600),
+    st.integers(1, 9),
+    st.sampled_from([(8, 8), (24, 16), (64, 64), (80, 48), (130, 192)]),
+    st.sampled_from([None, 2.0]),
+    st.sampled_from(list(TOLERANCE)),
+)
+@settings(max_examples=60, deadline=None)
+def test_attention_is_the_reference(
+    seed: int,
+    lengths: list[list[int]],
+    group: int,
+    dims: tuple[int, int],
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    slab = random_slab(seed, lengths, *dims, dtype, uniform=False)
+    query = torch.randn(len(lengths), len(lengths[0]) * group, 1, dims[0]).to(dtype)
+    # As models pass it: heads behind tokens in memory.
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    if seed % 3 == 0:  # under autocast
+        slab.keys = slab.keys.float()
+    out, received = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, True)
+    again, none = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, False)
+    assert none is None and torch.equal(out, again) and out.dtype == dtype
+    slab.keys, slab.values = slab.keys.float(), slab.values.float()
+    slow, weights = BACKENDS.create("eager").decode(query.float(), slab, 0.3, softcap, True)
+    empty = (slab.lengths == 0).repeat_interleave(group, dim=1)[..., None, None]
+    slow = slow.masked_fill(empty, 0.0)  # the reference looks at all slots then
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.float(), slow, rtol=tolerance, atol=tolerance)
+    if not bool(empty.any()):
+        assert received is not None
+        torch.testing.assert_close(received, weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("threads")
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3).flatmap(
+        lambda heads: st.lists(
+            st.lists(st.integers(1, 90), min_size=heads, max_size=heads), min_size=1, max_size=2
+        )
+    ),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.sampled_from([8, 20, 64]),
+    st.sampled_from([None, 3.0]),
+    st.sampled_from(["rkv", "rkv(lam=0.5, kernel=3, threshold=0.2)", "rkv(kernel=1, threshold=1)"]),
+    st.sampled_from(list(TOLERANCE)),
+)
+@settings(max_examples=60, deadline=None)
+def test_rkv_is_the_reference(
+    seed: int,
+    lengths: list[list[int]],
+    group: int,
+    window: int,
+    dim: int,
+    softcap: float | None,
+    spec: str,
+    dtype: torch.dtype,
+) -> None:
+    candidates = scattered(seed, lengths, group, window, dim, softcap, dtype)
+    policy = POLICIES.create(spec)
+    fast = policy.score(candidates)
+    slow = policy.score(dataclasses.replace(candidates, stored=None))
+    evictable = candidates.evictable
+    torch.testing.assert_close(fast[evictable], slow[evictable], rtol=1e-4, atol=1e-6)
+    assert not bool(fast[~candidates.valid].any())
+
+
+def scattered(
+    seed: int,
+    lengths: list[list[int]],
+    group: int,
+    window: int,
+    dim: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Candidates:
+    """Heads whose keys resemble a few centres and lie anywhere in the storage."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, n = len(lengths), len(lengths[0]), max(max(row) for row in lengths)
+    m = heads * n + 7
+    centres = torch.randn(5, dim, generator=generator)
+    keys = centres[torch.randint(0, 5, (batch, m), generator=generator)]
+    keys = (keys + 0.5 * torch.randn(batch, m, dim, generator=generator)).to(dtype)
+    places = [torch.randperm(m, generator=generator)[: heads * n] for _ in range(batch)]
+    index = torch.stack(places).view(batch, heads, n)
+    length = torch.tensor(lengths)
+    row = torch.arange(batch)[:, None, None]
+    return Candidates(
+        lengths=length,
+        positions=torch.arange(n).expand(batch, heads, n),
+        load_keys=lambda: keys[row, index],
+        load_values=lambda: keys[row, index],
+        queries=torch.randn(batch, heads, group, window, dim, generator=generator).to(dtype),
+        query_positions=torch.arange(n - window, n).expand(batch, -1),
+        state=None,
+        seen=torch.full((batch,), n),
+        window=window,
+        scaling=0.4,
+        softcap=softcap,
+        layer=0,
+        seed=seed,
+        stored=(keys, index),
+    )
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.sampled_from([((), torch.int32), ((3,), torch.float32), ((64,), torch.bfloat16)]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_go_where_they_belong(
+    seed: int,
+    batch: int,
+    heads: int,
+    n: int,
+    row: tuple[tuple[int, ...], torch.dtype],
+    inside: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape, dtype = row
+    slots = heads * (n + 2)
+    m = slots if inside else heads * n
+    flat = torch.randint(0, 200, (batch, m, *shape), generator=generator).to(dtype)
+    own = flat if inside else torch.zeros(batch, slots, *shape, dtype=dtype)
+    places = [torch.randperm(m, generator=generator)[: heads * n] for _ in range(batch)]
+    index = torch.stack(places).view(batch, heads, n)
+    keep = torch.rand(batch, heads, n, generator=generator) < 0.6
+    room = keep.sum(-1) + torch.randint(0, 3, (batch, heads), generator=generator)
+    offsets = room.cumsum(1) - room
+    expected = own.clone()
+    for b in range(batch):
+        for h in range(heads):
+            kept = flat[b, index[b, h][keep[b, h]]].clone()
+            expected[b, int(offsets[b, h]) :][: len(kept)] = kept
+    move_rows(own, flat, index, keep, offsets)
+    assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("arm", ["rkv", "rkv/uniform/reasonalloc", "h2o/uniform/adakv", "tova"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_run_is_the_same(name: str, arm: str) -> None:
+    """Plain steps, padded batches and soft-capping included; logits, since ties may fall apart."""
+    model = tiny(name)
+    mask = (torch.arange(30) >= 30 - torch.tensor([30, 17, 2])[:, None]).long()
+    found = []
+    policy, _, heads = (arm + "/uniform/uniform").split("/")[:3]
+    for attention in ("sdpa", "cpp"):
+        with reasonalloc.attach(
+            model, budget=16, interval=8, policy=policy, heads=heads, attention=attention
+        ) as attached:
+            out = model.generate(
+                prompt(30, 3) * mask,
+                attention_mask=mask,
+                max_new_tokens=40,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            assert attached.recorder is not None and attached.recorder.compressions > 0
+        found.append(out)
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    torch.testing.assert_close(
+        torch.stack(found[1].logits), torch.stack(found[0].logits), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="is for CPUs, but the model is on cuda"):
+        choose_backend("cpp", torch.device("cuda"))
+    slab = random_slab(0, [[3]], 8, 8, torch.float64, uniform=False)
+    with pytest.raises(UnsupportedError, match=r"cannot compute in torch\.float64"):
+        BACKENDS.create("cpp").decode(torch.ones(1, 1, 1, 8).double(), slab, 1.0, None, False)
+    with pytest.raises(UsageError, match=r"threshold=-1\.0 must not be negative"):
+        POLICIES.create("rkv(threshold=-1)")
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_SOURCES", ("lanes.h", "attention.py"))
+    with pytest.raises(UnsupportedError, match=r"cannot be compiled \(.*error.*attention='sdpa'"):
+        reasonalloc.attach(tiny("llama"), budget=16, attention="cpp")
+    build.library.cache_clear()
+
+
+def test_compiled_steps_choose_it() -> None:
+    names = {
+        step: type(choose_backend("auto", torch.device("cpu"), step == "compile")).__name__
+        for step in ("eager", "compile")
+    }
+    assert names == {"eager": "Sdpa", "compile": "Cpp"}
