@@ -67,7 +67,7 @@ bench-full: setup
 	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --step $(STEPS) --arms rkv,full --out bench-full.json
 
 bench-arms: setup
-	$(BENCH) --batch 16 --new-tokens 192 --repeats 2 --profile $(COSTS) --step $(STEPS) \
+	$(BENCH) --batch 16 --new-tokens 192 --repeats 3 --profile $(COSTS) --step $(STEPS) \
 		--arms "rkv,rkv/cost/planned,rkv/uniform/reasonalloc,best" --out bench-arms.json
 
 bench-long1: setup
@@ -89,10 +89,10 @@ BESIDE := OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/kvpress/compare.py \
 bench-kvpress: bench-snapkv bench-adakv
 
 bench-snapkv: setup $(KVPRESS)/.ready
-	$(BESIDE) --press snapkv --new-tokens 384 --repeats 3 --out bench-snapkv.json
+	$(BESIDE) --step $(STEPS) --press snapkv --new-tokens 384 --repeats 3 --out bench-snapkv.json
 
 bench-adakv: setup $(KVPRESS)/.ready
-	$(BESIDE) --press adakv --new-tokens 1500 --repeats 1 --out bench-adakv.json
+	$(BESIDE) --step $(STEPS) --press adakv --new-tokens 1500 --repeats 1 --out bench-adakv.json
 
 # Speed on a GPU, random weights in the shape of Llama-8B in bfloat16; batches for 80 GB.
 GPU_BENCH := $(BIN)/reasonalloc bench --shape llama-8b --device cuda --budget 1024 --interval 128 \

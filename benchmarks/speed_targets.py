@@ -57,12 +57,16 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
         ("adakv", "tokens/s, unequal heads / kvpress's DecodingPress(AdaKVPress)", 2.0),
     ):
         if name in found:
-            peer, ours = (
-                statistics.median(sum(run["steps"]) for run in runs)
-                for runs in found[name]["runs"].values()
-            )
+            times = {
+                side: statistics.median(sum(run["steps"]) for run in runs)
+                for side, runs in found[name]["runs"].items()
+            }
+            (_, peer), *ours = times.items()
             tokens = found[name]["new_tokens"]
-            yield f"batch 16, {tokens} tokens: {what}", limit, peer / ours, False
+            for side, seconds in ours:
+                way = side.partition(", ")[2]
+                run = f"batch 16{'' if way == 'eager' else ', ' + way}, {tokens} tokens"
+                yield f"{run}: {what}", limit, peer / seconds, False
 
 
 def of(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

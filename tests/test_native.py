@@ -219,8 +219,24 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is for CPUs, but the model is on cuda"):
         choose_backend("cpp", torch.device("cuda"))
     slab = random_slab(0, [[3]], 8, 8, torch.float64, uniform=False)
-    with pytest.raises(UnsupportedError, match=r"cannot compute in torch\.float64"):
+    with pytest.raises(UnsupportedError, match=r"float16, but the model is in torch\.float64"):
         BACKENDS.create("cpp").decode(torch.ones(1, 1, 1, 8).double(), slab, 1.0, None, False)
+    model = tiny("llama").double()
+    with pytest.raises(UnsupportedError, match=r"but the model is in torch\.float64"):
+        reasonalloc.attach(model, budget=16, attention="cpp")
+    with reasonalloc.attach(model, budget=16, interval=8, step="compile"):  # auto: another one
+        model.generate(prompt(20), max_new_tokens=3, do_sample=False)
+    with (
+        reasonalloc.attach(tiny("llama"), budget=16, attention="cpp") as attached,
+        pytest.raises(UnsupportedError, match=r"but the model is in torch\.float64"),
+    ):
+        attached._model.double().generate(prompt(20), max_new_tokens=3)
+    rows = torch.zeros(1, 4, 2)
+    index, keep = torch.arange(4).view(1, 1, 4), torch.ones(1, 1, 4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="ends behind its storage of 4 slots"):
+        move_rows(rows, rows, index, keep, torch.tensor([[1]]))
+    with pytest.raises(RuntimeError, match="rows of"):
+        move_rows(rows, rows.long(), index, keep, torch.tensor([[0]]))
     with pytest.raises(UsageError, match=r"threshold=-1\.0 must not be negative"):
         POLICIES.create("rkv(threshold=-1)")
     build.library.cache_clear()
@@ -230,9 +246,42 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     build.library.cache_clear()
 
 
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    slab = random_slab(0, [[300, 5]], 8, 8, torch.float32, uniform=False)
+    query = torch.randn(1, 4, 1, 8)
+    for softcap in (None, 2.0):
+        expected, _ = BACKENDS.create("eager").decode(query, slab, 0.3, softcap, False)
+        slab.keys[0, int(slab.offsets[0, 0]) + 290] = torch.nan
+        out, _ = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, False)
+        assert bool(out[:, :2].isnan().all())
+        torch.testing.assert_close(out[:, 2:], expected[:, 2:])
+        slab.keys.nan_to_num_(1.0)
+    # All of a piece of 256 tokens is out of reach of the query.
+    slab = random_slab(0, [[300]], 8, 8, torch.float32, uniform=False)
+    start = int(slab.offsets[0, 0])
+    slab.keys[0, start : start + 256, 0] = -torch.inf
+    query = torch.ones(1, 1, 1, 8)
+    expected, _ = BACKENDS.create("eager").decode(query, slab, 0.3, None, False)
+    out, _ = BACKENDS.create("cpp").decode(query, slab, 0.3, None, False)
+    torch.testing.assert_close(out, expected)
+
+
+def test_another_default_type() -> None:
+    candidates = scattered(0, [[40, 17]], 2, 8, 64, None, torch.float32)
+    policy = POLICIES.create("rkv")
+    expected = policy.score(candidates)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(policy.score(candidates), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_compiled_steps_choose_it() -> None:
     names = {
-        step: type(choose_backend("auto", torch.device("cpu"), step == "compile")).__name__
+        step: type(
+            choose_backend("auto", torch.device("cpu"), torch.float32, step == "compile")
+        ).__name__
         for step in ("eager", "compile")
     }
     assert names == {"eager": "Sdpa", "compile": "Cpp"}

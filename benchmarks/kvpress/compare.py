@@ -41,17 +41,23 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=64)
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--step", default="eager", help="ways to run our steps, separated by commas"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    arm = PAIRS[options.press]
-    names = f"kvpress {options.press}", f"reasonalloc {arm}"
+    arm, ways = PAIRS[options.press], options.step.split(",")
+    names = [f"kvpress {options.press}", *(f"reasonalloc {arm}, {way}" for way in ways)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder, result = Path(temporary) / "model", Path(temporary) / "result.json"
         with quiet():
             build_shape(options.shape, torch.float32, torch.device("cpu")).save_pretrained(folder)
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        commands = peer(options, folder, options.press, result), ours(options, folder, arm, result)
+        commands = [
+            peer(options, folder, options.press, result),
+            *(ours(options, folder, arm, way, result) for way in ways),
+        ]
         sides = list(zip(names, commands, strict=True))
         for turn in range(options.repeats):
             for name, command in sides if turn % 2 == 0 else sides[::-1]:
@@ -74,10 +80,10 @@ def peer(options: argparse.Namespace, folder: Path, press: str, out: Path) -> li
     return [*script, "--press", press, *common(options), "--out", str(out)]
 
 
-def ours(options: argparse.Namespace, folder: Path, arm: str, out: Path) -> list[str]:
+def ours(options: argparse.Namespace, folder: Path, arm: str, way: str, out: Path) -> list[str]:
     # A process of its own as well: neither side inherits the other's memory or threads.
     script = [sys.executable, str(HERE / "own.py"), str(folder)]
-    return [*script, "--arm", arm, *common(options), "--out", str(out)]
+    return [*script, "--arm", arm, "--step", way, *common(options), "--out", str(out)]
 
 
 def read(path: Path) -> dict[str, Any]:

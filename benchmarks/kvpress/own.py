@@ -17,6 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--arm", required=True)
+    parser.add_argument("--step", required=True)
     for name in ("batch", "prompt", "new-tokens", "budget", "interval", "window"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -25,7 +26,11 @@ def main() -> None:
     if arm is None:
         parser.error("--arm: an arm that compresses")
     config = CompressionConfig(
-        budget=options.budget, arm=arm, interval=options.interval, window=options.window
+        budget=options.budget,
+        arm=arm,
+        interval=options.interval,
+        window=options.window,
+        step=options.step,
     )
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)

@@ -140,6 +140,7 @@ class LayerCompressor:
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
         batch, kv_heads, _, head_dim = key.shape
+        self._backend.check(key.device, key.dtype)  # the model may have moved since
         self.slab = Slab(
             batch,
             kv_heads,

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import ReasonAllocError, UsageError
 from reasonalloc.registry import Registry
 
 
@@ -49,11 +49,12 @@ class Backend(ABC):
     native: ClassVar[bool] = False
     """Whether scores and moves use the compiled loops of ``reasonalloc.native`` as well."""
 
-    def check(self, device: torch.device) -> None:
-        """Refuse a device that it cannot run on.
+    def check(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Refuse a device, or an element type, that it cannot run on.
 
         Raises:
             UsageError: says what is missing and what to use instead.
+            UnsupportedError: the same, of an element type.
         """
         return
 
@@ -85,15 +86,19 @@ BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attenti
 
 
 def choose_backend(
-    name: str, device: torch.device | None = None, compiled: bool = False
+    name: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> Backend:
     """Backend by name; ``auto`` is the fastest one that was measured and needs nothing more.
 
-    That is ``sdpa``, and ``cpp`` where steps are compiled, for which there is a compiler.
+    That is ``sdpa``, and ``cpp`` where steps are compiled, so that there is a compiler, if it can
+    run there.
 
     Args:
         name: of the backend.
-        device: of the model; None while its weights are not loaded.
+        device, dtype: of the model; None while its weights are not loaded.
         compiled: whether steps are compiled, on a CPU.
 
     Raises:
@@ -102,11 +107,16 @@ def choose_backend(
     if name != "auto" and name not in BACKENDS.entries():
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
-    if name == "auto":
-        name = "cpp" if compiled else "sdpa"
-    backend = BACKENDS.create(name)
+    if name == "auto" and compiled and device is not None:
+        backend = BACKENDS.create("cpp")
+        try:
+            backend.check(device, dtype)
+        except ReasonAllocError:  # nobody asked for it
+            return BACKENDS.create("sdpa")
+        return backend
+    backend = BACKENDS.create("sdpa" if name == "auto" else name)
     if device is not None:
-        backend.check(device)
+        backend.check(device, dtype)
     return backend
 
 

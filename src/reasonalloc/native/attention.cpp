@@ -7,9 +7,12 @@
 
 namespace {
 
-constexpr int kChunk = 256;  // tokens of a run that one thread takes at a time
+constexpr int kChunk = 256;  // most tokens of a run that one thread takes at a time
+constexpr int kLeast = 32;   // fewest
+constexpr int kTurns = 4;    // pieces that each thread should find, so that none waits long
 constexpr int kQueries = 4;  // query heads that are worked off together, in registers
 constexpr int kVectors = 4;  // and vectors of a value's row
+constexpr int kAhead = 8;     // rows between the one that is read and the one that is fetched
 
 // Logits of `many` queries with `count` keys; queries are floats, `width` wide, scaled already.
 template <typename T, int many>
@@ -19,6 +22,7 @@ void multiply_keys(const float* queries, const T* keys, int count, int width, fl
     const T* key = keys + int64_t(j) * width;
     Lanes sums[many] = {};
     for (int d = 0; d < whole; d += kLanes) {
+      __builtin_prefetch(key + kAhead * width + d);
       Lanes k = load(key + d);
       for (int g = 0; g < many; ++g) sums[g] += load(queries + g * width + d) * k;
     }
@@ -37,7 +41,10 @@ void add_values(const float* weights, const T* values, int count, int width, flo
   for (int j = 0; j < count; ++j) {
     const T* value = values + int64_t(j) * width;
     Lanes row[vectors];
-    for (int i = 0; i < vectors; ++i) row[i] = load(value + i * kLanes);
+    for (int i = 0; i < vectors; ++i) {
+      __builtin_prefetch(value + kAhead * width + i * kLanes);
+      row[i] = load(value + i * kLanes);
+    }
     for (int g = 0; g < many; ++g) {
       float weight = weights[g * kChunk + j];
       for (int i = 0; i < vectors; ++i) sums[g][i] += weight * row[i];
@@ -84,9 +91,10 @@ void chunk_of(const float* queries, const K* keys, const V* values, int count, i
       most = x > most ? x : most;
     }
     float top = largest_of(most);
+    const float base = top == kLowest ? 0.0f : top;  // nothing but -inf weighs nothing here
     Lanes sums = {};
     for (int j = 0; j < padded; j += kLanes) {
-      Lanes x = exp_of_negative(load(own + j) - top);
+      Lanes x = exp_of_negative(load(own + j) - base);
       store(own + j, x);
       sums += x;
     }
@@ -116,11 +124,15 @@ void decode(const float* query, const K* keys, const V* values, const int64_t* o
   const int64_t runs = batch * kv_heads;
   chunks.clear();
   first.clear();
+  int64_t tokens = 0;
+  for (int64_t run = 0; run < runs; ++run) tokens += lengths[run];
+  const int64_t fair = tokens / (int64_t(threads) * kTurns) / kLanes * kLanes;
+  const int64_t chunk = std::clamp<int64_t>(fair, kLeast, kChunk);
   for (int64_t run = 0; run < runs; ++run) {
     first.push_back(int64_t(chunks.size()));
     const int64_t start = run / kv_heads * slots + offsets[run];
-    for (int64_t done = 0; done < lengths[run]; done += kChunk)
-      chunks.push_back({run, start + done, int(std::min<int64_t>(kChunk, lengths[run] - done))});
+    for (int64_t done = 0; done < lengths[run]; done += chunk)
+      chunks.push_back({run, start + done, int(std::min(chunk, lengths[run] - done))});
   }
   first.push_back(int64_t(chunks.size()));
   const int64_t count = int64_t(chunks.size());
@@ -136,21 +148,21 @@ void decode(const float* query, const K* keys, const V* values, const int64_t* o
     queries.resize(size_t(group * width));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t c = 0; c < count; ++c) {
-      const Chunk& chunk = chunks[c];
+      const Chunk& own = chunks[c];
       for (int64_t i = 0; i < group * width; ++i)
-        queries[i] = query[chunk.run * group * width + i] * scaling;
+        queries[i] = query[own.run * group * width + i] * scaling;
       float* weights = scratch + c * per_chunk;
       float* largest = weights + group * kChunk;
       float* total = largest + group;
       float* sums = total + group;
       for (int64_t g = 0; g < group; g += kQueries) {
-        auto* run = group - g >= 4   ? chunk_of<K, V, 4>
-                    : group - g == 3 ? chunk_of<K, V, 3>
-                    : group - g == 2 ? chunk_of<K, V, 2>
-                                     : chunk_of<K, V, 1>;
-        run(queries.data() + g * width, keys + chunk.start * width,
-            values + chunk.start * value_width, chunk.count, int(width), int(value_width), softcap,
-            weights + g * kChunk, largest + g, total + g, sums + g * value_width);
+        auto* work = group - g >= 4  ? chunk_of<K, V, 4>
+                     : group - g == 3 ? chunk_of<K, V, 3>
+                     : group - g == 2 ? chunk_of<K, V, 2>
+                                      : chunk_of<K, V, 1>;
+        work(queries.data() + g * width, keys + own.start * width,
+             values + own.start * value_width, own.count, int(width), int(value_width),
+             softcap, weights + g * kChunk, largest + g, total + g, sums + g * value_width);
       }
     }
 #pragma omp for schedule(static)
@@ -166,7 +178,7 @@ void decode(const float* query, const K* keys, const V* values, const int64_t* o
           largest[g] = std::exp(largest[g] - top);
           total += largest[g] * largest[group + g];
         }
-        const float share = total > 0.0f ? 1.0f / total : 0.0f;  // an empty run: zeros
+        const float share = first[run] < first[run + 1] ? 1.0f / total : 0.0f;  // empty: zeros
         for (int64_t d = 0; d < value_width; ++d) {
           float x = 0.0f;
           for (int64_t c = first[run]; c < first[run + 1]; ++c) {

@@ -32,6 +32,7 @@ def decode(
     return out, received if need_weights else None
 
 
+# Shapes as in ``decode``; keys, values and lengths are contiguous.
 def _results(
     query: Tensor,
     keys: Tensor,

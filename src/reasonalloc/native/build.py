@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "ragged_decode": ([_P] * 7 + [_I] * 6 + [_F] * 2 + [_N] * 3, _N),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
-    "move_rows": ([_P] * 5 + [_I] * 6 + [_N], None),
+    "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
+    "knows": ([_N], _N),
 }
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -55,10 +55,12 @@ def library() -> Any:
     """The functions of this folder; PyTorch keeps the machine code on disk.
 
     Raises:
+        UsageError: there is no compiler.
         UnsupportedError: this compiler cannot compile them, in its own words.
     """
     from torch._inductor.codecache import CppCodeCache
 
+    check_compiler("attention='cpp'", "attention='sdpa'")
     folder = Path(__file__).parent
     source = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
     try:
@@ -73,20 +75,36 @@ def library() -> Any:
     return found
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Make sure that the functions know an element type.
+
+    Raises:
+        UnsupportedError: they do not, or the compiler does not; says what to use instead.
+    """
+    if dtype not in _KINDS:
+        known = ", ".join(str(kind) for kind in _KINDS)
+        raise UnsupportedError(
+            f"attention='cpp' computes in {known}, but the model is in {dtype}: use "
+            "attention='sdpa'"
+        )
+    if not library().reasonalloc_knows(_KINDS[dtype]):
+        raise UnsupportedError(
+            f"attention='cpp': this C++ compiler does not know {dtype} (g++ 12 does): use a newer "
+            "one, or attention='sdpa'"
+        )
+
+
 def kind(dtype: torch.dtype) -> int:
-    """Number of an element type; the functions refuse -1."""
+    """Number of an element type that was checked; the functions do nothing for -1."""
     return _KINDS.get(dtype, -1)
 
 
 def check_result(refused: int, *dtypes: torch.dtype) -> None:
-    """Raise if a function does not know one of the types.
+    """Raise if a function did nothing, since it does not know one of the types.
 
     Raises:
-        UnsupportedError: says what to use instead.
+        UnsupportedError: as ``check_dtype``.
     """
     if refused:
-        compiler = os.environ.get("CXX", "this C++ compiler")
-        raise UnsupportedError(
-            f"attention='cpp' cannot compute in {', '.join(map(str, dtypes))} with {compiler}: use "
-            "attention='sdpa'"
-        )
+        for dtype in dtypes:
+            check_dtype(dtype)

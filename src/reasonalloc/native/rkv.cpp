@@ -44,8 +44,7 @@ struct Run {
 void latest_similar(const Run& run, float threshold, int threads, int32_t* latest) {
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t first = 0; first < run.length; first += kRows) {
+  auto look = [&](int64_t first) {
     Ints found[kRows] = {};
     for (int64_t column = run.padded - kTile; column >= 0; column -= kTile) {
       Lanes cosine[kRows][2];
@@ -64,7 +63,13 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
       }
       if (all) break;
     }
+  };
+  if (threads == 1) {
+    for (int64_t first = 0; first < run.length; first += kRows) look(first);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t first = 0; first < run.length; first += kRows) look(first);
 }
 
 // Softmax over keys of their mean cosine to the others, the latest similar ones not counted.
@@ -154,6 +159,8 @@ void importance_of(const Run& run, const float* lengths_of_keys, const float* qu
   }
 }
 
+constexpr size_t kKept = 1 << 20;  // floats that a thread keeps for its next run
+
 struct RkvMemory {
   std::vector<float> units, norms, redundancy, importance, logits;
   std::vector<int32_t> latest;
@@ -164,7 +171,7 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
                int64_t group, int64_t window, int64_t width, float lam, int64_t kernel,
                float threshold, float softcap, int threads, RkvMemory& memory, float* scores) {
   const int64_t padded = (length + kTile - 1) / kTile * kTile;
-  memory.units.assign(size_t(width * padded), 0.0f);
+  memory.units.resize(size_t(width * padded));
   memory.norms.assign(size_t(padded), 0.0f);
   memory.redundancy.resize(size_t(padded));
   memory.importance.resize(size_t(padded));
@@ -179,6 +186,8 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
     memory.norms[j] = norm;
     for (int64_t d = 0; d < width; ++d) memory.units[d * padded + j] = read(key + d) * scale;
   }
+  for (int64_t d = 0; d < width; ++d)
+    for (int64_t j = length; j < padded; ++j) memory.units[d * padded + j] = 0.0f;
   const Run run{length, padded, width, memory.units.data()};
   float* redundancy = memory.redundancy.data();
   float* importance = memory.importance.data();
@@ -201,16 +210,21 @@ void rkv_scores(const float* queries, const T* keys, const int64_t* index, const
                 int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam,
                 float threshold, float softcap, int threads) {
   const int64_t runs = batch * kv_heads;
-  const bool many = runs >= threads;  // else threads share a run
-#pragma omp parallel for num_threads(threads) if (many) schedule(dynamic, 1)
-  for (int64_t run = 0; run < runs; ++run) {
+  auto score = [&](int64_t run, int shared_by) {
     static thread_local RkvMemory memory;
     std::memset(scores + run * n, 0, size_t(n) * 4);
     if (lengths[run] > 0)
       score_run(queries + run * group * window * width, keys + run / kv_heads * stored * width,
                 index + run * n, lengths[run], group, window, width, lam, kernel, threshold,
-                softcap, many ? 1 : threads, memory, scores + run * n);
+                softcap, shared_by, memory, scores + run * n);
+    if (memory.units.size() > kKept) memory = {};  // of a long prompt
+  };
+  if (runs < threads) {  // threads share a run
+    for (int64_t run = 0; run < runs; ++run) score(run, threads);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t run = 0; run < runs; ++run) score(run, 1);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ def rkv_scores(
     """
     batch, kv_heads, n = index.shape
     queries, keys, index, lengths = (t.contiguous() for t in (queries, keys, index, lengths))
-    scores = torch.empty(batch, kv_heads, n)
+    scores = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
     refused = library().reasonalloc_rkv_scores(
         queries.data_ptr(),
         keys.data_ptr(),

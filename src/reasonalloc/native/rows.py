@@ -17,10 +17,15 @@ def move_rows(own: Tensor, flat: Tensor, index: Tensor, keep: Tensor, offsets: T
         index: [batch, kv_heads, n] int64, places in ``flat``.
         keep: [batch, kv_heads, n] bool.
         offsets: [batch, kv_heads] int64, first slot of each run.
+
+    Raises:
+        RuntimeError: the types differ, or a run would end behind the storage.
     """
     batch, kv_heads, n = index.shape
     flat, index, keep, offsets = (t.contiguous() for t in (flat, index, keep, offsets))
-    library().reasonalloc_move_rows(
+    if own.dtype != flat.dtype or own.shape[2:] != flat.shape[2:]:
+        raise RuntimeError(f"rows of {flat.dtype} {flat.shape} into {own.dtype} {own.shape}")
+    refused = library().reasonalloc_move_rows(
         own.data_ptr(),
         flat.data_ptr(),
         index.data_ptr(),
@@ -34,3 +39,5 @@ def move_rows(own: Tensor, flat: Tensor, index: Tensor, keep: Tensor, offsets: T
         own.stride(1) * own.element_size(),
         torch.get_num_threads(),
     )
+    if refused:
+        raise RuntimeError(f"a run ends behind its storage of {own.shape[1]} slots")

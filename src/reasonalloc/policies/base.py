@@ -118,8 +118,8 @@ class Policy(ABC):
     needs_queries: ClassVar[bool] = False
     """Ask for ``queries`` and ``query_positions``."""
     state_channels: ClassVar[int] = 0
-    """Numbers to keep per token, updated by ``observe`` at every query. Not free: attention weights
-    are then computed explicitly."""
+    """Numbers to keep per token, updated by ``observe`` at every query. Not free: attention has to
+    give its weights, which fused kernels do not."""
     sums_to_one: ClassVar[bool] = False
     """Scores are shares of a head's own tokens, so that they shrink as the head grows."""
     recent_fraction: ClassVar[float] = 0.0

@@ -17,16 +17,17 @@ class Cpp(Backend):
 
     native: ClassVar[bool] = True
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         if device.type != "cpu":
             raise UsageError(
                 f"attention='cpp' is for CPUs, but the model is on {device}: use "
                 "attention='auto' or 'triton'"
             )
-        from reasonalloc.native.build import check_compiler, library
+        from reasonalloc.native.build import check_dtype, library
 
-        check_compiler("attention='cpp'", "attention='sdpa'")
         library()
+        if dtype is not None:
+            check_dtype(dtype)
 
     def decode(
         self,

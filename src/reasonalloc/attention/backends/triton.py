@@ -21,7 +21,7 @@ def interpreting() -> bool:
 class Triton(Backend):
     """One kernel over ragged runs on a GPU: no padding, no mask, no table on the host."""
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         if importlib.util.find_spec("triton") is None:
             raise UsageError(
                 "attention='triton' needs the package triton: pip install 'reasonalloc[triton]', "

@@ -64,7 +64,7 @@ class Attachment:
         check_step(config.step, model, self.shapes, self.shard.size)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(
-            config.attention, model.device, compiled=config.step == "compile"
+            config.attention, model.device, model.dtype, compiled=config.step == "compile"
         )
         self._text_config = text_config(model)
         if self._text_config._attn_implementation == attention.IMPLEMENTATION:
