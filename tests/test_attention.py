@@ -11,6 +11,7 @@ from reasonalloc.attention import BACKENDS, choose_backend
 from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Slab
 from reasonalloc.errors import UsageError
+from strategies import lengths_of_heads
 
 
 def filled_slab(
@@ -55,11 +56,7 @@ def slow_decode(
 
 @given(
     st.integers(0, 10**6),
-    st.integers(1, 4).flatmap(
-        lambda heads: st.lists(
-            st.lists(st.integers(1, 20), min_size=heads, max_size=heads), min_size=1, max_size=3
-        )
-    ),
+    lengths_of_heads(st.integers(1, 20), 4, 3),
     st.integers(1, 4),
     st.sampled_from([None, 2.0]),
     st.booleans(),

@@ -16,6 +16,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.native import build
 from reasonalloc.native.rows import move_rows
 from reasonalloc.policies import POLICIES, Candidates
+from strategies import lengths_of_heads
 from triton_cases import random_slab
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -30,19 +31,12 @@ def threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(before)
 
 
-def heads_of(longest: int) -> st.SearchStrategy[list[list[int]]]:
-    """Lengths per sequence and head, some of them 0."""
-    length = st.one_of(st.integers(0, longest), st.sampled_from([0, 1, 255, 256, 257, 512]))
-    return st.integers(1, 3).flatmap(
-        lambda heads: st.lists(
-            st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=2
-        )
-    )
+LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([0, 1, 255, 256, 257, 512]))
 
 
 @given(
     st.integers(0, 10**6),
-    heads_of(600),
+    lengths_of_heads(LENGTHS, 3, 2),
     st.integers(1, 9),
     st.sampled_from([(8, 8), (24, 16), (64, 64), (80, 48), (130, 192)]),
     st.sampled_from([None, 2.0]),
@@ -80,11 +74,7 @@ def test_attention_is_the_reference(
 @pytest.mark.usefixtures("threads")
 @given(
     st.integers(0, 10**6),
-    st.integers(1, 3).flatmap(
-        lambda heads: st.lists(
-            st.lists(st.integers(1, 90), min_size=heads, max_size=heads), min_size=1, max_size=2
-        )
-    ),
+    lengths_of_heads(st.integers(1, 90), 3, 2),
     st.integers(1, 3),
     st.integers(1, 12),
     st.sampled_from([8, 20, 64]),

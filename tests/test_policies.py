@@ -15,6 +15,7 @@ from made_statistics import ready
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
 from reasonalloc.policies.tri_attention import TriAttention
+from strategies import lengths_of_heads
 
 SPECS = {
     "streaming_llm": {"sinks": 2},
@@ -88,11 +89,7 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
 
 @given(
     st.integers(0, 10**6),
-    st.integers(1, 2).flatmap(
-        lambda heads: st.lists(
-            st.lists(st.integers(9, 30), min_size=heads, max_size=heads), min_size=1, max_size=2
-        )
-    ),
+    lengths_of_heads(st.integers(9, 30), 2, 2),
     st.integers(1, 3),
     st.integers(1, 6),
 )

@@ -13,6 +13,7 @@ import models
 import reasonalloc
 from reasonalloc.attention import BACKENDS
 from reasonalloc.cache import Slab
+from strategies import lengths_of_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16 wrongly.
@@ -44,11 +45,7 @@ def random_slab(
 
 @given(
     st.integers(0, 10**6),
-    st.integers(1, 3).flatmap(
-        lambda heads: st.lists(
-            st.lists(st.integers(1, 90), min_size=heads, max_size=heads), min_size=1, max_size=2
-        )
-    ),
+    lengths_of_heads(st.integers(1, 90), 3, 2),
     st.integers(1, 4),
     st.sampled_from([(8, 8), (24, 16), (64, 64), (80, 48)]),
     st.sampled_from([None, 2.0]),

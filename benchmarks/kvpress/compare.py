@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.cli.output import grid, human, stdout
+from reasonalloc.config import Step
 from reasonalloc.loading import quiet
 
 HERE = Path(__file__).parent
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     arm, ways = PAIRS[options.press], options.step.split(",")
+    if unknown := set(ways) - set(get_args(Step)):
+        parser.error(f"--step: {unknown.pop()!r} is none of {', '.join(get_args(Step))}")
     names = [f"kvpress {options.press}", *(f"reasonalloc {arm}, {way}" for way in ways)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:

@@ -108,12 +108,10 @@ def choose_backend(
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
     if name == "auto" and compiled and device is not None:
-        backend = BACKENDS.create("cpp")
         try:
-            backend.check(device, dtype)
+            return choose_backend("cpp", device, dtype)
         except ReasonAllocError:  # nobody asked for it
-            return BACKENDS.create("sdpa")
-        return backend
+            return choose_backend("sdpa", device, dtype)
     backend = BACKENDS.create("sdpa" if name == "auto" else name)
     if device is not None:
         backend.check(device, dtype)

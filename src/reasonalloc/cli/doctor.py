@@ -10,7 +10,7 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.errors import ReasonAllocError
 
 _PACKAGES = (
     "torch",
@@ -106,7 +106,7 @@ def _test_everything() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
             found: dict[str, Any] = {"device": device, "attention": backend, "checks": []}
             try:
                 BACKENDS.create(backend).check(torch.device(device))
-            except (UsageError, UnsupportedError) as error:
+            except ReasonAllocError as error:
                 found["skipped"] = str(error)
             else:
                 found["checks"] = [vars(check) for check in self_test(backend, device)]

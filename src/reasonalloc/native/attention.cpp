@@ -1,4 +1,4 @@
-// Attention of one query per sequence over ragged runs, on a CPU; see attention.py for the interface.
+// Attention of one query per sequence over ragged runs, on a CPU; see attention.py.
 //
 // The work is divided into chunks of a run, which threads take in turns: a long run is shared, as
 // in flash-decoding, and heads of different lengths cost what they hold. Every chunk leaves, for
@@ -12,7 +12,7 @@ constexpr int kLeast = 32;   // fewest
 constexpr int kTurns = 4;    // pieces that each thread should find, so that none waits long
 constexpr int kQueries = 4;  // query heads that are worked off together, in registers
 constexpr int kVectors = 4;  // and vectors of a value's row
-constexpr int kAhead = 8;     // rows between the one that is read and the one that is fetched
+constexpr int kAhead = 8;    // rows between the one that is read and the one that is fetched
 
 // Logits of `many` queries with `count` keys; queries are floats, `width` wide, scaled already.
 template <typename T, int many>
@@ -75,31 +75,11 @@ void chunk_of(const float* queries, const K* keys, const V* values, int count, i
               int value_width, float softcap, float* weights, float* largest, float* total,
               float* out) {
   multiply_keys<K, many>(queries, keys, count, width, weights);
-  const int padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int g = 0; g < many; ++g) {
     float* own = weights + g * kChunk;
-    // What is behind the last token weighs nothing.
-    for (int j = count; j < padded; ++j) own[j] = kLowest;
-    Lanes most = splat(kLowest);
-    for (int j = 0; j < padded; j += kLanes) {
-      Lanes x = load(own + j);
-      if (softcap > 0.0f) {
-        x = softly_capped(x, softcap);
-        for (int i = count - j; i < kLanes; ++i) x[i] = kLowest;
-        store(own + j, x);
-      }
-      most = x > most ? x : most;
-    }
-    float top = largest_of(most);
-    const float base = top == kLowest ? 0.0f : top;  // nothing but -inf weighs nothing here
-    Lanes sums = {};
-    for (int j = 0; j < padded; j += kLanes) {
-      Lanes x = exp_of_negative(load(own + j) - base);
-      store(own + j, x);
-      sums += x;
-    }
-    largest[g] = top;
-    total[g] = sum(sums);
+    if (softcap > 0.0f)
+      for (int j = 0; j < count; j += kLanes) store(own + j, softly_capped(load(own + j), softcap));
+    total[g] = exponentiate(own, count, largest + g);
   }
   multiply_values<V, many>(weights, values, count, value_width, out);
 }
@@ -201,22 +181,20 @@ void decode(const float* query, const K* keys, const V* values, const int64_t* o
 
 }  // namespace
 
-// out is of the values' type; softcap 0: none; received may be null. Returns 0, or 1 if this compiler does not know the kind.
-extern "C" int reasonalloc_ragged_decode(const float* query, const void* keys, const void* values,
-                                         const int64_t* offsets, const int64_t* lengths, void* out,
-                                         float* received, int64_t batch, int64_t kv_heads,
-                                         int64_t group, int64_t slots, int64_t width,
-                                         int64_t value_width, float scaling, float softcap,
-                                         int key_kind, int value_kind, int threads) {
-  int refused = 0;  // under autocast keys and values come in different types
-  refused |= by_kind(key_kind, [&](auto key_zero) {
+// out is of the values' type; softcap 0: none; received may be null.
+extern "C" void reasonalloc_ragged_decode(const float* query, const void* keys, const void* values,
+                                          const int64_t* offsets, const int64_t* lengths, void* out,
+                                          float* received, int64_t batch, int64_t kv_heads,
+                                          int64_t group, int64_t slots, int64_t width,
+                                          int64_t value_width, float scaling, float softcap,
+                                          int key_kind, int value_kind, int threads) {
+  by_kind(key_kind, [&](auto key_zero) {  // under autocast keys and values differ in type
     using K = decltype(key_zero);
-    refused |= by_kind(value_kind, [&](auto value_zero) {
+    by_kind(value_kind, [&](auto value_zero) {
       using V = decltype(value_zero);
       decode(query, static_cast<const K*>(keys), static_cast<const V*>(values), offsets, lengths,
              static_cast<V*>(out), received, batch, kv_heads, group, slots, width, value_width,
              scaling, softcap, threads);
     });
   });
-  return refused;
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from reasonalloc.attention.interface import SlabView
-from reasonalloc.native.build import check_result, kind, library
+from reasonalloc.native.build import kind, library
 
 _operators = torch.library.Library("reasonalloc", "FRAGMENT")
 _operators.define(
@@ -32,17 +34,9 @@ def decode(
     return out, received if need_weights else None
 
 
-# Shapes as in ``decode``; keys, values and lengths are contiguous.
-def _results(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    softcap: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
+def _results(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Empty results, for arguments of the operator of which the last is ``need_weights``."""
+    need_weights = rest[-1]
     received = keys.new_empty(keys.shape[:2] if need_weights else (0,), dtype=torch.float32)
     return values.new_empty(*query.shape[:3], values.shape[2]), received
 
@@ -60,11 +54,12 @@ def _ragged_decode(
     softcap: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, received = _results(query, keys, values, offsets, lengths, scaling, softcap, need_weights)
+    """Shapes as of ``Backend.decode``; keys, values and lengths are contiguous."""
+    out, received = _results(query, keys, values, need_weights)
     query, offsets = query.float().contiguous(), offsets.contiguous()
     batch, query_heads, _, head_dim = query.shape
     kv_heads = lengths.shape[1]
-    refused = library().reasonalloc_ragged_decode(
+    library().reasonalloc_ragged_decode(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -84,7 +79,6 @@ def _ragged_decode(
         kind(values.dtype),
         torch.get_num_threads(),
     )
-    check_result(refused, keys.dtype, values.dtype)
     return out, received
 
 

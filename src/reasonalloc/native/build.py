@@ -14,8 +14,8 @@ from reasonalloc.errors import UnsupportedError, UsageError
 _SOURCES = ("lanes.h", "attention.cpp", "rkv.cpp", "rows.cpp")
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "ragged_decode": ([_P] * 7 + [_I] * 6 + [_F] * 2 + [_N] * 3, _N),
-    "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
+    "ragged_decode": ([_P] * 7 + [_I] * 6 + [_F] * 2 + [_N] * 3, None),
+    "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, None),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "knows": ([_N], _N),
 }
@@ -75,11 +75,12 @@ def library() -> Any:
     return found
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Make sure that the functions know an element type.
+@functools.cache
+def kind(dtype: torch.dtype) -> int:
+    """Number of an element type, for the functions.
 
     Raises:
-        UnsupportedError: they do not, or the compiler does not; says what to use instead.
+        UnsupportedError: they do not know it, or the compiler does not; says what to use instead.
     """
     if dtype not in _KINDS:
         known = ", ".join(str(kind) for kind in _KINDS)
@@ -92,19 +93,4 @@ def check_dtype(dtype: torch.dtype) -> None:
             f"attention='cpp': this C++ compiler does not know {dtype} (g++ 12 does): use a newer "
             "one, or attention='sdpa'"
         )
-
-
-def kind(dtype: torch.dtype) -> int:
-    """Number of an element type that was checked; the functions do nothing for -1."""
-    return _KINDS.get(dtype, -1)
-
-
-def check_result(refused: int, *dtypes: torch.dtype) -> None:
-    """Raise if a function did nothing, since it does not know one of the types.
-
-    Raises:
-        UnsupportedError: as ``check_dtype``.
-    """
-    if refused:
-        for dtype in dtypes:
-            check_dtype(dtype)
+    return _KINDS[dtype]

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kLanes = 16;   // one AVX-512 register, two of AVX2, four of NEON
+constexpr int kLanes = 16;  // one AVX-512 register, two of AVX2, four of NEON
 
 // may_alias, aligned as its elements are: loads and stores at any address.
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
@@ -97,6 +97,29 @@ inline Lanes exp_of_negative(Lanes x) {
   return dead ? Lanes{} : y;
 }
 
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// Replaces `count` logits by exp(logit - largest), up to the next whole vector by zeros.
+// Returns the sum and gives the largest; logits of nothing but -inf weigh nothing.
+inline float exponentiate(float* logits, int64_t count, float* largest) {
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t j = count; j < padded; ++j) logits[j] = kLowest;
+  Lanes most = splat(kLowest);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Lanes x = load(logits + j);
+    most = x > most ? x : most;
+  }
+  *largest = largest_of(most);
+  const float base = *largest == kLowest ? 0.0f : *largest;
+  Lanes sums = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Lanes x = exp_of_negative(load(logits + j) - base);
+    store(logits + j, x);
+    sums += x;
+  }
+  return sum(sums);
+}
+
 // cap * tanh(x / cap)
 inline Lanes softly_capped(Lanes x, float cap) {
   Lanes y = x / cap;
@@ -106,10 +129,10 @@ inline Lanes softly_capped(Lanes x, float cap) {
   return (negative ? -tanh : tanh) * cap;
 }
 
-// Calls `run` with a zero of an element type: 0 float, 1 bfloat16, 2 half. Returns 0, or 1 if this
-// compiler does not know the type.
+// Calls `run` with a zero of an element type: 0 float, 1 bfloat16, 2 half. Returns whether this
+// compiler knows the type.
 template <typename Run>
-int by_kind(int kind, Run run) {
+bool by_kind(int kind, Run run) {
   if (kind == 0) {
     run(0.0f);
   } else if (kind == 1) {
@@ -119,15 +142,13 @@ int by_kind(int kind, Run run) {
     run(_Float16(0));
 #endif
   } else {
-    return 1;
+    return false;
   }
-  return 0;
+  return true;
 }
-
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 }  // namespace
 
 extern "C" int reasonalloc_knows(int kind) {
-  return by_kind(kind, [](auto) {}) == 0;
+  return by_kind(kind, [](auto) {});
 }

@@ -1,4 +1,4 @@
-// R-KV's scores of the tokens of every run, on a CPU; see rkv.py for the interface.
+// R-KV's scores of the tokens of every run, on a CPU; see rkv.py.
 //
 // A run's keys are read once, normalised and turned so that a vector holds one channel of several
 // keys; everything else happens in that copy, which fits a core's cache for usual budgets.
@@ -100,23 +100,13 @@ void redundancy_of(const Run& run, float threshold, int threads, std::vector<int
   for (int64_t j = 0; j < run.length; ++j) out[j] /= float(run.length);
 }
 
-// Turns logits [padded] of the first `count` places into their softmax times `factor`.
+// Turns logits [padded] of the first `count` places into their softmax times `factor`, the rest
+// into zeros.
 void softmax(float* logits, int64_t count, int64_t padded, float factor) {
-  for (int64_t j = count; j < padded; ++j) logits[j] = kLowest;
-  Lanes most = splat(kLowest);
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    Lanes x = load(logits + j);
-    most = x > most ? x : most;
-  }
-  const float top = largest_of(most);
-  Lanes sums = {};
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    Lanes x = exp_of_negative(load(logits + j) - top);
-    store(logits + j, x);
-    sums += x;
-  }
-  const float share = factor / sum(sums);
-  for (int64_t j = 0; j < padded; j += kLanes) store(logits + j, load(logits + j) * share);
+  float largest;
+  const float share = factor / exponentiate(logits, count, &largest);
+  for (int64_t j = 0; j < count; ++j) logits[j] *= share;
+  for (int64_t j = count; j < padded; ++j) logits[j] = 0.0f;
 }
 
 // Mean over the window of the softmax of the group's largest logits, over the evictable tokens.
@@ -229,14 +219,14 @@ void rkv_scores(const float* queries, const T* keys, const int64_t* index, const
 
 }  // namespace
 
-// queries are scaled; result as of reasonalloc_ragged_decode.
-extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys, const int64_t* index,
-                                      const int64_t* lengths, float* scores, int64_t batch,
-                                      int64_t kv_heads, int64_t group, int64_t window,
-                                      int64_t stored, int64_t n, int64_t width, int64_t kernel,
-                                      float lam, float threshold, float softcap, int kind,
-                                      int threads) {
-  return by_kind(kind, [&](auto zero) {
+// queries are scaled.
+extern "C" void reasonalloc_rkv_scores(const float* queries, const void* keys,
+                                       const int64_t* index, const int64_t* lengths, float* scores,
+                                       int64_t batch, int64_t kv_heads, int64_t group,
+                                       int64_t window, int64_t stored, int64_t n, int64_t width,
+                                       int64_t kernel, float lam, float threshold, float softcap,
+                                       int kind, int threads) {
+  by_kind(kind, [&](auto zero) {
     using T = decltype(zero);
     rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
                group, window, stored, n, width, kernel, lam, threshold, softcap, threads);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonalloc.native.build import check_result, kind, library
+from reasonalloc.native.build import kind, library
 
 
 def rkv_scores(
@@ -35,7 +35,7 @@ def rkv_scores(
     batch, kv_heads, n = index.shape
     queries, keys, index, lengths = (t.contiguous() for t in (queries, keys, index, lengths))
     scores = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
-    refused = library().reasonalloc_rkv_scores(
+    library().reasonalloc_rkv_scores(
         queries.data_ptr(),
         keys.data_ptr(),
         index.data_ptr(),
@@ -55,5 +55,4 @@ def rkv_scores(
         kind(keys.dtype),
         torch.get_num_threads(),
     )
-    check_result(refused, keys.dtype)
     return scores

@@ -23,11 +23,11 @@ class Cpp(Backend):
                 f"attention='cpp' is for CPUs, but the model is on {device}: use "
                 "attention='auto' or 'triton'"
             )
-        from reasonalloc.native.build import check_dtype, library
+        from reasonalloc.native.build import kind, library
 
         library()
         if dtype is not None:
-            check_dtype(dtype)
+            kind(dtype)
 
     def decode(
         self,
