@@ -168,15 +168,28 @@ class LayerCompressor:
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        if self.static:
-            slab.store(key, value, self._seen, valid)
+        watching = self._policy.state_channels > 0
+        ring = None if self._queries is None else self._queries.ring
+        if (
+            self.static
+            and self._backend.native
+            and valid is None
+            and isinstance(self._seen, Tensor)
+            and (ring is None or ring.dtype == query.dtype)  # differ under autocast
+        ):
+            from reasonalloc.native.attention import step
+
+            out, received = step(
+                query, key, value, slab, self._seen, ring, scaling, softcap, watching
+            )
         else:
-            slab.append(key, value, self._seen, valid)
-        if self._queries is not None:
-            self._queries.push(query, self._seen, valid)
-        out, received = self._backend.decode(
-            query, slab, scaling, softcap, self._policy.state_channels > 0
-        )
+            if self.static:
+                slab.store(key, value, self._seen, valid)
+            else:
+                slab.append(key, value, self._seen, valid)
+            if self._queries is not None:
+                self._queries.push(query, self._seen, valid)
+            out, received = self._backend.decode(query, slab, scaling, softcap, watching)
         if received is not None:
             group = query.shape[1] // slab.kv_heads
             observe_step(self._policy, slab, received, group, self._seen, valid)

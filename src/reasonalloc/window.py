@@ -22,6 +22,11 @@ class QueryWindow:
         self._ring = query.new_zeros(batch, window, heads, head_dim)
 
     @property
+    def ring(self) -> Tensor:
+        """[batch, window, query_heads, head_dim]; where it lies until several tokens are pushed."""
+        return self._ring
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._ring.nbytes

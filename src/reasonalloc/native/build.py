@@ -11,10 +11,19 @@ import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
 
-_SOURCES = ("lanes.h", "attention.cpp", "rkv.cpp", "rows.cpp")
+_SOURCES = (
+    "lanes.h",
+    "attention.cpp",
+    "products.cpp",
+    "elementwise.cpp",
+    "program.cpp",
+    "rkv.cpp",
+    "rows.cpp",
+)
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "ragged_decode": ([_P] * 7 + [_I] * 6 + [_F] * 2 + [_N] * 3, None),
+    "attend": ([_P, _N], _N),
+    "run": ([_P, _I, _N], _N),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, None),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "knows": ([_N], _N),

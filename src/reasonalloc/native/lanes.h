@@ -6,17 +6,31 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <vector>
+
+#include <omp.h>
 
 namespace {
 
-constexpr int kLanes = 16;  // one AVX-512 register, two of AVX2, four of NEON
+// One register of the machine: what is wider the compiler keeps in memory.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+#if defined(__SSE__) && !defined(__AVX512F__)
+constexpr int kRegisters = 16;
+#else
+constexpr int kRegisters = 32;
+#endif
 
 // may_alias, aligned as its elements are: loads and stores at any address.
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef float Half8 __attribute__((vector_size(32)));
-typedef float Half4 __attribute__((vector_size(16)));
+typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
@@ -70,12 +84,10 @@ inline float largest_of(Lanes x) {
 }
 
 inline float sum(Lanes x) {
-  Half8 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  Half8 eight = halves[0] + halves[1];
-  Half4 quarters[2];
-  std::memcpy(quarters, &eight, sizeof eight);
-  Half4 four = quarters[0] + quarters[1];
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &x, sizeof x);
+  Four four = parts[0];
+  for (int i = 1; i < kLanes / 4; ++i) four += parts[i];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 

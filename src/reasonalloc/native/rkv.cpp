@@ -5,8 +5,8 @@
 
 namespace {
 
-constexpr int kRows = 4;   // rows of a tile of products
-constexpr int kTile = 32;  // columns of it: two vectors
+constexpr int kRows = 4;           // rows of a tile of products
+constexpr int kTile = 2 * kLanes;  // columns of it: two vectors
 
 // Products of kRows rows with kTile columns; both turned: channel d of row r is rows[d * row_step +
 // r], that of column c is columns[d * column_step + c].

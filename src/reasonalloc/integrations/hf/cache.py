@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -69,7 +69,6 @@ class SlabLayer(CacheLayerMixin):
         self.compressor = compressor
         self.decode_is_real = False
         self.replay = False
-        self.on_attend: Callable[[], None] | None = None
         self._shape = shape
         self._logical = 0
         self._values: Tensor | None = None
@@ -119,8 +118,6 @@ class SlabLayer(CacheLayerMixin):
         """Store the new tokens and attend, see ``LayerCompressor.forward``."""
         if value is not self._values:
             raise UnsupportedError(_FOREIGN_ATTENTION)
-        if self.on_attend is not None:
-            self.on_attend()
         if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
             mask = None
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
@@ -249,19 +246,15 @@ class BudgetCache(Cache):
                 layer.compressor.fix()
 
     @contextmanager
-    def static(self, on_attend: Callable[[], None] | None = None) -> Iterator[None]:
-        """Inside, a decode step does the device's part alone; ``advance`` does the host's.
-
-        Args:
-            on_attend: is called before each layer attends.
-        """
+    def static(self) -> Iterator[None]:
+        """Inside, a decode step does the device's part alone; ``advance`` does the host's."""
         for layer in self._compressed:
-            layer.compressor.static, layer.on_attend = True, on_attend
+            layer.compressor.static = True
         try:
             yield
         finally:
             for layer in self._compressed:
-                layer.compressor.static, layer.on_attend = False, None
+                layer.compressor.static = False
 
     def advance(self) -> None:
         """Count a static step in every layer, and compress the layers that are due."""

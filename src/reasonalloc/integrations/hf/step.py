@@ -154,8 +154,8 @@ class StaticStep:
         kinds = [{k: (v.shape, v.dtype) for k, v in x.items()} for x in (inputs, self._inputs)]
         return kinds[0] == kinds[1] and options == self._options
 
-    def _run(self, on_attend: Callable[[], None] | None = None) -> Any:
-        with self._cache.static(on_attend):
+    def _run(self) -> Any:
+        with self._cache.static():
             return self._forward(**self._inputs, **self._options)
 
     def _capture(self) -> Callable[[], Any]:
