@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reasonalloc.native.budgets import select as native_select
+from reasonalloc.native.budgets import usable
+
 
 def select(
     scores: Tensor,
@@ -32,6 +35,8 @@ def select(
     Returns:
         [batch, kv_heads, n] bool with exactly ``budgets`` true entries per head.
     """
+    if usable(scores, lengths, budgets) and scores.dtype is torch.float32:
+        return native_select(scores, lengths, budgets, window, recent_fraction, forced)
     index = torch.arange(scores.shape[-1], device=scores.device)
     recent = torch.floor(budgets.double() * recent_fraction).long().clamp_min(window)
     if forced is not None:

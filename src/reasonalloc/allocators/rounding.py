@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reasonalloc.native import budgets
+
 _QUANTUM = 1e-6  # fractional parts closer than this tie, and the lower index wins
 
 
@@ -26,6 +28,8 @@ def robustify(
     Returns:
         [..., n] int64 budgets: they sum to ``total`` and lie within the bounds.
     """
+    if budgets.usable(demand, total, lower, upper):
+        return budgets.robustify(demand, total, lower, upper, exponent)
     weight = demand.double().clamp_min(1e-12) ** exponent
     low, high = lower.double(), upper.double()
     breakpoints = torch.cat([low / weight, high / weight], dim=-1).sort(dim=-1).values

@@ -19,13 +19,18 @@ _SOURCES = (
     "program.cpp",
     "rkv.cpp",
     "rows.cpp",
+    "budgets.cpp",
 )
-_P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_F, _D = ctypes.c_float, ctypes.c_double
 _ARGUMENTS = {
     "attend": ([_P, _N], _N),
     "run": ([_P, _I, _N], _N),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, None),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
+    "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
+    "pooled_counts": ([_P] * 3 + [_I, _N] + [_I] * 3 + [_P, _N], _N),
+    "select": ([_P] * 3 + [_I, _D, _P] + [_I] * 2 + [_P, _N], _N),
     "knows": ([_N], _N),
 }
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,6 +87,11 @@ def library() -> Any:
         function = getattr(found, f"reasonalloc_{name}")
         function.argtypes, function.restype = arguments, result
     return found
+
+
+def loaded() -> bool:
+    """Whether ``library`` has been asked for, and found."""
+    return library.cache_info().currsize > 0
 
 
 @functools.cache

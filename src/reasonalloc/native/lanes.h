@@ -5,8 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include <functional>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include <omp.h>

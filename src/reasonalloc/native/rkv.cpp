@@ -40,11 +40,55 @@ struct Run {
 };
 
 // In each row the latest key, but itself, whose cosine is above the threshold: its place plus 1, or
-// 0. From the last key on backwards, until every row of the tile has found one.
+// 0; anything behind the last row. Every pair is looked at once, the latest columns first: when a
+// column's turn comes, it is known whether a later key is similar, and if none is, the rows before
+// it are candidates from the last one on. A tile in which all have found theirs is left out.
+void latest_similar(const Run& run, float threshold, int32_t* latest) {
+  for (int64_t j = 0; j < run.padded; ++j) latest[j] = j < run.length ? 0 : 1;
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  auto all_found = [&](int64_t first, int64_t count) {
+    bool all = true;
+    for (int64_t j = first; j < first + count; ++j) all = all && latest[j] > 0;
+    return all;
+  };
+  for (int64_t column = run.padded - kTile; column >= 0; column -= kTile) {
+    for (int64_t first = column + kTile - kRows; first >= 0; first -= kRows) {
+      const bool diagonal = first >= column;
+      if (all_found(first, kRows) && (diagonal || all_found(column, kTile))) continue;
+      Lanes cosine[kRows][2];
+      tile(run.units + first, run.padded, run.units + column, run.padded, run.width, cosine);
+      Ints of_columns[2] = {};
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t row = int32_t(first + r);
+        Ints of_row = {};
+        for (int i = 0; i < 2; ++i) {
+          Ints place = lane + int32_t(column + i * kLanes);
+          Ints similar = (cosine[r][i] > threshold) & (place != row);
+          Ints here = similar & (place + 1);
+          of_row = here > of_row ? here : of_row;
+          here = similar & (row + 1);
+          of_columns[i] = here > of_columns[i] ? here : of_columns[i];
+        }
+        if (latest[row] == 0) latest[row] = latest_of(of_row);
+      }
+      if (diagonal) continue;  // its columns are rows as well
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < kLanes; ++j) {
+          int32_t& own = latest[column + i * kLanes + j];
+          if (own == 0) own = of_columns[i][j];
+        }
+    }
+  }
+}
+
+// The same by several threads, each of which looks at all columns of its rows, from the last one on
+// until every row of a tile has found one.
 void latest_similar(const Run& run, float threshold, int threads, int32_t* latest) {
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  auto look = [&](int64_t first) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t first = 0; first < run.length; first += kRows) {
     Ints found[kRows] = {};
     for (int64_t column = run.padded - kTile; column >= 0; column -= kTile) {
       Lanes cosine[kRows][2];
@@ -53,8 +97,7 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
       for (int r = 0; r < kRows; ++r) {
         for (int i = 0; i < 2; ++i) {
           Ints place = lane + int32_t(column + i * kLanes);
-          Ints similar = (cosine[r][i] > threshold) & (place != int32_t(first + r)) &
-                         (place < int32_t(run.length));
+          Ints similar = (cosine[r][i] > threshold) & (place != int32_t(first + r));
           Ints here = similar & (place + 1);
           found[r] = here > found[r] ? here : found[r];
         }
@@ -63,13 +106,7 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
       }
       if (all) break;
     }
-  };
-  if (threads == 1) {
-    for (int64_t first = 0; first < run.length; first += kRows) look(first);
-    return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t first = 0; first < run.length; first += kRows) look(first);
 }
 
 // Softmax over keys of their mean cosine to the others, the latest similar ones not counted.
@@ -88,7 +125,10 @@ void redundancy_of(const Run& run, float threshold, int threads, std::vector<int
     }
   }
   latest.resize(size_t(run.padded));
-  latest_similar(run, threshold, threads, latest.data());
+  if (threads == 1)
+    latest_similar(run, threshold, latest.data());
+  else
+    latest_similar(run, threshold, threads, latest.data());
   for (int64_t i = 0; i < run.length; ++i) {
     if (latest[i] == 0) continue;
     const int64_t j = latest[i] - 1;
@@ -172,12 +212,23 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
     for (int64_t d = 0; d < whole; d += kLanes) squares += load(key + d) * load(key + d);
     float square = sum(squares);
     for (int64_t d = whole; d < width; ++d) square += read(key + d) * read(key + d);
-    const float norm = std::sqrt(square) + 1e-8f, scale = 1.0f / norm;
-    memory.norms[j] = norm;
-    for (int64_t d = 0; d < width; ++d) memory.units[d * padded + j] = read(key + d) * scale;
+    memory.norms[j] = std::sqrt(square) + 1e-8f;
   }
-  for (int64_t d = 0; d < width; ++d)
-    for (int64_t j = length; j < padded; ++j) memory.units[d * padded + j] = 0.0f;
+  for (int64_t first = 0; first < padded; first += kLanes) {  // turn a vector of keys at a time
+    const T* own[kLanes];
+    float scales[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t j = first + i;
+      own[i] = keys + index[std::min(j, length - 1)] * width;
+      scales[i] = j < length ? 1.0f / memory.norms[j] : 0.0f;
+    }
+    for (int64_t d = 0; d < width; ++d) {
+      Lanes channel;
+      for (int i = 0; i < kLanes; ++i) channel[i] = read(own[i] + d);
+      Lanes unit = channel * load(scales);
+      store(memory.units.data() + d * padded + first, unit);
+    }
+  }
   const Run run{length, padded, width, memory.units.data()};
   float* redundancy = memory.redundancy.data();
   float* importance = memory.importance.data();

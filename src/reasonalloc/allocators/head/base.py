@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
+from reasonalloc.native import budgets
 from reasonalloc.registry import Registry
 
 
@@ -55,7 +56,10 @@ class HeadQuery:
         """
         batch, heads, n = self.scores.shape
         scores = self.scores
-        if score_norm == "length" and self.shares:
+        scaled = score_norm == "length" and self.shares
+        if budgets.usable(scores, self.lengths, self.total) and scores.dtype is torch.float32:
+            return budgets.pooled_counts(scores, self.lengths, self.total, self.window, scaled)
+        if scaled:
             scores = scores * (self.lengths - self.window).clamp_min(1)[..., None]
         flat = scores.reshape(batch, heads * n)
         k = (self.total - heads * self.window).clamp_min(0)

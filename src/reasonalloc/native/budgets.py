@@ -1,0 +1,98 @@
+"""``budgets.cpp``: what a boundary decides, without the dozens of small operations of PyTorch.
+
+The results are those of ``allocators.rounding``, ``allocators.head.base`` and ``selection``, which
+call these where the loops are compiled already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reasonalloc.native.build import library, loaded
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the loops are compiled, and these lie where they can read them."""
+    return loaded() and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+
+
+def robustify(
+    demand: Tensor, total: Tensor, lower: Tensor, upper: Tensor, exponent: float
+) -> Tensor:
+    """See ``allocators.rounding.robustify``."""
+    shape = lower.shape
+    demand = demand.double().expand(shape).contiguous()
+    lower, upper, total = lower.contiguous(), upper.expand(shape).contiguous(), total.contiguous()
+    budgets = torch.empty(shape, dtype=torch.int64)
+    _check(
+        library().reasonalloc_robustify(
+            demand.data_ptr(),
+            total.data_ptr(),
+            lower.data_ptr(),
+            upper.data_ptr(),
+            exponent,
+            total.numel(),
+            shape[-1],
+            budgets.data_ptr(),
+        )
+    )
+    return budgets
+
+
+def pooled_counts(
+    scores: Tensor, lengths: Tensor, total: Tensor, window: int, scaled: bool
+) -> Tensor:
+    """See ``HeadQuery.pooled_counts``; ``scaled``: by each head's number of candidates."""
+    batch, heads, n = scores.shape
+    scores, lengths, total = scores.contiguous(), lengths.contiguous(), total.contiguous()
+    counts = torch.empty(batch, heads, dtype=torch.int64)
+    _check(
+        library().reasonalloc_pooled_counts(
+            scores.data_ptr(),
+            lengths.data_ptr(),
+            total.data_ptr(),
+            window,
+            scaled,
+            batch,
+            heads,
+            n,
+            counts.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return counts
+
+
+def select(
+    scores: Tensor,
+    lengths: Tensor,
+    budgets: Tensor,
+    window: int,
+    recent_fraction: float,
+    forced: Tensor | None,
+) -> Tensor:
+    """See ``selection.select``."""
+    scores, lengths, budgets = scores.contiguous(), lengths.contiguous(), budgets.contiguous()
+    forced = None if forced is None else forced.contiguous()
+    keep = torch.empty(scores.shape, dtype=torch.bool)
+    _check(
+        library().reasonalloc_select(
+            scores.data_ptr(),
+            lengths.data_ptr(),
+            budgets.data_ptr(),
+            window,
+            recent_fraction,
+            None if forced is None else forced.data_ptr(),
+            lengths.numel(),
+            scores.shape[-1],
+            keep.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return keep
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("not enough memory to decide which tokens stay")
