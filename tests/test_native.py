@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from hypothesis import strategies as st
 
 import reasonalloc
 from models import prompt, tiny
+from reasonalloc.allocators.head import HeadQuery
+from reasonalloc.allocators.rounding import robustify
 from reasonalloc.attention import BACKENDS, choose_backend
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.native import budgets as native_budgets
 from reasonalloc.native import build
 from reasonalloc.native.rows import move_rows
 from reasonalloc.policies import POLICIES, Candidates
+from reasonalloc.selection import select
 from strategies import lengths_of_heads
 from triton_cases import random_slab
 
@@ -205,17 +211,91 @@ def test_a_run_is_the_same(name: str, arm: str) -> None:
     )
 
 
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([0.5, 1.0, 0.0, 2.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_budgets_are_the_reference(seed: int, batch: int, n: int, exponent: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    lower = integers(20, batch, n)
+    upper = lower + integers(40, batch, n)
+    share = torch.rand(batch, generator=generator)
+    total = lower.sum(1) + (share * (upper - lower).sum(1)).long()
+    demand = integers(8, batch, n) * torch.rand(batch, n, generator=generator).round(decimals=1)
+    build.library()
+    fast = robustify(demand, total, lower, upper, exponent)
+    with slow_way():
+        assert torch.equal(fast, robustify(demand, total, lower, upper, exponent))
+
+
+SCORES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 0.5, float("inf"), float("-inf"), 1e-30])
+
+
+@given(
+    st.data(),
+    lengths_of_heads(st.integers(1, 30), 3, 3),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_selections_are_the_reference(
+    data: st.DataObject,
+    lengths: list[list[int]],
+    window: int,
+    fraction: float,
+    ties: bool,
+    forced: bool,
+) -> None:
+    held = torch.tensor(lengths)
+    n = int(held.max())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    scores = torch.randn(*held.shape, n, generator=generator)
+    if ties:
+        scores = torch.tensor(data.draw(st.lists(SCORES, min_size=8, max_size=8)))[
+            torch.randint(0, 8, scores.shape, generator=generator)
+        ]
+    scores = scores.masked_fill(torch.arange(n) >= held[..., None], -torch.inf)
+    budgets = (torch.rand(held.shape, generator=generator) * (held + 1)).long().minimum(held)
+    first = None
+    if forced:
+        first = (torch.arange(n) < 2) & (torch.arange(n) < (held - window)[..., None])
+        budgets = budgets.maximum(first.sum(-1) + window).minimum(held)
+    query = HeadQuery(scores, held, budgets.sum(1), 0, held[:, 0], window, shares=ties)
+    build.library()
+    found = [
+        select(scores, held, budgets, window, fraction, first),
+        *(query.pooled_counts(norm) for norm in ("length", "paper")),
+    ]
+    assert torch.equal(found[0].sum(-1), budgets)
+    with slow_way():
+        assert torch.equal(found[0], select(scores, held, budgets, window, fraction, first))
+        for norm, counts in zip(("length", "paper"), found[1:], strict=True):
+            assert torch.equal(counts, query.pooled_counts(norm))
+
+
+@contextmanager
+def slow_way() -> Iterator[None]:
+    """As before the loops were compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_budgets, "loaded", lambda: False)
+        yield
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is for CPUs, but the model is on cuda"):
         choose_backend("cpp", torch.device("cuda"))
-    slab = random_slab(0, [[3]], 8, 8, torch.float64, uniform=False)
-    with pytest.raises(UnsupportedError, match=r"float16, but the model is in torch\.float64"):
-        BACKENDS.create("cpp").decode(torch.ones(1, 1, 1, 8).double(), slab, 1.0, None, False)
     model = tiny("llama").double()
-    with pytest.raises(UnsupportedError, match=r"but the model is in torch\.float64"):
+    with pytest.raises(UnsupportedError, match=r"float16, but the model is in torch\.float64"):
         reasonalloc.attach(model, budget=16, attention="cpp")
-    with reasonalloc.attach(model, budget=16, interval=8, step="compile"):  # auto: another one
-        model.generate(prompt(20), max_new_tokens=3, do_sample=False)
     with (
         reasonalloc.attach(tiny("llama"), budget=16, attention="cpp") as attached,
         pytest.raises(UnsupportedError, match=r"but the model is in torch\.float64"),

@@ -21,11 +21,13 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf import BudgetCache, compiled
 from reasonalloc.integrations.hf import step as steps
+from reasonalloc.native import build
 from reasonalloc.policies import POLICIES
 from reasonalloc.recorder import Recorder
 from reference import NAMED_BY_A_FILE
 
 ARMS = ["rkv", "h2o/pyramid/adakv", "snapkv/uniform/reasonalloc", "value_aware/uniform/uniform"]
+LAZY = "lazy_eviction/uniform/reasonalloc"
 STEPS: tuple[Any, ...] = ("eager", "static", "graph")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 45}
 SLIDING = ("gemma2", "gemma3")
@@ -110,17 +112,21 @@ class Pieces:
         pass
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize(
-    ("name", "arm"), [("llama", "rkv"), ("qwen3", "snapkv/uniform/reasonalloc"), ("phi3", "h2o")]
+    ("name", "arm"),
+    list(zip(sorted(set(FACTORIES) - set(SLIDING)), 2 * [*ARMS, LAZY], strict=False)),
 )
-def test_compiled_steps_write_the_same(name: str, arm: str) -> None:
+def test_compiled_steps_write_the_same(name: str, arm: str, attention: str) -> None:
     model = tiny(name)
     ids, mask = padded()
     sampled = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 20}
     again = {"return_dict_in_generate": True, "output_logits": True}
     outs = []
     for step in ("eager", "compile"):
-        with reasonalloc.attach(model, budget=16, interval=8, arm=arm, step=step) as attached:
+        with reasonalloc.attach(
+            model, budget=16, interval=8, arm=arm, step=step, attention=attention
+        ) as attached:
             torch.manual_seed(3)
             first = model.generate(ids, attention_mask=mask, **GREEDY, **again)
             more = torch.cat([first.sequences, prompt(5, 3)], dim=1)
@@ -141,21 +147,22 @@ def test_compiled_steps_write_the_same(name: str, arm: str) -> None:
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    compiler = torch._inductor.compile
+def test_nothing_of_a_step_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But mixtures of experts, and what policies that watch attention do with it."""
+    left: dict[str, set[str]] = {}
+    repetition = compiled._repetition
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        made.append(args)
-        return compiler(*args, **kwargs)
+    def noting(call: Any) -> Any:
+        left[name].add(str(call.func))
+        return repetition(call)
 
-    monkeypatch.setattr(torch._inductor, "compile", counting)
-    monkeypatch.setattr(compiled, "_known", {})
-    model = tiny("llama", num_hidden_layers=4)
-    for _ in range(2):
+    monkeypatch.setattr(compiled, "_repetition", noting)
+    for name in sorted(set(FACTORIES) - {*SLIDING, "mixtral", "qwen3_moe"}):
+        left[name] = set()
+        model = tiny(name)
         with reasonalloc.attach(model, budget=16, interval=8, step="compile"):
-            model.generate(prompt(20), **GREEDY)
-    assert len(made) == 3  # up to the first layer, between layers, after the last one
+            model.generate(prompt(20), max_new_tokens=5, do_sample=False)
+    assert left == {name: set() for name in left}
 
 
 def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,17 +174,19 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("C++ compile error\n\nx.cpp:1: fatal error: omp.h: No such file\n...")
 
-    monkeypatch.setattr(compiled, "_known", {})
-    with reasonalloc.attach(model, budget=16, interval=8, step="compile"):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(UnsupportedError, match=r"\(x\.cpp.*omp\.h.*eager"),
-        ):
-            patch.setattr(torch._inductor, "compile", broken)
-            model.generate(prompt(20), **GREEDY)
-        monkeypatch.setitem(model.model.norm.__dict__, "forward", reading)
-        with pytest.raises(UnsupportedError, match="reads numbers back"):
-            model.generate(prompt(20), **GREEDY)
+    with (
+        reasonalloc.attach(model, budget=16, interval=8, step="compile"),
+        monkeypatch.context() as patch,
+        pytest.raises(UnsupportedError, match="reads numbers back"),
+    ):
+        patch.setitem(model.model.norm.__dict__, "forward", reading)
+        model.generate(prompt(20), **GREEDY)
+    with pytest.raises(UnsupportedError, match=r"step='compile' computes in .* torch\.float64"):
+        reasonalloc.attach(tiny("llama").double(), budget=16, step="compile")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "library", broken)
+        with pytest.raises(UnsupportedError, match=r"step='compile'.*\(x\.cpp.*omp\.h.*eager"):
+            reasonalloc.attach(model, budget=16, step="compile")
 
     def none(*args: Any) -> str:
         raise InvalidCxxCompiler
@@ -214,7 +223,7 @@ def test_a_plain_loop(recorded: None) -> None:
     assert torch.equal(written[1], written[0]) and torch.equal(written[2], written[0])
 
 
-@pytest.mark.parametrize("step", ["static", "graph"])
+@pytest.mark.parametrize("step", ["static", "graph", "compile"])
 def test_a_step_that_breaks_off_spoils_the_cache(
     step: Any, recorded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +243,25 @@ def test_a_step_that_breaks_off_spoils_the_cache(
             model.generate(prompt(20), past_key_values=cache, **GREEDY)
         with pytest.raises(UsageError, match="interrupted or failed"):
             model(prompt(1), past_key_values=cache)
+
+
+def test_a_program_that_breaks_off_spoils_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    with reasonalloc.attach(model, budget=16, interval=8, step="compile") as attached:
+        cache, token = attached.new_cache(), prompt(1)
+        with attached.decoding(cache), torch.inference_mode():
+            model(input_ids=prompt(20), past_key_values=cache)
+            for _ in range(3):
+                model(input_ids=token, past_key_values=cache)
+
+            def interrupted(*args: Any) -> int:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(build.library(), "reasonalloc_run", interrupted)
+                model(input_ids=token, past_key_values=cache)
+            with pytest.raises(UsageError, match="interrupted or failed"):
+                model(prompt(1), past_key_values=cache)
 
 
 def test_a_step_that_reads_cannot_be_captured(

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from reasonalloc.errors import ReasonAllocError, UsageError
+from reasonalloc.errors import UsageError
 from reasonalloc.registry import Registry
 
 
@@ -93,13 +93,12 @@ def choose_backend(
 ) -> Backend:
     """Backend by name; ``auto`` is the fastest one that was measured and needs nothing more.
 
-    That is ``sdpa``, and ``cpp`` where steps are compiled, so that there is a compiler, if it can
-    run there.
+    That is ``sdpa``, and ``cpp`` where steps are compiled, on a CPU.
 
     Args:
         name: of the backend.
         device, dtype: of the model; None while its weights are not loaded.
-        compiled: whether steps are compiled, on a CPU.
+        compiled: whether steps are compiled.
 
     Raises:
         UsageError: unknown name, with the nearest suggestion; a device that it cannot run on.
@@ -107,12 +106,9 @@ def choose_backend(
     if name != "auto" and name not in BACKENDS.entries():
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
-    if name == "auto" and compiled and device is not None:
-        try:
-            return choose_backend("cpp", device, dtype)
-        except ReasonAllocError:  # nobody asked for it
-            return choose_backend("sdpa", device, dtype)
-    backend = BACKENDS.create("sdpa" if name == "auto" else name)
+    if name == "auto":
+        name = "cpp" if compiled and device is not None else "sdpa"
+    backend = BACKENDS.create(name)
     if device is not None:
         backend.check(device, dtype)
     return backend

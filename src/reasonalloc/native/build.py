@@ -36,14 +36,16 @@ _ARGUMENTS = {
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def check_compiler(option: str, instead: str) -> None:
-    """Make sure that there is a C++ compiler.
+def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None:
+    """Make sure that the functions of this folder can be had, and know an element type.
 
     Args:
-        option, instead: what was asked for, and what works without one, for the message.
+        option, instead: what was asked for, and what works without them, for the messages.
+        dtype: of the model, if it is known.
 
     Raises:
-        UsageError: says what to install or to use instead.
+        UsageError: there is no compiler.
+        UnsupportedError: it cannot compile them, in its own words, or does not know the type.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -55,9 +57,27 @@ def check_compiler(option: str, instead: str) -> None:
             f"{option} needs a C++ compiler, and none was found: install g++ (or name one in the "
             f"environment variable CXX), or use {instead}"
         ) from error
+    try:
+        found = library()
+    except Exception as error:
+        raise UnsupportedError(
+            f"{option} cannot be compiled ({_compiler_message(error)}): use {instead}"
+        ) from error
+    if dtype is None:
+        return
+    if dtype not in _KINDS:
+        known = ", ".join(str(kind) for kind in _KINDS)
+        raise UnsupportedError(
+            f"{option} computes in {known}, but the model is in {dtype}: use {instead}"
+        )
+    if not found.reasonalloc_knows(_KINDS[dtype]):
+        raise UnsupportedError(
+            f"{option}: this C++ compiler does not know {dtype} (g++ 12 does): use a newer one, or "
+            f"{instead}"
+        )
 
 
-def compiler_message(error: Exception) -> str:
+def _compiler_message(error: Exception) -> str:
     """One line: what the C++ compiler said, else what the exception says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if " error: " in line] + lines
@@ -66,23 +86,12 @@ def compiler_message(error: Exception) -> str:
 
 @functools.cache
 def library() -> Any:
-    """The functions of this folder; PyTorch keeps the machine code on disk.
-
-    Raises:
-        UsageError: there is no compiler.
-        UnsupportedError: this compiler cannot compile them, in its own words.
-    """
+    """The functions of this folder; PyTorch keeps the machine code on disk. See ``require``."""
     from torch._inductor.codecache import CppCodeCache
 
-    check_compiler("attention='cpp'", "attention='sdpa'")
     folder = Path(__file__).parent
     source = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
-    try:
-        found = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
-    except Exception as error:
-        raise UnsupportedError(
-            f"attention='cpp' cannot be compiled ({compiler_message(error)}): use attention='sdpa'"
-        ) from error
+    found = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
     for name, (arguments, result) in _ARGUMENTS.items():
         function = getattr(found, f"reasonalloc_{name}")
         function.argtypes, function.restype = arguments, result
@@ -94,22 +103,6 @@ def loaded() -> bool:
     return library.cache_info().currsize > 0
 
 
-@functools.cache
 def kind(dtype: torch.dtype) -> int:
-    """Number of an element type, for the functions.
-
-    Raises:
-        UnsupportedError: they do not know it, or the compiler does not; says what to use instead.
-    """
-    if dtype not in _KINDS:
-        known = ", ".join(str(kind) for kind in _KINDS)
-        raise UnsupportedError(
-            f"attention='cpp' computes in {known}, but the model is in {dtype}: use "
-            "attention='sdpa'"
-        )
-    if not library().reasonalloc_knows(_KINDS[dtype]):
-        raise UnsupportedError(
-            f"attention='cpp': this C++ compiler does not know {dtype} (g++ 12 does): use a newer "
-            "one, or attention='sdpa'"
-        )
+    """Number of an element type, for the functions; one that ``require`` has let through."""
     return _KINDS[dtype]

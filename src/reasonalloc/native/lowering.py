@@ -54,7 +54,11 @@ def elementwise(
         return None
     sizes, strides, share = loops
     operands = list(zip(tensors, strides, strict=True))
-    return [Draft(operation, sizes, *operands, share=share, number=number, factor=factor)]
+    draft = Draft(operation, sizes, operands[0], operands[1], number=number, factor=factor)
+    draft.share = share
+    if b is not None:
+        draft.b = operands[2]
+    return [draft]
 
 
 def _loops(
@@ -166,8 +170,8 @@ def _cat(call: Call) -> list[Draft] | None:
     drafts: list[Draft] = []
     start = 0
     for part in parts:
-        if part.dim() != call.result.dim():
-            return None  # the empty one of old
+        if part.numel() == 0:
+            continue
         own = call.result.narrow(dim, start, part.shape[dim])
         start += part.shape[dim]
         found = elementwise(Operation.COPY, own, part)
@@ -255,8 +259,19 @@ def _attend(call: Call) -> list[Draft] | None:
 
     def arguments(placed: Callable[[Tensor], Tensor]) -> Attend:
         return step_arguments(
-            *(placed(t) for t in tensors),
-            *(keys, values, positions, offsets, lengths, seen, state, ring, scaling, softcap),
+            placed(query),
+            placed(key),
+            placed(value),
+            keys,
+            values,
+            positions,
+            offsets,
+            lengths,
+            seen,
+            state,
+            ring,
+            scaling,
+            softcap,
             placed(out),
             placed(received) if need_weights else None,
         )

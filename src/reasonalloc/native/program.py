@@ -125,7 +125,7 @@ class Draft:
 
 def storage_of(tensor: Tensor) -> int:
     """What tensors over the same memory have in common."""
-    return tensor.untyped_storage().data_ptr()
+    return int(tensor.untyped_storage().data_ptr())
 
 
 class Arena:
@@ -158,7 +158,7 @@ class Arena:
         offset = self._offsets.get(storage_of(tensor))
         if offset is None:
             return tensor.data_ptr()
-        own = tensor.storage_offset() * tensor.element_size()
+        own = int(tensor.storage_offset()) * tensor.element_size()
         return self._memory.data_ptr() + self._start + offset + own
 
     def placed(self, tensor: Tensor) -> Tensor:
@@ -294,9 +294,7 @@ def _access(draft: Draft, tensor: Tensor, arena: Arena) -> _Access:
     for operand in (draft.out, draft.a, draft.b):
         if operand is not None and operand[0] is tensor:
             step = operand[1][0] * size
-            return _Access(
-                begin, end, Share.ROWS, (count, step, begin, end - (count - 1) * step)
-            )
+            return _Access(begin, end, Share.ROWS, (count, step, begin, end - (count - 1) * step))
     return _Access(begin, end, Share.BLOCKS)
 
 

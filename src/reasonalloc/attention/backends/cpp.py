@@ -23,11 +23,9 @@ class Cpp(Backend):
                 f"attention='cpp' is for CPUs, but the model is on {device}: use "
                 "attention='auto' or 'triton'"
             )
-        from reasonalloc.native.build import kind, library
+        from reasonalloc.native.build import require
 
-        library()
-        if dtype is not None:
-            kind(dtype)
+        require("attention='cpp'", "attention='sdpa'", dtype)
 
     def decode(
         self,

@@ -256,6 +256,11 @@ class BudgetCache(Cache):
             for layer in self._compressed:
                 layer.compressor.static = False
 
+    def spoil(self) -> None:
+        """A static step broke off: nobody knows which layers have stored their token."""
+        for layer in self._compressed:
+            layer.compressor.unsettled = True
+
     def advance(self) -> None:
         """Count a static step in every layer, and compress the layers that are due."""
         with torch.inference_mode(False), torch.no_grad():

@@ -88,31 +88,19 @@ def compile_step(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def _steps(calls: Sequence[Call], results: Sequence[Tensor]) -> list[Callable[[], None]]:
     """What repeats the calls, those of no consequence left out."""
-    kept: list[list[Draft] | Call] = []
+    fixed = {storage_of(t) for t in results}  # where PyTorch reads or writes, nothing moves
     made: set[int] = set()
     for call in calls:
-        inputs, outputs = _storages(call.args, call.kwargs), _storages(call.result)
-        made |= outputs - inputs
-        if outputs <= inputs and not call.func._schema.is_mutable:
-            continue  # views
-        kept.append(call)
-    wanted = {storage_of(t) for t in results}
-    for i in reversed(range(len(kept))):
-        call = kept[i]
-        touched = _storages(call.result)
-        if call.func._schema.is_mutable or touched & wanted:
-            wanted |= touched | _storages(call.args, call.kwargs)
-            kept[i] = drafts_of(call) or call
-        else:
-            del kept[i]
-    fixed = {storage_of(t) for t in results}
-    for entry in kept:
-        if isinstance(entry, Call):
-            fixed |= _storages(entry.args, entry.kwargs, entry.result)
-    drafts = [draft for entry in kept if isinstance(entry, list) for draft in entry]
-    for draft in drafts:
-        made |= draft.temporary
-    arena = Arena(drafts, made - fixed - {0})
+        made |= _storages(call.result) - _storages(call.args, call.kwargs)
+    kept: list[list[Draft] | Call] = []
+    for call in _wanted(calls, fixed):
+        drafts = drafts_of(call)
+        if drafts is None:
+            fixed |= _storages(call.args, call.kwargs, call.result)
+        kept.append(call if drafts is None else drafts)
+    every = [draft for entry in kept if isinstance(entry, list) for draft in entry]
+    made = made.union(*(draft.temporary for draft in every))
+    arena = Arena(every, made - fixed - {0})
     steps: list[Callable[[], None]] = []
     waiting: list[Draft] = []
     for entry in kept:
@@ -126,6 +114,18 @@ def _steps(calls: Sequence[Call], results: Sequence[Tensor]) -> list[Callable[[]
     if waiting:
         steps.append(Program(waiting, arena).run)
     return steps
+
+
+def _wanted(calls: Sequence[Call], results: set[int]) -> list[Call]:
+    """The calls that matter to ``results``, or change something in place; no views."""
+    wanted = set(results)
+    found = []
+    for call in reversed(calls):
+        inputs, outputs = _storages(call.args, call.kwargs), _storages(call.result)
+        if call.func._schema.is_mutable or (outputs & wanted and not outputs <= inputs):
+            wanted |= inputs | outputs
+            found.append(call)
+    return found[::-1]
 
 
 def _repetition(call: Call) -> Callable[[], None]:

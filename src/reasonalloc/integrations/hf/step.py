@@ -1,4 +1,4 @@
-"""Decode steps of fixed shape: run as they are, replayed from a CUDA graph, or compiled."""
+"""Decode steps of fixed shape: run as they are, replayed from a CUDA graph, or as a program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.compiled import compile_step
-from reasonalloc.native.build import check_compiler
+from reasonalloc.native.build import require
 
 # Results that a replay would overwrite while somebody still holds them.
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -56,7 +56,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
-        check_compiler("step='compile'", "step='eager'")
+        require("step='compile'", "step='eager'", model.dtype)
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -135,7 +135,11 @@ class StaticStep:
             self._cache.fix()
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             self._options, self._replay = options, None
-        result = self._run() if self._replay is None else self._replay()
+        try:
+            result = self._run() if self._replay is None else self._replay()
+        except BaseException:
+            self._cache.spoil()
+            raise
         self._cache.advance()
         return result
 
