@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from reasonalloc.native.attention import Attend, step_arguments
 from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed
 
 _aten = torch.ops.aten
-#: Rows up to which products with weights are our own: above, PyTorch's are faster.
+#: Rows up to which products with weights are our own (measured on AVX2: at 64 they still win).
 MOST_ROWS = 32
+_MOST_ROWS_16 = 4  # of 16-bit weights, where the processor multiplies them itself
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_FROM = 2048  # elements from which threads divide an operation by sequences
 _BLOCKS_FROM = 65536  # and by blocks
@@ -203,7 +205,7 @@ def _product(call: Call) -> list[Draft] | None:
     out = call.result
     rows, width = x.shape
     if not (
-        0 < rows <= MOST_ROWS
+        0 < rows <= most_rows(w.dtype)
         and width > 0
         and w.stride(0) == 1
         and w.stride(1) >= width
@@ -231,6 +233,13 @@ def _product(call: Call) -> list[Draft] | None:
         )
     )
     return drafts
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which products with weights of this type are our own."""
+    own_units = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return _MOST_ROWS_16 if own_units and dtype is not torch.float32 else MOST_ROWS
 
 
 def _with_bias(call: Call) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -161,6 +161,10 @@ class Arena:
         own = int(tensor.storage_offset()) * tensor.element_size()
         return self._memory.data_ptr() + self._start + offset + own
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies in the arena."""
+        return storage_of(tensor) in self._offsets
+
     def placed(self, tensor: Tensor) -> Tensor:
         """The same tensor where it lies."""
         offset = self._offsets.get(storage_of(tensor))
@@ -268,7 +272,7 @@ class Program:
             arguments = draft.attend(arena.placed)
             instruction.a.at = ctypes.addressof(arguments)
             self._kept.append(arguments)
-        self._kept += [t for group in draft.tensors() for t in group if arena.placed(t) is t]
+        self._kept += [t for group in draft.tensors() for t in group if not arena.holds(t)]
 
     def run(self) -> None:
         """Do it.

@@ -88,44 +88,36 @@ def compile_step(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def _steps(calls: Sequence[Call], results: Sequence[Tensor]) -> list[Callable[[], None]]:
     """What repeats the calls, those of no consequence left out."""
-    fixed = {storage_of(t) for t in results}  # where PyTorch reads or writes, nothing moves
-    made: set[int] = set()
-    for call in calls:
-        made |= _storages(call.result) - _storages(call.args, call.kwargs)
+    touched = [(_storages(c.args) | _storages(c.kwargs), _storages(c.result)) for c in calls]
+    made: set[int] = set().union(*(outputs - inputs for inputs, outputs in touched))
+    wanted = {storage_of(t) for t in results}
+    fixed = set(wanted)  # what PyTorch reads or writes stays where it is
     kept: list[list[Draft] | Call] = []
-    for call in _wanted(calls, fixed):
+    for call, (inputs, outputs) in zip(reversed(calls), reversed(touched), strict=True):
+        view = outputs <= inputs
+        if not call.func._schema.is_mutable and (view or outputs.isdisjoint(wanted)):
+            continue
+        wanted |= inputs | outputs
         drafts = drafts_of(call)
         if drafts is None:
-            fixed |= _storages(call.args, call.kwargs, call.result)
+            fixed |= inputs | outputs
         kept.append(call if drafts is None else drafts)
+    kept.reverse()
     every = [draft for entry in kept if isinstance(entry, list) for draft in entry]
     made = made.union(*(draft.temporary for draft in every))
     arena = Arena(every, made - fixed - {0})
     steps: list[Callable[[], None]] = []
     waiting: list[Draft] = []
-    for entry in kept:
+    for entry in [*kept, None]:
         if isinstance(entry, list):
             waiting += entry
             continue
         if waiting:
             steps.append(Program(waiting, arena).run)
             waiting = []
-        steps.append(_repetition(entry))
-    if waiting:
-        steps.append(Program(waiting, arena).run)
+        if entry is not None:
+            steps.append(_repetition(entry))
     return steps
-
-
-def _wanted(calls: Sequence[Call], results: set[int]) -> list[Call]:
-    """The calls that matter to ``results``, or change something in place; no views."""
-    wanted = set(results)
-    found = []
-    for call in reversed(calls):
-        inputs, outputs = _storages(call.args, call.kwargs), _storages(call.result)
-        if call.func._schema.is_mutable or (outputs & wanted and not outputs <= inputs):
-            wanted |= inputs | outputs
-            found.append(call)
-    return found[::-1]
 
 
 def _repetition(call: Call) -> Callable[[], None]:
@@ -133,7 +125,7 @@ def _repetition(call: Call) -> Callable[[], None]:
     into = _INTO.get(call.func)
     if into is not None:
         return lambda: into(*call.args, **call.kwargs, out=call.result)
-    inputs = _storages(call.args, call.kwargs)
+    inputs = _storages(call.args) | _storages(call.kwargs)
     targets = [
         (i, leaf)
         for i, leaf in enumerate(tree_leaves(call.result))
@@ -150,5 +142,12 @@ def _repetition(call: Call) -> Callable[[], None]:
     return repeat
 
 
-def _storages(*trees: Any) -> set[int]:
-    return {storage_of(leaf) for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)}
+def _storages(tree: Any) -> set[int]:
+    """Of all tensors in arguments or results of an operation."""
+    if isinstance(tree, Tensor):
+        return {storage_of(tree)}
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return set()
+    return set().union(*map(_storages, tree))
