@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf import compiled
 from reasonalloc.native.lowering import MOST_ROWS, most_rows
 from reasonalloc.native.program import Program, collapsed
@@ -216,6 +217,37 @@ def test_what_is_not_known_is_repeated() -> None:
         return (y.float() + x[..., :3]).cumsum(0) + places.remainder(3)[:, None]
 
     check(function, torch.randn(4, 9), torch.arange(4))
+
+
+def test_results_are_new() -> None:
+    x = torch.ones(3)
+    replay = compiled.compile_step(lambda: x * 2)
+    first = replay()
+    x.fill_(9)
+    second = replay()
+    x.fill_(5)
+    assert replay().tolist() == [10.0] * 3
+    assert first.tolist() == [2.0] * 3 and second.tolist() == [18.0] * 3
+
+
+def test_integers_are_rounded_as_pytorch_rounds_them() -> None:
+    x, y = torch.ones(20, dtype=torch.bfloat16), torch.arange(250, 270)
+    replay = compiled.compile_step(lambda: x * y)
+    replay()
+    x.fill_(3)
+    assert torch.equal(replay(), x * y)
+
+
+def test_what_cannot_be_repeated_is_refused() -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, True, True, False])
+    replay = compiled.compile_step(lambda: x[mask] + 1)
+    replay()
+    mask[1:] = False
+    with pytest.raises(UnsupportedError, match="the shape of a result changes"):
+        replay()
+    for read in (Tensor.tolist, Tensor.numpy, Tensor.item):
+        with pytest.raises(UnsupportedError, match="reads numbers back"):
+            compiled.compile_step(lambda read=read: read(x.sum()))
 
 
 def test_numbers_that_count() -> None:

@@ -101,7 +101,7 @@ class CompressionConfig:
         attention: ``auto``, or a name from ``reasonalloc ls``.
         step: how ``generate`` runs a decode step: ``eager``; ``static``, with fixed shapes and
             addresses, lengths and positions on the device; ``graph``, the same captured in a CUDA
-            graph; ``compile``, the same compiled, for CPUs.
+            graph; ``compile``, the same as one program in C++, for CPUs.
         record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
     """
 

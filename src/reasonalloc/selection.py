@@ -35,7 +35,8 @@ def select(
     Returns:
         [batch, kv_heads, n] bool with exactly ``budgets`` true entries per head.
     """
-    if usable(scores, lengths, budgets) and scores.dtype is torch.float32:
+    given = [scores, lengths, budgets] + ([] if forced is None else [forced])
+    if usable(*given) and scores.dtype is torch.float32:
         return native_select(scores, lengths, budgets, window, recent_fraction, forced)
     index = torch.arange(scores.shape[-1], device=scores.device)
     recent = torch.floor(budgets.double() * recent_fraction).long().clamp_min(window)

@@ -133,8 +133,6 @@ struct Attend {
 
 namespace {
 
-enum Failure { kDone = 0, kNoMemory = 1, kFull = 2, kBadIndex = 3 };
-
 // Bytes of an element of a kind.
 inline int64_t bytes_of(int64_t kind) { return kind == 0 ? 4 : 2; }
 

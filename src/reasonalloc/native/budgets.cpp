@@ -5,9 +5,9 @@ namespace {
 // A score as a number whose order is that of PyTorch's sorting: not-a-number above all, 0 = -0.
 inline int32_t order_of(float score) {
   if (score != score) return std::numeric_limits<int32_t>::max();
-  score += 0.0f;
   int32_t bits;
   std::memcpy(&bits, &score, 4);
+  if ((bits & 0x7fffffff) == 0) bits = 0;
   return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
@@ -40,7 +40,8 @@ void robustify(const double* demand, int64_t total, const int64_t* lower, const 
                double exponent, int64_t n, int64_t* out) {
   std::vector<double> weight(n), breaks(2 * n), sums(2 * n), values(n);
   for (int64_t i = 0; i < n; ++i) {
-    weight[i] = std::pow(std::max(demand[i], 1e-12), exponent);
+    weight[i] = std::pow(demand[i] > 1e-12 ? demand[i] : 1e-12, exponent);
+    weight[i] = std::max(weight[i], std::numeric_limits<double>::min());
     breaks[i] = double(lower[i]) / weight[i];
     breaks[n + i] = double(upper[i]) / weight[i];
   }
@@ -61,21 +62,6 @@ void robustify(const double* demand, int64_t total, const int64_t* lower, const 
   const double scale = breaks[left] + step * (breaks[right] - breaks[left]);
   for (int64_t i = 0; i < n; ++i) values[i] = clipped(scale, i);
   round_to_total(values.data(), total, upper, n, out);
-}
-
-// Calls `run(row)` for every row; returns whether there was memory enough.
-template <typename Run>
-int for_rows(int64_t rows, int threads, Run run) {
-  int failed = kDone;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    try {
-      run(row);
-    } catch (const std::bad_alloc&) {
-      failed = kNoMemory;
-    }
-  }
-  return failed;
 }
 
 }  // namespace

@@ -14,17 +14,20 @@ from reasonalloc.native.build import library, loaded
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the loops are compiled, and these lie where they can read them."""
-    return loaded() and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+    return loaded() and all(
+        type(t) is Tensor and t.device.type == "cpu" and t.numel() > 0 for t in tensors
+    )
 
 
 def robustify(
     demand: Tensor, total: Tensor, lower: Tensor, upper: Tensor, exponent: float
 ) -> Tensor:
     """See ``allocators.rounding.robustify``."""
-    shape = lower.shape
+    shape = torch.broadcast_shapes(demand.shape, lower.shape, upper.shape)
     demand = demand.double().expand(shape).contiguous()
-    lower, upper, total = lower.contiguous(), upper.expand(shape).contiguous(), total.contiguous()
-    budgets = torch.empty(shape, dtype=torch.int64)
+    lower, upper = (t.long().expand(shape).contiguous() for t in (lower, upper))
+    total = total.long().expand(shape[:-1]).contiguous()
+    budgets = torch.empty(shape, dtype=torch.int64, device="cpu")
     _check(
         library().reasonalloc_robustify(
             demand.data_ptr(),
@@ -45,8 +48,9 @@ def pooled_counts(
 ) -> Tensor:
     """See ``HeadQuery.pooled_counts``; ``scaled``: by each head's number of candidates."""
     batch, heads, n = scores.shape
-    scores, lengths, total = scores.contiguous(), lengths.contiguous(), total.contiguous()
-    counts = torch.empty(batch, heads, dtype=torch.int64)
+    scores = scores.contiguous()
+    lengths, total = (t.long().contiguous() for t in (lengths, total))
+    counts = torch.empty(batch, heads, dtype=torch.int64, device="cpu")
     _check(
         library().reasonalloc_pooled_counts(
             scores.data_ptr(),
@@ -73,9 +77,10 @@ def select(
     forced: Tensor | None,
 ) -> Tensor:
     """See ``selection.select``."""
-    scores, lengths, budgets = scores.contiguous(), lengths.contiguous(), budgets.contiguous()
-    forced = None if forced is None else forced.contiguous()
-    keep = torch.empty(scores.shape, dtype=torch.bool)
+    scores = scores.contiguous()
+    lengths, budgets = (t.long().contiguous() for t in (lengths, budgets))
+    forced = None if forced is None else forced.bool().expand(scores.shape).contiguous()
+    keep = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     _check(
         library().reasonalloc_select(
             scores.data_ptr(),

@@ -162,6 +162,28 @@ bool by_kind(int kind, Run run) {
   return true;
 }
 
+enum Failure { kDone = 0, kNoMemory = 1, kFull = 2, kBadIndex = 3 };
+
+// Calls `run(row)` for every row, by several threads; returns a `Failure`.
+template <typename Run>
+int for_rows(int64_t rows, int threads, Run run) {
+  int failed = kDone;
+  auto one = [&](int64_t row) {
+    try {
+      run(row);
+    } catch (const std::bad_alloc&) {
+      failed = kNoMemory;
+    }
+  };
+  if (threads <= 1) {  // no team at all: one inside another would be made anew every time
+    for (int64_t row = 0; row < rows; ++row) one(row);
+    return failed;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t row = 0; row < rows; ++row) one(row);
+  return failed;
+}
+
 }  // namespace
 
 extern "C" int reasonalloc_knows(int kind) {

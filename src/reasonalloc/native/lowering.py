@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.native.attention import Attend, step_arguments
+from reasonalloc.native.build import library
 from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed
 
 _aten = torch.ops.aten
@@ -34,7 +35,15 @@ class Call(NamedTuple):
 def drafts_of(call: Call) -> list[Draft] | None:
     """Instructions with the same effect, or None where there are none."""
     rule = _RULES.get(call.func)
-    return None if rule is None else rule(call)
+    if rule is None or not call.kwargs.keys() <= _keywords(call.func):
+        return None
+    return rule(call)
+
+
+@functools.cache
+def _keywords(func: Any) -> frozenset[str]:
+    """Arguments that can only be given by name; rules expect the others by position."""
+    return frozenset(a.name for a in func._schema.arguments if a.kwarg_only)
 
 
 def elementwise(
@@ -47,8 +56,11 @@ def elementwise(
 ) -> list[Draft] | None:
     """``out = operation(a, b)`` with broadcasting; all have kinds that the loops know."""
     tensors = [out, a] if b is None else [out, a, b]
-    if out.dtype not in _FLOATING or any(t.dtype not in KINDS for t in tensors):
+    if out.dtype not in _FLOATING or not all(_known(t.dtype) for t in tensors):
         return None
+    integers = [t for t in tensors[1:] if t.dim() > 0 and t.dtype not in _FLOATING]
+    if b is not None and integers and out.dtype is not torch.float32:
+        return None  # PyTorch rounds them to 16 bits first
     if out.numel() == 0 or not all(_apart_or_same(out, t) for t in tensors[1:]):
         return None
     loops = _loops(out.shape, [t.expand(out.shape).stride() for t in tensors], 4, out.numel())
@@ -81,6 +93,12 @@ def _loops(
     return tuple(sizes), [tuple(t) for t in steps], share
 
 
+def _known(dtype: torch.dtype) -> bool:
+    """Whether the loops, as this compiler made them, know a type."""
+    kind = KINDS.get(dtype, -1)
+    return kind > 2 or (kind >= 0 and bool(library().reasonalloc_knows(kind)))
+
+
 def _apart_or_same(out: Tensor, other: Tensor) -> bool:
     """Whether an operation may write ``out`` block by block while it reads ``other``."""
     if out.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
@@ -101,7 +119,7 @@ def _binary(operation: Operation, call: Call) -> list[Draft] | None:
     a, b = call.args[:2]
     alpha = call.args[2] if len(call.args) > 2 else call.kwargs.get("alpha", 1)
     out = call.result
-    if not isinstance(a, Tensor):
+    if not isinstance(a, Tensor) or isinstance(b, complex) or isinstance(alpha, complex):
         return None
     if isinstance(b, Tensor):
         return elementwise(operation, out, a, b, factor=float(alpha))
@@ -146,7 +164,7 @@ def _sum(call: Call) -> list[Draft] | None:
             out = out.unsqueeze(d)
     if all(x.shape[d] == 1 for d in dims):
         return elementwise(Operation.COPY, out, x)
-    if dims != [x.dim() - 1] or out.numel() == 0:
+    if dims != [x.dim() - 1] or out.numel() == 0 or x.numel() == 0:
         return None
     strides = [out.stride()[:-1], x.stride()[:-1]]
     loops = _loops(x.shape[:-1], strides, 3, x.numel())
@@ -209,7 +227,7 @@ def _product(call: Call) -> list[Draft] | None:
         and width > 0
         and w.stride(0) == 1
         and w.stride(1) >= width
-        and all(t.dtype in _FLOATING for t in (x, w, out))
+        and all(t.dtype in _FLOATING and _known(t.dtype) for t in (x, w, out))
         and out.stride(1) == 1
         and call.kwargs in ({}, {"beta": 1, "alpha": 1})
     ):
@@ -251,7 +269,7 @@ def _as_float_rows(x: Tensor, drafts: list[Draft]) -> Tensor:
     """The rows as contiguous floats, by a copy if they are not."""
     if x.dtype is torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1):
         return x
-    copy = torch.empty(x.shape, dtype=torch.float32)
+    copy = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     for draft in elementwise(Operation.COPY, copy, x) or []:
         draft.temporary.add(copy.untyped_storage().data_ptr())
         drafts.append(draft)
@@ -274,9 +292,9 @@ def _attend(call: Call) -> list[Draft] | None:
             keys,
             values,
             positions,
-            offsets,
+            placed(offsets),
             lengths,
-            seen,
+            placed(seen),
             state,
             ring,
             scaling,

@@ -150,7 +150,7 @@ class Arena:
                     sizes[key] = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         self._offsets = _places(first, last, sizes)
         total = max((self._offsets[key] + sizes[key] for key in sizes), default=0)
-        self._memory = torch.empty(total + _ALIGNMENT, dtype=torch.uint8)
+        self._memory = torch.empty(total + _ALIGNMENT, dtype=torch.uint8, device="cpu")
         self._start = -self._memory.data_ptr() % _ALIGNMENT
 
     def address(self, tensor: Tensor) -> int:

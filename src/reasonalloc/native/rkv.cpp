@@ -246,7 +246,7 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
 }
 
 template <typename T>
-void rkv_scores(const float* queries, const T* keys, const int64_t* index, const int64_t* lengths,
+int rkv_scores(const float* queries, const T* keys, const int64_t* index, const int64_t* lengths,
                 float* scores, int64_t batch, int64_t kv_heads, int64_t group, int64_t window,
                 int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam,
                 float threshold, float softcap, int threads) {
@@ -260,26 +260,24 @@ void rkv_scores(const float* queries, const T* keys, const int64_t* index, const
                 softcap, shared_by, memory, scores + run * n);
     if (memory.units.size() > kKept) memory = {};  // of a long prompt
   };
-  if (runs < threads) {  // threads share a run
-    for (int64_t run = 0; run < runs; ++run) score(run, threads);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t run = 0; run < runs; ++run) score(run, 1);
+  const bool shared = runs < threads;  // threads share a run
+  return for_rows(runs, shared ? 1 : threads, [&](int64_t run) { score(run, shared ? threads : 1); });
 }
 
 }  // namespace
 
 // queries are scaled.
-extern "C" void reasonalloc_rkv_scores(const float* queries, const void* keys,
+extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys,
                                        const int64_t* index, const int64_t* lengths, float* scores,
                                        int64_t batch, int64_t kv_heads, int64_t group,
                                        int64_t window, int64_t stored, int64_t n, int64_t width,
                                        int64_t kernel, float lam, float threshold, float softcap,
                                        int kind, int threads) {
+  int failed = kDone;
   by_kind(kind, [&](auto zero) {
     using T = decltype(zero);
-    rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
-               group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
+    failed = rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
+                        group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
   });
+  return failed;
 }

@@ -35,7 +35,7 @@ def rkv_scores(
     batch, kv_heads, n = index.shape
     queries, keys, index, lengths = (t.contiguous() for t in (queries, keys, index, lengths))
     scores = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
-    library().reasonalloc_rkv_scores(
+    failed = library().reasonalloc_rkv_scores(
         queries.data_ptr(),
         keys.data_ptr(),
         index.data_ptr(),
@@ -55,4 +55,6 @@ def rkv_scores(
         kind(keys.dtype),
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError("not enough memory for R-KV's scores")
     return scores

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -40,13 +41,26 @@ class _Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in READS:
-            raise UnsupportedError(
-                f"step='compile': a step of this model reads numbers back ({func}), which cannot "
-                "be compiled: use step='eager'"
-            )
+            raise _reads(func)
         result = func(*args, **(kwargs or {}))
         self.calls.append(Call(func, args, kwargs or {}, result))
         return result
+
+
+class _NoReads(TorchFunctionMode):
+    """Refuses what reads numbers without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise _reads(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _reads(operation: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"step='compile': a step of this model reads numbers back ({operation}), which cannot be "
+        "compiled: use step='eager'"
+    )
 
 
 def compile_step(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -68,18 +82,18 @@ def compile_step(run: Callable[[], Any]) -> Callable[[], Any]:
     """
     notes = _Notes()
     with torch.inference_mode(False), torch.no_grad():
-        with notes:
+        with _NoReads(), notes:
             result = run()
         leaves, spec = tree_flatten(result)
         steps = _steps(notes.calls, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    first = [result]
+    done = [True]
 
     def replay() -> Any:
-        if first:
-            return first.pop()
         with torch.inference_mode(False), torch.no_grad():
-            for step in steps:
-                step()
+            if not done:
+                for step in steps:
+                    step()
+            done.clear()
             fresh = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return tree_unflatten(fresh, spec)
 
@@ -137,6 +151,11 @@ def _repetition(call: Call) -> Callable[[], None]:
         if targets:
             leaves = tree_leaves(found)
             for i, target in targets:
+                if leaves[i].shape != target.shape:
+                    raise UnsupportedError(
+                        "step='compile': the shape of a result changes from step to step "
+                        f"({call.func}): use step='eager'"
+                    )
                 target.copy_(leaves[i])
 
     return repeat

@@ -137,10 +137,10 @@ class StaticStep:
             self._options, self._replay = options, None
         try:
             result = self._run() if self._replay is None else self._replay()
+            self._cache.advance()
         except BaseException:
             self._cache.spoil()
             raise
-        self._cache.advance()
         return result
 
     def _is_step(self, call: dict[str, Any]) -> bool:
