@@ -177,11 +177,10 @@ class LayerCompressor:
             and isinstance(self._seen, Tensor)
             and (ring is None or ring.dtype == query.dtype)  # differ under autocast
         ):
-            from reasonalloc.native.attention import step
+            from reasonalloc.native.attention import NewToken, step
 
-            out, received = step(
-                query, key, value, slab, self._seen, ring, scaling, softcap, watching
-            )
+            new = NewToken(key, value, slab.positions, self._seen, slab.state, ring)
+            out, received = step(query, slab, new, scaling, softcap, watching)
         else:
             if self.static:
                 slab.store(key, value, self._seen, valid)

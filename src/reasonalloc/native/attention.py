@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reasonalloc.attention.interface import SlabView
-from reasonalloc.cache import Slab
-from reasonalloc.native.build import kind, library
+from reasonalloc.native.build import KINDS, library
 
 _I, _P, _TWO = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64 * 2
 _operators = torch.library.Library("reasonalloc", "FRAGMENT")
-_operators.define(
-    "ragged_decode(Tensor query, Tensor keys, Tensor values, Tensor offsets, Tensor lengths, "
-    "float scaling, float softcap, bool need_weights) -> (Tensor, Tensor)"
+_READ = (
+    "Tensor query, Tensor{} keys, Tensor{} values, Tensor offsets, Tensor{} lengths, "
+    "float scaling, float softcap, "
 )
 _operators.define(
-    "ragged_step(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor(c!) positions, Tensor offsets, Tensor(d!) lengths, Tensor seen, Tensor(e!)? state, "
-    "Tensor(f!)? ring, float scaling, float softcap, bool need_weights) -> (Tensor, Tensor)"
+    f"ragged_decode({_READ.format('', '', '')} bool need_weights) -> (Tensor, Tensor)"
+)
+_operators.define(
+    f"ragged_step({_READ.format('(a!)', '(b!)', '(c!)')} Tensor key, Tensor value, "
+    "Tensor(d!) positions, Tensor seen, Tensor(e!)? state, Tensor(f!)? ring, bool need_weights) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -56,108 +58,81 @@ class Attend(ctypes.Structure):
     )
 
 
+class NewToken(NamedTuple):
+    """What is stored before a query attends.
+
+    Attributes:
+        key, value: [batch, kv_heads, 1, dim] in the types of the slab.
+        positions, state: of the slab, contiguous.
+        seen: [batch] int64, position of the token.
+        ring: [batch, window, query_heads, head_dim] of the query's type, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    seen: Tensor
+    state: Tensor | None
+    ring: Tensor | None
+
+
 def decode(
     query: Tensor, slab: SlabView, scaling: float, softcap: float | None, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See ``Backend.decode``; softmax and sums are in float32, an empty run gives zeros."""
     out, received = torch.ops.reasonalloc.ragged_decode(
-        query,
-        slab.keys,
-        slab.values,
-        slab.offsets,
-        slab.lengths,
-        scaling,
-        softcap or 0.0,
-        need_weights,
+        *(query, slab.keys, slab.values, slab.offsets, slab.lengths),
+        *(scaling, softcap or 0.0, need_weights),
     )
     return out, received if need_weights else None
 
 
 def step(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slab: Slab,
-    seen: Tensor,
-    ring: Tensor | None,
+    slab: SlabView,
+    new: NewToken,
     scaling: float,
     softcap: float | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Store a new token in every run, note its query, and attend as ``decode`` does.
-
-    Args:
-        query: [batch, query_heads, 1, head_dim]; key, value: [batch, kv_heads, 1, dim] in the
-            types of the slab.
-        slab: its runs are ragged.
-        seen: [batch] int64, position of the new token.
-        ring: [batch, window, query_heads, head_dim] of the query's type, or None.
-    """
+    """Store a token in every run of a ragged slab, note its query, and attend as ``decode``."""
     out, received = torch.ops.reasonalloc.ragged_step(
-        *(query, key, value, slab.keys, slab.values, slab.positions, slab.offsets, slab.lengths),
-        *(seen, slab.state, ring, scaling, softcap or 0.0, need_weights),
+        *(query, slab.keys, slab.values, slab.offsets, slab.lengths),
+        *(scaling, softcap or 0.0, *new, need_weights),
     )
     return out, received if need_weights else None
 
 
-def step_arguments(
+def arguments_of(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
     offsets: Tensor,
     lengths: Tensor,
-    seen: Tensor,
-    state: Tensor | None,
-    ring: Tensor | None,
     scaling: float,
     softcap: float,
+    new: NewToken | None,
     out: Tensor,
     received: Tensor | None,
 ) -> Attend:
-    """Arguments of the operator ``ragged_step`` as those of the loop.
+    """Arguments of the operators as those of the loop.
 
     Args:
-        query: [batch, query_heads, 1, head_dim]; key, value: [batch, kv_heads, 1, dim] of the new
-            token, in the types of the slab; rows are contiguous.
-        keys, values, positions, offsets, lengths, state: of the slab, contiguous.
-        seen: [batch] int64, position of the new token.
-        ring: [batch, window, query_heads, head_dim] of the query's type, or None.
+        query: [batch, query_heads, 1, head_dim]; like the new key and value with contiguous rows.
+        keys, values, offsets, lengths: of the slab, contiguous.
+        scaling, softcap: of the logits; 0: no soft-capping.
+        new: what is stored first, or None.
         out: [batch, query_heads, 1, value_dim]; received: [batch, slots] float32 or None.
     """
-    arguments = _arguments(query, keys, values, offsets, lengths, scaling, softcap, out, received)
-    arguments.key, arguments.key_strides = key.data_ptr(), _TWO(*key.stride()[:2])
-    arguments.value, arguments.value_strides = value.data_ptr(), _TWO(*value.stride()[:2])
-    arguments.positions, arguments.seen = positions.data_ptr(), seen.data_ptr()
-    if state is not None:
-        arguments.state, arguments.channels = state.data_ptr(), state.shape[-1]
-    if ring is not None:
-        arguments.ring, arguments.window = ring.data_ptr(), ring.shape[1]
-    return arguments
-
-
-def _arguments(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    softcap: float,
-    out: Tensor,
-    received: Tensor | None,
-) -> Attend:
     kv_heads = lengths.shape[1]
-    return Attend(
+    arguments = Attend(
         query=query.data_ptr(),
-        query_kind=kind(query.dtype),
+        query_kind=KINDS[query.dtype],
         query_strides=_TWO(*query.stride()[:2]),
         keys=keys.data_ptr(),
-        key_kind=kind(keys.dtype),
+        key_kind=KINDS[keys.dtype],
         values=values.data_ptr(),
-        value_kind=kind(values.dtype),
+        value_kind=KINDS[values.dtype],
         offsets=offsets.data_ptr(),
         lengths=lengths.data_ptr(),
         out=out.data_ptr(),
@@ -171,12 +146,16 @@ def _arguments(
         scaling=scaling,
         softcap=softcap,
     )
-
-
-def results(query: Tensor, keys: Tensor, values: Tensor, need_weights: bool) -> tuple[Any, Any]:
-    """Empty output and weights received (without elements if they are not needed)."""
-    received = keys.new_empty(keys.shape[:2] if need_weights else (0,), dtype=torch.float32)
-    return values.new_empty(*query.shape[:3], values.shape[2]), received
+    if new is None:
+        return arguments
+    arguments.key, arguments.key_strides = new.key.data_ptr(), _TWO(*new.key.stride()[:2])
+    arguments.value, arguments.value_strides = new.value.data_ptr(), _TWO(*new.value.stride()[:2])
+    arguments.positions, arguments.seen = new.positions.data_ptr(), new.seen.data_ptr()
+    if new.state is not None:
+        arguments.state, arguments.channels = new.state.data_ptr(), new.state.shape[-1]
+    if new.ring is not None:
+        arguments.ring, arguments.window = new.ring.data_ptr(), new.ring.shape[1]
+    return arguments
 
 
 def failure(code: int) -> Exception:
@@ -188,74 +167,34 @@ def failure(code: int) -> Exception:
     return IndexError("a token id is not in the model's vocabulary")
 
 
-def _run(arguments: Attend) -> None:
+def _results(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Empty ones of either operator, whose last argument is ``need_weights``."""
+    received = keys.new_empty(keys.shape[:2] if rest[-1] else (0,), dtype=torch.float32)
+    return values.new_empty(*query.shape[:3], values.shape[2]), received
+
+
+def _ragged(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Either operator; what is stored in between is a ``NewToken``."""
+    out, received = _results(query, keys, values, *rest)
+    offsets, lengths, scaling, softcap, *token, need_weights = rest
+    query, offsets, new = _with_rows(query), offsets.contiguous(), None
+    if token:
+        new = NewToken(_with_rows(token[0]), _with_rows(token[1]), *token[2:])
+    weights = received if need_weights else None
+    arguments = arguments_of(
+        query, keys, values, offsets, lengths, scaling, softcap, new, out, weights
+    )
     code = library().reasonalloc_attend(ctypes.byref(arguments), torch.get_num_threads())
     if code:
         raise failure(code)
-
-
-def _ragged_decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    softcap: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as of ``Backend.decode``; keys, values and lengths are contiguous."""
-    out, received = results(query, keys, values, need_weights)
-    query, offsets = with_rows(query), offsets.contiguous()
-    weights = received if need_weights else None
-    _run(_arguments(query, keys, values, offsets, lengths, scaling, softcap, out, weights))
     return out, received
 
 
-def _ragged_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    lengths: Tensor,
-    seen: Tensor,
-    state: Tensor | None,
-    ring: Tensor | None,
-    scaling: float,
-    softcap: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Store a token, note its query, attend; see ``step_arguments``."""
-    out, received = results(query, keys, values, need_weights)
-    query, key, value = with_rows(query), with_rows(key), with_rows(value)
-    _run(
-        step_arguments(
-            *(query, key, value, keys, values, positions, offsets, lengths, seen, state, ring),
-            *(scaling, softcap, out, received if need_weights else None),
-        )
-    )
-    return out, received
-
-
-def with_rows(tensor: Tensor) -> Tensor:
+def _with_rows(tensor: Tensor) -> Tensor:
     """The same with a contiguous last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _fake_decode(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Any, Any]:
-    return results(query, keys, values, rest[-1])
-
-
-def _fake_step(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *rest: Any
-) -> tuple[Any, Any]:
-    return results(query, keys, values, rest[-1])
-
-
-_operators.impl("ragged_decode", _ragged_decode, "CPU")
-_operators.impl("ragged_step", _ragged_step, "CPU")
-torch.library.register_fake("reasonalloc::ragged_decode", _fake_decode, lib=_operators)
-torch.library.register_fake("reasonalloc::ragged_step", _fake_step, lib=_operators)
+for _name in ("ragged_decode", "ragged_step"):
+    _operators.impl(_name, _ragged, "CPU")
+    torch.library.register_fake(f"reasonalloc::{_name}", _results, lib=_operators)

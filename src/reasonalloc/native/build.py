@@ -33,7 +33,8 @@ _ARGUMENTS = {
     "select": ([_P] * 3 + [_I, _D, _P] + [_I] * 2 + [_P, _N], _N),
     "knows": ([_N], _N),
 }
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Element types that the loops compute with, and their numbers there.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None:
@@ -65,12 +66,12 @@ def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None
         ) from error
     if dtype is None:
         return
-    if dtype not in _KINDS:
-        known = ", ".join(str(kind) for kind in _KINDS)
+    if dtype not in KINDS:
+        known = ", ".join(str(kind) for kind in KINDS)
         raise UnsupportedError(
             f"{option} computes in {known}, but the model is in {dtype}: use {instead}"
         )
-    if not found.reasonalloc_knows(_KINDS[dtype]):
+    if not found.reasonalloc_knows(KINDS[dtype]):
         raise UnsupportedError(
             f"{option}: this C++ compiler does not know {dtype} (g++ 12 does): use a newer one, or "
             f"{instead}"
@@ -101,8 +102,3 @@ def library() -> Any:
 def loaded() -> bool:
     """Whether ``library`` has been asked for, and found."""
     return library.cache_info().currsize > 0
-
-
-def kind(dtype: torch.dtype) -> int:
-    """Number of an element type, for the functions; one that ``require`` has let through."""
-    return _KINDS[dtype]

@@ -41,8 +41,6 @@ inline float read_any(const char* at, int64_t kind, int64_t index) {
   return value;
 }
 
-inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // `count` elements as floats, zeros behind them up to a whole vector: where they lie if they can
 // be read there, else in `buffer`.
 inline const float* fetch(const Operand& o, int64_t offset, int64_t count, float* buffer) {
@@ -65,7 +63,7 @@ inline const float* fetch(const Operand& o, int64_t offset, int64_t count, float
   } else {
     for (int64_t j = 0; j < count; ++j) buffer[j] = read_any(o.at, o.kind, offset + j * step);
   }
-  for (int64_t j = count; j < padded(count); ++j) buffer[j] = 0.0f;
+  for (int64_t j = count; j < whole_vectors(count); ++j) buffer[j] = 0.0f;
   return buffer;
 }
 

@@ -114,10 +114,13 @@ inline Lanes exp_of_negative(Lanes x) {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
+// `count` up to a whole vector.
+inline int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 // Replaces `count` logits by exp(logit - largest), up to the next whole vector by zeros.
 // Returns the sum and gives the largest; logits of nothing but -inf weigh nothing.
 inline float exponentiate(float* logits, int64_t count, float* largest) {
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = whole_vectors(count);
   for (int64_t j = count; j < padded; ++j) logits[j] = kLowest;
   Lanes most = splat(kLowest);
   for (int64_t j = 0; j < padded; j += kLanes) {

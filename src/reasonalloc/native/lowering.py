@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reasonalloc.native.attention import Attend, step_arguments
-from reasonalloc.native.build import library
-from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed
+from reasonalloc.native import build
+from reasonalloc.native.attention import Attend, NewToken, arguments_of
+from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed, storage_of
 
 _aten = torch.ops.aten
 #: Rows up to which products with weights are our own (measured on AVX2: at 64 they still win).
 MOST_ROWS = 32
 _MOST_ROWS_16 = 4  # of 16-bit weights, where the processor multiplies them itself
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATING = build.KINDS
 _ROWS_FROM = 2048  # elements from which threads divide an operation by sequences
 _BLOCKS_FROM = 65536  # and by blocks
 
@@ -96,12 +96,12 @@ def _loops(
 def _known(dtype: torch.dtype) -> bool:
     """Whether the loops, as this compiler made them, know a type."""
     kind = KINDS.get(dtype, -1)
-    return kind > 2 or (kind >= 0 and bool(library().reasonalloc_knows(kind)))
+    return kind > 2 or (kind >= 0 and bool(build.library().reasonalloc_knows(kind)))
 
 
 def _apart_or_same(out: Tensor, other: Tensor) -> bool:
     """Whether an operation may write ``out`` block by block while it reads ``other``."""
-    if out.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+    if storage_of(out) != storage_of(other):
         return True
     same = (out.shape, out.stride(), out.storage_offset()) == (
         other.shape,
@@ -248,6 +248,7 @@ def _product(call: Call) -> list[Draft] | None:
             (x, (step, 0, 0, 0)),
             (w, (w.stride(1), 0, 0, 0)),
             operand,
+            share=Share.BLOCKS,
         )
     )
     return drafts
@@ -271,45 +272,40 @@ def _as_float_rows(x: Tensor, drafts: list[Draft]) -> Tensor:
         return x
     copy = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     for draft in elementwise(Operation.COPY, copy, x) or []:
-        draft.temporary.add(copy.untyped_storage().data_ptr())
+        draft.temporary.add(storage_of(copy))
         drafts.append(draft)
     return copy
 
 
 def _attend(call: Call) -> list[Draft] | None:
-    query, key, value, keys, values, positions, offsets, lengths, seen, state, ring = call.args[:11]
-    scaling, softcap, need_weights = call.args[11:]
-    out, received = call.result
-    tensors = (query, key, value)
-    if any(t.stride(-1) != 1 for t in tensors) or not offsets.is_contiguous():
+    query, keys, values, offsets, lengths, scaling, softcap, *token, need_weights = call.args
+    new, (out, received) = NewToken(*token), call.result
+    rows = (query, new.key, new.value)
+    if any(t.stride(-1) != 1 for t in rows) or not offsets.is_contiguous():
         return None
 
     def arguments(placed: Callable[[Tensor], Tensor]) -> Attend:
-        return step_arguments(
+        return arguments_of(
             placed(query),
-            placed(key),
-            placed(value),
             keys,
             values,
-            positions,
             placed(offsets),
             lengths,
-            placed(seen),
-            state,
-            ring,
             scaling,
             softcap,
+            new._replace(key=placed(new.key), value=placed(new.value), seen=placed(new.seen)),
             placed(out),
             placed(received) if need_weights else None,
         )
 
-    changed = [keys, values, positions, lengths, *(t for t in (state, ring) if t is not None)]
-    writes = [out, *changed, *([received] if need_weights else [])]
+    changed = [keys, values, lengths, new.positions, new.state, new.ring]
+    writes = [out, *(t for t in changed if t is not None), *([received] if need_weights else [])]
     return [
         Draft(
             Operation.ATTEND,
             (0, 0, 0, 0),
-            reads=[*tensors, offsets, seen],
+            share=Share.BLOCKS,
+            reads=[*rows, offsets, new.seen],
             writes=writes,
             attend=arguments,
         )

@@ -24,7 +24,7 @@ void product(const Instruction& i, int64_t thread, int64_t threads) {
   });
 }
 
-// Rows of a[entries, width], `strides[3]` bytes wide, at the places b[count].
+// Rows of a, `sizes[2]` bytes wide, at the places b[count].
 void embed(const Instruction& i, int* failed) {
   const int64_t* places = reinterpret_cast<const int64_t*>(i.b.at);
   const int64_t entries = i.sizes[0], count = i.sizes[1], bytes = i.sizes[2];

@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonalloc.native import build
 from reasonalloc.native.attention import Attend, failure
-from reasonalloc.native.build import library
 
-KINDS = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int64: 3,
-    torch.int32: 4,
-    torch.bool: 5,
-}
+#: These, and those that the loops read besides.
+KINDS = {**build.KINDS, torch.int64: 3, torch.int32: 4, torch.bool: 5}
 _ALIGNMENT = 64
 
 
@@ -63,6 +57,7 @@ class Share(IntEnum):
 
     NONE = 0
     BLOCKS = 1
+    """Each has blocks of its own, in an order that only the loops know."""
     ROWS = 2
     """Each has its part of the first dimension."""
 
@@ -280,7 +275,7 @@ class Program:
         Raises:
             MemoryError, IndexError, RuntimeError: see ``attention.failure``.
         """
-        code = library().reasonalloc_run(
+        code = build.library().reasonalloc_run(
             ctypes.addressof(self._instructions), len(self._instructions), self._threads
         )
         if code:
@@ -293,20 +288,13 @@ def _access(draft: Draft, tensor: Tensor, arena: Arena) -> _Access:
     spans = [(n - 1) * s * size for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
     end = begin + sum(spans) + size
     if draft.share is not Share.ROWS:
-        return _Access(begin, end, Share.BLOCKS if _shared(draft) else Share.NONE)
+        return _Access(begin, end, draft.share)
     count = draft.sizes[0]
     for operand in (draft.out, draft.a, draft.b):
         if operand is not None and operand[0] is tensor:
             step = operand[1][0] * size
             return _Access(begin, end, Share.ROWS, (count, step, begin, end - (count - 1) * step))
     return _Access(begin, end, Share.BLOCKS)
-
-
-def _shared(draft: Draft) -> bool:
-    return draft.share is not Share.NONE or draft.operation in (
-        Operation.PRODUCT,
-        Operation.ATTEND,
-    )
 
 
 def collapsed(

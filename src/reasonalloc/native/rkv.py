@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonalloc.native.build import kind, library
+from reasonalloc.native.build import KINDS, library
 
 
 def rkv_scores(
@@ -52,7 +52,7 @@ def rkv_scores(
         lam,
         threshold,
         softcap or 0.0,
-        kind(keys.dtype),
+        KINDS[keys.dtype],
         torch.get_num_threads(),
     )
     if failed:
