@@ -64,7 +64,8 @@ bench: bench-full bench-arms bench-long1 bench-long16
 	$(BIN)/python benchmarks/speed_targets.py .
 
 bench-full: setup
-	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --step $(STEPS) --arms rkv,full --out bench-full.json
+	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --step $(STEPS) \
+		--arms rkv,full,full-static --out bench-full.json
 
 bench-arms: setup
 	$(BENCH) --batch 16 --new-tokens 192 --repeats 3 --profile $(COSTS) --step $(STEPS) \

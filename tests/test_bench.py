@@ -129,6 +129,20 @@ def test_the_command(call: Call, small: None, tmp_path: Path) -> None:
     assert code == 0 and "weight products alone" in text and "rkv, static" in text
 
 
+def test_each_arm_at_each_budget(call: Call, small: None) -> None:
+    """The full cache has none; a larger budget holds more bytes."""
+    several = ("--budget", "16,24,16", "--step", "eager,static", "--arms", "rkv,full")
+    code, text, err = call(*RUN, *several, "--batch", 2, "--new-tokens", 10, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    held = {arm["arm"]: arm["kv_bytes"] for arm in found["summary"][0]["arms"]}
+    assert list(held) == [
+        *("rkv at 16, eager", "rkv at 16, static", "rkv at 24, eager", "rkv at 24, static", "full")
+    ]
+    assert held["rkv at 16, eager"] == held["rkv at 16, static"] < held["rkv at 24, static"]
+    assert found["budgets"] == [16, 24]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +156,7 @@ def test_the_command(call: Call, small: None, tmp_path: Path) -> None:
         (("--out", "/no/such/folder/x.json"), "no such folder"),
         (("MODEL",), "give one of the two"),
         (("--budget", "4"), "budget"),
+        (("--budget", "16,many"), "budget='16,many' must be whole numbers"),
         (("--step", "graphs"), "unknown step 'graphs': did you mean 'graph'?"),
         (("--attention", "triton"), "needs a GPU"),
     ],

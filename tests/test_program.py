@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf import compiled
-from reasonalloc.native.lowering import MOST_ROWS, most_rows
-from reasonalloc.native.program import Program, collapsed
+from reasonalloc.native.products import MOST_ROWS, most_rows
+from reasonalloc.native.program import Operation, Program, collapsed
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LINEAR = torch.nn.functional.linear
@@ -143,7 +143,7 @@ def test_two_tensors(
 @given(
     rows=st.one_of(st.integers(1, MOST_ROWS), st.just(1)),
     width=st.one_of(st.integers(1, 90), st.sampled_from([64, 576])),
-    outputs=st.integers(1, 40),
+    outputs=st.integers(1, 70),
     dtype=DTYPES,
     bias=st.booleans(),
 )
@@ -155,6 +155,31 @@ def test_products(rows: int, width: int, outputs: int, dtype: torch.dtype, bias:
         check(LINEAR, x, weight, torch.randn(outputs, dtype=dtype), terms=width)
     else:
         check(LINEAR, x, weight, terms=width)
+
+
+@pytest.mark.usefixtures("no_repetitions")
+@pytest.mark.parametrize("rows", [3, 7, 20])
+def test_products_of_the_same_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a panel until the rows change."""
+    drafted: list[Operation] = []
+
+    class Watched(Program):
+        def __init__(self, drafts: Any, arena: Any) -> None:
+            super().__init__(drafts, arena)
+            drafted[:] = [draft.operation for draft in drafts]
+
+    def several(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        y = x * 1.5
+        before = LINEAR(y, w) + LINEAR(y, v)
+        between = LINEAR(y[1:], w).sum(-1).sum(0)
+        y.mul_(0.5)
+        return before - LINEAR(y, w) * LINEAR(y, v) + between
+
+    monkeypatch.setattr(compiled, "Program", Watched)
+    inputs = torch.randn(rows, 40), torch.randn(33, 40), torch.randn(33, 40)
+    check(several, *inputs, terms=40 * 40)
+    assert drafted.count(Operation.PRODUCT) == 5
+    assert drafted.count(Operation.PANEL) == (0 if rows == 3 else 3)
 
 
 def test_many_rows_are_pytorchs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import platform
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
@@ -46,7 +46,7 @@ def command(
     device: Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     arms: Arms = "full,rkv",
-    budget: o.Budget = 128,
+    budget: o.BudgetList = "128",
     interval: o.Interval = 64,
     window: o.Window = 8,
     profile: o.ProfileFile = None,
@@ -61,9 +61,10 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
-    settings: dict[str, Any] = {"budget": budget, "interval": interval, "window": window}
+    settings: dict[str, Any] = {"interval": interval, "window": window, "attention": attention}
+    budgets = list(dict.fromkeys(o.parse_budgets(budget, "budget")))
     kinds = list(dict.fromkeys(part.strip() for part in step.split(",")))
-    contenders = _contenders(arms, profile, kinds, **settings, attention=attention)
+    contenders = _contenders(arms, profile, budgets, kinds, **settings)
     sizes = o.parse_budgets(batches, "batch")
     points = sorted({*(o.parse_budgets(at, "at") if at else []), new_tokens})
     if min(sizes) < 1:
@@ -72,15 +73,17 @@ def command(
         raise UsageError(f"at={at!r} is not within new_tokens={new_tokens}")
     if out is not None and not Path(out).expanduser().parent.is_dir():
         raise UsageError(f"out={out!r}: there is no such folder")
+    from reasonalloc.benchmark.machine import machine
+    from reasonalloc.benchmark.summary import summarise
+
     name, loaded = _load(model, model_option, shape, dtype, device, trust_remote_code)
     _check(loaded, contenders, prompt + max(new_tokens, interval + 1) + interval)
     data: dict[str, Any] = {
         "command": "reasonalloc " + " ".join(sys.argv[1:]),
         "model": name,
         "machine": machine(loaded),
-        "budget": budget,
-        "interval": interval,
-        "attention": attention,
+        "budgets": budgets,
+        **settings,
         "step": step,
         "prompt": prompt,
         "new_tokens": new_tokens,
@@ -93,8 +96,6 @@ def command(
     except KeyboardInterrupt:
         output.note("interrupted: what is finished follows")
         data["interrupted"] = True
-    from reasonalloc.benchmark.summary import summarise
-
     data["summary"] = summarise(data, points)
     if out is not None:
         import json
@@ -112,7 +113,7 @@ def command(
 
 
 def _contenders(
-    arms: str, profile: str | None, steps: list[str], **settings: Any
+    arms: str, profile: str | None, budgets: list[int], steps: list[str], **settings: Any
 ) -> list[Contender]:
     from reasonalloc.benchmark.decode import FULL, STATIC, Contender
     from reasonalloc.config import CompressionConfig, parse_arm
@@ -126,9 +127,12 @@ def _contenders(
             continue
         o.check_names(arm)
         own = profile if files_missing(arm) else None
-        for step in steps:
-            config = CompressionConfig(arm=arm, profile=own, step=cast("Step", step), **settings)
-            found.append(Contender(name if len(steps) == 1 else f"{name}, {step}", config))
+        for budget, step in itertools.product(budgets, steps):
+            config = CompressionConfig(
+                budget=budget, arm=arm, profile=own, step=cast("Step", step), **settings
+            )
+            sized = name if len(budgets) == 1 else f"{name} at {budget}"
+            found.append(Contender(sized if len(steps) == 1 else f"{sized}, {step}", config))
     if not found:
         raise UsageError("arms is empty: name at least one, as full,rkv")
     return found
@@ -173,35 +177,6 @@ def _check(model: Any, contenders: list[Contender], tokens: int) -> None:
             f"prompt, new_tokens and one more interval are {tokens} tokens, the model has {limit} "
             "positions: give fewer --new-tokens"
         )
-
-
-def machine(model: Any) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    import os
-
-    import torch
-    import transformers
-
-    device = model.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _measure(

@@ -52,6 +52,15 @@ Budget = Annotated[
         rich_help_panel=_BUDGET,
     ),
 ]
+BudgetList = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="Mean tokens kept per layer and KV head right after a compression; several, as "
+        "64,128: each arm at each.",
+        rich_help_panel=_BUDGET,
+    ),
+]
 ArmName = Annotated[
     str,
     typer.Option(

@@ -9,10 +9,14 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <omp.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -33,10 +37,17 @@ constexpr int kRegisters = 32;
 // may_alias, aligned as its elements are: loads and stores at any address.
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+// Vectors of other widths.
+template <int lanes>
+struct Wide {
+  typedef float Value __attribute__((vector_size(4 * lanes)));
+  typedef float Any __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+  static Value load(const float* at) { return *reinterpret_cast<const Any*>(at); }
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -70,7 +81,13 @@ inline void write(BFloat16* at, float value) {
 #define REASONALLOC_HALF 1
 typedef _Float16 Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 inline Lanes load(const _Float16* at) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#elif defined(__AVX__) && defined(__F16C__)
+  return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#else
   return __builtin_convertvector(*reinterpret_cast<const Halves*>(at), Lanes);
+#endif
 }
 inline float read(const _Float16* at) { return float(*at); }
 inline void write(_Float16* at, float value) { *at = _Float16(value); }
@@ -78,20 +95,36 @@ inline void write(_Float16* at, float value) { *at = _Float16(value); }
 
 inline void store(float* at, Lanes x) { *reinterpret_cast<Unaligned*>(at) = x; }
 
-inline Lanes splat(float x) { return x - Lanes{}; }
-
-inline float largest_of(Lanes x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
-  return most;
+// Asks for a value in a register: compilers like to read it again for every use.
+template <typename Vector>
+inline void hold(Vector& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE__)
+  asm("" : "+x"(x));
+#endif
 }
 
-inline float sum(Lanes x) {
-  Four parts[kLanes / 4];
+inline Lanes splat(float x) { return x - Lanes{}; }
+
+// One number of all lanes: `f` of two vectors of four, until one is left, then of pairs of its lanes.
+template <typename Vector, typename F>
+inline auto folded(Vector x, F f) {
+  typedef std::remove_reference_t<decltype(x[0])> Element;
+  typedef Element Quarter __attribute__((vector_size(16)));
+  Quarter parts[kLanes / 4];
   std::memcpy(parts, &x, sizeof x);
-  Four four = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) four += parts[i];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+  for (int i = 1; i < kLanes / 4; ++i) parts[0] = f(parts[0], parts[i]);
+  Quarter last = parts[0];
+  return f(f(last[0], last[2]), f(last[1], last[3]));
+}
+
+constexpr auto kLarger = [](auto x, auto y) { return x > y ? x : y; };
+
+inline float largest_of(Lanes x) { return folded(x, kLarger); }
+
+inline float sum(Lanes x) {
+  return folded(x, [](auto x, auto y) { return x + y; });
 }
 
 // exp of numbers that are at most 0, to 2 units in the last place; 0 below -87; NaN of NaN.
@@ -124,8 +157,7 @@ inline float exponentiate(float* logits, int64_t count, float* largest) {
   for (int64_t j = count; j < padded; ++j) logits[j] = kLowest;
   Lanes most = splat(kLowest);
   for (int64_t j = 0; j < padded; j += kLanes) {
-    Lanes x = load(logits + j);
-    most = x > most ? x : most;
+    most = kLarger(load(logits + j), most);
   }
   *largest = largest_of(most);
   const float base = *largest == kLowest ? 0.0f : *largest;

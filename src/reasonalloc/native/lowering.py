@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,15 +12,12 @@ from torch import Tensor
 
 from reasonalloc.native import build
 from reasonalloc.native.attention import Attend, NewToken, arguments_of
-from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed, storage_of
+from reasonalloc.native.elementwise import elementwise, loops_of
+from reasonalloc.native.products import product
+from reasonalloc.native.program import KINDS, Draft, Operation, Share
 
 _aten = torch.ops.aten
-#: Rows up to which products with weights are our own (measured on AVX2: at 64 they still win).
-MOST_ROWS = 32
-_MOST_ROWS_16 = 4  # of 16-bit weights, where the processor multiplies them itself
 _FLOATING = build.KINDS
-_ROWS_FROM = 2048  # elements from which threads divide an operation by sequences
-_BLOCKS_FROM = 65536  # and by blocks
 
 
 class Call(NamedTuple):
@@ -44,71 +41,6 @@ def drafts_of(call: Call) -> list[Draft] | None:
 def _keywords(func: Any) -> frozenset[str]:
     """Arguments that can only be given by name; rules expect the others by position."""
     return frozenset(a.name for a in func._schema.arguments if a.kwarg_only)
-
-
-def elementwise(
-    operation: Operation,
-    out: Tensor,
-    a: Tensor,
-    b: Tensor | None = None,
-    number: float = 0.0,
-    factor: float = 1.0,
-) -> list[Draft] | None:
-    """``out = operation(a, b)`` with broadcasting; all have kinds that the loops know."""
-    tensors = [out, a] if b is None else [out, a, b]
-    if out.dtype not in _FLOATING or not all(_known(t.dtype) for t in tensors):
-        return None
-    integers = [t for t in tensors[1:] if t.dim() > 0 and t.dtype not in _FLOATING]
-    if b is not None and integers and out.dtype is not torch.float32:
-        return None  # PyTorch rounds them to 16 bits first
-    if out.numel() == 0 or not all(_apart_or_same(out, t) for t in tensors[1:]):
-        return None
-    loops = _loops(out.shape, [t.expand(out.shape).stride() for t in tensors], 4, out.numel())
-    if loops is None:
-        return None
-    sizes, strides, share = loops
-    operands = list(zip(tensors, strides, strict=True))
-    draft = Draft(operation, sizes, operands[0], operands[1], number=number, factor=factor)
-    draft.share = share
-    if b is not None:
-        draft.b = operands[2]
-    return [draft]
-
-
-def _loops(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], most: int, elements: int
-) -> tuple[Any, list[Any], Share] | None:
-    """Sizes of ``most`` loops, each tensor's strides, and how threads divide them."""
-    if len(shape) > 1 and shape[0] > 1 and elements >= _ROWS_FROM:
-        found = collapsed(shape[1:], [s[1:] for s in strides], most - 1)
-        if found is not None:
-            sizes, steps = found
-            first = [(s[0], *t) for s, t in zip(strides, steps, strict=True)]
-            return (shape[0], *sizes), first, Share.ROWS
-    found = collapsed(shape, strides, most)
-    if found is None:
-        return None
-    sizes, steps = found
-    share = Share.BLOCKS if elements >= _BLOCKS_FROM else Share.NONE
-    return tuple(sizes), [tuple(t) for t in steps], share
-
-
-def _known(dtype: torch.dtype) -> bool:
-    """Whether the loops, as this compiler made them, know a type."""
-    kind = KINDS.get(dtype, -1)
-    return kind > 2 or (kind >= 0 and bool(build.library().reasonalloc_knows(kind)))
-
-
-def _apart_or_same(out: Tensor, other: Tensor) -> bool:
-    """Whether an operation may write ``out`` block by block while it reads ``other``."""
-    if storage_of(out) != storage_of(other):
-        return True
-    same = (out.shape, out.stride(), out.storage_offset()) == (
-        other.shape,
-        other.stride(),
-        other.storage_offset(),
-    )
-    return same and out.dtype == other.dtype
 
 
 def _unary(operation: Operation, call: Call) -> list[Draft] | None:
@@ -167,7 +99,7 @@ def _sum(call: Call) -> list[Draft] | None:
     if dims != [x.dim() - 1] or out.numel() == 0 or x.numel() == 0:
         return None
     strides = [out.stride()[:-1], x.stride()[:-1]]
-    loops = _loops(x.shape[:-1], strides, 3, x.numel())
+    loops = loops_of(x.shape[:-1], strides, 3, x.numel())
     if loops is None:
         return None
     sizes, (of_out, of_x), share = loops
@@ -219,62 +151,10 @@ def _embedding(call: Call) -> list[Draft] | None:
 
 
 def _product(call: Call) -> list[Draft] | None:
-    bias, (x, w) = (None, call.args) if call.func is _aten.mm.default else _with_bias(call)
-    out = call.result
-    rows, width = x.shape
-    if not (
-        0 < rows <= most_rows(w.dtype)
-        and width > 0
-        and w.stride(0) == 1
-        and w.stride(1) >= width
-        and all(t.dtype in _FLOATING and _known(t.dtype) for t in (x, w, out))
-        and out.stride(1) == 1
-        and call.kwargs in ({}, {"beta": 1, "alpha": 1})
-    ):
+    if call.kwargs not in ({}, {"beta": 1, "alpha": 1}):
         return None
-    drafts: list[Draft] = []
-    x = _as_float_rows(x, drafts)
-    step = x.stride(0) if rows > 1 else 0
-    operand = None
-    if bias is not None:
-        if bias.dim() != 1 or bias.dtype not in _FLOATING or len(bias) != w.shape[1]:
-            return None
-        operand = (_as_float_rows(bias[None], drafts)[0], _LINE)
-    drafts.append(
-        Draft(
-            Operation.PRODUCT,
-            (rows, w.shape[1], width, 0),
-            (out, (out.stride(0), 0, 0, 0)),
-            (x, (step, 0, 0, 0)),
-            (w, (w.stride(1), 0, 0, 0)),
-            operand,
-            share=Share.BLOCKS,
-        )
-    )
-    return drafts
-
-
-@functools.cache
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which products with weights of this type are our own."""
-    own_units = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return _MOST_ROWS_16 if own_units and dtype is not torch.float32 else MOST_ROWS
-
-
-def _with_bias(call: Call) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    bias, x, w = call.args
-    return bias, (x, w)
-
-
-def _as_float_rows(x: Tensor, drafts: list[Draft]) -> Tensor:
-    """The rows as contiguous floats, by a copy if they are not."""
-    if x.dtype is torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1):
-        return x
-    copy = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    for draft in elementwise(Operation.COPY, copy, x) or []:
-        draft.temporary.add(storage_of(copy))
-        drafts.append(draft)
-    return copy
+    *bias, x, w = call.args
+    return product(x, w, bias[0] if bias else None, call.result)
 
 
 def _attend(call: Call) -> list[Draft] | None:

@@ -6,21 +6,30 @@ namespace {
 enum Operation {
   kCopy, kNegate, kCosine, kSine, kInverseRoot, kLogistic, kSilu, kGelu, kGeluTanh, kTanh, kExp,
   kRelu, kSquare, kPower, kAdd, kSubtract, kMultiply, kDivide, kSum, kCount, kEmbed, kProduct,
-  kAttend
+  kAttend, kPanel
 };
 
-// out[rows, outputs] of a[rows, width], b[outputs, width] and perhaps c[outputs].
+// out[rows, outputs] of a[rows, width] or its panel, b[outputs, width] and perhaps c[outputs].
 void product(const Instruction& i, int64_t thread, int64_t threads) {
   const int64_t rows = i.sizes[0], outputs = i.sizes[1];
+  const bool panel = i.sizes[3] != 0;
   const Product p = {reinterpret_cast<const float*>(i.a.at), i.a.strides[0], i.b.strides[0],
                      i.sizes[2], reinterpret_cast<const float*>(i.c.at), i.out.strides[0]};
   by_kind(int(i.b.kind), [&](auto weight) {
     by_kind(int(i.out.kind), [&](auto zero) {
       using W = decltype(weight);
       using O = decltype(zero);
-      multiply(p, reinterpret_cast<const W*>(i.b.at), outputs, rows,
+      multiply(p, reinterpret_cast<const W*>(i.b.at), outputs, rows, panel,
                reinterpret_cast<O*>(i.out.at), thread, threads);
     });
+  });
+}
+
+// a[rows, width] as a panel.
+void panel(const Instruction& i, int64_t thread, int64_t threads) {
+  by_kind(int(i.a.kind), [&](auto zero) {
+    lay_out(reinterpret_cast<const decltype(zero)*>(i.a.at), i.a.strides[0], i.sizes[0],
+            i.sizes[1], reinterpret_cast<float*>(i.out.at), i.out.strides[0], thread, threads);
   });
 }
 
@@ -76,6 +85,7 @@ void run(const Instruction& i, int64_t thread, int64_t threads, Plan& plan, int*
       if (thread == 0) embed(i, failed);
       return;
     case kProduct: return product(i, thread, threads);
+    case kPanel: return panel(i, thread, threads);
     case kAttend: return attend(*reinterpret_cast<const Attend*>(i.a.at), plan, failed);
   }
 }

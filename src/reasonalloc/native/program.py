@@ -50,6 +50,7 @@ class Operation(IntEnum):
     EMBED = 20
     PRODUCT = 21
     ATTEND = 22
+    PANEL = 23
 
 
 class Share(IntEnum):

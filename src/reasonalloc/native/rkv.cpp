@@ -16,6 +16,7 @@ inline void tile(const float* rows, int64_t row_step, const float* columns, int6
   for (int64_t d = 0; d < width; ++d) {
     Lanes left = load(columns + d * column_step);
     Lanes right = load(columns + d * column_step + kLanes);
+    hold(left), hold(right);
     for (int r = 0; r < kRows; ++r) {
       float x = rows[d * row_step + r];
       sums[r][0] += x * left;
@@ -26,10 +27,12 @@ inline void tile(const float* rows, int64_t row_step, const float* columns, int6
     for (int i = 0; i < 2; ++i) out[r][i] = sums[r][i];
 }
 
-inline int32_t latest_of(Ints x) {
-  int32_t most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
-  return most;
+// Whether a tile has a product above the threshold.
+inline bool any_above(const Lanes products[kRows][2], float threshold) {
+  Lanes most = kLarger(products[0][0], products[0][1]);
+  for (int r = 1; r < kRows; ++r)
+    for (int i = 0; i < 2; ++i) most = kLarger(products[r][i], most);
+  return largest_of(most) > threshold;
 }
 
 struct Run {
@@ -58,6 +61,7 @@ void latest_similar(const Run& run, float threshold, int32_t* latest) {
       if (all_found(first, kRows) && (diagonal || all_found(column, kTile))) continue;
       Lanes cosine[kRows][2];
       tile(run.units + first, run.padded, run.units + column, run.padded, run.width, cosine);
+      if (!any_above(cosine, threshold)) continue;
       Ints of_columns[2] = {};
       for (int r = 0; r < kRows; ++r) {
         const int32_t row = int32_t(first + r);
@@ -65,19 +69,19 @@ void latest_similar(const Run& run, float threshold, int32_t* latest) {
         for (int i = 0; i < 2; ++i) {
           Ints place = lane + int32_t(column + i * kLanes);
           Ints similar = (cosine[r][i] > threshold) & (place != row);
-          Ints here = similar & (place + 1);
-          of_row = here > of_row ? here : of_row;
-          here = similar & (row + 1);
-          of_columns[i] = here > of_columns[i] ? here : of_columns[i];
+          of_row = kLarger(similar & (place + 1), of_row);
+          of_columns[i] = kLarger(similar & (row + 1), of_columns[i]);
         }
-        if (latest[row] == 0) latest[row] = latest_of(of_row);
+        if (latest[row] == 0) latest[row] = folded(of_row, kLarger);
       }
       if (diagonal) continue;  // its columns are rows as well
-      for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < kLanes; ++j) {
-          int32_t& own = latest[column + i * kLanes + j];
-          if (own == 0) own = of_columns[i][j];
-        }
+      for (int i = 0; i < 2; ++i) {
+        int32_t* at = latest + column + i * kLanes;
+        Ints own;
+        std::memcpy(&own, at, sizeof own);
+        own = own == 0 ? of_columns[i] : own;
+        std::memcpy(at, &own, sizeof own);
+      }
     }
   }
 }
@@ -90,18 +94,19 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int64_t first = 0; first < run.length; first += kRows) {
     Ints found[kRows] = {};
+    for (int64_t r = first; r < first + kRows; ++r) latest[r] = 0;
     for (int64_t column = run.padded - kTile; column >= 0; column -= kTile) {
       Lanes cosine[kRows][2];
       tile(run.units + first, run.padded, run.units + column, run.padded, run.width, cosine);
+      if (!any_above(cosine, threshold)) continue;
       bool all = true;
       for (int r = 0; r < kRows; ++r) {
         for (int i = 0; i < 2; ++i) {
           Ints place = lane + int32_t(column + i * kLanes);
           Ints similar = (cosine[r][i] > threshold) & (place != int32_t(first + r));
-          Ints here = similar & (place + 1);
-          found[r] = here > found[r] ? here : found[r];
+          found[r] = kLarger(similar & (place + 1), found[r]);
         }
-        latest[first + r] = latest_of(found[r]);
+        latest[first + r] = folded(found[r], kLarger);
         all = all && (latest[first + r] > 0 || first + r >= run.length);
       }
       if (all) break;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.native.lowering import Call, drafts_of
+from reasonalloc.native.products import one_panel_each
 from reasonalloc.native.program import Arena, Draft, Program, storage_of
 
 _aten = torch.ops.aten
@@ -117,21 +119,18 @@ def _steps(calls: Sequence[Call], results: Sequence[Tensor]) -> list[Callable[[]
             fixed |= inputs | outputs
         kept.append(call if drafts is None else drafts)
     kept.reverse()
-    every = [draft for entry in kept if isinstance(entry, list) for draft in entry]
+    parts: list[list[Draft] | Call] = []  # what is run by PyTorch, and lists of drafts between
+    for drawn, group in groupby(kept, lambda entry: isinstance(entry, list)):
+        if drawn:
+            parts.append(one_panel_each([d for e in group if isinstance(e, list) for d in e]))
+        else:
+            parts += group
+    every = [draft for part in parts if isinstance(part, list) for draft in part]
     made = made.union(*(draft.temporary for draft in every))
     arena = Arena(every, made - fixed - {0})
-    steps: list[Callable[[], None]] = []
-    waiting: list[Draft] = []
-    for entry in [*kept, None]:
-        if isinstance(entry, list):
-            waiting += entry
-            continue
-        if waiting:
-            steps.append(Program(waiting, arena).run)
-            waiting = []
-        if entry is not None:
-            steps.append(_repetition(entry))
-    return steps
+    return [
+        Program(part, arena).run if isinstance(part, list) else _repetition(part) for part in parts
+    ]
 
 
 def _repetition(call: Call) -> Callable[[], None]:
