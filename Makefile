@@ -7,8 +7,8 @@ KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest test-vllm clean bench-vllm bench bench-full bench-arms bench-long1 bench-long16 \
-	bench-kvpress bench-snapkv bench-adakv bench-gpu
+.PHONY: setup demo test lint test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
+	bench-arms bench-long1 bench-long16 bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -60,12 +60,17 @@ BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --
 STEPS := eager,compile
 COSTS := benchmarks/fidelity/smollm2-costs.json
 
-bench: bench-full bench-arms bench-long1 bench-long16
+bench: bench-full bench-static bench-arms bench-long1 bench-long16 bench-constant
 	$(BIN)/python benchmarks/speed_targets.py .
 
 bench-full: setup
 	$(BENCH) --batch 16 --new-tokens 1500 --at 64,300 --step $(STEPS) \
-		--arms rkv,full,full-static --out bench-full.json
+		--arms rkv,full --out bench-full.json
+
+# A static cache reads all places from the first step on: few tokens show it.
+bench-static: setup
+	$(BENCH) --batch 16 --new-tokens 320 --at 64 --step $(STEPS) --arms rkv,full,full-static \
+		--out bench-static.json
 
 bench-arms: setup
 	$(BENCH) --batch 16 --new-tokens 192 --repeats 3 --profile $(COSTS) --step $(STEPS) \
@@ -76,6 +81,13 @@ bench-long1: setup
 
 bench-long16: setup
 	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --step compile --arms rkv --out bench-long16.json
+
+# Late beside early steps, in turns: single intervals, minutes apart, meet different machines.
+bench-constant: setup
+	for batch in 1 16; do \
+		OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/early_late.py --batch $$batch \
+			--step compile --out bench-constant$$batch.json || exit 1; \
+	done
 
 # kvpress pins its own transformers.
 $(KVPRESS)/.ready:

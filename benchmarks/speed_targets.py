@@ -26,7 +26,7 @@ def main() -> None:
         for path in sorted(folder.glob("bench-*.json"))
     }
     for name, data in found.items():
-        if "machine" in data:
+        if "command" in data:
             machine = data["machine"]
             where = f"{machine['processor']} ({machine.get('vectors', 'vectors unknown')})"
             print(f"- `{name}`: {data['model']}, {machine['dtype']}, {where}, ", end="")
@@ -47,6 +47,14 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
     for name, batch in (("long1", 1), ("long16", 16)):
         if name in found:
             yield from constant(found[name], batch)
+    for name in sorted(found):
+        if name.startswith("constant"):
+            data = found[name]
+            way = "" if data["step"] == "eager" else f", {data['step']}"
+            what = (
+                f"batch {data['batch']}{way}: a step at {data['late']} tokens / at {data['early']}"
+            )
+            yield f"{what}, in turns", 1.05, data["ratio_of_sums"], True
     if "full" in found:
         yield from beside_full(found["full"])
     if "arms" in found:
@@ -82,24 +90,10 @@ def constant(data: dict[str, Any], batch: int) -> Iterator[Row]:
         arm, last = arms["rkv"], data["new_tokens"]
         what = f"batch {batch}{way}: a step at {last} tokens / at 300"
         ratio = arm["step_seconds"][str(last)] / arm["step_seconds"]["300"]
-        yield f"{what}, one interval each", 1.05, ratio, True
-        runs = [r["steps"] for r in data["batches"][0]["runs"] if r["arm"] == arm["arm"]]
-        ratio = statistics.median(late_over_early(s, 300, data["interval"]) for s in runs)
-        yield f"{what}, medians of five intervals each", 1.05, ratio, True
+        yield f"{what}, one interval each, minutes apart", 1.05, ratio, True
         if batch == 1:
             ratio = arm["quartiles"][1] / data["summary"][0]["weight_products"]
             yield f"batch 1{way}: a step / its weight products alone", 1.1, ratio, True
-
-
-def late_over_early(steps: list[float], early: int, interval: int, count: int = 5) -> float:
-    """Mean step of the last intervals over that of those around step `early`: medians of `count`.
-
-    Compressions are in it. Single intervals wander with the machine, by 5 % and more.
-    """
-    means = [statistics.mean(steps[i : i + interval]) for i in range(0, len(steps), interval)]
-    means = means[: len(steps) // interval]  # whole ones
-    first = max(0, (early - 1) // interval - count // 2)
-    return statistics.median(means[-count:]) / statistics.median(means[first : first + count])
 
 
 def beside_full(data: dict[str, Any]) -> Iterator[Row]:
