@@ -8,7 +8,8 @@ VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test lint test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
-	bench-arms bench-long1 bench-long16 bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
+	bench-arms bench-long1 bench-long16 bench-paired bench-constant bench-kvpress bench-snapkv \
+	bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -60,7 +61,7 @@ BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --
 STEPS := eager,compile
 COSTS := benchmarks/fidelity/smollm2-costs.json
 
-bench: bench-full bench-static bench-arms bench-long1 bench-long16 bench-constant
+bench: bench-full bench-static bench-arms bench-long1 bench-long16 bench-paired bench-constant
 	$(BIN)/python benchmarks/speed_targets.py .
 
 bench-full: setup
@@ -82,7 +83,11 @@ bench-long1: setup
 bench-long16: setup
 	$(BENCH) --batch 16 --new-tokens 4000 --at 300 --step compile --arms rkv --out bench-long16.json
 
-# Late beside early steps, in turns: single intervals, minutes apart, meet different machines.
+# In turns, step by step: runs that are minutes apart meet different machines.
+bench-paired: setup
+	OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/paired_steps.py --step compile \
+		--out bench-paired.json
+
 bench-constant: setup
 	for batch in 1 16; do \
 		OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/early_late.py --batch $$batch \

@@ -9,22 +9,19 @@ they take turns, step by step, for whole intervals. The ratio of a pair of steps
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from reasonalloc.benchmark.decode import quartiles
 from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
+from reasonalloc.benchmark.turns import decoder, in_turns
 from reasonalloc.config import CompressionConfig, Step, parse_arm
-from reasonalloc.integrations.hf import attach_config
 
 
 def main() -> None:
@@ -52,9 +49,9 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (options.batch, 100), generator=generator)
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack:
         sides = [
-            filled(stack, model, config, ids, tokens - count)
+            decoder(stack, model, config, ids, tokens - count)
             for tokens in (options.late, options.early)
         ]
         late, early = in_turns(sides, count)
@@ -76,37 +73,6 @@ def main() -> None:
     print(f"compressions included {found['ratio_of_sums']:.3f}")
     if options.out is not None:
         options.out.write_text(json.dumps(found))
-
-
-def filled(
-    stack: ExitStack, model: Any, config: CompressionConfig, ids: torch.Tensor, tokens: int
-) -> Callable[[], None]:
-    """A cache of its own with a prompt and so many new tokens; returns what decodes one more."""
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    attachment = stack.enter_context(attach_config(twin, config))
-    cache = attachment.new_cache()
-    stack.enter_context(attachment.decoding(cache))
-    last = [ids]
-
-    def step() -> None:
-        logits = twin(input_ids=last[0], past_key_values=cache, logits_to_keep=1).logits
-        last[0] = logits[:, -1:].argmax(dim=-1)
-
-    for _ in range(tokens + 1):
-        step()
-    return step
-
-
-def in_turns(sides: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
-    """Seconds of `count` steps of each side; nobody always comes first."""
-    seconds: list[list[float]] = [[] for _ in sides]
-    for turn in range(count):
-        order = range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides)))
-        for side in order:
-            start = time.perf_counter()
-            sides[side]()
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
 
 
 if __name__ == "__main__":

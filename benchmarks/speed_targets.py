@@ -55,6 +55,13 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
                 f"batch {data['batch']}{way}: a step at {data['late']} tokens / at {data['early']}"
             )
             yield f"{what}, in turns", 1.05, data["ratio_of_sums"], True
+    if "paired" in found:
+        data = found["paired"]
+        what = f"batch {data['batch']}, {data['step']}, in turns"
+        unequal, online = data["arms"][UNEQUAL], data["arms"][ONLINE]
+        yield f"{what}: a step, heads of 16 to 384 / equal heads", 1.1, unequal["to_rkv"][1], True
+        ratio = online["run_to_rkv"]
+        yield f"{what}: time of a run, `reasonalloc` heads / equal heads", 1.01, ratio, True
     if "full" in found:
         yield from beside_full(found["full"])
     if "arms" in found:
