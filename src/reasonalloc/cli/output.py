@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from rich.table import Table
 from reasonalloc.errors import UsageError
 
 _STEPS = "KMGT"
+_PIPED = 132  # columns where there is no terminal
 _UNBROKEN = 18  # characters; shorter cells, such as names, are never folded
 
 
@@ -48,8 +51,9 @@ def parse_size(text: str) -> int:
 
 
 def stdout() -> Console:
-    """Console for results."""
-    return Console(highlight=False)
+    """Console for results; in a file or a pipe, tables are wide enough for the names of arms."""
+    unknown = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=_PIPED if unknown else None)
 
 
 def stderr() -> Console:

@@ -114,9 +114,10 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
   }
 }
 
-// Softmax over keys of their mean cosine to the others, the latest similar ones not counted.
+// Mean cosine of keys to the others, the latest similar ones not counted; `cosine` is that of two keys.
+template <typename Cosine>
 void redundancy_of(const Run& run, float threshold, int threads, std::vector<int32_t>& latest,
-                   float* out) {
+                   float* out, Cosine cosine) {
   const float* units = run.units;
   for (int64_t j = 0; j < run.padded; ++j) out[j] = 0.0f;
   for (int64_t d = 0; d < run.width; ++d) {
@@ -134,14 +135,8 @@ void redundancy_of(const Run& run, float threshold, int threads, std::vector<int
     latest_similar(run, threshold, latest.data());
   else
     latest_similar(run, threshold, threads, latest.data());
-  for (int64_t i = 0; i < run.length; ++i) {
-    if (latest[i] == 0) continue;
-    const int64_t j = latest[i] - 1;
-    float cosine = 0.0f;
-    for (int64_t d = 0; d < run.width; ++d)
-      cosine += units[d * run.padded + i] * units[d * run.padded + j];
-    out[j] -= cosine;
-  }
+  for (int64_t i = 0; i < run.length; ++i)
+    if (latest[i] > 0) out[latest[i] - 1] -= cosine(i, latest[i] - 1);
   for (int64_t j = 0; j < run.length; ++j) out[j] /= float(run.length);
 }
 
@@ -211,14 +206,15 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
   memory.redundancy.resize(size_t(padded));
   memory.importance.resize(size_t(padded));
   const int64_t whole = width / kLanes * kLanes;
-  for (int64_t j = 0; j < length; ++j) {
-    const T* key = keys + index[j] * width;
-    Lanes squares = {};
-    for (int64_t d = 0; d < whole; d += kLanes) squares += load(key + d) * load(key + d);
-    float square = sum(squares);
-    for (int64_t d = whole; d < width; ++d) square += read(key + d) * read(key + d);
-    memory.norms[j] = std::sqrt(square) + 1e-8f;
-  }
+  auto dot = [&](int64_t i, int64_t j) {
+    const T *left = keys + index[i] * width, *right = keys + index[j] * width;
+    Lanes sums = {};
+    for (int64_t d = 0; d < whole; d += kLanes) sums += load(left + d) * load(right + d);
+    float total = sum(sums);
+    for (int64_t d = whole; d < width; ++d) total += read(left + d) * read(right + d);
+    return total;
+  };
+  for (int64_t j = 0; j < length; ++j) memory.norms[j] = std::sqrt(dot(j, j)) + 1e-8f;
   for (int64_t first = 0; first < padded; first += kLanes) {  // turn a vector of keys at a time
     const T* own[kLanes];
     float scales[kLanes];
@@ -237,7 +233,9 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
   const Run run{length, padded, width, memory.units.data()};
   float* redundancy = memory.redundancy.data();
   float* importance = memory.importance.data();
-  redundancy_of(run, threshold, threads, memory.latest, redundancy);
+  redundancy_of(run, threshold, threads, memory.latest, redundancy, [&](int64_t i, int64_t j) {
+    return dot(i, j) / (memory.norms[i] * memory.norms[j]);
+  });
   softmax(redundancy, length, padded, 1.0f - lam);
   importance_of(run, memory.norms.data(), queries, group, window, softcap, memory.logits,
                 importance);
