@@ -138,7 +138,7 @@ def test_compiled_steps_write_the_same(name: str, arm: str, attention: str) -> N
                 **sampled,
                 **again,
             )
-            equal = model.generate(prompt(25, 3), **GREEDY, **again)
+            equal = model.generate(prompt(25, 6), **GREEDY, **again)  # products of panels
             assert attached.recorder is not None and attached.recorder.compressions > 0
         outs.append([first, second, equal])
     for plain, other in zip(*outs, strict=True):
