@@ -17,7 +17,7 @@ from typing import get_args
 
 import torch
 
-from reasonalloc.benchmark.decode import quartiles
+from reasonalloc.benchmark.decode import Contender, quartiles
 from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.benchmark.turns import decoder, in_turns
@@ -51,7 +51,7 @@ def main() -> None:
     ids = torch.randint(0, model.config.vocab_size, (options.batch, 100), generator=generator)
     with ExitStack() as stack:
         sides = [
-            decoder(stack, model, config, ids, tokens - count)
+            decoder(stack, model, Contender(options.arm, config), ids, tokens - count)
             for tokens in (options.late, options.early)
         ]
         late, early = in_turns(sides, count)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from reasonalloc.benchmark.decode import quartiles
 from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
+from reasonalloc.benchmark.turns import in_turns
 from reasonalloc.loading import DTYPES
 from reasonalloc.native.lowering import Call, drafts_of
 from reasonalloc.native.program import Arena, Program
@@ -26,8 +26,8 @@ from reasonalloc.native.program import Arena, Program
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="float32", choices=[d for d in DTYPES if d != "auto"])
-    parser.add_argument("--rows", default="1,2,4,8,16,32", help="separated by commas")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--rows", type=numbers, default="1,2,4,8,16,32", help="separated by commas")
     parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args()
     model = build_shape(options.shape, DTYPES[options.dtype], torch.device("cpu"))
@@ -39,10 +39,9 @@ def main() -> None:
     print(f"{found['threads']} threads, torch {found['torch']}\n")
     print("| rows | PyTorch's, ms | ours, ms | quartiles | GB/s | GFLOP/s | times as fast |")
     print("|---|---|---|---|---|---|---|")
-    for rows in map(int, options.rows.split(",")):
+    for rows in options.rows:
         theirs, ours = side_by_side(layers, rows, options.turns)
-        middle = statistics.median(ours)
-        low, _, high = statistics.quantiles(ours, n=4)
+        low, middle, high = quartiles(ours)
         print(
             f"| {rows} | {1e3 * statistics.median(theirs):.1f} | {1e3 * middle:.1f} "
             f"| {1e3 * low:.1f}-{1e3 * high:.1f} | {weights * size / middle / 1e9:.1f} "
@@ -67,19 +66,21 @@ def side_by_side(layers: list[Any], rows: int, turns: int) -> tuple[list[float],
             torch.mm(x, weight, out=out)
 
     with torch.no_grad():
-        timed(theirs), timed(program.run)
-        pairs = [(timed(theirs), timed(program.run)) for _ in range(turns)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+        in_turns([theirs, program.run], 1)  # warm-up
+        first, second = in_turns([theirs, program.run], turns)
+    return first, second
+
+
+def numbers(text: str) -> list[int]:
+    """Positive numbers that are separated by commas."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError(text)
+    return found
 
 
 def refuse(rows: int) -> Any:
     raise SystemExit(f"--rows: products of {rows} rows of this type are PyTorch's in our steps")
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

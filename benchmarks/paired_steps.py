@@ -15,13 +15,12 @@ import json
 import statistics
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from reasonalloc.benchmark.decode import quartiles, weight_products
+from reasonalloc.benchmark.decode import Contender, products_alone, quartiles
 from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.benchmark.turns import decoder, in_turns
@@ -55,12 +54,11 @@ def main() -> None:
                 config = CompressionConfig(
                     budget=128, interval=options.interval, arm=arm, profile=reads, step=options.step
                 )
-            # Past the first compression, and on the whole in an interval.
-            sides.append(decoder(stack, model, config, ids, 2 * options.interval))
-        sides.append(partial(weight_products, model, options.batch, 1))
+            # Past the first compressions; an interval begins where steps are timed.
+            sides.append(decoder(stack, model, Contender(name, config), ids, 2 * options.interval))
+        sides.append(products_alone(model, options.batch))
         times = in_turns(sides, options.steps, clock)
     seconds = dict(zip((*ARMS, PRODUCTS), times, strict=True))
-    seconds[PRODUCTS] = [s / 2 for s in seconds[PRODUCTS]]  # it warms up first
     rows = summary(seconds, options.interval)
     report(rows, f"{options.shape}, batch {options.batch}, {options.step}", machine(model))
     if options.out is not None:

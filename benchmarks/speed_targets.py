@@ -28,7 +28,7 @@ def main() -> None:
     for name, data in found.items():
         if "command" in data:
             machine = data["machine"]
-            where = f"{machine['processor']} ({machine.get('vectors', 'vectors unknown')})"
+            where = f"{machine['processor']} ({machine['vectors']})"
             print(f"- `{name}`: {data['model']}, {machine['dtype']}, {where}, ", end="")
             print(f"{machine['threads']} threads, torch {machine['torch']}, transformers ", end="")
             print(f"{machine['transformers']}: `{data['command']}`")
@@ -47,21 +47,7 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
     for name, batch in (("long1", 1), ("long16", 16)):
         if name in found:
             yield from constant(found[name], batch)
-    for name in sorted(found):
-        if name.startswith("constant"):
-            data = found[name]
-            way = "" if data["step"] == "eager" else f", {data['step']}"
-            what = (
-                f"batch {data['batch']}{way}: a step at {data['late']} tokens / at {data['early']}"
-            )
-            yield f"{what}, in turns", 1.05, data["ratio_of_sums"], True
-    if "paired" in found:
-        data = found["paired"]
-        what = f"batch {data['batch']}, {data['step']}, in turns"
-        unequal, online = data["arms"][UNEQUAL], data["arms"][ONLINE]
-        yield f"{what}: a step, heads of 16 to 384 / equal heads", 1.1, unequal["to_rkv"][1], True
-        ratio = online["run_to_rkv"]
-        yield f"{what}: time of a run, `reasonalloc` heads / equal heads", 1.01, ratio, True
+    yield from in_turns(found)
     if "full" in found:
         yield from beside_full(found["full"])
     if "arms" in found:
@@ -101,6 +87,24 @@ def constant(data: dict[str, Any], batch: int) -> Iterator[Row]:
         if batch == 1:
             ratio = arm["quartiles"][1] / data["summary"][0]["weight_products"]
             yield f"batch 1{way}: a step / its weight products alone", 1.1, ratio, True
+
+
+def in_turns(found: dict[str, Any]) -> Iterator[Row]:
+    for name in sorted(found):
+        if name.startswith("constant"):
+            data = found[name]
+            way = "" if data["step"] == "eager" else f", {data['step']}"
+            what = (
+                f"batch {data['batch']}{way}: a step at {data['late']} tokens / at {data['early']}"
+            )
+            yield f"{what}, in turns", 1.05, data["ratio_of_sums"], True
+    if "paired" in found:
+        data = found["paired"]
+        what = f"batch {data['batch']}, {data['step']}, in turns"
+        unequal, online = data["arms"][UNEQUAL], data["arms"][ONLINE]
+        yield f"{what}: a step, heads of 16 to 384 / equal heads", 1.1, unequal["to_rkv"][1], True
+        ratio = online["run_to_rkv"]
+        yield f"{what}: time of a run, `reasonalloc` heads / equal heads", 1.01, ratio, True
 
 
 def beside_full(data: dict[str, Any]) -> Iterator[Row]:

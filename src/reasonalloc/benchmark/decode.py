@@ -69,14 +69,14 @@ def decode(
     device = prompt.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with _cache(model, contender, prompt, new_tokens + interval) as cache, torch.inference_mode():
+    with opened(model, contender, prompt, new_tokens + interval) as cache, torch.inference_mode():
         start = _now(device)
         out = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(dim=-1)
         before = _now(device)
         prefill, steps = before - start, []
         for step in range(new_tokens):
-            token = _step(model, cache, token)
+            token = one_step(model, cache, token)
             after = _now(device)
             steps.append(after - before)
             watch(step + 1)
@@ -85,13 +85,14 @@ def decode(
         with splitting(model, cache, device) as split:
             for _ in range(interval):
                 before = _now(device)
-                token = _step(model, cache, token)
+                token = one_step(model, cache, token)
                 split.total += _now(device) - before
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Timing(prefill, steps, split, held, peak)
 
 
-def _step(model: Any, cache: Any, token: Tensor) -> Tensor:
+def one_step(model: Any, cache: Any, token: Tensor) -> Tensor:
+    """Feed tokens, [batch, tokens]; the likeliest next one of each sequence, [batch, 1]."""
     out = model(input_ids=token, past_key_values=cache)
     chosen: Tensor = out.logits[:, -1:].argmax(dim=-1)
     return chosen
@@ -104,7 +105,8 @@ def _now(device: torch.device) -> float:
 
 
 @contextmanager
-def _cache(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) -> Iterator[Any]:
+def opened(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) -> Iterator[Any]:
+    """The contender's cache for a prompt and so many new tokens, ready for calls of the model."""
     from transformers import DynamicCache, StaticCache
 
     if contender.config is not None:
@@ -119,7 +121,18 @@ def _cache(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) ->
 
 
 def weight_products(model: Any, batch: int, repeats: int = 10) -> list[float]:
-    """Seconds that the products of one step with all weights take alone, several times.
+    """Seconds that the products of one step with all weights take alone, several times."""
+    run = products_alone(model, batch)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = _now(model.device)
+        run()
+        seconds.append(_now(model.device) - start)
+    return seconds[1:]
+
+
+def products_alone(model: Any, batch: int) -> Callable[[], None]:
+    """What does the products of one step with all weights, and nothing else.
 
     What no cache can go below: each ``Linear`` is applied to a [batch, 1, inputs] tensor.
     """
@@ -129,14 +142,13 @@ def weight_products(model: Any, batch: int, repeats: int = 10) -> list[float]:
         n: torch.randn(batch, 1, n, dtype=weight.dtype, device=weight.device)
         for n in {layer.in_features for layer in layers}
     }
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            start = _now(weight.device)
-            for layer in layers:
-                layer(inputs[layer.in_features])
-            seconds.append(_now(weight.device) - start)
-    return seconds[1:]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    return run
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -11,40 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.config import CompressionConfig
-from reasonalloc.integrations.hf import attach_config
+from reasonalloc.benchmark.decode import Contender, one_step, opened
 
 
 def decoder(
-    stack: ExitStack, model: Any, config: CompressionConfig | None, ids: Tensor, tokens: int = 0
+    stack: ExitStack, model: Any, contender: Contender, ids: Tensor, tokens: int = 0
 ) -> Callable[[], None]:
     """A cache of its own, filled with prompts and so many new tokens.
 
     Args:
         stack: keeps what the cache needs until it is left.
         model: on a CPU, without a budget; its weights are shared.
-        config: of the budget, or None: the full cache.
+        contender: which cache; not ``full-static``, whose length is not known here.
         ids: [batch, prompt] int64.
         tokens: decode steps that are done before it returns.
 
     Returns:
         What decodes one more token of every sequence, greedily.
     """
-    from transformers import DynamicCache
-
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    if config is None:
-        cache: Any = DynamicCache(config=twin.config)
-    else:
-        attachment = stack.enter_context(attach_config(twin, config))
-        cache = attachment.new_cache()
-        stack.enter_context(attachment.decoding(cache))
+    cache = stack.enter_context(opened(twin, contender, ids, tokens))
     last = [ids]
 
+    @torch.inference_mode()
     def step() -> None:
-        with torch.inference_mode():
-            logits = twin(input_ids=last[0], past_key_values=cache, logits_to_keep=1).logits
-            last[0] = logits[:, -1:].argmax(dim=-1)
+        last[0] = one_step(twin, cache, last[0])
 
     for _ in range(tokens + 1):
         step()

@@ -14,7 +14,7 @@ from reasonalloc.native import build
 from reasonalloc.native.attention import Attend, NewToken, arguments_of
 from reasonalloc.native.elementwise import elementwise, loops_of
 from reasonalloc.native.products import product
-from reasonalloc.native.program import KINDS, Draft, Operation, Share
+from reasonalloc.native.program import KINDS, LINE, Draft, Operation, Share
 
 _aten = torch.ops.aten
 _FLOATING = build.KINDS
@@ -60,11 +60,8 @@ def _binary(operation: Operation, call: Call) -> list[Draft] | None:
             return None
         sizes = (1, 1, 1, out.numel())
         number = float(b * alpha)
-        return [Draft(Operation.COUNT, sizes, (out, _LINE), (a, _LINE), number=number)]
+        return [Draft(Operation.COUNT, sizes, (out, LINE), (a, LINE), number=number)]
     return elementwise(operation, out, a, number=float(b), factor=float(alpha))
-
-
-_LINE = (0, 0, 0, 1)
 
 
 def _power(call: Call) -> list[Draft] | None:
@@ -147,7 +144,7 @@ def _embedding(call: Call) -> list[Draft] | None:
         return None
     row = weight.shape[1] * weight.element_size()
     sizes = (weight.shape[0], places.numel(), row, 0)
-    return [Draft(Operation.EMBED, sizes, (out, _LINE), (weight, _LINE), (places, _LINE))]
+    return [Draft(Operation.EMBED, sizes, (out, LINE), (weight, LINE), (places, LINE))]
 
 
 def _product(call: Call) -> list[Draft] | None:

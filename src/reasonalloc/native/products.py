@@ -11,13 +11,12 @@ from torch import Tensor
 
 from reasonalloc.native import build
 from reasonalloc.native.elementwise import as_float_rows, known
-from reasonalloc.native.program import Draft, Operation, Share, Strides, storage_of
+from reasonalloc.native.program import LINE, Draft, Operation, Share, Strides, storage_of
 
 #: Rows up to which products with weights are our own.
 MOST_ROWS = 32
 _AMX_ROWS, _PAIRS_ROWS = 4, 16  # see `most_rows`
 _DOTS = 4  # rows up to which they are read as they lie: see products.cpp
-_LINE = (0, 0, 0, 1)
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> list[Draft] | None:
@@ -50,7 +49,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> list[Draf
     if bias is not None:
         if bias.dim() != 1 or bias.dtype not in build.KINDS or len(bias) != w.shape[1]:
             return None
-        operand = (as_float_rows(bias[None], drafts)[0], _LINE)
+        operand = (as_float_rows(bias[None], drafts)[0], LINE)
     drafts.append(
         Draft(
             Operation.PRODUCT,
@@ -101,20 +100,20 @@ def _panel(x: Tensor, padded: int, drafts: list[Draft]) -> Tensor:
 
 def one_panel_each(drafts: Sequence[Draft]) -> list[Draft]:
     """The same without panels of rows that are laid out already, and have not changed since."""
-    panels: dict[tuple[int, ...], Tensor] = {}  # of a storage, an offset, strides and sizes
+    panels: dict[int, dict[tuple[int, ...], Tensor]] = {}  # of a storage: of places in it
     instead: dict[int, tuple[Tensor, Strides]] = {}  # of a storage
     found = []
     for draft in drafts:
         if draft.operation is Operation.PANEL and draft.out and draft.a:
             (panel, strides), (x, _) = draft.out, draft.a
-            key = (storage_of(x), int(x.storage_offset()), *x.stride(), *x.shape)
-            if key in panels:
-                instead[storage_of(panel)] = panels[key], strides
+            place = (int(x.storage_offset()), *x.stride(), *x.shape)
+            first = panels.setdefault(storage_of(x), {}).setdefault(place, panel)
+            if first is not panel:
+                instead[storage_of(panel)] = first, strides
                 continue
-            panels[key] = panel
         elif draft.a is not None and storage_of(draft.a[0]) in instead:
             draft.a = instead[storage_of(draft.a[0])]
-        written = {storage_of(t) for t in draft.tensors()[1]}
-        panels = {key: panel for key, panel in panels.items() if key[0] not in written}
+        for tensor in draft.tensors()[1]:
+            panels.pop(storage_of(tensor), None)
         found.append(draft)
     return found

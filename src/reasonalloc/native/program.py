@@ -84,6 +84,8 @@ class _Instruction(ctypes.Structure):
 
 
 Strides = tuple[int, int, int, int]
+#: Of what lies in one line.
+LINE: Strides = (0, 0, 0, 1)
 
 
 @dataclass
