@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,9 @@ class LayerCompressor:
         self._held = 0  # upper bound of the tokens held by a sequence, over all heads
         self._since = 0  # decode steps since the last boundary
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
+        #: Columns at the latest compression that may have evicted tokens; 0 if none did.
+        self.evicted_at = 0
+        self._boundaries: list[int] = []  # columns at the boundaries since then, that one included
         #: Whether decode steps leave the host's part to ``advance``.
         self.static = False
         #: Whether a static step has run that ``advance`` has not been told of.
@@ -210,6 +215,133 @@ class LayerCompressor:
         self.slab.make_ragged()
         self._seen = _per_sequence(self._seen, self.slab)
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the policy keeps numbers per token, which cannot go back."""
+        return self._policy.state_channels > 0
+
+    def drop(self, gone: Tensor, seen: Tensor, columns: int) -> None:
+        """Remove tokens that are no longer part of the text; waits for the device.
+
+        Args:
+            gone: [batch, positions] bool, true for the positions to be removed.
+            seen: [batch] int64, position of the next token of each sequence.
+            columns: columns of the text; fewer than before if its end is taken back, which must
+                not lie before ``evicted_at``.
+        """
+        slab, before = self.slab, self._seen
+        if slab is None:
+            return
+        if self._queries is not None:
+            self._queries.go_back(before, seen)
+        if isinstance(before, int) and slab.uniform_length is not None and columns < self._columns:
+            self._seen = before - (self._columns - columns)  # nothing is padding: all end alike
+            slab.shorten(before - self._seen)
+            self._held -= slab.kv_heads * (before - self._seen)
+        else:
+            self._held = slab.remove(gone)
+            if isinstance(before, Tensor):
+                before.copy_(seen)  # in place: a captured step reads it there
+            else:
+                self._seen = seen.clone()
+        if isinstance(self._prompt, Tensor) or isinstance(self._seen, Tensor):
+            prompt = torch.as_tensor(self._prompt, device=gone.device)
+            self._prompt = torch.minimum(prompt, torch.as_tensor(self._seen, device=gone.device))
+        else:
+            self._prompt = min(self._prompt, self._seen)
+        if columns < self._columns:
+            self._columns = columns
+            self._since = self._steps_since_boundary(columns)
+
+    def _steps_since_boundary(self, columns: int) -> int:
+        """What ``_since`` was when the text had so many columns, or 0 if it was in a prefill."""
+        self._boundaries = [place for place in self._boundaries if place <= columns]
+        since = columns - self._boundaries[-1] if self._boundaries else self._config.interval
+        if since >= self._config.interval:
+            self._boundaries.append(columns)
+            return 0
+        return since
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays."""
+        if self.slab is not None:
+            self.slab.clear()
+        if self._queries is not None:
+            self._queries.clear()
+        self._columns = self._held = self._since = self.evicted_at = 0
+        self._seen, self._prompt, self._boundaries = 0, 0, []
+
+    def copy(self, recorder: Recorder) -> LayerCompressor:
+        """The same content in memory of its own, with another recorder."""
+        twin = copy.copy(self)
+        twin._recorder, twin._boundaries = recorder, list(self._boundaries)
+        twin.slab = None if self.slab is None else self.slab.copy()
+        twin._queries = None if self._queries is None else self._queries.copy()
+        for name in ("_seen", "_prompt"):
+            value = getattr(self, name)
+            setattr(twin, name, value.clone() if isinstance(value, Tensor) else value)
+        return twin
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold."""
+        tensors = {} if self.slab is None else self.slab.content()
+        tensors |= {} if self._queries is None else self._queries.content()
+        numbers: dict[str, Any] = {
+            "columns": self._columns,
+            "since": self._since,
+            "evicted_at": self.evicted_at,
+            "boundaries": self._boundaries,
+            "equal": self.slab is not None and self.slab.uniform_length is not None,
+        }
+        for name, value in (("seen", self._seen), ("prompt", self._prompt)):
+            numbers[name] = value.tolist() if isinstance(value, Tensor) else value
+        return tensors, numbers
+
+    def fill(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], query_heads: int
+    ) -> None:
+        """Take over what a layer with the same settings held; see ``content``.
+
+        Args:
+            tensors: where this layer is to be; none of an empty layer.
+            numbers: read from a file, and not trusted.
+            query_heads: of the layer.
+
+        Raises:
+            ValueError, KeyError, TypeError: something is missing or does not fit.
+        """
+        counts = {name: int(numbers[name]) for name in ("columns", "since", "evicted_at")}
+        boundaries = [int(place) for place in numbers["boundaries"]]
+        if not 0 <= counts["since"] < self._config.interval or not (
+            0 <= counts["evicted_at"] <= counts["columns"]
+        ):
+            raise ValueError(f"counters {counts} cannot be")
+        if boundaries != sorted(boundaries) or not all(
+            0 <= place <= counts["columns"] for place in boundaries
+        ):
+            raise ValueError(f"boundaries {boundaries} cannot be")
+        if not tensors:
+            return
+        keys, values = tensors["keys"], tensors["values"]
+        batch, kv_heads = tensors["lengths"].shape
+        query = keys.new_empty(batch, query_heads, 1, keys.shape[2])
+        slab = self._allocate(
+            query,
+            keys.new_empty(batch, kv_heads, 1, keys.shape[2]),
+            values.new_empty(batch, kv_heads, 1, values.shape[2]),
+        )
+        slab.fill(tensors, bool(numbers["equal"]), self._config.interval - counts["since"])
+        if self._queries is not None:
+            self._queries.fill(tensors)
+        self._seen = _count(numbers["seen"], batch, counts["columns"], keys.device)
+        self._prompt = _count(numbers["prompt"], batch, counts["columns"], keys.device)
+        last = self._seen if isinstance(self._seen, int) else int(self._seen.max())
+        if not bool(((slab.positions >= 0) & (slab.positions < max(last, 1))).all()):
+            raise ValueError("positions lie outside of the text")
+        self._columns, self._since = counts["columns"], counts["since"]
+        self.evicted_at, self._boundaries = counts["evicted_at"], boundaries
+        self._held = int(slab.lengths.sum(dim=1).max())
+
     def advance(self) -> None:
         """The host's part of a static step, after its device part was run or replayed."""
         if self.slab is None:
@@ -225,6 +357,7 @@ class LayerCompressor:
         self._since += 1
         if self._since == self._config.interval:
             self._since = 0
+            self._boundaries.append(self._columns)
             if self._held > self.total:
                 self._compress(slab, slab.as_rows(), *self._logits)
 
@@ -266,6 +399,8 @@ class LayerCompressor:
         self._held += heads * most_tokens(valid, columns)
         # A prefill ends with a boundary; replayed decode steps do if they complete the interval.
         self._since = 0 if boundary else (self._since + columns) % self._config.interval
+        if self._since == 0:
+            self._boundaries.append(self._columns)
         if self._held > self.total and self._since == 0:
             self._compress(slab, rows, scaling, softcap)
         else:
@@ -313,6 +448,7 @@ class LayerCompressor:
             and slab.uniform_length is not None
         )
         slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
+        self.evicted_at, self._boundaries = self._columns, [self._columns]
         self._held = min(self._held, self.total)
         self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
 
@@ -321,3 +457,15 @@ def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:
     if isinstance(seen, Tensor):
         return seen
     return torch.full((slab.batch,), seen, device=slab.keys.device)
+
+
+def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Tensor:
+    """A number of tokens, for all sequences or each, read from a file."""
+    numbers = value if isinstance(value, list) else [value]
+    if any(not isinstance(n, int) or not 0 <= n <= most for n in numbers):
+        raise ValueError(f"{value!r} is no number of tokens up to {most}")
+    if not isinstance(value, list):
+        return int(value)
+    if len(value) != batch:
+        raise ValueError(f"{len(value)} numbers of tokens for {batch} sequences")
+    return torch.tensor(value, dtype=torch.int64, device=device)

@@ -52,6 +52,10 @@ class Recorder:
     events: list[Event] = field(default_factory=list)
     compressions: int = 0
 
+    def copy(self) -> Recorder:
+        """The same events in a list of its own."""
+        return Recorder(self.level, list(self.events), self.compressions)
+
     def add(
         self, step: int, layer: int, budgets: Tensor, positions: Tensor, offsets: Tensor
     ) -> None:

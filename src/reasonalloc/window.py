@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ class QueryWindow:
         batch, heads, _, head_dim = query.shape
         self._window = window
         self._ring = query.new_zeros(batch, window, heads, head_dim)
+        self._first: Tensor | None = None  # [batch] int64: queries before this are lost
 
     @property
     def ring(self) -> Tensor:
@@ -73,14 +77,67 @@ class QueryWindow:
             fresh = fresh.where(valid[..., None, None], self._ring[at][:, None])
         self._ring.index_put_(at, fresh[:, 0])
 
+    def go_back(self, before: int | Tensor, seen: int | Tensor) -> None:
+        """Forget the queries of tokens that were dropped from the end.
+
+        Those that they had overwritten are lost: ``read`` gives zeros, ``positions`` -1.
+
+        Args:
+            before, seen: tokens of each sequence before and after: one number or [batch] int64.
+        """
+        batch, device = self._ring.shape[0], self._ring.device
+        old, new = (torch.as_tensor(x, device=device).expand(batch) for x in (before, seen))
+        held = torch.arange(-self._window, 0, device=device) + old[:, None]
+        dropped = (held >= new[:, None]).scatter(1, held % self._window, held >= new[:, None])
+        self._ring.masked_fill_(dropped[..., None, None], 0.0)
+        lost = torch.where(new < old, old - self._window, torch.zeros_like(old))
+        self._first = lost if self._first is None else torch.maximum(self._first, lost)
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays."""
+        self._ring.zero_()
+        self._first = None
+
+    def copy(self) -> QueryWindow:
+        """The same queries in memory of its own."""
+        twin = copy.copy(self)
+        twin._ring = self._ring.clone()
+        return twin
+
+    def content(self) -> dict[str, Tensor]:
+        """All that it holds, by name."""
+        first = {} if self._first is None else {"first_query": self._first}
+        return {"queries": self._ring, **first}
+
+    def fill(self, content: Mapping[str, Tensor]) -> None:
+        """Take over what another window of the same shape held; see ``content``.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape or type.
+        """
+        ring, first = content.get("queries"), content.get("first_query")
+        if ring is None or ring.shape != self._ring.shape or ring.dtype != self._ring.dtype:
+            raise ValueError("the queries of the window do not fit")
+        if first is not None and (first.shape != ring.shape[:1] or first.dtype != torch.int64):
+            raise ValueError("first_query does not fit")
+        self._ring.copy_(ring)
+        self._first = None if first is None else first.clone()
+
     def positions(self, seen: int | Tensor) -> Tensor:
         """[batch, window] (or [1, window]) int64, oldest first; negative where there is none."""
         steps = torch.arange(-self._window, 0, device=self._ring.device)
-        return steps[None] + (seen if isinstance(seen, int) else seen[:, None])
+        places = steps[None] + (seen if isinstance(seen, int) else seen[:, None])
+        if self._first is None:
+            return places
+        return places.masked_fill(places < self._first[:, None], -1)
+
+    def _places(self, seen: int | Tensor) -> Tensor:
+        steps = torch.arange(-self._window, 0, device=self._ring.device)
+        return (steps[None] + (seen if isinstance(seen, int) else seen[:, None])) % self._window
 
     def read(self, seen: int | Tensor, slab: Slab) -> Tensor:
         """Queries, oldest first: [batch, kv_heads, group, window, head_dim]."""
-        place = (self.positions(seen) % self._window).expand(slab.batch, -1)
+        place = self._places(seen).expand(slab.batch, -1)
         index = place[..., None, None].expand(-1, -1, *self._ring.shape[2:])
         ordered = self._ring.gather(1, index).transpose(1, 2)
         _, heads, window, head_dim = ordered.shape

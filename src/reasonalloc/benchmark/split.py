@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from reasonalloc.integrations.hf.cache import BudgetCache, SlabLayer
+from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.slab_layer import SlabLayer
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -230,6 +232,93 @@ class Slab:
         self._offsets.copy_(offsets)
         self._lengths.copy_(lengths)
         self.uniform_length = uniform_length
+
+    def remove(self, gone: Tensor) -> int:
+        """Drop tokens by their positions; the others keep theirs. Waits for the device.
+
+        Args:
+            gone: [batch, positions] bool, true for positions to be dropped; longer ones stay.
+
+        Returns:
+            Tokens that the fullest sequence still holds, over all heads.
+        """
+        rows = self.as_rows()
+        positions = rows.gather(rows.positions).long().flatten(1)
+        known = positions < gone.shape[1]
+        hit = gone.gather(1, positions.clamp_max(gone.shape[1] - 1)) & known
+        n = rows.index.shape[-1]
+        held = torch.arange(n, device=gone.device) < rows.lengths[..., None]
+        keep = held & ~hit.view(rows.index.shape)
+        self.rewrite(rows, keep, None)
+        return int(keep.sum(dim=(1, 2)).max())
+
+    def shorten(self, tokens: int) -> None:
+        """Drop the last ``tokens`` of every run; only while all runs have one length."""
+        if self.uniform_length is None or tokens > self.uniform_length:
+            raise RuntimeError("runs of different lengths cannot be shortened together")
+        self.uniform_length -= tokens
+
+    def clear(self) -> None:
+        """Drop everything; the memory stays."""
+        self.uniform_length = 0
+        self._longest, self._appended = 0, 0
+
+    def copy(self) -> Slab:
+        """The same content in memory of its own."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(twin, name, value.clone())
+        return twin
+
+    def content(self) -> dict[str, Tensor]:
+        """All that it holds, by name; with tables of runs, whatever they are now."""
+        found = {
+            "keys": self.keys,
+            "values": self.values,
+            "positions": self.positions,
+            "offsets": self.offsets,
+            "lengths": self.lengths,
+        }
+        return found if self.state is None else {**found, "state": self.state}
+
+    def fill(self, content: Mapping[str, Tensor], equal: bool, room: int) -> None:
+        """Take over what another slab of the same shape held.
+
+        Args:
+            content: see ``content``.
+            equal: whether all runs had one length, and lay where a slab of equal runs has them.
+            room: tokens by which every run must be able to grow.
+
+        Raises:
+            ValueError: a tensor is missing, of another shape or type, or the runs do not fit.
+        """
+        own = self.content()
+        for name, tensor in own.items():
+            given = content.get(name)
+            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
+                found = None if given is None else (tuple(given.shape), given.dtype)
+                raise ValueError(f"{name} is {found}, not {(tuple(tensor.shape), tensor.dtype)}")
+        offsets, lengths = content["offsets"], content["lengths"]
+        ends = torch.cat([offsets[:, 1:], torch.full_like(offsets[:, :1], self.slots)], dim=1)
+        fits = (offsets >= 0) & (lengths >= 0) & (offsets + lengths + room <= ends)
+        if not bool(fits.all()):
+            raise ValueError("the runs of the heads do not fit into the storage")
+        for name in ("keys", "values", "positions"):
+            own[name].copy_(content[name])
+        if self.state is not None:
+            self.state.copy_(content["state"])
+        self._offsets.copy_(offsets)
+        self._lengths.copy_(lengths)
+        longest = int(lengths.max())
+        self.uniform_length, self._longest, self._appended = None, longest, 0
+        if equal:
+            self.uniform_length = longest
+            if not (
+                torch.equal(self.lengths, self._lengths)
+                and torch.equal(self.offsets, self._offsets)
+            ):
+                raise ValueError("the runs of the heads are not equal")
 
     def _move(self, rows: Rows, keep: Tensor, offsets: Tensor) -> None:
         """Write kept tokens into the runs that begin at ``offsets``, [batch, kv_heads] int64."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,10 +29,14 @@ from reasonalloc.errors import (
 )
 from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.generation import check_generate, check_result
-from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.calls import CallCheck, StepOfCache
+from reasonalloc.integrations.hf.chat import Chat
+from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
+from reasonalloc.integrations.hf.installed import Installed
+from reasonalloc.integrations.hf.model import check_model, inner_model, text_config
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.integrations.hf.step import StaticStep, check_step
 from reasonalloc.planning import (
@@ -40,6 +46,7 @@ from reasonalloc.planning import (
     plan_memory,
     planned_heads,
 )
+from reasonalloc.profiles import config_hash
 from reasonalloc.recorder import Recorder
 
 _HANDLE = "_reasonalloc"
@@ -92,8 +99,8 @@ class Attachment:
         if (note := other_cadence(config)) is not None:
             warnings.warn(note, OtherCadence, stacklevel=4)  # where attach() was called
         self._model: Any = model
-        self._own_generate = model.__dict__.get("generate")
         self._original = self._implementations(self._text_config._attn_implementation)
+        self._installed: Installed | None = None
         self._last: weakref.ref[BudgetCache] | None = None
         self.recorder: Recorder | None = None
 
@@ -111,6 +118,30 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the model still runs under the budget."""
         return self._model is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self._require_model().device)
+
+    def prefill(self, ids: torch.Tensor, cache: BudgetCache) -> None:
+        """Read tokens into a cache, which may then be copied, saved or generated with.
+
+        Args:
+            ids: [batch, n] token ids that follow what the cache has seen, without padding.
+            cache: see ``new_cache``.
+        """
+        model = self._require_model()
+        keep = {}
+        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+            keep["logits_to_keep"] = 1
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+
+    @property
+    def implementation(self) -> str:
+        """The attention that the model's configuration names now."""
+        return str(self._text_config._attn_implementation)
 
     def _implementations(self, name: str) -> str | dict[str, str]:
         """What ``set_attn_implementation`` takes to change the text model alone."""
@@ -152,20 +183,17 @@ class Attachment:
     @contextmanager
     def decoding(self, cache: BudgetCache) -> Iterator[None]:
         """Inside, single new tokens are never padding, and steps run as ``config.step`` says."""
-        model = self._require_model()
-        with cache.only_real_tokens():
-            if self.config.step == "eager":
+        self._require_model()
+        with cache.in_use(), cache.only_real_tokens():
+            if self.config.step == "eager" or self._installed is None:
                 yield
                 return
-            own = model.__dict__.get("forward")
-            step = StaticStep(model.forward, cache, model.device, self.config.step)
-            model.__dict__["forward"] = step
+            own = self._installed.forward
+            cache.stepper = StaticStep(own, cache, self._model.device, self.config.step)
             try:
                 yield
             finally:
-                del model.__dict__["forward"]
-                if own is not None:
-                    model.__dict__["forward"] = own
+                cache.stepper = None
 
     @property
     def cache(self) -> BudgetCache | None:
@@ -177,7 +205,8 @@ class Attachment:
         model = self._require_model()
         cache = check_generate(model, self, args, kwargs)
         kwargs["past_key_values"] = cache
-        own = self._own_generate or functools.partial(type(model).generate, model)
+        own = self._installed.own("generate") if self._installed else None
+        own = own or functools.partial(type(model).generate, model)
         with self.decoding(cache):
             result = own(*args, **kwargs)
         check_result(result, cache)
@@ -196,22 +225,82 @@ class Attachment:
         model, self._model = self._model, None
         if model is None:
             return
-        model.__dict__.pop("generate", None)
-        if self._own_generate is not None:
-            model.__dict__["generate"] = self._own_generate
-        model.__dict__.pop(_HANDLE, None)
+        if self._installed is not None:
+            self._installed.remove()
         model.set_attn_implementation(self._original)
 
     def _install(self) -> None:
         attention.register()
-        self._model.set_attn_implementation(self._implementations(attention.IMPLEMENTATION))
-        self._model.__dict__[_HANDLE] = self
-        self._model.__dict__["generate"] = self.generate
+        model = self._model
+        model.set_attn_implementation(self._implementations(attention.IMPLEMENTATION))
+        stands: dict[str, Any] = {_HANDLE: self, "generate": self.generate}
+        for name, reason in NOT_HERE.items():
+            if hasattr(type(model), name):
+                stands[name] = functools.partial(_refuse, reason)
+        if self.config.step != "eager":
+            stands["forward"] = StepOfCache(model.forward)
+        self._installed = Installed(model, stands, self._original)
+        self._installed.check(model, CallCheck(self, inner=False))
+        decoder = model.get_decoder()
+        if decoder is not None and decoder is not model:
+            self._installed.check(decoder, CallCheck(self, inner=True))
+
+    def chat(self, tokenizer: Any, **settings: Any) -> Chat:
+        """A conversation whose earlier thoughts are dropped, see ``Chat``.
+
+        Args:
+            tokenizer: of the model, with a chat template.
+            settings: of every ``generate`` call.
+        """
+        return Chat(self, tokenizer, settings)
+
+    def save_cache(self, cache: BudgetCache, path: str | os.PathLike[str]) -> None:
+        """Write a cache, such as that of a prompt, to a safetensors file; see ``load_cache``.
+
+        Raises:
+            UsageError: a cache of another attachment, or one that a call left in the middle.
+        """
+        if cache.owner is not self:
+            raise UsageError("this cache was made under another attachment: save it there")
+        save_cache(cache, Path(path), self._fingerprint())
+
+    def load_cache(self, path: str | os.PathLike[str]) -> BudgetCache:
+        """Read a cache that an attachment with the same model and settings has saved.
+
+        Raises:
+            UsageError: the file cannot be read, is broken, or belongs to another model or settings.
+        """
+        cache = self.new_cache()
+        load_cache(cache, Path(path), self._fingerprint(), self._model.device)
+        return cache
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What must be equal for a saved cache to be used: setting to value."""
+        fields = dataclasses.asdict(self.config)
+        for unimportant in ("attention", "step", "record", "profile"):
+            fields.pop(unimportant)
+        fields["arm"] = str(self.config.arm)
+        return {
+            "model": config_hash(self._text_config.to_dict()),
+            "dtype": str(self._require_model().dtype),
+            "totals": str(self.totals),
+            "planned": str(self.planned),
+            "shard": str(self.shard),
+            **{name: str(value) for name, value in fields.items()},
+        }
 
     def _require_model(self) -> Any:
         if self._model is None:
             raise UsageError("this attachment was detached: call attach() again")
         return self._model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refused: it belongs to one model."""
+        raise UsageError("an attachment cannot be copied: call attach() on the other model")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: it belongs to one model."""
+        raise UsageError("an attachment cannot be pickled: save the model, and attach() again")
 
     def __enter__(self) -> Attachment:
         return self
@@ -246,7 +335,8 @@ def attach(
     """Put a KV budget on a transformers model; ``model.generate`` then works as before.
 
     Args:
-        model: a decoder-only model from ``AutoModelForCausalLM``.
+        model: a decoder-only model from ``AutoModelForCausalLM``, or a PEFT model around one (the
+            budget then belongs to the model inside).
         budget: mean retained tokens per (layer, KV head) right after a compression.
         arm: a preset (``reasonalloc ls``) or ``policy/layers/heads``; instead of the next three.
         policy: which tokens stay (default ``rkv``).
@@ -292,8 +382,13 @@ def attach(
     return attach_config(model, config)
 
 
+def _refuse(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError(reason)
+
+
 def attach_config(model: Any, config: CompressionConfig) -> Attachment:
     """``attach`` with settings that are put together already."""
+    model = inner_model(model)
     if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
         raise UsageError("this model has a KV budget already: detach(model) first")
     attachment = Attachment(model, config)
@@ -303,6 +398,6 @@ def attach_config(model: Any, config: CompressionConfig) -> Attachment:
 
 def detach(model: Any) -> None:
     """Remove the KV budget from a model, if it has one."""
-    attachment = getattr(model, "__dict__", {}).get(_HANDLE)
+    attachment = getattr(inner_model(model), "__dict__", {}).get(_HANDLE)
     if isinstance(attachment, Attachment):
         attachment.detach()

@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from reasonalloc.attention.dense import attend
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.cache import layer_of
+from reasonalloc.integrations.hf.slab_layer import layer_of
 
 IMPLEMENTATION = "reasonalloc"
 # Arguments of other attention features, which would be ignored silently.
@@ -99,12 +99,10 @@ def attention_forward(
             )
     layer = layer_of(key)
     if layer is not None:
-        if module.training:
-            raise UnsupportedError(
-                "a compressed cache cannot be trained through: call model.eval(), or leave "
-                "past_key_values out"
-            )
+        _check_training(module, dropout)
         out = layer.attend(query, key, value, attention_mask, scaling, softcap)
+        if torch.is_grad_enabled() and query.requires_grad:
+            out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     elif softcap is not None:
         out = attend(query, key, value, attention_mask, scaling, softcap)
     else:
@@ -113,3 +111,35 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_training(module: torch.nn.Module, dropout: float) -> None:
+    """Refuse to train through a cache; generating in training mode, as RL does, works."""
+    if not module.training:
+        return
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a compressed cache cannot be trained through: call model.eval(), or leave "
+            "past_key_values out"
+        )
+    if dropout:
+        raise UnsupportedError(
+            f"the model is in training mode with attention dropout {dropout}, which a KV budget "
+            "does not do: call model.eval() before generate() and model.train() after it"
+        )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes a result on, and says so when somebody asks for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        """See ``torch.autograd.Function``."""
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refused."""
+        raise UnsupportedError(
+            "gradients cannot pass through a compressed cache: call the model with use_cache=False"
+        )

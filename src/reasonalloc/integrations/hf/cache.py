@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from reasonalloc.cache import LayerShape
 from reasonalloc.compressor import LayerCompressor
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.seen import SeenText, following
+from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, SlabLayer
+from reasonalloc.integrations.hf.sliding import (
+    copied,
+    filled_sliding,
+    shortened,
+    sliding_content,
+)
 from reasonalloc.recorder import Recorder
 
-_TAG = "_reasonalloc_layer"
-_FOREIGN_ATTENTION = (
-    "this model changes its keys or values between cache and attention, or attends twice to the "
-    "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
+_BROKEN_OFF = (
+    "an earlier call on this cache was interrupted or failed, so its layers are out of step: start "
+    "with a new cache"
 )
 
 
@@ -35,140 +43,6 @@ class Owner(Protocol):
     def attached(self) -> bool:
         """Whether the model still runs under the budget."""
         ...
-
-
-def layer_of(key: Tensor) -> SlabLayer | None:
-    """The compressed layer that these keys were handed to, or None.
-
-    Raises:
-        UnsupportedError: the layer has attended with these keys already.
-    """
-    tag = getattr(key, _TAG, None)
-    if tag is not None and not isinstance(tag, SlabLayer):
-        raise UnsupportedError(_FOREIGN_ATTENTION)
-    return tag
-
-
-class SlabLayer(CacheLayerMixin):
-    """One layer under a budget.
-
-    ``update`` only hands the new keys on, tagged with this layer: they are stored when the
-    attention function has the query and the padding as well.
-
-    Args:
-        compressor: storage and cadence.
-        shape: what the model's configuration says of the layer.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-
-    def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.compressor = compressor
-        self.decode_is_real = False
-        self.replay = False
-        self._shape = shape
-        self._logical = 0
-        self._values: Tensor | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether tokens were announced and not attended to."""
-        return self._values is not None
-
-    @property
-    def midway(self) -> bool:
-        """Whether a call broke off in this layer, or after it in a static step."""
-        return self.pending or self.compressor.unsettled
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Check the shapes; the slab is allocated by the first attention call."""
-        found = (key_states.shape[1], key_states.shape[3])
-        if found != (self._shape.kv_heads, self._shape.head_dim):
-            raise UnsupportedError(
-                f"layer {self.compressor.layer} has {found[0]} KV heads of width {found[1]}, but "
-                f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
-                "its memory cannot be planned"
-            )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Tag new keys [batch, kv_heads, q, head_dim] and count them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._values = value_states
-        if not self.compressor.static:
-            self._logical += key_states.shape[-2]
-        setattr(key_states, _TAG, self)
-        return key_states, value_states
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """Store the new tokens and attend, see ``LayerCompressor.forward``."""
-        if value is not self._values:
-            raise UnsupportedError(_FOREIGN_ATTENTION)
-        if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
-            mask = None
-        # A cache may be used inside and outside of inference mode; its tensors are plain ones.
-        with torch.inference_mode(False), torch.no_grad():
-            out = self.compressor.forward(
-                query, key, value, mask, scaling, softcap, replay=self.replay
-            )
-        setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
-        self._values = None
-        return out
-
-    def advance(self) -> None:
-        """The host's part of a static step, see ``LayerCompressor.advance``."""
-        self._logical += 1
-        self.compressor.advance()
-
-    def get_seq_length(self) -> int:
-        """Logical length: tokens per sequence so far, padding and evicted ones included."""
-        return self._logical
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask covers the new tokens alone: everything older in the slab is visible."""
-        return query_length, self._logical
-
-    def get_max_length(self) -> int:
-        """No limit on the logical length."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """Name of ``get_max_length`` before transformers 5.14."""
-        return -1
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: evicted tokens are gone."""
-        raise UnsupportedError("a compressed cache cannot be cropped: evicted tokens are gone")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused: beam search."""
-        raise UnsupportedError("beam search cannot run under a KV budget: use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused."""
-        raise UnsupportedError("a compressed cache cannot be repeated: repeat the prompt instead")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Refused."""
-        raise UnsupportedError("sequences cannot be taken out of a compressed cache")
-
-    def reset(self) -> None:
-        """Refused: make a new cache."""
-        raise UnsupportedError("a compressed cache cannot be reset: make a new one")
 
 
 class BudgetCache(Cache):
@@ -200,6 +74,11 @@ class BudgetCache(Cache):
         )
         self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
+        self.seen = SeenText()
+        #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
+        self.stepper: Callable[..., Any] | None = None
+        self._announced = 0  # columns of the call that the model is about to do
+        self._in_use = threading.Lock()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -217,16 +96,296 @@ class BudgetCache(Cache):
         if layer_idx == 0:
             lengths = {layer.get_seq_length() for layer in self._compressed}
             if len(lengths) > 1 or any(layer.midway for layer in self._compressed):
-                raise UsageError(
-                    "an earlier call on this cache was interrupted or failed, so its layers are "
-                    "out of step: start with a new cache"
-                )
+                raise UsageError(_BROKEN_OFF)
         elif self._latest is not None and self._latest.pending:
-            raise UnsupportedError(_FOREIGN_ATTENTION)
+            raise UnsupportedError(FOREIGN_ATTENTION)
         layer = self.layers[layer_idx]
         self._latest = layer if isinstance(layer, SlabLayer) else self._latest
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    @property
+    def single_tokens_are_real(self) -> bool:
+        """Whether the masks of single new tokens need not be looked at."""
+        return all(layer.decode_is_real for layer in self._compressed)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, nobody else may generate with this cache.
+
+        Raises:
+            UsageError: somebody does.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise UsageError(
+                "this cache is in use by another generate call: give each call a cache of its own, "
+                "such as copy.deepcopy(cache)"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def announce(
+        self, ids: Tensor | None, batch: int, columns: int, mask: Tensor | None, inner: bool
+    ) -> None:
+        """Take note of a forward call before it runs: its tokens, and what its mask hides.
+
+        What is hidden now and was visible before is dropped from the slabs.
+
+        Args:
+            ids: [batch, columns] of the new tokens, or None if they come as embeddings.
+            batch, columns: of the new tokens.
+            mask: [batch, all columns] 2-D mask; None if everything is visible.
+            inner: whether the call is the one of a model inside another, which may have been
+                announced by the outer one.
+
+        Raises:
+            UsageError: another batch size, a mask that does not fit or shows what was hidden, or
+                layers that are out of step.
+        """
+        past, announced = self.get_seq_length(), self._announced
+        self._announced = 0 if inner else past + columns
+        if inner and announced == past + columns:
+            return
+        if self.seen.columns != past or any(layer.midway for layer in self._compressed):
+            if self.seen.columns < past or not self._at(past):
+                raise UsageError(_BROKEN_OFF)
+            self.seen.go_back(past)  # a call that broke off before its first layer
+        self.check_batch(batch)
+        trusted = columns == 1 and past > 0 and self.single_tokens_are_real
+        if not trusted:
+            self._look(mask, batch, columns)
+        with torch.inference_mode(False), torch.no_grad():
+            self.seen.add(ids, batch, columns)
+            if mask is not None and not trusted:
+                self._place(mask, columns)
+
+    def _at(self, columns: int) -> bool:
+        """Whether every layer has seen so many columns, all of them to the end."""
+        lengths = {layer.get_seq_length() for layer in (*self._compressed, *self._sliding)}
+        return lengths <= {columns} and not any(layer.midway for layer in self._compressed)
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse another number of sequences than the cache holds.
+
+        Raises:
+            UsageError: names both.
+        """
+        slab = self._compressed[0].compressor.slab
+        if slab is not None and slab.batch != batch:
+            raise UsageError(
+                f"the cache holds {slab.batch} sequences, the new tokens come in {batch}: use a "
+                "new cache for another batch size"
+            )
+
+    @property
+    def evicted_at(self) -> int:
+        """Columns of the text at the latest compression; 0 if there was none."""
+        return max(layer.compressor.evicted_at for layer in self._compressed)
+
+    def _look(self, mask: Tensor | None, batch: int, columns: int) -> None:
+        """Compare a mask with what was seen; drop what it hides."""
+        past = self.seen.columns
+        if past == 0:
+            return
+        if mask is None:
+            if self.seen.padded:
+                raise UsageError(
+                    f"no attention_mask was given, but of the {past} tokens that the cache has "
+                    "seen some were hidden (padding): pass the mask over the whole conversation"
+                )
+            return
+        if mask.shape != (batch, past + columns):
+            raise UsageError(
+                f"the attention mask covers {mask.shape[-1]} tokens, but the cache has seen "
+                f"{past} and {columns} are new: pass a mask over all of them"
+            )
+        if not self.seen.padded and bool(mask[:, :past].all()):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            visible = mask[:, :past].bool()
+            places = self.seen.places(batch, mask.device)
+            if bool((visible & (places < 0)).any()):
+                raise UsageError(
+                    "attention_mask shows tokens that an earlier call on this cache hid: they were "
+                    "not stored; hide them again, or start with a new cache"
+                )
+            hidden = ~visible & (places >= 0)
+            if bool(hidden.any()):
+                self._forget(hidden, past)
+
+    def _forget(self, hidden: Tensor, columns: int) -> None:
+        """Drop visible columns, [batch, columns so far] bool, of which ``columns`` are kept."""
+        places = self.seen.places(hidden.shape[0], hidden.device)
+        width = max(1, int(places.max()) + 1)
+        spare = places.masked_fill(~hidden, width)
+        gone = torch.zeros(len(places), width + 1, dtype=torch.bool, device=hidden.device)
+        gone = gone.scatter_(1, spare, True)[:, :width]
+        places = places.masked_fill(hidden, -1)
+        for layer in self._compressed:
+            slab = layer.compressor.slab
+            where = hidden.device if slab is None else slab.keys.device
+            layer.go_back(gone.to(where), following(places).to(where), columns)
+        if columns == self.seen.columns:
+            self.seen.set_places(places, following(places))
+
+    def _place(self, mask: Tensor, columns: int) -> None:
+        """Note which of the new columns are hidden."""
+        fresh = mask[:, -columns:].bool()
+        if bool(fresh.all()):
+            return
+        places = self.seen.places(len(mask), mask.device)
+        old = places[:, :-columns]
+        new = following(old)[:, None] + fresh.long().cumsum(dim=1) - 1
+        places = torch.cat([old, new.masked_fill(~fresh, -1)], dim=1)
+        self.seen.set_places(places, following(places))
+
+    def reach(self, columns: int) -> int | None:
+        """How far the cache can go back to have seen at most ``columns``.
+
+        Returns:
+            ``columns`` if nothing that was seen by then has been evicted since; 0 if nothing was
+            ever evicted, but a layer cannot go back a part of the way; None if tokens were evicted.
+        """
+        if columns < self.evicted_at:
+            return None
+        bounded = any(s.get_seq_length() >= s.sliding_window for s in self._sliding)
+        if bounded or any(layer.compressor.keeps_state for layer in self._compressed):
+            return None if self.evicted_at else 0
+        return columns
+
+    def crop(self, max_length: int) -> None:
+        """Take back the end of the text, where nothing before it was evicted since.
+
+        Args:
+            max_length: columns that stay, or, if negative, columns that are taken back (as in
+                transformers from 5.14 on); 0 changes nothing.
+
+        Raises:
+            UnsupportedError: tokens that would have to come back were evicted, or the policy keeps
+                numbers per token that cannot go back.
+        """
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise UnsupportedError(f"crop takes a number of tokens, not {max_length!r}")
+        past = self.get_seq_length()
+        columns = past if max_length == 0 else max_length + (past if max_length < 0 else 0)
+        columns = max(0, columns)
+        if columns >= past:
+            return
+        if columns and self.reach(columns) != columns:
+            raise UnsupportedError(self._why_not(columns))
+        self.go_back(columns)
+
+    def _why_not(self, columns: int) -> str:
+        if self.evicted_at > columns:
+            return (
+                f"this cache cannot go back to its first {columns} tokens: at {self.evicted_at} "
+                "tokens it evicted some of them; start with a new cache"
+            )
+        return (
+            f"this cache cannot go back to its first {columns} tokens: its policy keeps numbers "
+            "per token, or a layer its sliding window, which cannot; start with a new cache"
+        )
+
+    def go_back(self, columns: int) -> None:
+        """Forget everything behind the first ``columns``; see ``reach``."""
+        if columns == 0:
+            for cleared in self._compressed:
+                cleared.clear()
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                slab = self._compressed[0].compressor.slab
+                if slab is not None:
+                    places = self.seen.places(slab.batch, slab.keys.device)
+                    late = torch.arange(places.shape[1], device=places.device) >= columns
+                    self._forget(late & (places >= 0), columns)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                self.layers[index] = shortened(layer, columns)
+        self.seen.go_back(columns)
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold.
+
+        Raises:
+            UsageError: it has seen nothing, or a call broke off in the middle.
+        """
+        if not self._at(self.seen.columns):
+            raise UsageError(_BROKEN_OFF)
+        if not self.seen.columns:
+            raise UsageError("this cache has seen nothing yet: there is nothing to save")
+        tensors = dict(self.seen.content())
+        numbers: dict[str, Any] = {"compressions": self.recorder.compressions}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SlabLayer):
+                own, numbers[str(index)] = layer.compressor.content()
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                own, numbers[str(index)] = sliding_content(layer)
+            else:
+                continue
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+        return tensors, numbers
+
+    def fill(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Take over what a cache with the same settings held; see ``content``.
+
+        Raises:
+            ValueError, KeyError, TypeError: something is missing or does not fit.
+        """
+        for index, layer in enumerate(self.layers):
+            start = f"{index}."
+            own = {
+                name.removeprefix(start): tensor.to(device)
+                for name, tensor in tensors.items()
+                if name.startswith(start)
+            }
+            if isinstance(layer, SlabLayer):
+                layer.fill(own, numbers[str(index)])
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                self.layers[index] = filled_sliding(layer, own, numbers[str(index)])
+        self.seen.fill(tensors)
+        if not self._at(self.seen.columns):
+            raise ValueError("the layers have seen texts of different lengths")
+        self.recorder.compressions = int(numbers["compressions"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BudgetCache:
+        """A cache of the same attachment with the same content, in memory of its own."""
+        twin = self.copy()
+        memo[id(self)] = twin
+        return twin
+
+    def __copy__(self) -> BudgetCache:
+        """As a deep copy: two caches that share memory would overwrite each other."""
+        return self.copy()
+
+    def copy(self) -> BudgetCache:
+        """A cache of the same attachment with the same content, in memory of its own.
+
+        Raises:
+            UsageError: a call broke off in the middle.
+        """
+        if any(layer.midway for layer in self._compressed):
+            raise UsageError(_BROKEN_OFF)
+        twin = BudgetCache((), (), self.recorder.copy(), self.owner)
+        with torch.inference_mode(False), torch.no_grad():
+            twin.layers = [
+                layer.copy(twin.recorder) if isinstance(layer, SlabLayer) else copied(layer)
+                for layer in self.layers
+                if isinstance(layer, (SlabLayer, DynamicSlidingWindowLayer))
+            ]
+        twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
+        twin.seen = self.seen.copy()
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: a cache belongs to the attachment that made it."""
+        raise UsageError(
+            "a cache under a KV budget cannot be pickled: save it with save_cache(cache, path) of "
+            "its attachment, and load it there with load_cache(path)"
+        )
 
     @contextmanager
     def only_real_tokens(self) -> Iterator[None]:
@@ -278,8 +437,12 @@ class BudgetCache(Cache):
             for layer in self._compressed:
                 layer.replay = False
 
+    @property
+    def _sliding(self) -> list[DynamicSlidingWindowLayer]:
+        return [s for s in self.layers if isinstance(s, DynamicSlidingWindowLayer)]
+
     def _sliding_bytes(self) -> int:
-        return held_bytes(s for s in self.layers if isinstance(s, DynamicSlidingWindowLayer))
+        return held_bytes(self._sliding)
 
     @property
     def kv_bytes(self) -> int:

@@ -10,7 +10,8 @@ import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.model import text_config
+from reasonalloc.integrations.hf.calls import check_attention
+from reasonalloc.integrations.hf.model import check_adapter, text_config
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.hf.attach import Attachment
@@ -27,6 +28,17 @@ _REFUSED = {
     "output_attentions": "returning attention weights",
     "guidance_scale": "classifier-free guidance",
     "prefill_chunk_size": "prefill in chunks, each of which would be compressed",
+    "use_mtp": "multi-token prediction",
+}
+_BATCHING = (
+    "continuous batching keeps a cache of its own, which would not be compressed: use generate() "
+    "with a padded batch, or serve with vLLM (reasonalloc serve), or detach"
+)
+#: Ways of generating that a class of transformers has and that know no budget, and why.
+NOT_HERE = {
+    "generate_batch": _BATCHING,
+    "init_continuous_batching": _BATCHING,
+    "continuous_batching_context_manager": _BATCHING,
 }
 
 
@@ -39,6 +51,8 @@ def check_generate(
         UnsupportedError: a generation mode that needs a cache that can go back or be reordered.
         UsageError: a foreign cache, or a prompt that does not fit.
     """
+    check_attention(attachment)
+    _check_state(model)
     bound = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs)
     call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     passed = call.get("generation_config")
@@ -50,6 +64,11 @@ def check_generate(
                 return source
         return getattr(model.generation_config, name, None)
 
+    if given("is_assistant"):
+        raise UnsupportedError(
+            "this model has a KV budget and cannot be the draft of another's assisted decoding, "
+            "which takes tokens back: detach it"
+        )
     if (given("num_beams") or 1) > 1:
         raise UnsupportedError(
             f"beam search (num_beams={given('num_beams')}) cannot run under a KV budget, since "
@@ -82,8 +101,71 @@ def check_generate(
         )
     prompt = _prompt_shape(call)
     if prompt is not None:
+        if cache is not None and cache.get_seq_length():
+            prompt = _continue(cache, call, prompt, int(given("num_return_sequences") or 1))
         _check_prompt(model, attachment, cache, prompt, given)
     return cache if cache is not None else attachment.new_cache()
+
+
+def _check_state(model: Any) -> None:
+    """Refuse a model that is not in a state to generate with a cache.
+
+    Raises:
+        UnsupportedError: gradient checkpointing in training mode, an adapter with learned tokens.
+    """
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnsupportedError(
+            "the model is in training mode with gradient checkpointing, for which transformers "
+            "switches the cache off: call model.gradient_checkpointing_disable() before generate() "
+            "(as TRL's trainers do) and enable it after, or model.eval() and model.train()"
+        )
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    if owner is not model:
+        check_adapter(owner)
+
+
+def _continue(
+    cache: BudgetCache, call: dict[str, Any], prompt: tuple[int, int], copies: int
+) -> tuple[int, int]:
+    """Check that a text goes on where the cache is; go back if it differs and nothing is lost.
+
+    Returns:
+        Columns of the whole text and the real tokens of its longest sequence.
+
+    Raises:
+        UsageError: the text ends before the cache, or differs from it where tokens were evicted.
+    """
+    columns, tokens = prompt
+    seen, mask = cache.get_seq_length(), call.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == seen + columns:
+        return seen + columns, tokens  # the new turn alone, with a mask over everything
+    ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+        same = min(seen, columns)  # embeddings are not compared
+    else:
+        ids, visible = ids.repeat_interleave(copies, dim=0), None
+        if isinstance(mask, torch.Tensor) and mask.shape[-1] == columns:
+            visible = mask.repeat_interleave(copies, dim=0)
+        cache.check_batch(len(ids))
+        same = cache.seen.common(ids, visible)
+    if same == seen < columns:
+        return prompt
+    if same == columns:
+        raise UsageError(
+            f"the prompt has {columns} tokens, but the cache has seen {seen}: pass the whole "
+            "conversation, the new turn at its end, or the new turn alone with an attention_mask "
+            "over everything"
+        )
+    back = cache.reach(same)
+    if back is None:
+        raise UsageError(
+            f"input_ids differ from what the cache has seen at token {same} of {columns}, and "
+            f"tokens before it may have been evicted since (at {cache.evicted_at}): leave "
+            "past_key_values out, or let chat(tokenizer) of the attachment keep a conversation "
+            "whose template drops thoughts"
+        )
+    cache.go_back(back)
+    return prompt
 
 
 def _prompt_shape(call: dict[str, Any]) -> tuple[int, int] | None:
@@ -115,11 +197,6 @@ def _check_prompt(
             f"the prompt has {tokens} tokens, but the model has {limit} positions: shorten it"
         )
     seen = 0 if cache is None else cache.get_seq_length()
-    if seen and columns <= seen:
-        raise UsageError(
-            f"the prompt has {columns} tokens, but the cache has seen {seen}: pass the whole "
-            "conversation, the new turn at its end"
-        )
     new = given("max_new_tokens")
     end = columns + new if new else (given("max_length") or 0)
     switch = rope_switch(config)

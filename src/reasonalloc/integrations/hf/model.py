@@ -18,6 +18,33 @@ def end_tokens(model: Any) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
+def inner_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model as it is.
+
+    Raises:
+        UnsupportedError: an adapter that learns tokens (prefix or prompt tuning).
+    """
+    if not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
+        return model
+    check_adapter(model)
+    return model.get_base_model()
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse a PEFT model that puts tokens of its own in front of the text.
+
+    Raises:
+        UnsupportedError: names the kind of adapter.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UnsupportedError(
+            f"a PEFT adapter of type {kind} puts learned tokens into the cache, which cannot run "
+            "under a KV budget: use another kind of adapter, such as LoRA"
+        )
+
+
 def text_config(model: Any) -> Any:
     """The decoder's text configuration of a model or of a configuration."""
     config = getattr(model, "config", model)

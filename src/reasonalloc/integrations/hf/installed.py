@@ -1,0 +1,62 @@
+"""What an attachment puts on a model, and how the model is saved without it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+
+class Installed:
+    """Attributes of a model that stand for its own, and hooks on its modules.
+
+    While they are there, the model is copied and pickled as a plain one.
+
+    Args:
+        model: a transformers model.
+        stands: attributes to set on it.
+        original: what ``set_attn_implementation`` takes to give the model its own attention back.
+    """
+
+    def __init__(self, model: Any, stands: dict[str, Any], original: Any) -> None:
+        self._model = model
+        self._original = original
+        self._hooks: list[tuple[Any, Any]] = []  # modules and what removes their hooks
+        self.forward: Callable[..., Any] = model.forward
+        stands = {**stands, "__getstate__": self._plain_state}
+        self._before = {name: model.__dict__.get(name) for name in stands}
+        model.__dict__.update(stands)
+
+    def own(self, name: str) -> Any:
+        """What the model itself, not its class, had under a name before; None if nothing."""
+        return self._before.get(name)
+
+    def check(self, module: Any, hook: Callable[..., Any]) -> None:
+        """Have a module's calls go through a hook first."""
+        handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        self._hooks.append((module, handle))
+
+    def remove(self) -> None:
+        """Give the model its own attributes back, and take the hooks off."""
+        for name, own in self._before.items():
+            self._model.__dict__.pop(name, None)
+            if own is not None:
+                self._model.__dict__[name] = own
+        for _, handle in self._hooks:
+            handle.remove()
+
+    def _plain_state(self) -> dict[str, Any]:
+        """The model's attributes without what was installed; tensors are shared, not copied."""
+        model = self._model
+        memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        for module, handle in self._hooks:
+            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                memo[id(hooks)] = OrderedDict((k, v) for k, v in hooks.items() if k != handle.id)
+        state = {k: v for k, v in model.__dict__.items() if k not in self._before}
+        state |= {name: own for name, own in self._before.items() if own is not None}
+        twin: Any = object.__new__(type(model))
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin.set_attn_implementation(self._original)
+        return dict(twin.__dict__)

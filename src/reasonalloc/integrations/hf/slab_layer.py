@@ -1,0 +1,182 @@
+"""One layer of a transformers ``Cache`` under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from reasonalloc.cache import LayerShape
+from reasonalloc.compressor import LayerCompressor
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.recorder import Recorder
+
+_TAG = "_reasonalloc_layer"
+FOREIGN_ATTENTION = (
+    "this model changes its keys or values between cache and attention, or attends twice to the "
+    "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
+)
+
+
+def layer_of(key: Tensor) -> SlabLayer | None:
+    """The compressed layer that these keys were handed to, or None.
+
+    Raises:
+        UnsupportedError: the layer has attended with these keys already.
+    """
+    tag = getattr(key, _TAG, None)
+    if tag is not None and not isinstance(tag, SlabLayer):
+        raise UnsupportedError(FOREIGN_ATTENTION)
+    return tag
+
+
+class SlabLayer(CacheLayerMixin):
+    """One layer under a budget.
+
+    ``update`` only hands the new keys on, tagged with this layer: they are stored when the
+    attention function has the query and the padding as well.
+
+    Args:
+        compressor: storage and cadence.
+        shape: what the model's configuration says of the layer.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.compressor = compressor
+        self.decode_is_real = False
+        self.replay = False
+        self._shape = shape
+        self._logical = 0
+        self._values: Tensor | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether tokens were announced and not attended to."""
+        return self._values is not None
+
+    @property
+    def midway(self) -> bool:
+        """Whether a call broke off in this layer, or after it in a static step."""
+        return self.pending or self.compressor.unsettled
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Check the shapes; the slab is allocated by the first attention call."""
+        found = (key_states.shape[1], key_states.shape[3])
+        if found != (self._shape.kv_heads, self._shape.head_dim):
+            raise UnsupportedError(
+                f"layer {self.compressor.layer} has {found[0]} KV heads of width {found[1]}, but "
+                f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
+                "its memory cannot be planned"
+            )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Tag new keys [batch, kv_heads, q, head_dim] and count them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._values = value_states
+        if not self.compressor.static:
+            self._logical += key_states.shape[-2]
+        setattr(key_states, _TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store the new tokens and attend, see ``LayerCompressor.forward``."""
+        if value is not self._values:
+            raise UnsupportedError(FOREIGN_ATTENTION)
+        if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
+            mask = None
+        # A cache may be used inside and outside of inference mode; its tensors are plain ones.
+        with torch.inference_mode(False), torch.no_grad():
+            out = self.compressor.forward(
+                query, key, value, mask, scaling, softcap, replay=self.replay
+            )
+        setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
+        self._values = None
+        return out
+
+    def advance(self) -> None:
+        """The host's part of a static step, see ``LayerCompressor.advance``."""
+        self._logical += 1
+        self.compressor.advance()
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens per sequence so far, padding and evicted ones included."""
+        return self._logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask covers the new tokens alone: everything older in the slab is visible."""
+        return query_length, self._logical
+
+    def get_max_length(self) -> int:
+        """No limit on the logical length."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Name of ``get_max_length`` before transformers 5.14."""
+        return -1
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the layers of a cache go back together, see ``BudgetCache.crop``."""
+        raise UnsupportedError("one layer cannot be cropped alone: call crop of the whole cache")
+
+    def go_back(self, gone: Tensor, seen: Tensor, columns: int) -> None:
+        """Forget tokens, see ``LayerCompressor.drop``."""
+        self.compressor.drop(gone, seen, columns)
+        self._logical = columns
+
+    def fill(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over what another layer held, see ``LayerCompressor.fill``."""
+        shape = self._shape
+        if tensors:
+            keys = tensors["keys"]
+            if (tensors["lengths"].shape[-1], keys.shape[-1]) != (shape.kv_heads, shape.head_dim):
+                raise ValueError(f"layer {self.compressor.layer} has another shape")
+            self.is_initialized = True
+        self.compressor.fill(tensors, numbers, shape.query_heads)
+        self._logical = int(numbers["columns"])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.compressor.clear()
+        self._logical = 0
+
+    def copy(self, recorder: Recorder) -> SlabLayer:
+        """The same content in memory of its own."""
+        twin = SlabLayer(self.compressor.copy(recorder), self._shape)
+        twin._logical, twin.is_initialized = self._logical, self.is_initialized
+        return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: beam search."""
+        raise UnsupportedError("beam search cannot run under a KV budget: use num_beams=1")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused."""
+        raise UnsupportedError("a compressed cache cannot be repeated: repeat the prompt instead")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused."""
+        raise UnsupportedError("sequences cannot be taken out of a compressed cache")
+
+    def reset(self) -> None:
+        """Refused: make a new cache."""
+        raise UnsupportedError("a compressed cache cannot be reset: make a new one")
