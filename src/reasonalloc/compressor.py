@@ -335,9 +335,7 @@ class LayerCompressor:
             self._queries.fill(tensors)
         self._seen = _count(numbers["seen"], batch, counts["columns"], keys.device)
         self._prompt = _count(numbers["prompt"], batch, counts["columns"], keys.device)
-        last = self._seen if isinstance(self._seen, int) else int(self._seen.max())
-        if not bool(((slab.positions >= 0) & (slab.positions < max(last, 1))).all()):
-            raise ValueError("positions lie outside of the text")
+        _check_positions(slab, _per_sequence(self._seen, slab))
         self._columns, self._since = counts["columns"], counts["since"]
         self.evicted_at, self._boundaries = counts["evicted_at"], boundaries
         self._held = int(slab.lengths.sum(dim=1).max())
@@ -469,3 +467,14 @@ def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Ten
     if len(value) != batch:
         raise ValueError(f"{len(value)} numbers of tokens for {batch} sequences")
     return torch.tensor(value, dtype=torch.int64, device=device)
+
+
+def _check_positions(slab: Slab, seen: Tensor) -> None:
+    """Refuse positions that do not rise inside a run, or lie outside of the text."""
+    rows = slab.as_rows()
+    held = torch.arange(rows.index.shape[-1], device=seen.device) < rows.lengths[..., None]
+    places = rows.gather(rows.positions)
+    inside = (places >= 0) & (places < seen[:, None, None])
+    rising = places[..., 1:] > places[..., :-1]
+    if not bool((inside | ~held).all()) or not bool((rising | ~held[..., 1:]).all()):
+        raise ValueError("positions do not rise, or lie outside of the text")

@@ -90,8 +90,9 @@ class QueryWindow:
         held = torch.arange(-self._window, 0, device=device) + old[:, None]
         dropped = (held >= new[:, None]).scatter(1, held % self._window, held >= new[:, None])
         self._ring.masked_fill_(dropped[..., None, None], 0.0)
-        lost = torch.where(new < old, old - self._window, torch.zeros_like(old))
-        self._first = lost if self._first is None else torch.maximum(self._first, lost)
+        first = old - self._window
+        first = first if self._first is None else torch.maximum(self._first, first)
+        self._first = torch.minimum(first, new)
 
     def clear(self) -> None:
         """Forget everything; the memory stays."""

@@ -117,15 +117,24 @@ def _check_training(module: torch.nn.Module, dropout: float) -> None:
     """Refuse to train through a cache; generating in training mode, as RL does, works."""
     if not module.training:
         return
-    if torch.is_grad_enabled():
-        raise UnsupportedError(
-            "a compressed cache cannot be trained through: call model.eval(), or leave "
-            "past_key_values out"
-        )
+    check_gradients()
     if dropout:
         raise UnsupportedError(
             f"the model is in training mode with attention dropout {dropout}, which a KV budget "
             "does not do: call model.eval() before generate() and model.train() after it"
+        )
+
+
+def check_gradients() -> None:
+    """Refuse to record gradients in training mode.
+
+    Raises:
+        UnsupportedError: says what to call.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a compressed cache cannot be trained through: call model.eval(), or leave "
+            "past_key_values out"
         )
 
 

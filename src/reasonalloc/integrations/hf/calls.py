@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.attention import IMPLEMENTATION
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.attention import IMPLEMENTATION, check_gradients
 from reasonalloc.integrations.hf.cache import BudgetCache
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class CallCheck:
                 )
             return None
         check_attention(self._attachment)
+        if module.training:
+            check_gradients()
+            check_checkpointing(module)
         self._announce(cache, kwargs)
         return args, kwargs
 
@@ -105,6 +108,23 @@ def check_attention(attachment: Attachment) -> None:
         raise UsageError(
             f"the model's attention was set to {found!r} after attach(), so no budget is kept: "
             "detach, set it, then attach again"
+        )
+
+
+def check_checkpointing(model: Any) -> None:
+    """Refuse gradient checkpointing in training mode.
+
+    Raises:
+        UnsupportedError: says what to call.
+    """
+    # Named anew in transformers 5.23, where the old name warns.
+    named = "activation" if hasattr(type(model), "is_activation_checkpointing") else "gradient"
+    if model.training and getattr(model, f"is_{named}_checkpointing", False):
+        raise UnsupportedError(
+            "the model is in training mode with gradient checkpointing, for which transformers "
+            f"switches the cache off: call model.{named}_checkpointing_disable() before "
+            "generate() (as TRL's trainers do) and enable it after, or model.eval() and "
+            "model.train()"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.calls import check_attention
+from reasonalloc.integrations.hf.calls import check_attention, check_checkpointing
 from reasonalloc.integrations.hf.model import check_adapter, text_config
 
 if TYPE_CHECKING:
@@ -113,12 +113,7 @@ def _check_state(model: Any) -> None:
     Raises:
         UnsupportedError: gradient checkpointing in training mode, an adapter with learned tokens.
     """
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
-        raise UnsupportedError(
-            "the model is in training mode with gradient checkpointing, for which transformers "
-            "switches the cache off: call model.gradient_checkpointing_disable() before generate() "
-            "(as TRL's trainers do) and enable it after, or model.eval() and model.train()"
-        )
+    check_checkpointing(model)
     owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
     if owner is not model:
         check_adapter(owner)

@@ -40,7 +40,7 @@ def save_cache(cache: BudgetCache, path: Path, fingerprint: Mapping[str, str]) -
     try:
         with replacing(path) as partial:
             save_file(kept, str(partial), metadata)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"the cache cannot be written to {str(path)!r}: {error}") from error
 
 
