@@ -245,7 +245,8 @@ class Slab:
         rows = self.as_rows()
         positions = rows.gather(rows.positions).long().flatten(1)
         known = positions < gone.shape[1]
-        hit = gone.gather(1, positions.clamp_max(gone.shape[1] - 1)) & known
+        # Entries behind a row's tokens may point at anything.
+        hit = gone.gather(1, positions.clamp(0, gone.shape[1] - 1)) & known
         n = rows.index.shape[-1]
         held = torch.arange(n, device=gone.device) < rows.lengths[..., None]
         keep = held & ~hit.view(rows.index.shape)

@@ -78,6 +78,7 @@ class BudgetCache(Cache):
         #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
         self.stepper: Callable[..., Any] | None = None
         self._announced = 0  # columns of the call that the model is about to do
+        self._generating = self._trust_next = False  # see ``only_real_tokens``
         self._in_use = threading.Lock()
 
     def update(
@@ -108,6 +109,11 @@ class BudgetCache(Cache):
     def single_tokens_are_real(self) -> bool:
         """Whether the masks of single new tokens need not be looked at."""
         return all(layer.decode_is_real for layer in self._compressed)
+
+    @single_tokens_are_real.setter
+    def single_tokens_are_real(self, value: bool) -> None:
+        for layer in self._compressed:
+            layer.decode_is_real = value
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -153,7 +159,9 @@ class BudgetCache(Cache):
                 raise UsageError(_BROKEN_OFF)
             self.seen.go_back(past)  # a call that broke off before its first layer
         self.check_batch(batch)
-        trusted = columns == 1 and past > 0 and self.single_tokens_are_real
+        trusted = columns == 1 and past > 0 and self._trust_next
+        self.single_tokens_are_real = self._trust_next
+        self._trust_next = self._generating
         if not trusted:
             self._look(mask, batch, columns)
         with torch.inference_mode(False), torch.no_grad():
@@ -389,14 +397,15 @@ class BudgetCache(Cache):
 
     @contextmanager
     def only_real_tokens(self) -> Iterator[None]:
-        """Inside, single new tokens are never padding: their masks need not be looked at."""
-        for layer in self._compressed:
-            layer.decode_is_real = True
+        """Inside, single new tokens after the first call are never padding, and hide nothing.
+
+        Their masks need not be looked at.
+        """
+        self._generating, self._trust_next = True, False
         try:
             yield
         finally:
-            for layer in self._compressed:
-                layer.decode_is_real = False
+            self._generating = self._trust_next = self.single_tokens_are_real = False
 
     def fix(self) -> None:
         """Prepare static steps, after the prompt; see ``LayerCompressor.fix``."""

@@ -149,6 +149,7 @@ class StaticStep:
             isinstance(ids, Tensor)
             and ids.shape[1] == 1
             and call.get("past_key_values") is self._cache
+            and self._cache.single_tokens_are_real
             and self._cache.get_seq_length() > 0
             and not any(call.get(name) for name in _EXTRA_OUTPUTS)
         )
