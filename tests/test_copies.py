@@ -88,6 +88,46 @@ def test_saved_and_loaded(name: str, budget: int, tmp_path: Path) -> None:
             attached.load_cache(path)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_sequences_are_repeated_and_taken_out(name: str, arm: str) -> None:
+    model = tiny(name)
+    ids, mask = prompt(30, 3), torch.ones(3, 30, dtype=torch.long)
+    mask[1, :7] = 0
+    turn = prompt(4, 3, seed=2)
+    text, shown = torch.cat([ids, turn], dim=1), torch.cat([mask, torch.ones_like(turn)], dim=1)
+    with reasonalloc.attach(model, budget=20, interval=8, arm=arm) as attached:
+        cache = attached.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        whole = copy.deepcopy(cache)
+        expected = model.generate(text, attention_mask=shown, past_key_values=cache, **GREEDY)
+        for rows in ([2, 1], [1], [0, 0, 2, 2, 1]):
+            twin = copy.deepcopy(whole)
+            twin.batch_select_indices(torch.tensor(rows))
+            out = model.generate(
+                text[rows], attention_mask=shown[rows], past_key_values=twin, **GREEDY
+            )
+            assert torch.equal(out, expected[rows])
+            assert twin.kv_bytes == attached.plan(len(rows)).kv_bytes(twin.get_seq_length())
+        whole.batch_repeat_interleave(2)
+        out = model.generate(
+            text,
+            attention_mask=shown,
+            past_key_values=whole,
+            num_return_sequences=2,
+            **{**GREEDY, "do_sample": True, "top_k": 1},
+        )
+        assert torch.equal(out, expected.repeat_interleave(2, dim=0))
+        whole.reset()
+        assert whole.get_seq_length() == 0 and whole.kv_bytes > 0
+        again = model.generate(
+            ids.repeat(2, 1), attention_mask=mask.repeat(2, 1), past_key_values=whole, **GREEDY
+        )
+        assert torch.equal(again[:3], model.generate(ids, attention_mask=mask, **GREEDY))
+        with pytest.raises(UsageError, match="has seen nothing yet"):
+            attached.new_cache().batch_repeat_interleave(2)
+
+
 def broken(path: Path, change: Any) -> None:
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()

@@ -271,16 +271,23 @@ class LayerCompressor:
         self._columns = self._held = self._since = self.evicted_at = 0
         self._seen, self._prompt, self._boundaries = 0, 0, []
 
-    def copy(self, recorder: Recorder) -> LayerCompressor:
-        """The same content in memory of its own, with another recorder."""
+    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> LayerCompressor:
+        """The same content in memory of its own, with another recorder; see ``Slab.copy``."""
         twin = copy.copy(self)
         twin._recorder, twin._boundaries = recorder, list(self._boundaries)
-        twin.slab = None if self.slab is None else self.slab.copy()
-        twin._queries = None if self._queries is None else self._queries.copy()
+        if sequences is not None and self.slab is not None:
+            sequences = sequences.to(self.slab.keys.device)
+        twin.slab = None if self.slab is None else self.slab.copy(sequences)
+        twin._queries = None if self._queries is None else self._queries.copy(sequences)
         for name in ("_seen", "_prompt"):
             value = getattr(self, name)
-            setattr(twin, name, value.clone() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                setattr(twin, name, value.clone() if sequences is None else value[sequences])
         return twin
+
+    def report_to(self, recorder: Recorder) -> None:
+        """Tell another recorder of compressions from now on."""
+        self._recorder = recorder
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that it holds, as tensors by name and as numbers that JSON can hold."""

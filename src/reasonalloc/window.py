@@ -99,10 +99,12 @@ class QueryWindow:
         self._ring.zero_()
         self._first = None
 
-    def copy(self) -> QueryWindow:
-        """The same queries in memory of its own."""
+    def copy(self, sequences: Tensor | None = None) -> QueryWindow:
+        """The same queries in memory of its own; see ``Slab.copy``."""
         twin = copy.copy(self)
-        twin._ring = self._ring.clone()
+        twin._ring = self._ring.clone() if sequences is None else self._ring[sequences]
+        if self._first is not None and sequences is not None:
+            twin._first = self._first[sequences]
         return twin
 
     def content(self) -> dict[str, Tensor]:

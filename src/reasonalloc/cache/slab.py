@@ -264,12 +264,18 @@ class Slab:
         self.uniform_length = 0
         self._longest, self._appended = 0, 0
 
-    def copy(self) -> Slab:
-        """The same content in memory of its own."""
+    def copy(self, sequences: Tensor | None = None) -> Slab:
+        """The same content in memory of its own.
+
+        Args:
+            sequences: [n] int64, which of the sequences, in this order; None: all.
+        """
         twin = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(twin, name, value.clone())
+                setattr(twin, name, value.clone() if sequences is None else value[sequences])
+        if sequences is not None:
+            twin._sequences = self._sequences.new_tensor(range(len(sequences)))[:, None]
         return twin
 
     def content(self) -> dict[str, Tensor]:

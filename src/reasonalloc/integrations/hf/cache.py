@@ -369,8 +369,42 @@ class BudgetCache(Cache):
         """As a deep copy: two caches that share memory would overwrite each other."""
         return self.copy()
 
-    def copy(self) -> BudgetCache:
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.go_back(0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every sequence ``repeats`` times, as for several answers to one prompt."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise UnsupportedError(f"repeats={repeats!r} must be a whole number of at least 1")
+        self._take(torch.arange(self._sequences(), device="cpu").repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at ``indices``, [n] int64 or bool, in this order."""
+        whole = torch.arange(self._sequences(), device=indices.device)
+        self._take(whole[indices].flatten())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: beam search."""
+        raise UnsupportedError("beam search cannot run under a KV budget: use num_beams=1")
+
+    def _sequences(self) -> int:
+        slab = self._compressed[0].compressor.slab
+        if slab is None:
+            raise UsageError("this cache has seen nothing yet: there are no sequences to take")
+        return slab.batch
+
+    def _take(self, sequences: Tensor) -> None:
+        twin = self.copy(sequences)
+        self.layers, self._compressed, self.seen = twin.layers, twin._compressed, twin.seen
+        for layer in self._compressed:
+            layer.compressor.report_to(self.recorder)
+
+    def copy(self, sequences: Tensor | None = None) -> BudgetCache:
         """A cache of the same attachment with the same content, in memory of its own.
+
+        Args:
+            sequences: [n] int64, which of the sequences, in this order; None: all.
 
         Raises:
             UsageError: a call broke off in the middle.
@@ -380,12 +414,14 @@ class BudgetCache(Cache):
         twin = BudgetCache((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
             twin.layers = [
-                layer.copy(twin.recorder) if isinstance(layer, SlabLayer) else copied(layer)
+                layer.copy(twin.recorder, sequences)
+                if isinstance(layer, SlabLayer)
+                else copied(layer, sequences)
                 for layer in self.layers
                 if isinstance(layer, (SlabLayer, DynamicSlidingWindowLayer))
             ]
         twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
-        twin.seen = self.seen.copy()
+        twin.seen = self.seen.copy(sequences)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

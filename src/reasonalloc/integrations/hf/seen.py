@@ -118,9 +118,19 @@ class SeenText:
                 raise ValueError("the places of the text do not fit")
             self.set_places(places, following(places))
 
-    def copy(self) -> SeenText:
-        """The same text; nothing that one of the two does is seen by the other."""
+    def copy(self, sequences: Tensor | None = None) -> SeenText:
+        """The same text; nothing that one of the two does is seen by the other.
+
+        Args:
+            sequences: [n] int64, which of the sequences, in this order; None: all.
+        """
         twin = copy.copy(self)
+        if sequences is not None:
+            twin._ids, twin._recent = [self.ids[sequences.to("cpu")]], []
+            if self._places is not None and self._next is not None:
+                rows = sequences.to(self._places.device)
+                twin._places, twin._next = self._places[rows], self._next[rows]
+            return twin
         twin._ids, twin._recent = list(self._ids), list(self._recent)  # pieces never change
         return twin
 

@@ -159,9 +159,9 @@ class SlabLayer(CacheLayerMixin):
         self.compressor.clear()
         self._logical = 0
 
-    def copy(self, recorder: Recorder) -> SlabLayer:
-        """The same content in memory of its own."""
-        twin = SlabLayer(self.compressor.copy(recorder), self._shape)
+    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlabLayer:
+        """The same content in memory of its own; see ``Slab.copy``."""
+        twin = SlabLayer(self.compressor.copy(recorder, sequences), self._shape)
         twin._logical, twin.is_initialized = self._logical, self.is_initialized
         return twin
 
@@ -170,13 +170,13 @@ class SlabLayer(CacheLayerMixin):
         raise UnsupportedError("beam search cannot run under a KV budget: use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused."""
-        raise UnsupportedError("a compressed cache cannot be repeated: repeat the prompt instead")
+        """Refused: the layers of a cache go together."""
+        raise UnsupportedError("one layer cannot be repeated alone: call it of the whole cache")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Refused."""
-        raise UnsupportedError("sequences cannot be taken out of a compressed cache")
+        """Refused: the layers of a cache go together."""
+        raise UnsupportedError("one layer cannot be divided alone: call it of the whole cache")
 
     def reset(self) -> None:
-        """Refused: make a new cache."""
-        raise UnsupportedError("a compressed cache cannot be reset: make a new one")
+        """Refused: the layers of a cache go together."""
+        raise UnsupportedError("one layer cannot be reset alone: call reset of the whole cache")

@@ -19,12 +19,15 @@ def shortened(layer: DynamicSlidingWindowLayer, columns: int) -> DynamicSlidingW
     return twin
 
 
-def copied(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
-    """The same content in memory of its own."""
+def copied(
+    layer: DynamicSlidingWindowLayer, sequences: Tensor | None = None
+) -> DynamicSlidingWindowLayer:
+    """The same content in memory of its own; see ``Slab.copy``."""
     twin = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
     if layer.keys is not None and layer.values is not None:
         twin.lazy_initialization(layer.keys, layer.values)
-        twin.keys, twin.values = layer.keys.clone(), layer.values.clone()
+        rows = slice(None) if sequences is None else sequences.to(layer.keys.device)
+        twin.keys, twin.values = layer.keys[rows].clone(), layer.values[rows].clone()
         twin.cumulative_length = layer.cumulative_length
     return twin
 
