@@ -117,7 +117,7 @@ def check_checkpointing(model: Any) -> None:
     Raises:
         UnsupportedError: says what to call.
     """
-    # Named anew in transformers 5.23, where the old name warns.
+    # Newer transformers have another name, and warn of this one.
     named = "activation" if hasattr(type(model), "is_activation_checkpointing") else "gradient"
     if model.training and getattr(model, f"is_{named}_checkpointing", False):
         raise UnsupportedError(
