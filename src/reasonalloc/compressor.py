@@ -133,7 +133,7 @@ class LayerCompressor:
         valid = new_tokens(mask, queries)
         if valid is not None and isinstance(self._seen, int):
             batch = slab.batch
-            self._seen = torch.full((batch,), self._seen, device=key.device)
+            self._seen = torch.full((batch,), self._seen, dtype=torch.int64, device=key.device)
         if queries == 1 and self._columns > 0:
             return self._decode(slab, query, key, value, valid, scaling, softcap)
         return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, not again)
@@ -160,7 +160,7 @@ class LayerCompressor:
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
         if self._planned is not None:
-            self._planned_tensor = torch.tensor(self._planned, device=key.device)
+            self._planned_tensor = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
         return self.slab
 
     def _decode(
@@ -461,7 +461,7 @@ class LayerCompressor:
 def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:
     if isinstance(seen, Tensor):
         return seen
-    return torch.full((slab.batch,), seen, device=slab.keys.device)
+    return torch.full((slab.batch,), seen, dtype=torch.int64, device=slab.keys.device)
 
 
 def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Tensor:

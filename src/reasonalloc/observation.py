@@ -60,7 +60,8 @@ def observe_prefill(
         [batch, kv_heads, past + q, channels] float32.
     """
     batch, columns = positions.shape
-    state = torch.zeros(batch, kv_heads, columns, policy.state_channels, device=positions.device)
+    shape = batch, kv_heads, columns, policy.state_channels
+    state = torch.zeros(shape, dtype=torch.float32, device=positions.device)
     tokens = positions[:, None].expand(-1, kv_heads, -1)
     if past is not None and past.state is not None:
         state = torch.cat([past.gather(past.state), state], dim=2)

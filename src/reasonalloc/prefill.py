@@ -66,7 +66,11 @@ def new_positions(key: Tensor, seen: int | Tensor, valid: Tensor | None) -> Tens
     if valid is None and isinstance(seen, int):
         places = torch.arange(seen, seen + columns, device=key.device).expand(batch, -1)
     else:
-        real = torch.ones(batch, columns, device=key.device) if valid is None else valid
+        real = (
+            torch.ones(batch, columns, dtype=torch.bool, device=key.device)
+            if valid is None
+            else valid
+        )
         start = seen if isinstance(seen, int) else seen[:, None]
         places = start + real.long().cumsum(dim=1) - 1
     return places.to(torch.int32)
@@ -97,7 +101,7 @@ def joined_rows(
     index = (torch.arange(heads, device=device)[:, None] * columns + new).expand(batch, -1, -1)
     is_token = None if valid is None else valid[:, None].expand(-1, heads, -1)
     if past is None:
-        lengths = torch.full((batch, heads), columns, device=device)
+        lengths = torch.full((batch, heads), columns, dtype=torch.int64, device=device)
     else:
         offset = past.keys.shape[1]
         flat_keys = torch.cat([past.keys, flat_keys], dim=1)

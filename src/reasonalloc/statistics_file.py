@@ -97,7 +97,9 @@ class Statistics:
         tensors = {"entropy": self.entropy, "variance": self.variance, "top_share": self.top_share}
         if self.rope is not None and self.query_mean is not None and self.query_norm is not None:
             header["rope"] = {"scaling": self.rope.scaling, "head_dim": self.rope.head_dim}
-            tensors["rope_frequencies"] = torch.tensor(self.rope.frequencies, dtype=torch.float64)
+            tensors["rope_frequencies"] = torch.tensor(
+                self.rope.frequencies, dtype=torch.float64, device="cpu"
+            )
             tensors["query_mean_real"] = self.query_mean.real.contiguous()
             tensors["query_mean_imag"] = self.query_mean.imag.contiguous()
             tensors["query_norm"] = self.query_norm

@@ -50,8 +50,8 @@ class QueryWindow:
             return
         if isinstance(seen, int) and valid is None:
             first = max(0, columns - self._window)
-            place = (torch.arange(first, columns) + seen) % self._window
-            self._ring[:, place.to(query.device)] = fresh[:, first:]
+            place = (torch.arange(first, columns, device=query.device) + seen) % self._window
+            self._ring[:, place] = fresh[:, first:]
             return
         batch = query.shape[0]
         real = torch.ones(batch, columns, dtype=torch.bool, device=query.device)
@@ -70,7 +70,7 @@ class QueryWindow:
         if isinstance(seen, int) and valid is None:
             self._ring[:, seen % self._window] = fresh[:, 0]
             return
-        place = torch.as_tensor(seen, device=fresh.device) % self._window
+        place = torch.as_tensor(seen, dtype=torch.int64, device=fresh.device) % self._window
         row = torch.arange(fresh.shape[0], device=fresh.device)
         at = (row, place.expand(fresh.shape[0]))
         if valid is not None:

@@ -43,7 +43,7 @@ def minimise(curves: Tensor, points: Tensor, total: int, lower: int, upper: int)
     Returns:
         [n] int64.
     """
-    sizes = torch.arange(lower, upper + 1, dtype=torch.float64)
+    sizes = torch.arange(lower, upper + 1, dtype=torch.float64, device="cpu")
     cost = interpolate(curves.double(), points.double(), sizes)
 
     def taken(price: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,18 @@ def robustify(
     step = torch.where(rise > 0, (goal - f_left) / rise.clamp_min(1e-300), 0.0).clamp(0, 1)
     scale = s_left + step * (s_right - s_left)
     return round_to_total(torch.clamp(scale * weight, low, high), total, upper)
+
+
+def shares_of(
+    demand: Tensor | Sequence[float], total: int, lower: int, upper: int, exponent: float
+) -> list[int]:
+    """``robustify`` with the same bounds for every entry, all in numbers of the host."""
+    found = torch.as_tensor(demand, dtype=torch.float64, device="cpu")
+    bounds = torch.tensor([total, lower, upper], dtype=torch.int64, device="cpu")
+    budgets = robustify(
+        found, bounds[0], bounds[1].expand_as(found), bounds[2].expand_as(found), exponent
+    )
+    return [int(b) for b in budgets]
 
 
 def round_to_total(values: Tensor, total: Tensor, upper: Tensor) -> Tensor:

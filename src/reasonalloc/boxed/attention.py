@@ -55,8 +55,8 @@ class ChunkedCausalAttention(torch.autograd.Function):
         batch = flat // ctx.kv_heads
         grad = grads[0].reshape(flat, groups, length, width)
         dq = torch.empty_like(q)
-        dk = torch.zeros(k.shape, device=k.device)
-        dv = torch.zeros(v.shape, device=v.device)
+        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
         for index, start in enumerate(range(0, length, CHUNK)):
             end = min(length, start + CHUNK)
             rows = end - start

@@ -58,7 +58,7 @@ def _stack(variables: int, tokens: int, first: int) -> Batch:
     while not rows or (len(rows) + 1) * len(rows[0]) <= tokens:
         ids, prompt_length = encode(generate(first + len(rows), variables, "train"))
         rows.append(ids)
-    inputs = torch.tensor(rows)
+    inputs = torch.tensor(rows, dtype=torch.int64, device="cpu")
     labels = inputs.clone()
     labels[:, :prompt_length] = IGNORED
     return Batch(inputs, labels, variables)

@@ -17,7 +17,7 @@ class DeferredMax:
         largest = values.max()
         self._event: torch.cuda.Event | None = None
         if largest.device.type == "cuda":
-            self._value = torch.empty((), dtype=largest.dtype, pin_memory=True)
+            self._value = torch.empty((), dtype=largest.dtype, device="cpu", pin_memory=True)
             self._value.copy_(largest, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(largest.device))

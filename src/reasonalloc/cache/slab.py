@@ -83,7 +83,9 @@ class Slab:
         self.values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
         self.positions = torch.zeros(batch, slots, dtype=torch.int32, device=device)
         self.state = (
-            torch.zeros(batch, slots, state_channels, device=device) if state_channels else None
+            torch.zeros(batch, slots, state_channels, dtype=torch.float32, device=device)
+            if state_channels
+            else None
         )
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)

@@ -104,7 +104,12 @@ def ablation(
         window=window,
         samples=0,
         budgets=list(budgets),
-        text_hashes=[fingerprint(torch.tensor([t.prompt_ids + t.completion_ids])) for t in texts],
+        text_hashes=[
+            fingerprint(
+                torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
+            )
+            for t in texts
+        ],
         kinds=[""] * len(texts) if kinds is None else list(kinds),
         tokens=measured,
         costs=costs,
@@ -153,7 +158,9 @@ def _check_stride(stride: int) -> None:
 
 
 def _prepared(model: Any, text: Trajectory, stride: int) -> _Text:
-    ids = torch.tensor([text.prompt_ids + text.completion_ids[:-1]], device=model.device)
+    ids = torch.tensor(
+        [text.prompt_ids + text.completion_ids[:-1]], dtype=torch.int64, device=model.device
+    )
     first, end = len(text.prompt_ids), ids.shape[1]
     # A start of its own for every text: places just after a boundary and just before one then
     # take part alike.

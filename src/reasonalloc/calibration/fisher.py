@@ -141,7 +141,10 @@ def fisher(
             samples=samples,
             budgets=list(budgets),
             text_hashes=[
-                fingerprint(torch.tensor([t.prompt_ids + t.completion_ids])) for t in texts
+                fingerprint(
+                    torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
+                )
+                for t in texts
             ],
             kinds=list(kinds) if kinds is not None else [""] * len(texts),
             tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
@@ -224,7 +227,11 @@ def _gradients(
     advance: Callable[[], None],
 ) -> list[Tensor]:
     """Per layer, [samples, tokens, query_heads, value_dim]: random roots of the Fisher matrix."""
-    ids = torch.tensor([(*trajectory.prompt_ids, *trajectory.completion_ids)], device=model.device)
+    ids = torch.tensor(
+        [(*trajectory.prompt_ids, *trajectory.completion_ids)],
+        dtype=torch.int64,
+        device=model.device,
+    )
     first = len(trajectory.prompt_ids)
     with torch.enable_grad():
         logits = model(ids[:, :-1], use_cache=False).logits[0, first:].float()
@@ -252,7 +259,7 @@ def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tens
         directions: [samples, tokens, query_heads, value_dim].
     """
     full, kv_heads = seen.output[0].detach(), seen.key.shape[1]
-    costs = torch.zeros(kv_heads + 1, len(rows), device=full.device)
+    costs = torch.zeros(kv_heads + 1, len(rows), dtype=torch.float32, device=full.device)
     for point, row in enumerate(rows):
         if row is not None:
             products = torch.einsum("thd,sthd->sth", (row - full).float(), directions)

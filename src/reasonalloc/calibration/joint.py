@@ -173,9 +173,11 @@ def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
 def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
     """Summed costs of the budgets that a profile gives, over the texts that are replayed."""
     plan = planned_heads(config, check_model(model), text_config(model), model_name(model))
-    sizes = torch.tensor(plan, dtype=torch.float64).flatten()
-    curves = torch.tensor(profile.curves(list(range(texts))), dtype=torch.float64).flatten(0, 1)
-    points = torch.tensor(profile.budgets, dtype=torch.float64)
+    sizes = torch.tensor(plan, dtype=torch.float64, device="cpu").flatten()
+    curves = torch.tensor(
+        profile.curves(list(range(texts))), dtype=torch.float64, device="cpu"
+    ).flatten(0, 1)
+    points = torch.tensor(profile.budgets, dtype=torch.float64, device="cpu")
     each: list[Tensor] = [
         interpolate(curve[None], points, size[None])
         for curve, size in zip(curves, sizes, strict=True)

@@ -153,7 +153,7 @@ def statistics(
         spreads.append(torch.stack(means))
         for top, samples in observer.shares.items():
             shares.setdefault(top, []).append(
-                torch.tensor(samples, dtype=torch.float64).mean(dim=0)
+                torch.tensor(samples, dtype=torch.float64, device="cpu").mean(dim=0)
             )
         if on_prompt is not None:
             on_prompt(index)

@@ -196,7 +196,9 @@ def _measure(
 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(model.device)
+    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator, device="cpu").to(
+        model.device
+    )
     found = data["batches"][-1]
     with Progress(console=output.stderr(), transient=True) as progress:
         for contender in contenders:  # warm-up, past a compression: nobody touches memory first

@@ -136,7 +136,9 @@ class _Meter(StoppingCriteria):
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self.stopped = not self._watch(input_ids.shape[1] - self._prompt_tokens)
-        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)
+        return torch.full(
+            (input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device
+        )
 
 
 def solve(
@@ -238,7 +240,9 @@ def _padded(
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(
+        mask, dtype=torch.int64, device=device
+    )
 
 
 def _until(tokens: list[int], ends: list[int]) -> list[int]:

@@ -52,7 +52,7 @@ def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
     """Generate a completion with the full cache, greedily; one that is there stays."""
     if trajectory.completion_ids:
         return trajectory
-    ids = torch.tensor([trajectory.prompt_ids], device=model.device)
+    ids = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
     out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
     completion = tuple(int(token) for token in out[0, ids.shape[1] :])
     if len(completion) < 2:
@@ -89,7 +89,7 @@ def fidelity(
     kl: list[Tensor] = []
     agree: list[Tensor] = []
     added: list[Tensor] = []
-    targets = torch.tensor(trajectory.completion_ids[1:], device=model.device)
+    targets = torch.tensor(trajectory.completion_ids[1:], dtype=torch.int64, device=model.device)
     with attach_config(model, config) as attached:
         cache = attached.new_cache()
         with cache.replaying():
@@ -122,8 +122,8 @@ def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Te
     Yields:
         Logits [1, vocabulary] of the first completion token, then [PIECE, vocabulary] of others.
     """
-    prompt = torch.tensor([trajectory.prompt_ids], device=model.device)
-    fed = torch.tensor([trajectory.completion_ids[:-1]], device=model.device)
+    prompt = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
+    fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
     out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     yield out.logits[0]
     for start in range(0, fed.shape[1], PIECE):

@@ -125,8 +125,9 @@ def bootstrap_ratio(
         Lower and upper end; both the estimate itself if there is one cluster.
     """
     generator = torch.Generator().manual_seed(seed)
-    top, bottom = torch.tensor(sums).double(), torch.tensor(counts).double()
-    picks = torch.randint(0, len(sums), (draws, len(sums)), generator=generator)
+    top, bottom = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (sums, counts))
+    picks = torch.randint(0, len(sums), (draws, len(sums)), generator=generator, device="cpu")
     ratios = top[picks].sum(1) / bottom[picks].sum(1)
-    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+    low, high = torch.quantile(ratios, ends).tolist()
     return low, high

@@ -76,7 +76,7 @@ class SeededSampling(LogitsProcessor):
         probabilities = self._nucleus(probabilities)
         below = probabilities.cumsum(dim=-1)
         below = below / below[:, -1:]
-        draws = torch.tensor([[s.random()] for s in self._streams], dtype=wide)
+        draws = torch.tensor([[s.random()] for s in self._streams], dtype=wide, device="cpu")
         chosen = torch.searchsorted(below, draws.to(scores.device), right=True)
         # A float32 draw may round up to 1: the last token that has any probability.
         chosen = torch.minimum(chosen, torch.searchsorted(below, below[:, -1:].contiguous()))

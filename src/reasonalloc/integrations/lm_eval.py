@@ -154,7 +154,9 @@ def _score(pieces: Any, continuation: list[int]) -> tuple[float, bool]:
     """Summed log-likelihood in nats, and whether every token is the most likely one."""
     total, greedy, start = 0.0, True, 0
     for logits in pieces:
-        targets = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
+        targets = torch.tensor(
+            continuation[start : start + len(logits)], dtype=torch.int64, device=logits.device
+        )
         scores = logits.float().log_softmax(-1)
         total += float(scores.gather(1, targets[:, None]).sum())
         greedy = greedy and bool((scores.argmax(-1) == targets).all())

@@ -106,7 +106,8 @@ class TriAttention(Policy):
             if rope is None or means is None or norms is None:
                 raise RuntimeError("statistics without queries")
             row = statistics.layers.index(layer)
-            offsets = torch.tensor([1 << power for power in range(self.horizon.bit_length())])
+            powers = [1 << power for power in range(self.horizon.bit_length())]
+            offsets = torch.tensor(powers, dtype=torch.int64, device=means.device)
             rates = rope.rates(means.device)
             future = turns(offsets, rates).mean(dim=0).to(torch.complex64)
             spread = (norms[row] - means[row].abs()).clamp_min(0)

@@ -50,7 +50,8 @@ class ValueAware(Policy):
         # A query that is padding gives nothing to any token, and is not counted.
         total = received.sum(dim=-1, keepdim=True)
         if received.shape[-2] == 1:  # at every step: fewer operations
-            kept = torch.where(total > 0, 0.5 ** (1 / self.half_life), 1.0).squeeze(-2)
+            still = 0.5 ** (1 / self.half_life)
+            kept = torch.where(total > 0, still, torch.ones_like(total)).squeeze(-2)
             state[..., 0].mul_(kept).add_(received.squeeze(-2))
             return
         real = (total > 0).float()
@@ -62,7 +63,7 @@ class ValueAware(Policy):
     def score(self, candidates: Candidates) -> Tensor:
         seen = candidates.seen[:, None, None] - candidates.positions
         one = 0.5 ** (1 / self.half_life)
-        weights = (1 - 0.5 ** (seen.clamp_min(1) / self.half_life)) / (1 - one)
+        weights = (1 - 0.5 ** (seen.clamp_min(1).float() / self.half_life)) / (1 - one)
         attention = kept_state(candidates)[..., 0] / weights
         values = candidates.values.float()
         valid = candidates.valid[..., None]

@@ -53,13 +53,13 @@ class LeastCost(LayerAllocator):
             )
         lower = min(query.window + query.n_sink + self.least, query.budget)
         upper = max(int(self.most * query.budget), query.budget)
-        points = torch.tensor(costs.budgets, dtype=torch.float64)
+        points = torch.tensor(costs.budgets, dtype=torch.float64, device="cpu")
         if self.by == "layers":
-            curves = torch.tensor(costs.layer_curves(texts), dtype=torch.float64)
+            curves = torch.tensor(costs.layer_curves(texts), dtype=torch.float64, device="cpu")
             mean = query.layers * query.budget
             sizes = minimise(curves, points, mean, lower, upper).tolist()
             return [[size] * query.kv_heads for size in sizes]
-        curves = torch.tensor(costs.curves(texts), dtype=torch.float64).flatten(0, 1)
+        curves = torch.tensor(costs.curves(texts), dtype=torch.float64, device="cpu").flatten(0, 1)
         found = minimise(curves, points, query.total, lower, upper)
         plan: list[list[int]] = found.view(query.layers, query.kv_heads).tolist()
         return plan

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from reasonalloc.allocators.layer.base import LayerQuery
-from reasonalloc.allocators.rounding import robustify
+from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.errors import UsageError
 from reasonalloc.statistics_file import Statistics, load_statistics
 
@@ -37,11 +36,5 @@ def in_proportion(preference: Tensor, query: LayerQuery) -> list[int]:
     windows = query.kv_heads * query.window
     mean = query.kv_heads * query.budget - windows
     least = min(query.kv_heads * (query.n_sink + 1), mean)
-    free = robustify(
-        preference,
-        torch.tensor(query.layers * mean),
-        torch.full((query.layers,), least),
-        torch.full((query.layers,), query.layers * mean),
-        exponent=1.0,
-    )
-    return [int(tokens) + windows for tokens in free]
+    total = query.layers * mean
+    return [free + windows for free in shares_of(preference, total, least, total, exponent=1.0)]

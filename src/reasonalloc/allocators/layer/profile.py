@@ -2,10 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
-from reasonalloc.allocators.rounding import robustify
+from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.errors import UsageError
 from reasonalloc.profiles import load_profile
 
@@ -36,14 +34,6 @@ class FromProfile(LayerAllocator):
         profile = load_profile(self.path)
         profile.check_model(query.model_id, query.config_hash, query.layers)
         mean = query.kv_heads * query.budget
-        count = query.layers
         lower = min(max(int(self.least * mean), query.least), mean)
         upper = max(int(self.most * mean), mean)
-        budgets = robustify(
-            torch.tensor(profile.demand_mean, dtype=torch.float64),
-            torch.tensor(query.total),
-            torch.full((count,), lower),
-            torch.full((count,), upper),
-            self.gamma,
-        )
-        return [int(b) for b in budgets]
+        return shares_of(profile.demand_mean, query.total, lower, upper, self.gamma)

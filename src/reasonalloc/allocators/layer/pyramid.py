@@ -2,10 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
-from reasonalloc.allocators.rounding import robustify
+from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.errors import UsageError
 
 
@@ -32,14 +30,4 @@ class Pyramid(LayerAllocator):
             (most - layer * (most - least) / steps + query.window) * heads
             for layer in range(query.layers)
         ]
-        count = query.layers
-        return [
-            int(b)
-            for b in robustify(
-                torch.tensor(shape, dtype=torch.float64),
-                torch.tensor(query.total),
-                torch.full((count,), lower),
-                torch.full((count,), query.total),
-                exponent=1.0,
-            )
-        ]
+        return shares_of(shape, query.total, lower, query.total, exponent=1.0)

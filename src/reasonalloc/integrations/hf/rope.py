@@ -72,7 +72,8 @@ def check_rotation(model: Any, rope: Rope, token: int) -> None:
     """
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
     start, shifted = (_queries(model, token, position) for position in (0, _SHIFT))
-    turn = turns(torch.tensor(_SHIFT), rope.rates(torch.device("cpu"))).to(torch.complex64)
+    shift = torch.tensor(_SHIFT, dtype=torch.int64, device="cpu")
+    turn = turns(shift, rope.rates(shift.device)).to(torch.complex64)
     for layer in budgeted:
         turned = from_features(to_features(start[layer], rope.pairs) * turn, rope.pairs)
         error = (turned - shifted[layer]).norm() / turned.norm().clamp_min(1e-9)
@@ -96,7 +97,7 @@ def _queries(model: Any, token: int, position: int) -> dict[int, Tensor]:
     AttentionMaskInterface.register(_IMPLEMENTATION, mask_forward)
     try:
         model.set_attn_implementation(_IMPLEMENTATION)
-        ids = torch.tensor([[token]], device=model.device)
+        ids = torch.tensor([[token]], dtype=torch.int64, device=model.device)
         model(ids, position_ids=torch.full_like(ids, position), use_cache=False)
     finally:
         model.set_attn_implementation(original)

@@ -122,7 +122,7 @@ class StaticStep:
         if kwargs.get("position_ids") is None:
             shape = kwargs["input_ids"].shape
             kwargs["position_ids"] = torch.full(
-                shape, self._cache.get_seq_length(), device=self._device
+                shape, self._cache.get_seq_length(), dtype=torch.int64, device=self._device
             )
         inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         options = {k: v for k, v in kwargs.items() if k not in inputs}

@@ -174,7 +174,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         self._bind()
         runs = self.runs
         heads, tokens = runs.heads, starts[-1]
-        slots = torch.tensor(batch.slots, device=self.device)
+        slots = torch.tensor(batch.slots, dtype=torch.int64, device=self.device)
         lengths = runs.lengths(slots, common.seq_lens)
         blocks = self._blocks = common.block_table_tensor
         table = self._table(batch, slots, lengths, blocks)
@@ -224,8 +224,8 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         size = self.kv_cache_spec.block_size
         place, row = lengths.long() - 1, torch.arange(requests, device=self.device)
         if starts[-1] > requests:
-            row = row.repeat_interleave(torch.tensor(new, device=self.device))
-            ends = torch.tensor(starts[1:], device=self.device)[row]
+            row = row.repeat_interleave(torch.tensor(new, dtype=torch.int64, device=self.device))
+            ends = torch.tensor(starts[1:], dtype=torch.int64, device=self.device)[row]
             behind = ends - torch.arange(1, starts[-1] + 1, device=self.device)
             place = place[:, row] - behind[:, None]
         run = torch.arange(layers, device=self.device)[:, None, None] * requests + row[:, None]
@@ -249,7 +249,9 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
                 places.append(position % window)
         if not tokens:
             return None
-        found = [torch.tensor(x, device=self.device) for x in (tokens, rows, places)]
+        found = [
+            torch.tensor(x, dtype=torch.int64, device=self.device) for x in (tokens, rows, places)
+        ]
         return found[0], found[1], found[2]
 
     def finish(self) -> None:

@@ -75,7 +75,9 @@ class PoolCompressor:
         shard = plan.shard(rank)
         device = runs.first.device
         self._planned = [
-            None if heads is None else torch.tensor(shard.heads(heads), device=device)
+            None
+            if heads is None
+            else torch.tensor(shard.heads(heads), dtype=torch.int64, device=device)
             for heads in (plan.planned or [None] * runs.layers)
         ]
         self._offsets = runs.layout.offsets
@@ -123,12 +125,16 @@ class PoolCompressor:
 
     def _group(self, items: Sequence[Due], blocks: Tensor) -> _Group:
         device = blocks.device
-        rows = torch.tensor([item.row for item in items], device=device)
+        rows = torch.tensor([item.row for item in items], dtype=torch.int64, device=device)
         return _Group(
-            slots=torch.tensor([item.request.slot for item in items], device=device),
+            slots=torch.tensor(
+                [item.request.slot for item in items], dtype=torch.int64, device=device
+            ),
             tokens=torch.tensor([i.tokens for i in items], dtype=torch.int32, device=device),
             blocks=blocks[rows],
-            queries=torch.tensor([item.request.queries or 0 for item in items], device=device),
+            queries=torch.tensor(
+                [item.request.queries or 0 for item in items], dtype=torch.int64, device=device
+            ),
         )
 
     def _keep(self, layer: int, group: _Group, start: int | None) -> _Moved:

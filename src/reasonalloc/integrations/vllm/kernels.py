@@ -143,9 +143,9 @@ class CpuKernel:
 
     def _views(self, raw: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         """Readable views, in the order that the kernel's own writing shows on the null page."""
-        probe = torch.arange(1, block_size * self._head_dim + 1, dtype=torch.float32)
+        probe = torch.arange(1, block_size * self._head_dim + 1, dtype=torch.float32, device="cpu")
         probe = (probe % 251).to(raw.dtype).view(block_size, 1, self._head_dim)
-        slots = torch.arange(block_size)
+        slots = torch.arange(block_size, device="cpu")
         one = raw[:1]
         self._write(one, probe, probe, slots)
         found = []
