@@ -14,7 +14,8 @@ from torch import Tensor
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf import compiled
 from reasonalloc.native.products import MOST_ROWS, most_rows
-from reasonalloc.native.program import Operation, Program, collapsed
+from reasonalloc.native.program import Program, collapsed
+from reasonalloc.native.structs import Operation
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LINEAR = torch.nn.functional.linear

@@ -103,7 +103,7 @@ struct Plan {
 
 extern "C" {
 
-// The fields of attention.py's `_Attend`, in its order. Strides are in elements, of the batch and of
+// The fields of structs.py's `Attend`, in its order. Strides are in elements, of the batch and of
 // the heads; rows are contiguous.
 struct Attend {
   const char* query;
@@ -129,6 +129,8 @@ struct Attend {
   int64_t batch, kv_heads, group, slots, width, value_width;
   double scaling, softcap;  // softcap 0: none
 };
+
+int64_t reasonalloc_bytes_of_attend() { return sizeof(Attend); }
 }
 
 namespace {
@@ -148,6 +150,10 @@ void store_token(const Attend& a, int* failed) {
         *failed = kFull;
         continue;
       }
+      if (a.offsets[run] < 0 || a.lengths[run] < 0 || a.seen[b] < 0) {
+        *failed = kOutside;
+        continue;
+      }
       const int64_t at = b * a.slots + slot;
       std::memcpy(a.keys + at * a.width * key_bytes,
                   a.key + (b * a.key_strides[0] + h * a.key_strides[1]) * key_bytes,
@@ -159,7 +165,7 @@ void store_token(const Attend& a, int* failed) {
       for (int64_t c = 0; c < a.channels; ++c) a.state[at * a.channels + c] = 0.0f;
       ++a.lengths[run];
     }
-    if (!a.ring) continue;
+    if (!a.ring || a.seen[b] < 0) continue;
     char* place = a.ring + (b * a.window + a.seen[b] % a.window) * heads * a.width * query_bytes;
     for (int64_t h = 0; h < heads; ++h)
       std::memcpy(place + h * a.width * query_bytes,
@@ -168,13 +174,17 @@ void store_token(const Attend& a, int* failed) {
   }
 }
 
-// Divides the runs into chunks.
+// Divides the runs into chunks; all of them must lie within the storage.
 void make_plan(const Attend& a, int threads, Plan& plan) {
   const int64_t runs = a.batch * a.kv_heads;
   plan.chunks.clear();
   plan.first.clear();
   int64_t tokens = 0;
-  for (int64_t run = 0; run < runs; ++run) tokens += a.lengths[run];
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t offset = a.offsets[run], length = a.lengths[run];
+    if (offset < 0 || length < 0 || offset > a.slots - length) throw Outside();
+    tokens += length;
+  }
   const int64_t fair = tokens / (int64_t(threads) * kTurns) / kLanes * kLanes;
   const int64_t chunk = std::clamp<int64_t>(fair, kLeast, kChunk);
   for (int64_t run = 0; run < runs; ++run) {
@@ -263,6 +273,8 @@ void attend(const Attend& a, Plan& plan, int* failed) {
       if (*failed == kDone) make_plan(a, omp_get_num_threads(), plan);
     } catch (const std::bad_alloc&) {
       *failed = kNoMemory;
+    } catch (const Outside&) {
+      *failed = kOutside;
     }
   }
   if (*failed != kDone) return;

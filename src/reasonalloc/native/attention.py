@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reasonalloc.attention.interface import SlabView
-from reasonalloc.native.build import KINDS, library
+from reasonalloc.native.build import library
+from reasonalloc.native.check import address, failure
+from reasonalloc.native.structs import FLOATS, Attend
 
-_I, _P, _TWO = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64 * 2
+_TWO = ctypes.c_int64 * 2
 _operators = torch.library.Library("reasonalloc", "FRAGMENT")
 _READ = (
     "Tensor query, Tensor{} keys, Tensor{} values, Tensor offsets, Tensor{} lengths, "
@@ -25,37 +28,6 @@ _operators.define(
     "Tensor(d!) positions, Tensor seen, Tensor(e!)? state, Tensor(f!)? ring, bool need_weights) "
     "-> (Tensor, Tensor)"
 )
-
-
-class Attend(ctypes.Structure):
-    """The arguments of one call; holds addresses alone, their tensors must be kept."""
-
-    _fields_ = (
-        ("query", _P),
-        ("query_kind", _I),
-        ("query_strides", _TWO),
-        ("key", _P),
-        ("key_strides", _TWO),
-        ("value", _P),
-        ("value_strides", _TWO),
-        ("keys", _P),
-        ("key_kind", _I),
-        ("values", _P),
-        ("value_kind", _I),
-        ("positions", _P),
-        ("offsets", _P),
-        ("lengths", _P),
-        ("seen", _P),
-        ("state", _P),
-        ("channels", _I),
-        ("ring", _P),
-        ("window", _I),
-        ("out", _P),
-        ("received", _P),
-        *((name, _I) for name in ("batch", "kv_heads", "group", "slots", "width", "value_width")),
-        ("scaling", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    )
 
 
 class NewToken(NamedTuple):
@@ -123,48 +95,63 @@ def arguments_of(
         scaling, softcap: of the logits; 0: no soft-capping.
         new: what is stored first, or None.
         out: [batch, query_heads, 1, value_dim]; received: [batch, slots] float32 or None.
+
+    Raises:
+        RuntimeError: one of them is not so.
     """
-    kv_heads = lengths.shape[1]
+    batch, heads, _, width = query.shape
+    slots, value_width, kv_heads = keys.shape[1], values.shape[2], lengths.shape[1]
+    if heads % kv_heads:
+        raise RuntimeError(f"{heads} query heads cannot be divided among {kv_heads} KV heads")
+    at = partial(address, dtype=torch.int64, shape=(batch, kv_heads))
     arguments = Attend(
-        query=query.data_ptr(),
-        query_kind=KINDS[query.dtype],
+        query=address("query", query, None, (batch, heads, 1, width), rows=True),
+        query_kind=FLOATS[query.dtype],
         query_strides=_TWO(*query.stride()[:2]),
-        keys=keys.data_ptr(),
-        key_kind=KINDS[keys.dtype],
-        values=values.data_ptr(),
-        value_kind=KINDS[values.dtype],
-        offsets=offsets.data_ptr(),
-        lengths=lengths.data_ptr(),
-        out=out.data_ptr(),
-        received=None if received is None else received.data_ptr(),
-        batch=query.shape[0],
+        keys=address("keys", keys, None, (batch, slots, width)),
+        key_kind=FLOATS[keys.dtype],
+        values=address("values", values, None, (batch, slots, value_width)),
+        value_kind=FLOATS[values.dtype],
+        offsets=at("offsets", offsets),
+        lengths=at("lengths", lengths),
+        out=address("out", out, values.dtype, (batch, heads, 1, value_width)),
+        batch=batch,
         kv_heads=kv_heads,
-        group=query.shape[1] // kv_heads,
-        slots=keys.shape[1],
-        width=query.shape[3],
-        value_width=values.shape[2],
+        group=heads // kv_heads,
+        slots=slots,
+        width=width,
+        value_width=value_width,
         scaling=scaling,
         softcap=softcap,
     )
-    if new is None:
-        return arguments
-    arguments.key, arguments.key_strides = new.key.data_ptr(), _TWO(*new.key.stride()[:2])
-    arguments.value, arguments.value_strides = new.value.data_ptr(), _TWO(*new.value.stride()[:2])
-    arguments.positions, arguments.seen = new.positions.data_ptr(), new.seen.data_ptr()
-    if new.state is not None:
-        arguments.state, arguments.channels = new.state.data_ptr(), new.state.shape[-1]
-    if new.ring is not None:
-        arguments.ring, arguments.window = new.ring.data_ptr(), new.ring.shape[1]
+    if received is not None:
+        arguments.received = address("received", received, torch.float32, (batch, slots))
+    if new is not None:
+        _add_token(arguments, new, query, keys, values)
     return arguments
 
 
-def failure(code: int) -> Exception:
-    """What a code of ``attention.cpp`` says."""
-    if code == 1:
-        return MemoryError("attention='cpp': not enough memory for the pieces of a step")
-    if code == 2:
-        return RuntimeError("a run is full: compress before appending")
-    return IndexError("a token id is not in the model's vocabulary")
+def _add_token(
+    arguments: Attend, new: NewToken, query: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """What is stored first; the other arguments are there already."""
+    batch, slots, width = keys.shape
+    token = batch, arguments.kv_heads, 1
+    arguments.key = address("key", new.key, keys.dtype, (*token, width), rows=True)
+    arguments.key_strides = _TWO(*new.key.stride()[:2])
+    of_value = (*token, values.shape[2])
+    arguments.value = address("value", new.value, values.dtype, of_value, rows=True)
+    arguments.value_strides = _TWO(*new.value.stride()[:2])
+    arguments.positions = address("positions", new.positions, torch.int32, (batch, slots))
+    arguments.seen = address("seen", new.seen, torch.int64, (batch,))
+    if new.state is not None:
+        arguments.channels = new.state.shape[-1]
+        of_state = batch, slots, arguments.channels
+        arguments.state = address("state", new.state, torch.float32, of_state)
+    if new.ring is not None:
+        arguments.window = new.ring.shape[1]
+        of_ring = batch, arguments.window, query.shape[1], width
+        arguments.ring = address("ring", new.ring, query.dtype, of_ring)
 
 
 def _results(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

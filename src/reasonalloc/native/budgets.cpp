@@ -113,6 +113,7 @@ extern "C" int reasonalloc_select(const float* scores, const int64_t* lengths,
   return for_rows(runs, threads, [&](int64_t run) {
     static thread_local std::vector<Ranked> order;
     const int64_t length = lengths[run], budget = budgets[run];
+    if (length < 0 || length > n || budget < 0) throw Outside();
     int64_t recent = std::max(int64_t(std::floor(double(budget) * recent_fraction)), window);
     if (forced) {
       int64_t count = 0;

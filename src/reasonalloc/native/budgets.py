@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.native.build import library, loaded
+from reasonalloc.native.check import address, failure
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -30,10 +31,10 @@ def robustify(
     budgets = torch.empty(shape, dtype=torch.int64, device="cpu")
     _check(
         library().reasonalloc_robustify(
-            demand.data_ptr(),
-            total.data_ptr(),
-            lower.data_ptr(),
-            upper.data_ptr(),
+            address("demand", demand, torch.float64, shape),
+            address("total", total, torch.int64, shape[:-1]),
+            address("lower", lower, torch.int64, shape),
+            address("upper", upper, torch.int64, shape),
             exponent,
             total.numel(),
             shape[-1],
@@ -53,9 +54,9 @@ def pooled_counts(
     counts = torch.empty(batch, heads, dtype=torch.int64, device="cpu")
     _check(
         library().reasonalloc_pooled_counts(
-            scores.data_ptr(),
-            lengths.data_ptr(),
-            total.data_ptr(),
+            address("scores", scores, torch.float32, (batch, heads, n)),
+            address("lengths", lengths, torch.int64, (batch, heads)),
+            address("total", total, torch.int64, (batch,)),
             window,
             scaled,
             batch,
@@ -77,20 +78,21 @@ def select(
     forced: Tensor | None,
 ) -> Tensor:
     """See ``selection.select``."""
+    *runs, n = scores.shape
     scores = scores.contiguous()
     lengths, budgets = (t.long().contiguous() for t in (lengths, budgets))
     forced = None if forced is None else forced.bool().expand(scores.shape).contiguous()
     keep = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     _check(
         library().reasonalloc_select(
-            scores.data_ptr(),
-            lengths.data_ptr(),
-            budgets.data_ptr(),
+            address("scores", scores, torch.float32, (*runs, n)),
+            address("lengths", lengths, torch.int64, runs),
+            address("budgets", budgets, torch.int64, runs),
             window,
             recent_fraction,
             None if forced is None else forced.data_ptr(),
             lengths.numel(),
-            scores.shape[-1],
+            n,
             keep.data_ptr(),
             torch.get_num_threads(),
         )
@@ -100,4 +102,4 @@ def select(
 
 def _check(failed: int) -> None:
     if failed:
-        raise MemoryError("not enough memory to decide which tokens stay")
+        raise failure(failed)

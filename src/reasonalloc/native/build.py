@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.native.structs import FLOATS, check_layout
 
 _SOURCES = (
     "lanes.h",
@@ -32,9 +33,11 @@ _ARGUMENTS = {
     "pooled_counts": ([_P] * 3 + [_I, _N] + [_I] * 3 + [_P, _N], _N),
     "select": ([_P] * 3 + [_I, _D, _P] + [_I] * 2 + [_P, _N], _N),
     "knows": ([_N], _N),
+    "bytes_of_operand": ([], _I),
+    "bytes_of_instruction": ([], _I),
+    "bytes_of_attend": ([], _I),
+    "operations": ([], ctypes.c_char_p),
 }
-#: Element types that the loops compute with, and their numbers there.
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None:
@@ -66,12 +69,12 @@ def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None
         ) from error
     if dtype is None:
         return
-    if dtype not in KINDS:
-        known = ", ".join(str(kind) for kind in KINDS)
+    if dtype not in FLOATS:
+        known = ", ".join(str(kind) for kind in FLOATS)
         raise UnsupportedError(
             f"{option} computes in {known}, but the model is in {dtype}: use {instead}"
         )
-    if not found.reasonalloc_knows(KINDS[dtype]):
+    if not found.reasonalloc_knows(FLOATS[dtype]):
         raise UnsupportedError(
             f"{option}: this C++ compiler does not know {dtype} (g++ 12 does): use a newer one, or "
             f"{instead}"
@@ -96,6 +99,7 @@ def library() -> Any:
     for name, (arguments, result) in _ARGUMENTS.items():
         function = getattr(found, f"reasonalloc_{name}")
         function.argtypes, function.restype = arguments, result
+    check_layout(found)
     return found
 
 

@@ -11,7 +11,7 @@ struct Operand {
   int64_t strides[4];  // in elements
 };
 
-// The fields of program.py's `_Instruction`, in its order.
+// The fields of structs.py's `Instruction`, in its order.
 struct Instruction {
   int64_t operation;
   int64_t barrier;  // what follows reads or replaces what other threads may still be at
@@ -20,6 +20,9 @@ struct Instruction {
   Operand out, a, b, c;
   double number, factor;
 };
+
+int64_t reasonalloc_bytes_of_operand() { return sizeof(Operand); }
+int64_t reasonalloc_bytes_of_instruction() { return sizeof(Instruction); }
 }
 
 namespace {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.native import build
-from reasonalloc.native.program import KINDS, Draft, Operation, Share, collapsed, storage_of
+from reasonalloc.native.program import Draft, collapsed, storage_of
+from reasonalloc.native.structs import FLOATS, KINDS, Operation, Share
 
 _ROWS_FROM = 2048  # elements from which threads divide an operation by sequences
 _BLOCKS_FROM = 65536  # and by blocks
@@ -25,9 +26,9 @@ def elementwise(
 ) -> list[Draft] | None:
     """``out = operation(a, b)`` with broadcasting; all have kinds that the loops know."""
     tensors = [out, a] if b is None else [out, a, b]
-    if out.dtype not in build.KINDS or not all(known(t.dtype) for t in tensors):
+    if out.dtype not in FLOATS or not all(known(t.dtype) for t in tensors):
         return None
-    integers = [t for t in tensors[1:] if t.dim() > 0 and t.dtype not in build.KINDS]
+    integers = [t for t in tensors[1:] if t.dim() > 0 and t.dtype not in FLOATS]
     if b is not None and integers and out.dtype is not torch.float32:
         return None  # PyTorch rounds them to 16 bits first
     if out.numel() == 0 or not all(_apart_or_same(out, t) for t in tensors[1:]):

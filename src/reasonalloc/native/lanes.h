@@ -197,7 +197,11 @@ bool by_kind(int kind, Run run) {
   return true;
 }
 
-enum Failure { kDone = 0, kNoMemory = 1, kFull = 2, kBadIndex = 3 };
+// The codes of check.py's `failure`.
+enum Failure { kDone = 0, kNoMemory = 1, kFull = 2, kBadIndex = 3, kOutside = 4 };
+
+// Thrown where a number points outside of what it counts.
+struct Outside {};
 
 // Calls `run(row)` for every row, by several threads; returns a `Failure`.
 template <typename Run>
@@ -208,6 +212,8 @@ int for_rows(int64_t rows, int threads, Run run) {
       run(row);
     } catch (const std::bad_alloc&) {
       failed = kNoMemory;
+    } catch (const Outside&) {
+      failed = kOutside;
     }
   };
   if (threads <= 1) {  // no team at all: one inside another would be made anew every time

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reasonalloc.native import build
-from reasonalloc.native.attention import Attend, NewToken, arguments_of
+from reasonalloc.native.attention import NewToken, arguments_of
 from reasonalloc.native.elementwise import elementwise, loops_of
 from reasonalloc.native.products import product
-from reasonalloc.native.program import KINDS, LINE, Draft, Operation, Share
+from reasonalloc.native.program import LINE, Draft
+from reasonalloc.native.structs import FLOATS, KINDS, Attend, Operation, Share
 
 _aten = torch.ops.aten
-_FLOATING = build.KINDS
 
 
 class Call(NamedTuple):
@@ -85,7 +84,7 @@ def _sum(call: Call) -> list[Draft] | None:
     x, dims = call.args[0], call.args[1]
     keep = call.args[2] if len(call.args) > 2 else False
     out = call.result
-    if not dims or x.dim() == 0 or x.dtype not in _FLOATING or out.dtype not in _FLOATING:
+    if not dims or x.dim() == 0 or x.dtype not in FLOATS or out.dtype not in FLOATS:
         return None
     dims = sorted(d % x.dim() for d in dims)
     if not keep:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.native import build
 from reasonalloc.native.elementwise import as_float_rows, known
-from reasonalloc.native.program import LINE, Draft, Operation, Share, Strides, storage_of
+from reasonalloc.native.program import LINE, Draft, Strides, storage_of
+from reasonalloc.native.structs import FLOATS, Operation, Share
 
 #: Rows up to which products with weights are our own.
 MOST_ROWS = 32
@@ -34,7 +34,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> list[Draf
         and width > 0
         and w.stride(0) == 1
         and w.stride(1) >= width
-        and all(t.dtype in build.KINDS and known(t.dtype) for t in (x, w, out))
+        and all(t.dtype in FLOATS and known(t.dtype) for t in (x, w, out))
         and out.stride(1) == 1
     ):
         return None
@@ -47,7 +47,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> list[Draf
         x = as_float_rows(x, drafts)
     operand = None
     if bias is not None:
-        if bias.dim() != 1 or bias.dtype not in build.KINDS or len(bias) != w.shape[1]:
+        if bias.dim() != 1 or bias.dtype not in FLOATS or len(bias) != w.shape[1]:
             return None
         operand = (as_float_rows(bias[None], drafts)[0], LINE)
     drafts.append(

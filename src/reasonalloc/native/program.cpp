@@ -2,12 +2,14 @@
 
 namespace {
 
-// The numbers of program.py's `Operation`.
-enum Operation {
-  kCopy, kNegate, kCosine, kSine, kInverseRoot, kLogistic, kSilu, kGelu, kGeluTanh, kTanh, kExp,
-  kRelu, kSquare, kPower, kAdd, kSubtract, kMultiply, kDivide, kSum, kCount, kEmbed, kProduct,
-  kAttend, kPanel
-};
+// In the order of structs.py's `Operation`.
+#define REASONALLOC_OPERATIONS(X)                                                            \
+  X(Copy) X(Negate) X(Cosine) X(Sine) X(InverseRoot) X(Logistic) X(Silu) X(Gelu) X(GeluTanh) \
+  X(Tanh) X(Exp) X(Relu) X(Square) X(Power) X(Add) X(Subtract) X(Multiply) X(Divide) X(Sum)  \
+  X(Count) X(Embed) X(Product) X(Attend) X(Panel)
+
+#define REASONALLOC_NUMBER(name) k##name,
+enum Operation { REASONALLOC_OPERATIONS(REASONALLOC_NUMBER) };
 
 // out[rows, outputs] of a[rows, width] or its panel, b[outputs, width] and perhaps c[outputs].
 void product(const Instruction& i, int64_t thread, int64_t threads) {
@@ -91,6 +93,9 @@ void run(const Instruction& i, int64_t thread, int64_t threads, Plan& plan, int*
 }
 
 }  // namespace
+
+#define REASONALLOC_NAME(name) #name " "
+extern "C" const char* reasonalloc_operations() { return REASONALLOC_OPERATIONS(REASONALLOC_NAME); }
 
 // Returns a `Failure`; what was done stays done.
 extern "C" int reasonalloc_run(const Instruction* instructions, int64_t count, int threads) {

@@ -10,79 +10,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reasonalloc.native import build
-from reasonalloc.native.attention import Attend, failure
+from reasonalloc.native.check import check_draft, failure
+from reasonalloc.native.structs import KINDS, Attend, Instruction, Operation, Share
 
-#: These, and those that the loops read besides.
-KINDS = {**build.KINDS, torch.int64: 3, torch.int32: 4, torch.bool: 5}
 _ALIGNMENT = 64
-
-
-class Operation(IntEnum):
-    """What an instruction does; the numbers of ``program.cpp``."""
-
-    COPY = 0
-    NEGATE = 1
-    COSINE = 2
-    SINE = 3
-    INVERSE_ROOT = 4
-    LOGISTIC = 5
-    SILU = 6
-    GELU = 7
-    GELU_TANH = 8
-    TANH = 9
-    EXP = 10
-    RELU = 11
-    SQUARE = 12
-    POWER = 13
-    ADD = 14
-    SUBTRACT = 15
-    MULTIPLY = 16
-    DIVIDE = 17
-    SUM = 18
-    COUNT = 19
-    EMBED = 20
-    PRODUCT = 21
-    ATTEND = 22
-    PANEL = 23
-
-
-class Share(IntEnum):
-    """How threads divide an instruction."""
-
-    NONE = 0
-    BLOCKS = 1
-    """Each has blocks of its own, in an order that only the loops know."""
-    ROWS = 2
-    """Each has its part of the first dimension."""
-
-
-class _Operand(ctypes.Structure):
-    _fields_ = (
-        ("at", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("strides", ctypes.c_int64 * 4),
-    )
-
-
-class _Instruction(ctypes.Structure):
-    _fields_ = (
-        ("operation", ctypes.c_int64),
-        ("barrier", ctypes.c_int64),
-        ("share", ctypes.c_int64),
-        ("sizes", ctypes.c_int64 * 4),
-        *((name, _Operand) for name in ("out", "a", "b", "c")),
-        ("number", ctypes.c_double),
-        ("factor", ctypes.c_double),
-    )
-
-
 Strides = tuple[int, int, int, int]
 #: Of what lies in one line.
 LINE: Strides = (0, 0, 0, 1)
@@ -241,11 +178,14 @@ class Program:
         drafts: in their order.
         arena: gives the places of their tensors; those that it does not have stay where they are,
             and are kept.
+
+    Raises:
+        RuntimeError: an instruction would leave its tensors.
     """
 
     def __init__(self, drafts: Sequence[Draft], arena: Arena) -> None:
         self._kept: list[Any] = [arena]
-        self._instructions = (_Instruction * len(drafts))()
+        self._instructions = (Instruction * len(drafts))()
         self._threads = torch.get_num_threads()
         window = _Window()
         for instruction, draft in zip(self._instructions, drafts, strict=True):
@@ -256,7 +196,8 @@ class Program:
                 [_access(draft, tensor, arena) for tensor in writes],
             )
 
-    def _fill(self, instruction: _Instruction, draft: Draft, arena: Arena) -> None:
+    def _fill(self, instruction: Instruction, draft: Draft, arena: Arena) -> None:
+        check_draft(draft)
         instruction.operation, instruction.share = draft.operation, draft.share
         instruction.sizes[:] = draft.sizes
         instruction.number, instruction.factor = draft.number, draft.factor
@@ -276,7 +217,7 @@ class Program:
         """Do it.
 
         Raises:
-            MemoryError, IndexError, RuntimeError: see ``attention.failure``.
+            MemoryError, IndexError, RuntimeError: see ``check.failure``.
         """
         code = build.library().reasonalloc_run(
             ctypes.addressof(self._instructions), len(self._instructions), self._threads

@@ -257,6 +257,9 @@ int rkv_scores(const float* queries, const T* keys, const int64_t* index, const 
   auto score = [&](int64_t run, int shared_by) {
     static thread_local RkvMemory memory;
     std::memset(scores + run * n, 0, size_t(n) * 4);
+    if (lengths[run] < 0 || lengths[run] > n) throw Outside();
+    for (int64_t j = run * n; j < run * n + lengths[run]; ++j)
+      if (index[j] < 0 || index[j] >= stored) throw Outside();
     if (lengths[run] > 0)
       score_run(queries + run * group * window * width, keys + run / kv_heads * stored * width,
                 index + run * n, lengths[run], group, window, width, lam, kernel, threshold,

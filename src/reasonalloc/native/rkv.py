@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonalloc.native.build import KINDS, library
+from reasonalloc.native.build import library
+from reasonalloc.native.check import address, failure
+from reasonalloc.native.structs import FLOATS
 
 
 def rkv_scores(
@@ -31,30 +33,35 @@ def rkv_scores(
 
     Returns:
         [batch, kv_heads, n] float32; 0 beyond ``lengths``.
+
+    Raises:
+        RuntimeError: an argument is not so, or an index or a length points outside of the storage.
     """
     batch, kv_heads, n = index.shape
     queries, keys, index, lengths = (t.contiguous() for t in (queries, keys, index, lengths))
+    group, window, width = queries.shape[2:]
+    runs = batch, kv_heads
     scores = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
     failed = library().reasonalloc_rkv_scores(
-        queries.data_ptr(),
-        keys.data_ptr(),
-        index.data_ptr(),
-        lengths.data_ptr(),
+        address("queries", queries, torch.float32, (*runs, group, window, width)),
+        address("keys", keys, None, (batch, keys.shape[1], width)),
+        address("index", index, torch.int64, (*runs, n)),
+        address("lengths", lengths, torch.int64, runs),
         scores.data_ptr(),
         batch,
         kv_heads,
-        queries.shape[2],
-        queries.shape[3],
+        group,
+        window,
         keys.shape[1],
         n,
-        keys.shape[2],
+        width,
         kernel,
         lam,
         threshold,
         softcap or 0.0,
-        KINDS[keys.dtype],
+        FLOATS[keys.dtype],
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError("not enough memory for R-KV's scores")
+        raise failure(failed)
     return scores

@@ -2,8 +2,8 @@
 
 // Of every run the kept rows, in their order, go to [offset, offset + number) of the sequence's
 // storage. They may come from that same storage: a sequence is copied aside first, which fits a
-// core's cache for usual budgets. Returns 0, or 1 if a sequence was left as it was, because a run
-// would have ended behind its storage.
+// core's cache for usual budgets. Returns 0, or 1 if a sequence was left as it was: a run
+// would have ended behind its storage, or a row would have come from outside of it.
 extern "C" int reasonalloc_move_rows(char* own, const char* from, const int64_t* index,
                                      const bool* keep, const int64_t* offsets, int64_t batch,
                                      int64_t kv_heads, int64_t n, int64_t slots, int64_t stored,
@@ -18,7 +18,10 @@ extern "C" int reasonalloc_move_rows(char* own, const char* from, const int64_t*
     bool fits = true;
     for (int64_t h = 0; h < kv_heads; ++h) {
       const int64_t run = b * kv_heads + h;
-      for (int64_t i = run * n; i < (run + 1) * n; ++i) kept[h] += keep[i];
+      for (int64_t i = run * n; i < (run + 1) * n; ++i) {
+        kept[h] += keep[i];
+        fits = fits && (!keep[i] || (index[i] >= 0 && index[i] < stored));
+      }
       total += kept[h];
       fits = fits && offsets[run] >= 0 && offsets[run] + kept[h] <= slots;
     }

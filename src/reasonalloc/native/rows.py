@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.native.build import library
+from reasonalloc.native.check import address
 
 
 def move_rows(own: Tensor, flat: Tensor, index: Tensor, keep: Tensor, offsets: Tensor) -> None:
@@ -19,25 +20,28 @@ def move_rows(own: Tensor, flat: Tensor, index: Tensor, keep: Tensor, offsets: T
         offsets: [batch, kv_heads] int64, first slot of each run.
 
     Raises:
-        RuntimeError: the types differ, or a run would end behind the storage.
+        RuntimeError: an argument is not so, a run would end behind the storage, or a row comes from
+            outside of it.
     """
     batch, kv_heads, n = index.shape
     flat, index, keep, offsets = (t.contiguous() for t in (flat, index, keep, offsets))
-    if own.dtype != flat.dtype or own.shape[2:] != flat.shape[2:]:
-        raise RuntimeError(f"rows of {flat.dtype} {flat.shape} into {own.dtype} {own.shape}")
+    slots, stored, row = own.shape[1], flat.shape[1], own.shape[2:]
     refused = library().reasonalloc_move_rows(
-        own.data_ptr(),
-        flat.data_ptr(),
-        index.data_ptr(),
-        keep.data_ptr(),
-        offsets.data_ptr(),
+        address("own", own, own.dtype, (batch, slots, *row)),
+        address("flat", flat, own.dtype, (batch, stored, *row)),
+        address("index", index, torch.int64, (batch, kv_heads, n)),
+        address("keep", keep, torch.bool, (batch, kv_heads, n)),
+        address("offsets", offsets, torch.int64, (batch, kv_heads)),
         batch,
         kv_heads,
         n,
-        own.shape[1],
-        flat.shape[1],
-        own.stride(1) * own.element_size(),
+        slots,
+        stored,
+        row.numel() * own.element_size(),
         torch.get_num_threads(),
     )
     if refused:
-        raise RuntimeError(f"a run ends behind its storage of {own.shape[1]} slots")
+        raise RuntimeError(
+            f"a run ends behind its storage of {slots} slots, or a row comes from outside of its "
+            f"{stored}"
+        )
