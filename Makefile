@@ -7,7 +7,7 @@ KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
+.PHONY: setup demo test lint sanitize sanitize-fast test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
 	bench-arms bench-long1 bench-long16 bench-paired bench-constant bench-kvpress bench-snapkv \
 	bench-adakv bench-gpu
 
@@ -29,6 +29,21 @@ lint: setup
 # The newest transformers runs everything, the oldest one that is declared what touches it.
 test: lint test-oldest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The loops in C++ with AddressSanitizer and UndefinedBehaviorSanitizer: about SANITIZE_FULL. The
+# short one is for every change: SANITIZE_FAST.
+SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -q
+
+sanitize: setup
+	$(SANITIZE) tests/test_sanitized.py tests/test_boundaries.py tests/test_native.py \
+		tests/test_program.py
+	$(SANITIZE) tests/test_step.py tests/test_default_dtype.py -k compile
+
+sanitize-fast: setup
+	$(SANITIZE) tests/test_sanitized.py tests/test_boundaries.py tests/test_program.py
+	$(SANITIZE) tests/test_default_dtype.py -k 'compile and (rkv or h2o or lazy)'
 
 $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(OLDEST)

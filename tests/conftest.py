@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import sanitized
 from tiny_folder import save_tiny
 
 # A shell that starts pytest in the background has it, and all it starts, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if os.environ.get("REASONALLOC_SANITIZE"):
+    sanitized.prepare()
 
 
 @pytest.fixture

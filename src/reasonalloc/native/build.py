@@ -22,6 +22,7 @@ _SOURCES = (
     "rows.cpp",
     "budgets.cpp",
 )
+_FLAGS: tuple[str, ...] = ("-ffp-contract=fast",)  # besides those of Inductor
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F, _D = ctypes.c_float, ctypes.c_double
 _ARGUMENTS = {
@@ -95,7 +96,7 @@ def library() -> Any:
 
     folder = Path(__file__).parent
     source = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
-    found = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+    found = CppCodeCache.load(source, extra_flags=_FLAGS)
     for name, (arguments, result) in _ARGUMENTS.items():
         function = getattr(found, f"reasonalloc_{name}")
         function.argtypes, function.restype = arguments, result
