@@ -32,7 +32,7 @@ test: lint test-oldest
 
 # The loops in C++ with AddressSanitizer and UndefinedBehaviorSanitizer: about SANITIZE_FULL. The
 # short one is for every change: SANITIZE_FAST.
-SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -q
 
