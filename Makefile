@@ -7,7 +7,7 @@ KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint sanitize sanitize-fast test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
+.PHONY: setup demo test lint fuzz sanitize sanitize-fast test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
 	bench-arms bench-long1 bench-long16 bench-paired bench-constant bench-kvpress bench-snapkv \
 	bench-adakv bench-gpu
 

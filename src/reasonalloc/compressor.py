@@ -245,8 +245,11 @@ class LayerCompressor:
             else:
                 self._seen = seen.clone()
         if isinstance(self._prompt, Tensor) or isinstance(self._seen, Tensor):
-            prompt = torch.as_tensor(self._prompt, device=gone.device)
-            self._prompt = torch.minimum(prompt, torch.as_tensor(self._seen, device=gone.device))
+            prompt, now = (
+                torch.as_tensor(x, dtype=torch.int64, device=gone.device)
+                for x in (self._prompt, self._seen)
+            )
+            self._prompt = torch.minimum(prompt, now)
         else:
             self._prompt = min(self._prompt, self._seen)
         if columns < self._columns:

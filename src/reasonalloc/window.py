@@ -86,7 +86,10 @@ class QueryWindow:
             before, seen: tokens of each sequence before and after: one number or [batch] int64.
         """
         batch, device = self._ring.shape[0], self._ring.device
-        old, new = (torch.as_tensor(x, device=device).expand(batch) for x in (before, seen))
+        old, new = (
+            torch.as_tensor(x, dtype=torch.int64, device=device).expand(batch)
+            for x in (before, seen)
+        )
         held = torch.arange(-self._window, 0, device=device) + old[:, None]
         dropped = (held >= new[:, None]).scatter(1, held % self._window, held >= new[:, None])
         self._ring.masked_fill_(dropped[..., None, None], 0.0)
