@@ -111,7 +111,7 @@ def test_tables_show_some_of_many_budgets(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--samples", "0"], "samples=0 must be at least 1"),
+        (["--samples", "0"], "samples=0 is too small: give at least 1"),
         (
             ["--check", "500"],
             "check=500: give different budgets, at least 8 (the window), that evict",

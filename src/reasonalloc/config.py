@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.whole import whole_number
 
 RecordLevel = Literal["off", "budgets", "tokens"]
 Step = Literal["eager", "static", "graph", "compile"]
@@ -119,13 +120,9 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("budget", 1), ("interval", 1), ("window", 1), ("n_sink", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"{name}={value!r} must be a whole number of tokens")
-            if value < least:
-                raise UsageError(f"{name}={value} is too small: give at least {least}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise UsageError(f"seed={self.seed!r} must be a whole number")
+            number = whole_number(name, getattr(self, name), least, "tokens")
+            object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON
+        object.__setattr__(self, "seed", whole_number("seed", self.seed))
         if self.budget < self.window + self.n_sink:
             raise UsageError(
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "

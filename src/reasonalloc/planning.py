@@ -20,6 +20,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, ModelFacts, Policy
 from reasonalloc.profiles import config_hash
 from reasonalloc.rotary import Rope
+from reasonalloc.whole import whole_number
 
 T = TypeVar("T")
 
@@ -234,12 +235,16 @@ def plan_memory(
     batch: int,
     itemsize: int,
 ) -> MemoryPlan:
-    """Exact bytes of a cache for ``batch`` sequences; ``itemsize`` is bytes of one number."""
+    """Exact bytes of a cache for ``batch`` sequences; ``itemsize`` is bytes of one number.
+
+    Raises:
+        UsageError: ``batch`` is no whole number of at least 1.
+    """
     policy = _policy(config).resolve()
     return MemoryPlan(
         shapes=shapes,
         totals=totals,
-        batch=batch,
+        batch=whole_number("batch", batch, 1),
         interval=config.interval,
         window=config.window,
         itemsize=itemsize,

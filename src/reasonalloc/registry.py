@@ -108,4 +108,5 @@ def _convert(owner: str, key: str, raw: str, kind: type[Any]) -> Any:
             raise ValueError
         return value
     except ValueError:
-        raise UsageError(f"{owner}: {key}={raw!r} must be a finite {kind.__name__}") from None
+        wanted = "a whole number" if kind is int else f"a finite {kind.__name__}"
+        raise UsageError(f"{owner}: {key}={raw!r} must be {wanted}") from None

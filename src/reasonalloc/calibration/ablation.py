@@ -15,10 +15,10 @@ from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint, model_name
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.costs import CostProfile
-from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import text_config
 from reasonalloc.profiles import config_hash
+from reasonalloc.whole import whole_number
 
 BUDGETS = (24, 48, 96, 192)
 #: Activations and logits of one batch of ablations, roughly.
@@ -72,7 +72,7 @@ def ablation(
         UnsupportedError: a model that cannot run under a budget.
     """
     settings = checked(model, texts, kinds, [policy], budgets, interval, window)
-    _check_stride(stride)
+    stride = whole_number("stride", stride, 1)
     layers, config, bound = settings.layers, settings.configs[0], settings.policies[0]
     costs: list[list[list[list[float]]]] = []
     layer_costs: list[list[list[float]]] = []
@@ -88,7 +88,7 @@ def ablation(
             layer_costs.append([])
             for layer in layers:
                 seen = runner.seen[layer]
-                rows = outputs_under_budgets(seen, text.prompt, config, bound, budgets)
+                rows = outputs_under_budgets(seen, text.prompt, config, bound, settings.budgets)
                 *heads, whole = _costs(model, runner, text, full, layer, rows)
                 costs[-1].append(heads)
                 layer_costs[-1].append(whole)
@@ -100,10 +100,10 @@ def ablation(
         model_id=model_name(model),
         config_hash=config_hash(text_config(model).to_dict()),
         policy=policy,
-        interval=interval,
-        window=window,
+        interval=config.interval,
+        window=config.window,
         samples=0,
-        budgets=list(budgets),
+        budgets=settings.budgets,
         text_hashes=[
             fingerprint(
                 torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
@@ -133,7 +133,7 @@ def estimate(
     Arguments and errors are those of ``ablation``.
     """
     settings = checked(model, texts, None, [policy], budgets, interval, window)
-    _check_stride(stride)
+    stride = whole_number("stride", stride, 1)
     layers = settings.layers
     text = _prepared(model, texts[0], stride)
     with SuffixRunner(model, layers) as runner:
@@ -141,7 +141,7 @@ def estimate(
         whole = _seconds(lambda: runner.full(text.ids, text.positions), model)
         output = runner.seen[layers[-1]].output
         least = _seconds(lambda: runner.run(text.ids, text.positions, layers[-1], output), model)
-    each = len(budgets) * (settings.kv_heads + 1)
+    each = len(settings.budgets) * (settings.kv_heads + 1)
     count = sum(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts)
     # Between a pass through all layers and one through the last: linear in the layers that run.
     depth = [1 - layer / max(layers[-1], 1) for layer in layers]
@@ -150,11 +150,6 @@ def estimate(
         forward_tokens=each * len(layers) * count,
         seconds=each * passes * count / text.ids.shape[1],
     )
-
-
-def _check_stride(stride: int) -> None:
-    if stride < 1:
-        raise UsageError(f"stride={stride} must be at least 1")
 
 
 def _prepared(model: Any, text: Trajectory, stride: int) -> _Text:

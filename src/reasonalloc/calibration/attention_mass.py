@@ -12,6 +12,7 @@ from reasonalloc.calibration.observe import Observer, fingerprint, model_name, o
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.profiles import Profile, config_hash
+from reasonalloc.whole import whole_number
 
 
 def demand(weights: Tensor, rho: float) -> Tensor:
@@ -77,6 +78,8 @@ def attention_mass(
     """
     if not 0 < rho < 1:
         raise UsageError(f"rho={rho} must lie between 0 and 1")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+    every, window = whole_number("every", every, 1), whole_number("window", window, 1)
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
     observer = _Demands(budgeted, every, window, rho)
     means, maxima = [], []

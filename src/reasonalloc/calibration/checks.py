@@ -19,6 +19,7 @@ from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.planning import bound_policy, compression_points
 from reasonalloc.policies import POLICIES, Policy
+from reasonalloc.whole import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Checked:
     """Arguments that can work together.
 
     Attributes:
+        budgets: tokens per head, plain ints, rising.
         layers: indices of the layers under a budget.
         kv_heads: KV heads of each.
         configs: per policy, the settings of a run with equal budgets, the first of ``budgets``.
         policies: the same, bound to the model.
     """
 
+    budgets: list[int]
     layers: list[int]
     kv_heads: int
     configs: list[CompressionConfig]
@@ -79,8 +82,9 @@ def checked(
         if not text.prompt_ids or len(text.completion_ids) < 2:
             raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
         check_text(model, text)
-    if len(budgets) < 2 or sorted(set(budgets)) != list(budgets):
-        raise UsageError(f"budgets={list(budgets)} must be at least two whole numbers, rising")
+    budgets = whole_numbers("budgets", budgets)
+    if len(budgets) < 2 or sorted(set(budgets)) != budgets:
+        raise UsageError(f"budgets={budgets} must be at least two whole numbers, rising")
     if not policies:
         raise UsageError("policies: none given, at least one is needed")
     for policy in policies:
@@ -99,11 +103,12 @@ def checked(
     ]
     if not any(evicts(text, budgets[0], interval) for text in texts):
         raise UsageError(
-            f"budgets={list(budgets)}: even the smallest holds every text up to its last boundary, "
+            f"budgets={budgets}: even the smallest holds every text up to its last boundary, "
             "so nothing would be measured: give smaller budgets or longer texts"
         )
     facts, name = text_config(model), model_name(model)
     return Checked(
+        budgets=budgets,
         layers=[i for i, shape in enumerate(shapes) if shape.compressible],
         kv_heads=next(shape.kv_heads for shape in shapes if shape.compressible),
         configs=configs,

@@ -22,11 +22,11 @@ from reasonalloc.calibration.checks import Estimate, checked, now
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint, model_name
 from reasonalloc.costs import CostProfile
-from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.integrations.hf.model import text_config
 from reasonalloc.profiles import config_hash
+from reasonalloc.whole import whole_number
 
 _IMPLEMENTATION = "reasonalloc-fisher"
 POLICIES = ("value_aware", "rkv")
@@ -100,7 +100,7 @@ def fisher(
         UnsupportedError: a model that cannot run under a budget.
     """
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed)
-    _check_samples(samples)
+    samples = whole_number("samples", samples, 1)
     layers, configs, bound = settings.layers, settings.configs, settings.policies
     steps, done = len(texts) * (samples + len(layers) * len(bound)), 0
 
@@ -110,7 +110,7 @@ def fisher(
         if on_progress is not None:
             on_progress(done, steps)
 
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(configs[0].seed)
     costs: list[list[list[list[list[float]]]]] = [[] for _ in bound]
     layer_costs: list[list[list[list[float]]]] = [[] for _ in bound]
     tape = _Tape(layers)
@@ -123,7 +123,7 @@ def fisher(
             for layer, directions in zip(layers, gradients, strict=True):
                 seen = tape.seen.pop(layer)
                 for policy, own, row in zip(bound, configs, rows, strict=True):
-                    outputs = outputs_under_budgets(seen, prompt, own, policy, budgets)
+                    outputs = outputs_under_budgets(seen, prompt, own, policy, settings.budgets)
                     row.append(_cost(outputs, seen, directions) / tokens)
                     advance()
             for of_heads, of_layers, row in zip(costs, layer_costs, rows, strict=True):
@@ -136,10 +136,10 @@ def fisher(
             model_id=model_name(model),
             config_hash=config_hash(text_config(model).to_dict()),
             policy=own.arm.policy,
-            interval=interval,
-            window=window,
+            interval=own.interval,
+            window=own.window,
             samples=samples,
-            budgets=list(budgets),
+            budgets=settings.budgets,
             text_hashes=[
                 fingerprint(
                     torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
@@ -170,7 +170,7 @@ def estimate(
     Arguments and errors are those of ``fisher``.
     """
     settings = checked(model, texts, None, policies, budgets, interval, window)
-    _check_samples(samples)
+    samples = whole_number("samples", samples, 1)
     generator = torch.Generator(device=model.device).manual_seed(0)
     tape, text, layers = _Tape(settings.layers), texts[0], settings.layers
     with _taping(model, tape):
@@ -181,18 +181,13 @@ def estimate(
         start = now(model)
         for own, policy in zip(settings.configs, settings.policies, strict=True):
             seen = tape.seen[layers[-1]]
-            outputs_under_budgets(seen, len(text.prompt_ids), own, policy, budgets)
+            outputs_under_budgets(seen, len(text.prompt_ids), own, policy, settings.budgets)
         replay = now(model) - start
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
     whole = forward + (samples - 1) * backward + len(layers) * replay
     return Estimate(
         forward_tokens=sum(lengths) * (1 + samples), seconds=whole * sum(lengths) / lengths[0]
     )
-
-
-def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise UsageError(f"samples={samples} must be at least 1")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from reasonalloc.evaluation.fidelity import fidelity, full_logits
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.planning import planned_heads
+from reasonalloc.whole import whole_numbers
 
 #: Budgets that are checked where the texts are long enough.
 BUDGETS = (64, 128)
@@ -52,14 +53,15 @@ def budgets_to_check(
     if wanted is None:
         usual = [size for size in BUDGETS if size <= longest // 2 and works(size)]
         return usual or [size for size in [max(longest // 4, window)] if works(size)]
+    wanted = whole_numbers("check", wanted)
     for size in wanted:
-        if not works(size) or list(wanted).count(size) > 1:
+        if not works(size) or wanted.count(size) > 1:
             raise UsageError(
                 f"check={','.join(map(str, wanted))}: give different budgets, at least {window} "
                 f"(the window), that evict something from the first {TEXTS} texts (the longest has "
                 f"{longest} tokens)"
             )
-    return list(wanted)
+    return wanted
 
 
 def steps(texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]) -> int:

@@ -120,12 +120,8 @@ def observe(
         max_new_tokens: generated tokens per prompt, at most.
 
     Raises:
-        UsageError: a wrong argument, or a generation too short for a single sample.
+        UsageError: no prompt, or a generation too short for a single sample.
     """
-    sizes = {"every": observer.every, "window": observer.window, "max_new_tokens": max_new_tokens}
-    for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"{name}={size} must be at least 1")
     if not prompts:
         raise UsageError("prompts: none given, at least one is needed")
     original = model.config._attn_implementation

@@ -16,6 +16,7 @@ from reasonalloc.integrations.hf.rope import check_rotation, read_rope
 from reasonalloc.profiles import config_hash
 from reasonalloc.rotary import Rope, to_features, turns
 from reasonalloc.statistics_file import Statistics
+from reasonalloc.whole import whole_number
 
 KERNEL = 7  # of DynamicKV's pooling, as in its code
 
@@ -136,6 +137,8 @@ def statistics(
         UsageError: a wrong argument, or generations too short for a single sample.
         UnsupportedError: a model that cannot run under a budget.
     """
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+    every, window = whole_number("every", every, 1), whole_number("window", window)
     if window < 2:
         raise UsageError(f"window={window}: a variance over queries needs at least 2")
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]

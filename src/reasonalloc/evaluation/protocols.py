@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.evaluation.sampling import Sampling
+from reasonalloc.whole import whole_number
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} is too small: give at least 1")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         if self.sampling.greedy and self.samples > 1:
             raise UsageError(
                 f"samples={self.samples} with temperature 0 would be the same text each time: give "

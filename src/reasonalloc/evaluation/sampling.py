@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from reasonalloc.errors import UsageError
+from reasonalloc.whole import whole_number
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Sampling:
             raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} must be above 0 and at most 1 (1: all tokens)")
+        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must be 0 (all tokens) or more")
 

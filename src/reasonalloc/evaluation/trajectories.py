@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ class Trajectory:
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "completion_ids"):
+            object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
 
     @property
     def key(self) -> str:
