@@ -23,7 +23,7 @@ def whole_number(name: str, value: Any, least: int | None = None, unit: str = ""
     """
     kind = str(getattr(value, "dtype", type(value).__name__))
     try:
-        if "bool" in kind or getattr(value, "ndim", 0):
+        if "bool" in kind or getattr(value, "ndim", 0) > 0:
             raise TypeError
         found = operator.index(value)
     except TypeError:

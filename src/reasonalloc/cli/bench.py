@@ -35,7 +35,6 @@ Out = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--out", metavar="FILE", help="The result as JSON, every step's time included."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
 
 
 def command(
@@ -43,7 +42,7 @@ def command(
     model_option: o.ModelOption = None,
     shape: Shape = None,
     dtype: o.Dtype = "auto",
-    device: Device = "auto",
+    device: o.Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     arms: Arms = "full,rkv",
     budget: o.BudgetList = "128",

@@ -6,10 +6,11 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from reasonalloc.cli import eval_checks as checks
 from reasonalloc.cli import eval_options as e
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
@@ -17,6 +18,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.version import __version__
 
 if TYPE_CHECKING:
+    from reasonalloc.config import Step
     from reasonalloc.evaluation.batch import Job, Settings
     from reasonalloc.evaluation.folder import Key
     from reasonalloc.evaluation.protocols import Rules
@@ -47,9 +49,11 @@ def command(
     n_sink: o.Sinks = 0,
     protect_prompt: o.ProtectPrompt = False,
     profile: e.Profiles = None,
+    attention: e.Attention = "auto",
+    step: e.StepKind = "eager",
     batch_size: e.BatchSize = 8,
     engine: e.Engine = "transformers",
-    device: e.Device = "auto",
+    device: o.Device = "auto",
     device_map: e.DeviceMap = None,
     tp_plan: e.TpPlan = None,
     workers: e.Workers = 1,
@@ -73,6 +77,7 @@ def command(
         "n_sink": n_sink,
         "protect_prompt": protect_prompt,
     }
+    o.check_decoding(step, attention)
     names = _arms(arms)
     from reasonalloc.cli.eval_files import choose_files
     from reasonalloc.evaluation.batch import Settings
@@ -83,6 +88,8 @@ def command(
         costs=files.get("cost profile"),
         statistics=files.get("statistics"),
         seed=seed,
+        attention=attention,
+        step=cast("Step", step),
         **common,  # type: ignore[arg-type]
     )
     jobs = _jobs(names, budgets, settings)
@@ -94,12 +101,8 @@ def command(
     from reasonalloc.evaluation.solver import ModelSpec
 
     spec = ModelSpec(name, dtype, device, trust_remote_code, device_map, tp_plan, engine)
-    _check_engine(spec, protect_prompt)
-    if tp_plan is not None and (workers > 1 or ray_address is not None):
-        raise UsageError(
-            f"tp_plan={tp_plan!r} divides one model among the processes of a torchrun, workers and "
-            "ray_address start whole models: give one of the two"
-        )
+    checks.check_engine(spec, settings)
+    checks.check_parts(spec, settings, workers > 1 or ray_address is not None)
     plan = _Plan(
         task=task,
         kind=kind,
@@ -151,6 +154,7 @@ class _Plan:
         from importlib.metadata import version
 
         from reasonalloc.cli import eval_files
+        from reasonalloc.evaluation.samples import decoding
 
         settings, sampling = self.settings, self.rules.sampling
         found = {
@@ -183,35 +187,11 @@ class _Plan:
             from reasonalloc.integrations.vllm.patches import version as vllm_version
 
             found |= {"engine": "vllm", "vllm": vllm_version()}
+        else:  # samples depend on it by rounding alone
+            found["decoding"] = {decoding(settings.step, settings.attention): __version__}
         if self.spec.tp_plan is not None:  # heads trade tokens inside a process only
             found["tp_size"] = int(os.environ["WORLD_SIZE"])
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
-
-
-def _check_engine(spec: ModelSpec, protect_prompt: bool) -> None:
-    """Refuse what goes with one engine only."""
-    from reasonalloc.errors import unknown_name
-
-    if spec.engine == "transformers":
-        return
-    if spec.engine != "vllm":
-        raise unknown_name("engine", spec.engine, ("transformers", "vllm"))
-    given = {
-        "--device": spec.device != "auto",
-        "--device-map": spec.device_map is not None,
-        "--tp-plan": spec.tp_plan is not None,
-        "--protect-prompt": protect_prompt,
-    }
-    for name, there in given.items():
-        if there:
-            raise UsageError(f"{name} cannot be used with --engine vllm yet: leave it out")
-    if spec.name.endswith(".gguf"):
-        raise UsageError(
-            f"model={spec.name!r}: --engine vllm takes a hub name or a folder, no .gguf file"
-        )
-    from reasonalloc.evaluation.vllm_solver import require_vllm
-
-    require_vllm()
 
 
 def _arms(text: str) -> list[str]:
@@ -272,7 +252,7 @@ def _run(plan: _Plan, out: Path, as_json: bool) -> None:
                 stack.callback(solver.close)
                 executor = (Leader if plan.spec.tp_plan else InProcess)(solver, watcher)
                 facts = solver.check(plan.jobs, prompts)
-        _check_length(facts, rules.max_new_tokens)
+        checks.check_length(facts, rules.max_new_tokens)
         if facts.template_hash is None:
             output.note("this model has no chat template: problems are given as plain text")
         folder.open(plan.manifest(facts))
@@ -304,13 +284,3 @@ def _say_given_up(kind: Task) -> None:
 
     if count := math_grader().given_up:
         output.note(f"{count} answers could not be compared in time and count as wrong")
-
-
-def _check_length(facts: Facts, max_new_tokens: int) -> None:
-    room = None if facts.positions is None else facts.positions - facts.longest
-    if room is not None and room < max_new_tokens:
-        raise UsageError(
-            f"max_new_tokens={max_new_tokens} does not fit: the model has {facts.positions} "
-            f"positions and the longest prompt takes {facts.longest}: give --max-new-tokens "
-            f"{max(room, 0)} or less"
-        )

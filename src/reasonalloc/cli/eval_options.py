@@ -6,6 +6,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from reasonalloc.cli import options as o
+
 _RUN, _SAMPLING, _SCALE = "Run", "Sampling", "Scale"
 
 
@@ -62,13 +64,23 @@ Profiles = Annotated[
         help="Calibrated file for the arms that read one; again for another kind of file.",
     ),
 ]
+StepKind = Annotated[
+    str, _option("--step", panel="Budget", help=f"{o.STEPS} No effect on the arm full.")
+]
+Attention = Annotated[
+    str,
+    _option(
+        "--attention",
+        panel="Budget",
+        help="Attention backend, see 'reasonalloc ls'. No effect on the arm full.",
+    ),
+]
 BatchSize = Annotated[
     int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
 ]
 Engine = Annotated[
     str, _option("--engine", panel=_SCALE, help="transformers, or vllm: one engine per arm.")
 ]
-Device = Annotated[str, _option("--device", panel=_SCALE, help="auto, cpu, cuda, cuda:1, mps.")]
 DeviceMap = Annotated[
     Optional[str],  # noqa: UP045
     _option("--device-map", panel=_SCALE, help="Passed to from_pretrained: auto, balanced, ..."),

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 import typer
 
-from reasonalloc.config import Arm, CompressionConfig, parse_arm
-from reasonalloc.errors import UsageError
+from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm
+from reasonalloc.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from reasonalloc.cache import LayerShape, MemoryPlan
@@ -116,12 +116,16 @@ Attention = Annotated[
         "--attention", help="Attention backend, see 'reasonalloc ls'.", rich_help_panel=_BUDGET
     ),
 ]
-_STEPS = "Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU)."
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL),
+]
+STEPS = "Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU)."
 StepKind = Annotated[
     str,
     typer.Option(
         "--step",
-        help=_STEPS,
+        help=STEPS,
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -129,7 +133,7 @@ StepKinds = Annotated[
     str,
     typer.Option(
         "--step",
-        help=f"{_STEPS} Several are compared, as eager,compile.",
+        help=f"{STEPS} Several are compared, as eager,compile.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -200,6 +204,19 @@ def check_names(arm: Arm) -> None:
     POLICIES.create(arm.policy)
     LAYER_ALLOCATORS.create(arm.layers)
     HEAD_ALLOCATORS.create(arm.heads)
+
+
+def check_decoding(step: str, attention: str) -> None:
+    """Refuse unknown names; whether they work is for the loaded model to say.
+
+    Raises:
+        UsageError: says what there is.
+    """
+    from reasonalloc.attention import choose_backend
+
+    if step not in get_args(Step):
+        raise unknown_name("step", step, get_args(Step))
+    choose_backend(attention)
 
 
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:

@@ -73,10 +73,6 @@ Seed = Annotated[
         "--seed", help="Of the sampling and of the policy 'random'.", rich_help_panel=_SAMPLING
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model"),
-]
 
 
 def command(
@@ -84,7 +80,7 @@ def command(
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     dtype: o.Dtype = "auto",
-    device: Device = "auto",
+    device: o.Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,

@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from reasonalloc.config import CompressionConfig, RecordLevel, parse_arm
+from reasonalloc.config import CompressionConfig, RecordLevel, Step, parse_arm
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling
 from reasonalloc.integrations.hf import Attachment, attach_config
@@ -63,6 +63,7 @@ class Settings:
         n_sink: first tokens that are always kept.
         protect_prompt: keep every token of the prompt.
         seed: of the policy ``random``.
+        attention, step: backend, and how decode steps run; see ``CompressionConfig``.
     """
 
     interval: int
@@ -75,6 +76,8 @@ class Settings:
     protect_prompt: bool = False
     seed: int = 0
     statistics: str | os.PathLike[str] | None = None
+    attention: str = "auto"
+    step: Step = "eager"
 
     def config(self, job: Job) -> CompressionConfig:
         """Settings of the cache for a job that has a budget."""
@@ -93,6 +96,8 @@ class Settings:
             seed=self.seed,
             profile=read[0] if read else None,
             record=self.record,
+            attention=self.attention,
+            step=self.step,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.records import ResultFile, append_lines
+from reasonalloc.evaluation.samples import OLD_DECODING
 from reasonalloc.files import replacing
 
 SAMPLES, EVENTS, LOCK = "samples.jsonl", "events.jsonl", ".lock"
@@ -79,12 +80,14 @@ class RunFolder:
         Raises:
             UsageError: the files are broken, or made with other settings; names the difference.
         """
+        old = {"decoding": OLD_DECODING} if "decoding" in manifest else {}
         self._samples = ResultFile(
             self.path / SAMPLES,
             manifest,
             keep=lambda row: {name: row[name] for name in _KEPT},
             grows=("arm_files",),
-            free=("code", "profiles", "samples"),
+            free=("code", "decoding", "profiles", "samples"),
+            absent=old,
         )
         self._trim_events()
 

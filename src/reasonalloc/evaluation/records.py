@@ -25,6 +25,7 @@ class ResultFile:
         keep: what is held in memory of each row, in ``rows``; None: all of it.
         grows: settings that are objects whose entries may be added and not changed.
         free: settings that may change: the latest stays, of an object every entry's latest.
+        absent: values of settings that older files do not hold.
 
     Raises:
         UsageError: the file cannot be used; names the setting that differs.
@@ -37,6 +38,7 @@ class ResultFile:
         keep: Callable[[Row], Row] | None = None,
         grows: Collection[str] = (),
         free: Collection[str] = (),
+        absent: Row | None = None,
     ) -> None:
         self._path, self._keep = path, keep or _whole
         self._grows, self._free = grows, free
@@ -47,7 +49,7 @@ class ResultFile:
             if first is None:
                 self._begin(manifest, 0)
                 return
-            merged = self._merge(first["manifest"], manifest)
+            merged = self._merge((absent or {}) | first["manifest"], manifest)
             if end != path.stat().st_size:
                 os.truncate(path, end)  # the line that was being written when it was killed
             if merged != first["manifest"]:

@@ -14,7 +14,16 @@ SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
 # What may differ between folders whose samples still answer the same question; versions and
 # devices change a sample by rounding at most, but it is said when they differ.
 _SAID = ("version", "torch", "transformers", "math_verify", "device")
-_NO_PROTOCOL = frozenset(("samples", "profiles", "arm_files", "code", *_SAID))
+_NO_PROTOCOL = frozenset(("samples", "profiles", "arm_files", "code", "decoding", *_SAID))
+
+
+def decoding(step: str, attention: str) -> str:
+    """How samples under a budget were decoded, as manifests say it."""
+    return f"step={step}, attention={attention}"
+
+
+#: Of manifests that do not say it.
+OLD_DECODING = {decoding("eager", "auto"): "an older version"}
 _WHOLE = [
     "sample",
     "prompt_tokens",
@@ -151,6 +160,11 @@ def _group(
             notices.append(f"the folders differ in {name}: {', '.join(sorted(values))}")
     if len({code for part in parts for code in part[1].get("code", ())}) > 1:
         notices.append("the code changed between samples (see code in the settings)")
+    if len({way for part in parts for way in part[1].get("decoding", OLD_DECODING)}) > 1:
+        notices.append(
+            "steps or attention changed between samples (see decoding in the settings): do not "
+            "compare their speed"
+        )
     return Group(
         model=model,
         task=task,
