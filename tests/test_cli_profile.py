@@ -174,7 +174,7 @@ def test_show(call: Call, tmp_path: Path) -> None:
     assert code == 0, err
     assert "30.0" in text and "budget 20" in text and "10.0-11.0" in text
     html = page.read_text("utf-8")
-    assert "Plotly.newPlot" in html and "<title>made</title>" in html
+    assert "Plotly.react" in html and "<title>made</title>" in html
     assert "<script src" not in html and "<link" not in html.split("<body>")[0]
     code, text, _ = call("profile", "show", path, "--budget", 20, "--json")
     data = json.loads(text)
