@@ -15,10 +15,10 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 SECONDS = 30.0
 _QUIET = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--disable-dev-shm-usage --force-device-scale-factor=1"
-).split()
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    *("--no-first-run", "--force-device-scale-factor=1", "--disable-quic", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
 _SEEN = Path(__file__).with_name("seen.js").read_text("utf-8")
 
 

@@ -15,7 +15,6 @@ from reasonalloc.cli.demo_page import page_data
 from reasonalloc.cli.main import main
 from reasonalloc.costs import CostProfile
 from reasonalloc.evaluation.arms import ArmResult
-from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.summary import summarise
 from reasonalloc.profiles import Profile
 from reasonalloc.recorder import Event
@@ -84,7 +83,7 @@ def _events(length: int, generator: random.Random) -> tuple[Event, ...]:
                 before = held.get((layer, head))
                 seen = list(range(read)) if before is None else before
                 new = [] if before is None else list(range(read - INTERVAL, read))
-                count = 24 + 8 * layer + 6 * head
+                count = 28 + 8 * layer + 6 * head
                 held[layer, head] = sorted(generator.sample(seen + new, count))
                 kept.append(held[layer, head])
             budgets = torch.tensor([[len(positions) for positions in kept]])

@@ -23,25 +23,26 @@ def holds(result: ArmResult, layer: int, head: int, read: int) -> tuple[set[int]
     return {*last.kept(0, head), *range(last.step, read)}, last.step
 
 
-def check_chain(browser: Browser, pages: Pages, arm: str, layer: int, head: int) -> int:
-    """Marks and text say what the run's events say; returns the tokens read."""
-    read = int(browser.js("return document.getElementById('step').value"))
-    held, last = holds(traced(pages, arm), layer, head, read)
+def check_chain(browser: Browser, pages: Pages) -> int:
+    """Marks and text say what the chosen run's events say; returns the tokens read."""
+    arm, layer, head, read = browser.js(
+        "return ['arm', 'layer', 'head', 'step'].map((id) => Number(byId(id).value))"
+    )
+    held, last = holds(traced(pages, ARMS[arm]), layer, head, read)
     since = "never compressed so far" if last is None else f"last compressed at {last}"
     assert browser.text("#state") == (
         f"After {read} tokens, head {head} of layer {layer} still holds {len(held)} of them; "
         f"{since}."
     )
     states = [state for _, state in browser.js("return seen.chain()")]
+    later = set(range(read, len(states)))
     assert {i for i, state in enumerate(states) if state == "kept"} == held
-    assert {i for i, state in enumerate(states) if state == "later"} == {
-        *range(read, len(states))
-    }
+    assert {i for i, state in enumerate(states) if state == "later"} == later
     assert set(states) <= {"kept", "evicted", "later"}
-    return read
+    return int(read)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def demo(browser: Browser, pages: Pages) -> Browser:
     browser.open(pages.demo)
     return browser
@@ -57,7 +58,7 @@ def test_the_table_says_what_was_measured(demo: Browser, pages: Pages) -> None:
         "Budgets per layer and head",
         "One chain, and what one head remembers of it",
     ]
-    head, full, *rows, size = demo.table("[aria-labelledby=h-table] table")
+    head, full, *rows, size = demo.table(".scroll[aria-labelledby=h-table] table")
     budgets = sorted(BUDGETS)
     assert head == ["method", *(f"budget {budget}" for budget in budgets)]
     assert full[0] == "full cache" and full[1].endswith("; 1.56 MiB per sequence")
@@ -80,63 +81,71 @@ def test_the_table_says_what_was_measured(demo: Browser, pages: Pages) -> None:
 
 
 def test_the_slider_moves_by_keyboard(demo: Browser, pages: Pages) -> None:
-    words = [word for word, _ in demo.js("return seen.chain()")]
-    assert check_chain(demo, pages, "reasonalloc", 0, 0) == len(words)
+    words = demo.js("return seen.chain()")
     demo.focus("#step")
     demo.keys(Keys.HOME)
     prompt = len(pages.results[0].prompts[0])
-    assert check_chain(demo, pages, "reasonalloc", 0, 0) == prompt
+    assert check_chain(demo, pages) == prompt
     demo.keys(*[Keys.ARROW_RIGHT] * 3)
-    assert check_chain(demo, pages, "reasonalloc", 0, 0) == prompt + 3
+    assert check_chain(demo, pages) == prompt + 3
     demo.keys(*[Keys.PAGE_UP] * 4)
-    assert prompt + 3 < check_chain(demo, pages, "reasonalloc", 0, 0) < len(words)
+    assert prompt + 3 < check_chain(demo, pages) < len(words)
     demo.keys(Keys.END)
-    assert check_chain(demo, pages, "reasonalloc", 0, 0) == len(words)
+    assert check_chain(demo, pages) == len(words)
 
 
 def test_the_slider_moves_by_mouse(demo: Browser, pages: Pages) -> None:
     prompt, end = (int(demo.find("#step").get_attribute(name)) for name in ("min", "max"))
     middle = (prompt + end) / 2
+    demo.focus("#step")
+    demo.keys(Keys.END)
     at = demo.point("#step", 0.99, 0.5)
     width = demo.find("#step").size["width"]
     at.click_and_hold().move_by_offset(round(-0.49 * width), 0).release().perform()
-    assert abs(check_chain(demo, pages, "reasonalloc", 0, 0) - middle) < 0.03 * (end - prompt)
+    assert abs(check_chain(demo, pages) - middle) < 0.03 * (end - prompt)
 
 
 def test_play_moves_the_slider(demo: Browser, pages: Pages) -> None:
     prompt = int(demo.find("#step").get_attribute("min"))
+    demo.focus("#step")
+    demo.keys(Keys.HOME)
     demo.click("#play")
     value = "Number(document.getElementById('step').value)"
     demo.until(f"return {value} > arguments[0] + 2 && {value} < arguments[0] + 200", prompt)
     assert demo.text("#play") == "Pause"
     demo.click("#play")
     assert demo.text("#play") == "Play"
-    read = check_chain(demo, pages, "reasonalloc", 0, 0)
+    read = check_chain(demo, pages)
     assert prompt < read < len(demo.js("return seen.chain()"))
 
 
 def test_methods_layers_and_heads_are_chosen(demo: Browser, pages: Pages) -> None:
+    demo.focus("#step")
+    demo.keys(Keys.END)
+    demo.choose("#arm", "reasonalloc (wrong)")
     assert demo.texts("#outcome") == ["answers it wrong"]
     wrong = demo.js("return getComputedStyle(document.querySelector('#text .off')).boxShadow")
     assert wrong == demo.js(
         "return getComputedStyle(document.querySelector('.legend .off')).boxShadow"
     )
     assert demo.texts("#text .off") == ["nothing"]
-    demo.choose("#layer", str(LAYERS - 1))
-    demo.choose("#head", str(KV_HEADS - 1))
-    check_chain(demo, pages, "reasonalloc", LAYERS - 1, KV_HEADS - 1)
-    right = next(r.job.arm for r in pages.results if r.correct[0] and r.job.budget == BUDGETS[0])
-    demo.choose("#arm2", f"{right} (right)")
-    check_chain(demo, pages, right, LAYERS - 1, KV_HEADS - 1)
+    for layer in map(str, range(LAYERS)):
+        demo.choose("#layer", layer)
+        demo.choose("#head", str(KV_HEADS - 1))
+        assert f"head {KV_HEADS - 1} of layer {layer}" in demo.text("#state")
+        check_chain(demo, pages)
+    demo.choose("#arm2", "random (right)")
+    check_chain(demo, pages)
     assert demo.texts("#outcome") == ["answers it right"] and demo.texts("#text .off") == []
-    demo.choose("#arm", "random (wrong)")
-    check_chain(demo, pages, "random", LAYERS - 1, KV_HEADS - 1)
-    assert demo.js("return document.getElementById('arm2').value") == str(len(ARMS) - 1)
+    demo.choose("#arm", "snapkv (wrong)")
+    check_chain(demo, pages)
+    assert demo.js("return document.getElementById('arm2').value") == str(ARMS.index("snapkv"))
 
 
 def test_plots_say_numbers_under_the_mouse(demo: Browser, pages: Pages) -> None:
-    # The first row and column: 24 tokens are kept by head 0 of layer 0.
-    assert demo.hover("heads", 0.05, 0.05) == "layer 0, KV head 0 after 64 tokens: 24 kept"
+    demo.choose("#arm", "reasonalloc (wrong)")
+    # The first row and column: 28 tokens are kept by head 0 of layer 0.
+    assert demo.hover("heads", 0.05, 0.05) == "layer 0, KV head 0 after 64 tokens: 28 kept"
     last = traced(pages, "reasonalloc").events[-1]
     kept = int(last.budgets[0, KV_HEADS - 1])
     assert demo.hover("heads", 0.97, 0.97) == (

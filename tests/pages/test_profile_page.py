@@ -34,10 +34,7 @@ def test_costs(browser: Browser, pages: Pages) -> None:
             for layer in range(LAYERS)
         ],
     ]
-
-
-def test_the_map_of_heads_is_that_of_the_chosen_budget(browser: Browser, pages: Pages) -> None:
-    browser.open(pages.costs)
+    # The map of heads is that of the chosen budget.
     assert browser.hover("heads", 0.1, 0.9) == "layer 0, KV head 0: 62.5"
     assert browser.hover("heads", 0.9, 0.1) == "layer 2, KV head 1: 375"
     browser.choose("#budget", "64")

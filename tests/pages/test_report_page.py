@@ -9,7 +9,10 @@ import pytest
 from browser import Browser
 from made_pages import Pages, report_rows
 
-CELLS = [("full", None), *((arm, b) for b in (128, 256) for arm in ("rkv", "reasonalloc", "snapkv"))]
+CELLS = [
+    ("full", None),
+    *((arm, b) for b in (128, 256) for arm in ("rkv", "reasonalloc", "snapkv")),
+]
 
 
 def name(arm: str, budget: int | None) -> str:
@@ -21,7 +24,7 @@ def samples(arm: str, budget: int | None, problem: str | None = None) -> list[di
     return [r for r in found if problem is None or r["problem"] == problem]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def report(browser: Browser, pages: Pages) -> Browser:
     browser.open(pages.report)
     return browser
@@ -34,19 +37,19 @@ def test_the_tables_say_what_was_measured(report: Browser, pages: Pages) -> None
         "made/up-1b, math500",
         "made/up-" + "long" * 12 + ", math500",
     ]
-    head, full, *rows = report.table("[aria-labelledby=h-table-0] table")
+    head, full, *rows = report.table(".scroll[aria-labelledby=h-table-0] table")
     assert head == ["method", "budget 128", "budget 256"]
     assert full[0] == "full cache" and full[1].startswith(f"{share('full', None):.1f} % ")
     assert [row[0] for row in rows] == ["rkv", "reasonalloc", "snapkv"]
     for arm, *cells in rows:
         for budget, cell in zip((128, 256), cells, strict=True):
             assert cell.startswith(f"{share(arm, budget):.1f} % "), (arm, budget)
-            assert cell.endswith("n = 10 × 2")
+            assert cell.endswith("n = 10 \u00d7 2")
 
     with (pages.report.parent / "report-paired.csv").open() as file:
         pairs = [row for row in csv.DictReader(file) if row["group"] == "0"]
-    _, *paired = report.table("[aria-labelledby=h-paired-0] table")
-    assert [row[:2] + [row[2].split(" points")[0], row[3]] for row in paired] == [
+    _, *paired = report.table(".scroll[aria-labelledby=h-paired-0] table")
+    assert [[*row[:2], row[2].split(" points")[0], row[3]] for row in paired] == [
         [
             "full cache" if pair["arm"] == "full" else pair["arm"],
             pair["base_budget"] or pair["budget"],
@@ -76,6 +79,8 @@ def test_details_open(report: Browser) -> None:
 
 
 def test_a_problem_is_chosen(report: Browser) -> None:
+    report.choose("#left-0", name(*CELLS[0]))
+    report.choose("#right-0", name(*CELLS[-1]))
     for problem in ("p3", "p7"):
         report.choose("#problem-0", problem)
         check_problem(report, problem, CELLS[0], CELLS[-1])
@@ -107,6 +112,9 @@ def check_problem(report: Browser, problem: str, *pair: tuple[str, int | None]) 
 
 def test_a_click_on_the_map_chooses_the_problem(report: Browser) -> None:
     ids = report.texts("#problem-0 option")
+    report.choose("#problem-0", ids[0])
+    report.choose("#left-0", name(*CELLS[0]))
+    report.choose("#right-0", name(*CELLS[-1]))
     report.hover("problems-0", 0.65, 0.5)
     report.point("#problems-0 .nsewdrag", 0.65, 0.5).click().perform()
     report.until("return document.getElementById('problem-0').value === '6'")

@@ -112,7 +112,7 @@ function drawHeads() {
   }
   draw("heads", [{
     type: "heatmap", x: run.boundaries.map(String), y: rows.map((_, i) => i), z, zmin: 0, zmax: most,
-    colorscale: "Viridis", xgap: 1, ygap: 1, colorbar: { title: { text: "kept" }, thickness: 12, outlinewidth: 0 },
+    colorscale: "Viridis", xgap: 1, ygap: 1, colorbar: { title: { text: "kept", side: "right" }, thickness: 12, outlinewidth: 0 },
     text: rows.map(([l, h]) => run.boundaries.map(() => `layer ${l}, KV head ${h}`)),
     hovertemplate: "%{text}<br>after %{x} tokens: %{z} kept<extra></extra>",
   }], plan);

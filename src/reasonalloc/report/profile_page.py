@@ -14,8 +14,8 @@ TEMPLATE = "profile.html.j2"
 
 def render_profile(profile: AnyProfile) -> str:
     """The page's HTML; the plot library is inside, nothing is loaded."""
-    is_cost = isinstance(profile, CostProfile)
-    return render(_costs(profile) if is_cost else _demand(profile), TEMPLATE)
+    data = _costs(profile) if isinstance(profile, CostProfile) else _demand(profile)
+    return render(data, TEMPLATE)
 
 
 def _demand(profile: Profile) -> dict[str, Any]:

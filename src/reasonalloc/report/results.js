@@ -160,7 +160,7 @@ function drawHeads(group) {
   draw(`heads-${group.id}`, [{
     type: "heatmap", x: run.tokens.map(String), y: rows.map((_, i) => i), z, colorscale: "Viridis",
     zmin: 0, zmax: Math.max(...run.budgets.flat(2)),
-    colorbar: { title: { text: "kept" }, thickness: 12, outlinewidth: 0 },
+    colorbar: { title: { text: "kept", side: "right" }, thickness: 12, outlinewidth: 0 },
     text: rows.map(([layer, , head]) => run.tokens.map(() => `layer ${layer}, KV head ${head}`)),
     hovertemplate: "%{text}<br>at %{x} tokens: %{z} kept<extra></extra>",
   }], plan);
@@ -183,7 +183,7 @@ function drawProblems(group) {
   draw(`problems-${group.id}`, [{
     type: "heatmap", z, text, hovertemplate: "%{text}<extra></extra>", zmin: 0, zmax: 1, xgap: gap, ygap: 1,
     colorscale: [[0, dark.matches ? "#3a2b2b" : "#f2d9d5"], [1, dark.matches ? "#3fa55f" : "#1d6f3a"]],
-    colorbar: { title: { text: "right" }, tickformat: ".0%", thickness: 12, outlinewidth: 0 },
+    colorbar: { tickformat: ".0%", thickness: 12, outlinewidth: 0 },
   }], plan);
 }
 
