@@ -22,6 +22,10 @@ class CompressionNeverHappened(UserWarning):
     """Compression was asked for, but no sequence ever grew past its budget."""
 
 
+class UntestedVersion(UserWarning):
+    """The installed transformers is newer than every release that was tested."""
+
+
 class OtherCadence(UserWarning):
     """A cost profile was measured at another interval or window than the run's."""
 

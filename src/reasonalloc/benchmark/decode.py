@@ -16,6 +16,7 @@ from reasonalloc.benchmark.split import Split, splitting
 from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.cache import BudgetCache, held_bytes
+from reasonalloc.integrations.hf.versions import with_cache
 
 #: The model's own full cache: growing, or allocated for the whole length at once.
 FULL, STATIC = "full", "full-static"
@@ -71,7 +72,7 @@ def decode(
         torch.cuda.reset_peak_memory_stats(device)
     with opened(model, contender, prompt, new_tokens + interval) as cache, torch.inference_mode():
         start = _now(device)
-        out = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+        out = model(input_ids=prompt, **with_cache({}, cache), logits_to_keep=1)
         token = out.logits[:, -1:].argmax(dim=-1)
         before = _now(device)
         prefill, steps = before - start, []
@@ -93,7 +94,7 @@ def decode(
 
 def one_step(model: Any, cache: Any, token: Tensor) -> Tensor:
     """Feed tokens, [batch, tokens]; the likeliest next one of each sequence, [batch, 1]."""
-    out = model(input_ids=token, past_key_values=cache)
+    out = model(input_ids=token, **with_cache({}, cache))
     chosen: Tensor = out.logits[:, -1:].argmax(dim=-1)
     return chosen
 

@@ -16,6 +16,7 @@ from reasonalloc.errors import CompressionNeverHappened
 from reasonalloc.integrations.hf import Attachment
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.loading import quiet
 
 
@@ -194,7 +195,7 @@ def generate(
             model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
+                **with_cache({}, cache),
                 streamer=meter,
                 **sampling.arguments(),
             )

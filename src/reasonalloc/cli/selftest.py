@@ -95,12 +95,13 @@ def _equals_full(model: Any, prompt: torch.Tensor, backend: str) -> Check:
 
 def _compresses(model: Any, prompt: torch.Tensor, backend: str) -> Check:
     from reasonalloc import attach
+    from reasonalloc.integrations.hf.versions import with_cache
 
     name = "a small budget compresses and takes the planned bytes"
     arm = "rkv/uniform/reasonalloc"
     with attach(model, budget=16, interval=8, arm=arm, attention=backend) as attachment:
         cache = attachment.new_cache()
-        _tokens(model, prompt, past_key_values=cache)
+        _tokens(model, prompt, **with_cache({}, cache))
         planned = attachment.plan(int(prompt.shape[0])).kv_bytes(cache.get_seq_length())
     events = cache.recorder.compressions
     detail = f"{events} layer compressions, {cache.kv_bytes} bytes, planned {planned}"

@@ -25,6 +25,7 @@ from reasonalloc.evaluation.sampling import Sampling, SeededSampling
 from reasonalloc.integrations.hf import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.planning import files_missing
 from reasonalloc.recorder import Event
 
@@ -187,7 +188,7 @@ def solve(
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **with_cache({}, cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,

@@ -19,6 +19,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.model import text_config
+from reasonalloc.integrations.hf.versions import cache_of, with_cache
 
 #: Tokens that are fed at once: enough for the weights' products, few enough for their logits.
 PIECE = 512
@@ -124,11 +125,11 @@ def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Te
     """
     prompt = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
     fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
-    out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(prompt, **with_cache({}, cache), use_cache=True, logits_to_keep=1)
     yield out.logits[0]
     for start in range(0, fed.shape[1], PIECE):
         piece = fed[:, start : start + PIECE]
-        out = model(piece, past_key_values=out.past_key_values, use_cache=True)
+        out = model(piece, **with_cache({}, cache_of(out)), use_cache=True)
         yield out.logits[0]
 
 

@@ -39,6 +39,7 @@ from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.integrations.hf.step import StaticStep, check_step
+from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
 from reasonalloc.planning import (
     bound_policy,
     layer_totals,
@@ -98,6 +99,7 @@ class Attachment:
         self.planned = planned_heads(config, self.shapes, self._text_config, name)
         if (note := other_cadence(config)) is not None:
             warnings.warn(note, OtherCadence, stacklevel=4)  # where attach() was called
+        warn_if_untested(stacklevel=5)
         self._model: Any = model
         self._original = self._implementations(self._text_config._attn_implementation)
         self._installed: Installed | None = None
@@ -136,7 +138,7 @@ class Attachment:
         if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
             keep["logits_to_keep"] = 1
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+            model(**with_cache(keep, cache), input_ids=ids, use_cache=True)
 
     @property
     def implementation(self) -> str:
@@ -204,7 +206,7 @@ class Attachment:
         """The model's ``generate`` on a compressed cache; same arguments, same result."""
         model = self._require_model()
         cache = check_generate(model, self, args, kwargs)
-        kwargs["past_key_values"] = cache
+        kwargs = with_cache(kwargs, cache)
         own = self._installed.own("generate") if self._installed else None
         own = own or functools.partial(type(model).generate, model)
         with self.decoding(cache):

@@ -134,7 +134,7 @@ def check_gradients() -> None:
     if torch.is_grad_enabled():
         raise UnsupportedError(
             "a compressed cache cannot be trained through: call model.eval(), or leave "
-            "past_key_values out"
+            "the cache out"
         )
 
 

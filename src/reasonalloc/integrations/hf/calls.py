@@ -13,11 +13,10 @@ from torch import Tensor
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.attention import IMPLEMENTATION, check_gradients
 from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.versions import cache_name, given_cache, with_cache
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.hf.attach import Attachment
-
-_CACHE = "past_key_values"
 
 
 class CallCheck:
@@ -44,19 +43,19 @@ class CallCheck:
         if args:
             names = list(inspect.signature(module.forward).parameters)
             kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
-        cache = kwargs.get(_CACHE)
+        cache = given_cache(kwargs)
         if cache is None:
             if not self._would_cache(module, kwargs):
                 return None
             cache = self._attachment.new_cache()
-            kwargs = {**kwargs, _CACHE: cache}
         elif not isinstance(cache, BudgetCache):
             if not module.training:
                 raise UsageError(
-                    f"{_CACHE} is a {type(cache).__name__}, which would not be compressed: pass a "
-                    "cache of this attachment (new_cache()), leave it out, or detach"
+                    f"{cache_name()} is a {type(cache).__name__}, which would not be compressed: "
+                    "pass a cache of this attachment (new_cache()), leave it out, or detach"
                 )
             return None
+        kwargs = with_cache(kwargs, cache)
         check_attention(self._attachment)
         if module.training:
             check_gradients()
@@ -144,5 +143,5 @@ class StepOfCache:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``."""
-        stepper = getattr(kwargs.get(_CACHE), "stepper", None)
+        stepper = getattr(given_cache(kwargs), "stepper", None)
         return (self._forward if stepper is None else stepper)(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.versions import with_cache
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.hf.attach import Attachment
@@ -35,7 +36,7 @@ class Chat:
     def __init__(self, attachment: Attachment, tokenizer: Any, settings: dict[str, Any]) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this tokenizer has no chat template: give one that has")
-        for name in ("past_key_values", "input_ids", "inputs", "attention_mask"):
+        for name in ("past_key_values", "cache", "input_ids", "inputs", "attention_mask"):
             if name in settings:
                 raise UsageError(f"{name} is the chat's own: leave it out")
         self.messages: list[dict[str, str]] = []
@@ -61,7 +62,7 @@ class Chat:
         out = self._attachment.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **with_cache({}, cache),
             **{**self._settings, **settings, "return_dict_in_generate": False},
         )
         answer = str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -12,6 +12,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import check_attention, check_checkpointing
 from reasonalloc.integrations.hf.model import check_adapter, text_config
+from reasonalloc.integrations.hf.versions import cache_name, given_cache
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.hf.attach import Attachment
@@ -89,15 +90,15 @@ def check_generate(
             f"cache_implementation={kind!r} asks for another cache, which would not be compressed: "
             "leave it out, or detach"
         )
-    cache = call.get("past_key_values")
+    cache = given_cache(call)
     if cache is not None and not isinstance(cache, BudgetCache):
         raise UsageError(
-            f"past_key_values is a {type(cache).__name__}, which would not be compressed: pass a "
+            f"{cache_name()} is a {type(cache).__name__}, which would not be compressed: pass a "
             "cache that this model's generate() returned while attached, or none"
         )
     if cache is not None and cache.owner is not attachment:
         raise UsageError(
-            "past_key_values was made under another attachment: budgets differ, so start anew"
+            f"{cache_name()} was made under another attachment: budgets differ, so start anew"
         )
     prompt = _prompt_shape(call)
     if prompt is not None:
@@ -156,7 +157,7 @@ def _continue(
         raise UsageError(
             f"input_ids differ from what the cache has seen at token {same} of {columns}, and "
             f"tokens before it may have been evicted since (at {cache.evicted_at}): leave "
-            "past_key_values out, or let chat(tokenizer) of the attachment keep a conversation "
+            f"{cache_name()} out, or let chat(tokenizer) of the attachment keep a conversation "
             "whose template drops thoughts"
         )
     cache.go_back(back)

@@ -14,6 +14,7 @@ from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.compiled import compile_step
+from reasonalloc.integrations.hf.versions import given_cache
 from reasonalloc.native.build import require
 
 # Results that a replay would overwrite while somebody still holds them.
@@ -148,7 +149,7 @@ class StaticStep:
         return (
             isinstance(ids, Tensor)
             and ids.shape[1] == 1
-            and call.get("past_key_values") is self._cache
+            and given_cache(call) is self._cache
             and self._cache.single_tokens_are_real
             and self._cache.get_seq_length() > 0
             and not any(call.get(name) for name in _EXTRA_OUTPUTS)
@@ -165,7 +166,7 @@ class StaticStep:
 
     def _capture(self) -> Callable[[], Any]:
         if self._step == "compile":
-            return compile_step(self._run)
+            return compile_step(self._run, verify=True)
         try:
             return capture(self._run, self._device)
         except torch.OutOfMemoryError:
