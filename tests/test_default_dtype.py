@@ -210,3 +210,16 @@ def test_plans_are_the_same(layers: str, model: Any, files: dict[str, Path]) -> 
         ) as attached:
             found.append((attached.totals, attached.planned, attached.plan(2)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("step", ["eager", "static", "compile"])
+def test_generation_with_another_default_device(step: Any, model: Any) -> None:
+    ids = prompt(25, 2)
+    mask = torch.ones_like(ids)
+    found = []
+    for device in (None, "meta"):
+        torch.set_default_device(device)
+        with reasonalloc.attach(model, budget=16, interval=8, arm="h2o", step=step):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+        found.append(out)
+    assert torch.equal(*found)
