@@ -15,8 +15,9 @@ def command(context: typer.Context) -> None:
     """Run the lm-evaluation-harness under a KV budget; takes lm_eval's own arguments.
 
     Example: reasonalloc lm-eval --model_args pretrained=Qwen/Qwen3-0.6B,budget=512,arm=rkv --tasks
-    gsm8k --batch_size 8. Model arguments are those of lm-eval's model 'hf' and budget, arm,
-    interval, window, n_sink, protect_prompt, profile, seed. All options: lm_eval run --help.
+    gsm8k --batch_size 8. Model arguments are those of lm-eval's model 'hf' (peft=ADAPTER and so on)
+    and budget, arm, interval, window, n_sink, protect_prompt, profile, seed, attention and step
+    (step=compile: faster on a CPU, step=graph: on a GPU). All options: lm_eval run --help.
     """
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -40,9 +41,15 @@ def command(context: typer.Context) -> None:
         cli_evaluate()
     except UsageError:
         raise
-    except (ValueError, OSError) as error:  # an unknown task, a data set that cannot be had
+    except (ValueError, OSError, ImportError) as error:  # an unknown task, no data, no package
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"lm-eval: {lines[0]}") from error
+    except TypeError as error:  # of another model than ours
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(
+            f"lm-eval: {error} (budget, arm and the like are for --model reasonalloc)"
+        ) from error
     except KeyboardInterrupt:  # typer would leave without a word
         output.note("interrupted; lm-eval writes results at the end only (see its --use_cache)")
         raise typer.Exit(130) from None

@@ -6,8 +6,6 @@ does not look for the entry points of other packages.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import warnings
 from typing import Any
@@ -18,20 +16,24 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.evaluation.fidelity import replay_logits
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf import attach_config
-from reasonalloc.loading import available_devices, find_source, load_model
+from reasonalloc.integrations.lm_eval_arguments import (
+    SETTINGS,
+    check_adapter,
+    check_gguf,
+    check_loaders,
+    check_names,
+    explained,
+    gguf_device,
+    model_source,
+    read_config,
+)
+from reasonalloc.loading import load_model
 
 _LOG = logging.getLogger(__name__)
-_SETTINGS = tuple(
-    name
-    for name in CompressionConfig.__dataclass_fields__
-    if name not in ("budget", "arm", "record")
-)
-
 #: A request of lm-eval: its texts (or None), tokens of the context and of the continuation.
 Request = tuple[Any, list[int], list[int]]
 
@@ -49,9 +51,10 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
         pretrained: hub name, folder, ``.gguf`` file, or a loaded model.
         budget: mean tokens kept per (layer, KV head); needed unless ``arm`` is ``full``.
         arm: preset or ``policy/layers/heads``.
-        interval, window, n_sink, protect_prompt, seed, profile, attention: as of
-            ``CompressionConfig``, with its defaults.
-        options: everything that lm-eval's ``hf`` takes.
+        interval, window, n_sink, protect_prompt, seed, profile, attention, step: as of
+            ``CompressionConfig``, with its defaults; ``step`` has an effect on generations only.
+        options: everything that lm-eval's ``hf`` takes. Of a PEFT adapter's model, the base model
+            inside gets the budget.
 
     Raises:
         UsageError: a wrong setting.
@@ -59,34 +62,51 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, pretrained: Any, budget: int | None = None, arm: str = "rkv", **options: Any
+        self, pretrained: Any = None, budget: int | None = None, arm: str = "rkv", **options: Any
     ) -> None:
-        settings = {name: options.pop(name) for name in _SETTINGS if name in options}
-        _check_names(options)
-        self.kv_config = _config(arm, budget, settings)
+        if pretrained is None:
+            raise UsageError("model_args: no model: add pretrained=MODEL")
+        settings = {name: options.pop(name) for name in SETTINGS if name in options}
+        check_names(options)
+        self.kv_config = read_config(arm, budget, settings)
         self.kv_compressions = 0
-        if isinstance(pretrained, str) and find_source(pretrained).kind == "gguf":
-            options["device"] = _device(options.get("device"))
-            model, tokenizer = load_model(
-                pretrained,
-                options.get("dtype", "auto"),
-                options["device"],
-                options.get("trust_remote_code", False),
-            )
-            options["tokenizer"] = options.get("tokenizer") or tokenizer
-            super().__init__(pretrained=model, **options)
-            self.pretrained = pretrained
-        else:
-            super().__init__(pretrained=pretrained, **options)
         if self.kv_config is not None:
-            with attach_config(self.model, self.kv_config):
+            check_loaders(options)
+        source = model_source(pretrained, options) if isinstance(pretrained, str) else None
+        with explained():
+            if source is not None and source.kind == "gguf":
+                self._load_gguf(source.name, options)
+            else:
+                super().__init__(pretrained=pretrained, **options)
+        if self.kv_config is not None:
+            check_adapter(self.model, options.get("peft"))
+            with attach_config(self._inner, self.kv_config):
                 pass  # what cannot work is refused before any data is read
+
+    def _load_gguf(self, name: str, options: dict[str, Any]) -> None:
+        check_gguf(name, options)
+        options["device"] = gguf_device(options.get("device"))
+        model, tokenizer = load_model(
+            name,
+            options.pop("dtype", "auto"),
+            options["device"],
+            options.get("trust_remote_code", False),
+        )
+        options["tokenizer"] = options.get("tokenizer") or tokenizer
+        super().__init__(pretrained=model, **options)
+        self.pretrained = name
+
+    @property
+    def _inner(self) -> Any:
+        """The transformers model, which gets the budget: inside of a PEFT adapter's, its base."""
+        find = getattr(self.model, "get_base_model", None)
+        return self.model if find is None else find()
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Complete a batch [batch, tokens], left-padded; one cache per call."""
         if self.kv_config is None:
             return super()._model_generate(context, *args, **kwargs)  # type: ignore[no-any-return]
-        with warnings.catch_warnings(), attach_config(self.model, self.kv_config) as attached:
+        with warnings.catch_warnings(), attach_config(self._inner, self.kv_config) as attached:
             warnings.simplefilter("ignore", CompressionNeverHappened)  # said once, at the end
             found: Tensor = super()._model_generate(context, *args, **kwargs)
             if attached.recorder is not None:
@@ -123,7 +143,7 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
             )
             return found
         before, answers = self.kv_compressions, []
-        with torch.inference_mode(), attach_config(self.model, self.kv_config) as attached:
+        with torch.inference_mode(), attach_config(self._inner, self.kv_config) as attached:
             for texts, context, continuation in tqdm(requests, disable=disable_tqdm):
                 if not continuation:
                     raise UsageError("a task asks for the likelihood of an empty continuation")
@@ -146,6 +166,7 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
         info["kv_arm"] = "full" if config is None else str(config.arm)
         if config is not None:
             info["kv_budget"], info["kv_interval"] = config.budget, config.interval
+            info["kv_step"], info["kv_attention"] = config.step, config.attention
             info["kv_compressions"] = self.kv_compressions
         return info
 
@@ -162,41 +183,3 @@ def _score(pieces: Any, continuation: list[int]) -> tuple[float, bool]:
         greedy = greedy and bool((scores.argmax(-1) == targets).all())
         start += len(logits)
     return total, greedy
-
-
-def _config(arm: str, budget: int | None, settings: dict[str, Any]) -> CompressionConfig | None:
-    """Validated settings; None for the full cache."""
-    parsed = parse_arm(arm)
-    if parsed is None:
-        extra = [*(("budget",) if budget is not None else ()), *settings]
-        if extra:
-            raise UsageError(
-                f"model_args: {extra[0]} has no effect with arm=full: leave it out, or choose an "
-                "arm that compresses"
-            )
-        return None
-    if budget is None:
-        raise UsageError(
-            f"model_args: arm={arm} needs a budget: add budget=512 (tokens per layer and KV head), "
-            "or give arm=full"
-        )
-    return CompressionConfig(budget=budget, arm=parsed, **settings)
-
-
-def _check_names(options: dict[str, Any]) -> None:
-    """Refuse a misspelt setting, which would go on to the model's constructor."""
-    known = inspect.signature(HFLM.__init__).parameters
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, ("budget", "arm", *_SETTINGS), 1, 0.75)
-            if close:
-                raise UsageError(
-                    f"model_args: unknown setting {name!r}: did you mean {close[0]!r}?"
-                )
-
-
-def _device(wanted: str | None) -> str:
-    """lm-eval asks for a GPU by default and takes the CPU where there is none."""
-    if wanted is None or (wanted.startswith("cuda") and available_devices() == ["cpu"]):
-        return "auto"
-    return wanted
