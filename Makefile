@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.12.1
+NEWEST := .venv-newest
+# The library takes any torch from 2.10 on; here it is one, so that two people see the same. Another
+# one: make TORCH=torch==2.14.1
+TORCH ?= torch==2.13.0
 KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint fuzz sanitize sanitize-fast test-oldest test-vllm clean bench-vllm bench bench-full bench-static \
-	bench-arms bench-long1 bench-long16 bench-paired bench-constant bench-kvpress bench-snapkv \
-	bench-adakv bench-gpu
+.PHONY: setup demo test lint fuzz sanitize sanitize-fast test-oldest test-newest test-random \
+	test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml src/reasonalloc/version.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]' '$(TORCH)'
 	touch $@
 
 demo: setup
@@ -26,7 +30,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The newest transformers runs everything, the oldest one that is declared what touches it.
+# The newest transformers runs everything, the oldest one that is declared what touches it. Tests
+# with random examples try the same ones every time; others: make test-random.
 test: lint test-oldest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -49,13 +54,32 @@ sanitize-fast: setup
 $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -e '.[dev]' \
-		transformers==$(OLDEST_TRANSFORMERS)
+		transformers==$(OLDEST_TRANSFORMERS) '$(TORCH)'
 	touch $@
 
+TOUCHES_TRANSFORMERS := tests/test_hf.py tests/test_refusals.py tests/test_memory.py \
+	tests/test_loading.py tests/test_sampling.py tests/test_versions.py tests/test_reads.py
+
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/test_hf.py tests/test_refusals.py \
-		tests/test_memory.py tests/test_loading.py tests/test_sampling.py tests/test_eval.py \
-		tests/test_ablation.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(TOUCHES_TRANSFORMERS) \
+		tests/test_eval.py tests/test_ablation.py
+
+# What the index has today, within the limits of this machine's pip: looked up anew every time. A
+# release that is newer than NEWEST_TESTED (integrations/hf/versions.py) fails here.
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q --upgrade \
+		torch transformers safetensors
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli]' \
+		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
+	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 \
+		$(TOUCHES_TRANSFORMERS) tests/test_calls.py tests/test_step.py tests/test_past_masks.py
+
+# New random examples, ten times as many. Whatever fails here becomes an @example of its test.
+RANDOM_TESTS = $$(grep -l '@given' tests/*.py)
+
+test-random: setup
+	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(RANDOM_TESTS)
 
 # vLLM's CPU build brings its own torch and transformers; torchvision and the like of the registry do
 # not fit that torch and break transformers.
@@ -114,7 +138,7 @@ bench-constant: setup
 $(KVPRESS)/.ready:
 	$(PYTHON) -m venv $(KVPRESS)
 	$(KVPRESS)/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 \
-		'torch>=2.10,<2.14'
+		'$(TORCH)'
 	touch $@
 
 BESIDE := OMP_WAIT_POLICY=ACTIVE $(BIN)/python benchmarks/kvpress/compare.py \
@@ -144,4 +168,4 @@ bench-gpu: setup
 		--out bench-gpu-full.json
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import examples  # noqa: F401 (loads the profile)
 import sanitized
 from tiny_folder import save_tiny
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import made_costs
 import made_statistics
 import reference
+from examples import examples
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.allocators.minimise import interpolate, minimise
@@ -35,7 +36,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[int], f
 
 
 @given(st.lists(problems(), min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_robustify(batch: list[tuple[list[float], int, list[int], list[int], float]]) -> None:
     for demand, total, lower, upper, exponent in batch:
         budgets = robustify(
@@ -86,7 +87,7 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
 
 
 @given(head_queries(), st.sampled_from(["paper", "length"]))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: str) -> None:
     query, rows = made
     for name in HEAD_ALLOCATORS.entries():
@@ -118,7 +119,7 @@ def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: 
     st.integers(0, 8),
     st.integers(0, 500),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, extra: int) -> None:
     query = LayerQuery(layers, heads, window + n_sink + extra, window, n_sink)
     statistics = made_statistics.make(list(range(layers)), 1, Rope((1.0,), 1.0, 2), seed=extra)
@@ -159,7 +160,7 @@ def test_layer_allocators(layers: int, heads: int, window: int, n_sink: int, ext
     st.integers(0, 20),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_least_cost(curves: list[list[float]], lower: int, room: int, data: st.DataObject) -> None:
     points, upper = [3, 5, 9, 20], lower + room
     total = data.draw(st.integers(len(curves) * lower, len(curves) * upper))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from reasonalloc.attention import BACKENDS, choose_backend
 from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Slab
@@ -61,7 +62,7 @@ def slow_decode(
     st.sampled_from([None, 2.0]),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_decode(
     seed: int, lengths: list[list[int]], group: int, softcap: float | None, uniform: bool
 ) -> None:

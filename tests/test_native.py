@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reasonalloc
+from examples import examples
 from models import prompt, tiny
 from reasonalloc.allocators.head import HeadQuery
 from reasonalloc.allocators.rounding import robustify
@@ -48,7 +49,7 @@ LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([0, 1, 255, 256, 257, 5
     st.sampled_from([None, 2.0]),
     st.sampled_from(list(TOLERANCE)),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_attention_is_the_reference(
     seed: int,
     lengths: list[list[int]],
@@ -88,7 +89,7 @@ def test_attention_is_the_reference(
     st.sampled_from(["rkv", "rkv(lam=0.5, kernel=3, threshold=0.2)", "rkv(kernel=1, threshold=1)"]),
     st.sampled_from(list(TOLERANCE)),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_rkv_is_the_reference(
     seed: int,
     lengths: list[list[int]],
@@ -154,7 +155,7 @@ def scattered(
     st.sampled_from([((), torch.int32), ((3,), torch.float32), ((64,), torch.bfloat16)]),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_rows_go_where_they_belong(
     seed: int,
     batch: int,
@@ -217,7 +218,7 @@ def test_a_run_is_the_same(name: str, arm: str) -> None:
     st.integers(1, 6),
     st.sampled_from([0.5, 1.0, 0.0, 2.0]),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_budgets_are_the_reference(seed: int, batch: int, n: int, exponent: float) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -246,7 +247,7 @@ SCORES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 0.5, float("inf"), float("-
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_selections_are_the_reference(
     data: st.DataObject,
     lengths: list[list[int]],

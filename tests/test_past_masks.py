@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import reasonalloc
+from examples import examples
 from models import prompt, tiny
 from reasonalloc import UsageError
 from reasonalloc.window import QueryWindow
@@ -204,7 +205,7 @@ def test_a_new_turn_alone(step: Any) -> None:
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=6),
     st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_queries_of_dropped_tokens_are_forgotten(
     window: int, history: list[tuple[int, int]], equal: bool
 ) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
+from examples import examples
 from made_statistics import ready
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
@@ -93,7 +94,7 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
     st.integers(1, 3),
     st.integers(1, 6),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) -> None:
     candidates = ragged(seed, lengths, group, window)
     assert set(SPECS) == set(POLICIES.entries()) - reference.NAMED_BY_A_FILE

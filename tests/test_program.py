@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import examples
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf import compiled
 from reasonalloc.native.products import MOST_ROWS, most_rows
@@ -104,7 +105,7 @@ SHAPES = st.one_of(
 @pytest.mark.usefixtures("no_repetitions")
 @pytest.mark.parametrize("name", UNARY)
 @given(shape=SHAPES, dtype=DTYPES, seed=st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_one_tensor(name: str, shape: list[int], dtype: torch.dtype, seed: int) -> None:
     x = torch.randn(shape, dtype=dtype)
     if seed == 1:  # with gaps
@@ -123,7 +124,7 @@ def test_one_tensor(name: str, shape: list[int], dtype: torch.dtype, seed: int) 
     narrow=st.sets(st.integers(0, 3)),
     name=st.sampled_from(["add", "sub", "mul", "div"]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_two_tensors(
     shape: list[int], dtypes: tuple[torch.dtype, torch.dtype], narrow: set[int], name: str
 ) -> None:
@@ -148,7 +149,7 @@ def test_two_tensors(
     dtype=DTYPES,
     bias=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_products(rows: int, width: int, outputs: int, dtype: torch.dtype, bias: bool) -> None:
     x = torch.randn(min(rows, most_rows(dtype)), 1, width, dtype=dtype)
     weight = torch.randn(outputs, width, dtype=dtype)
@@ -196,7 +197,7 @@ def test_many_rows_are_pytorchs() -> None:
     steps=st.lists(st.integers(0, 8), min_size=1, max_size=25),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_whatever_meets_whatever(batch: int, width: int, steps: list[int], seed: int) -> None:
     """Chains over a few tensors: places that are used again, and threads that must wait."""
     generator = torch.Generator().manual_seed(seed)

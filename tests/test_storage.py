@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
+from examples import examples
 from reasonalloc.cache import Rows, Slab
 from reasonalloc.selection import select
 
@@ -18,7 +19,7 @@ from reasonalloc.selection import select
     st.sampled_from([0.0, 0.5, 0.9]),
     st.integers(0, 12),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_select(
     seed: int, heads: list[tuple[int, int]], window: int, recent_fraction: float, first: int
 ) -> None:
@@ -63,8 +64,9 @@ def check(slab: Slab, expected: list[list[list[int]]]) -> None:
             assert slab.positions[b, start:stop].tolist() == positions
             assert positions == sorted(set(positions))
             marks = [b * 1000 + h * 100 + p / 64 for p in positions]
-            torch.testing.assert_close(slab.keys[b, start:stop, 0], torch.tensor(marks))
-            torch.testing.assert_close(slab.values[b, start:stop, 0], -torch.tensor(marks))
+            expected_keys = torch.tensor(marks, dtype=torch.float32)
+            torch.testing.assert_close(slab.keys[b, start:stop, 0], expected_keys)
+            torch.testing.assert_close(slab.values[b, start:stop, 0], -expected_keys)
             ends.append((b, start, stop))
     for b, start, stop in ends:  # runs never overlap and never leave the slab
         assert 0 <= start <= stop <= slab.slots
@@ -87,7 +89,7 @@ def token(batch: int, heads: int, position: list[int]) -> torch.Tensor:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_slab_history(
     seed: int, batch: int, heads: int, budget: int, ragged: bool, native: bool
 ) -> None:
@@ -144,8 +146,12 @@ def check_state(slab: Slab, expected: list[list[list[int]]], new: int) -> None:
         for h, positions in enumerate(row):
             start = int(slab.offsets[b, h])
             found = slab.state[b, start : start + len(positions)]
-            fresh = torch.tensor([p > max([-1, *positions]) - new for p in positions])
-            marks = torch.tensor([[p + 1.0, -p - 1.0] for p in positions]).view(-1, 2)
+            fresh = torch.tensor(
+                [p > max([-1, *positions]) - new for p in positions], dtype=torch.bool
+            )
+            marks = torch.tensor(
+                [[p + 1.0, -p - 1.0] for p in positions], dtype=torch.float32
+            ).view(-1, 2)
             known = found.any(dim=-1)
             assert bool((known | fresh).all())
             assert torch.equal(found[known], marks[known])

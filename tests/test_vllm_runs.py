@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import made_costs
+from examples import examples
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.attention import choose_backend
 from reasonalloc.compressor import LayerCompressor
@@ -224,7 +225,7 @@ def drive(plan: EnginePlan, block_size: int, requests: list[Request], seed: int)
     st.integers(0, 3),
     st.integers(0, 100),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(15, suppress_health_check=[HealthCheck.too_slow])
 def test_the_pool_keeps_what_slabs_keep(
     arm: str,
     budget: int,

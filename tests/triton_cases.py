@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import models
 import reasonalloc
+from examples import examples
 from reasonalloc.attention import BACKENDS
 from reasonalloc.cache import Slab
 from strategies import lengths_of_heads
@@ -52,7 +53,7 @@ def random_slab(
     st.booleans(),
     st.sampled_from(DTYPES),
 )
-@settings(max_examples=12, deadline=None)
+@examples(12)
 def test_decode_is_the_reference(
     seed: int,
     lengths: list[list[int]],
