@@ -81,6 +81,10 @@ RANDOM_TESTS = $$(grep -l '@given' tests/*.py)
 test-random: setup
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(RANDOM_TESTS)
 
+# Ten minutes of random sequences of calls on one cache, beside transformers' own.
+fuzz: setup
+	OMP_NUM_THREADS=2 $(BIN)/python tests/call_sequences.py --minutes 10
+
 # vLLM's CPU build brings its own torch and transformers; torchvision and the like of the registry do
 # not fit that torch and break transformers.
 $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
