@@ -102,7 +102,11 @@ def test_mistakes_are_found_before_anything_runs(
     out = tmp_path / "results.jsonl"
     base = ["fidelity", folder, "--budgets", "20", "--out", out]
     code, _, err = call(*base, "--trajectories", texts, "--arms", "best")
-    assert code == 2 and "needs a cost profile" in err and "Traceback" not in err
+    assert (
+        code == 2
+        and "arm 'best' reads a cost profile: add --profile FILE" in err
+        and "Traceback" not in err
+    )
     foreign = tmp_path / "foreign.jsonl"
     row = {"prompt_ids": [1, 2], "completion_ids": [3, 10**6]}
     foreign.write_text(f"{texts.read_text()}\n{json.dumps(row)}")
@@ -117,10 +121,45 @@ def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None
     base = ["fidelity", folder, "--trajectories", path, "--interval", "8", "--budgets", "10"]
     code, _, err = call(*base)
     assert code == 2 and "give --generate N" in err
+    path.write_text("".join(f'{{"prompt": "{" ".join(["w1"] * n)}"}}\n' for n in (4, 9, 2)))
     code, text, _ = call(*base, "--generate", "40", "--arms", "random", "--json")
-    assert code == 0 and json.loads(text)["results"][0]["tokens"] == 39
+    assert code == 0 and json.loads(text)["results"][0]["tokens"] == 3 * 39
     code, text, _ = call(*base[:-1], "100", "--generate", "40", "--arms", "random")
     assert code == 0 and "never compressed" in " ".join(text.split())
+
+
+def test_attention_is_free_to_change(call: Call, folder: Path, texts: Path, tmp_path: Path) -> None:
+    """Also in a file of a version that did not note it."""
+    out = tmp_path / "results.jsonl"
+    base = ["fidelity", folder, "--trajectories", texts, "--interval", "8", "--budgets", "12,12"]
+    base += ["--arms", "rkv,rkv/uniform/uniform", "--device", "cpu", "--json"]
+    code, plain, _ = call(*base, "--out", out)
+    assert code == 0 and len(json.loads(plain)["results"]) == 1  # nothing twice
+    first, *rest = out.read_text().splitlines(keepends=True)
+    old = json.loads(first)
+    assert old["manifest"].pop("attention") == "auto"
+    out.write_text("".join((json.dumps(old) + "\n", *rest)))
+    code, again, err = call(*base, "--out", out, "--attention", "cpp")
+    assert code == 0 and json.loads(again) == json.loads(plain), err
+    assert json.loads(out.read_text().splitlines()[0])["manifest"]["attention"] == "cpp"
+    code, native, _ = call(*base, "--attention", "cpp")
+    ours, theirs = (json.loads(found)["results"][0] for found in (native, plain))
+    assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3)
+    code, _, err = call(*base, "--generate", "30")
+    assert code == 0 and "--generate 30 has no effect" in " ".join(err.split())
+
+
+def test_files_of_several_kinds(call: Call, texts: Path, tmp_path: Path) -> None:
+    from tiny_boxed import save_tiny
+
+    model = save_tiny(tmp_path / "boxed")
+    costs, profile = model / "costs.json", model / "profile.json"
+    base = ["fidelity", model, "--trajectories", texts, "--interval", "8", "--window", "4"]
+    base += ["--budgets", "24", "--json", "--profile", profile]
+    code, text, err = call(*base, "--profile", costs, "--arms", "reasonalloc,best")
+    assert code == 0 and len(json.loads(text)["results"]) == 2, err
+    code, _, err = call(*base, "--arms", "rkv")
+    assert code == 2 and "is a profile and has no effect with arms='rkv'" in err
 
 
 @pytest.mark.parametrize(
@@ -132,6 +171,10 @@ def test_generated_completions(call: Call, folder: Path, tmp_path: Path) -> None
         (["--arms", "rvk"], "did you mean 'rkv'"),
         (["--budgets", "3"], "budget of at least 8"),
         (["--interval", "0"], "interval=0"),
+        (["--attention", "nosuch"], "attention='nosuch' is unknown: choose one of auto"),
+        (["--device", "cuda:9"], "is not available here"),
+        (["--profile", "none.json"], "profile 'none.json' cannot be read"),
+        (["--arms", "rkv/uniform/unifrom"], "did you mean 'uniform'"),
         (["--out", "/no/such/folder/file"], "cannot be used"),
     ],
 )

@@ -317,11 +317,11 @@ def test_out_of_memory_halves_the_batch(
 def test_what_counts_as_little_memory() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**14)
-    assert solver._is_memory(error.value)
-    assert solver._is_memory(RuntimeError("CUDA error: out of memory"))
+    assert solver.is_memory(error.value)
+    assert solver.is_memory(RuntimeError("CUDA error: out of memory"))
     cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-    assert solver._is_memory(RuntimeError(cublas))
-    assert not solver._is_memory(RuntimeError("a bug"))
+    assert solver.is_memory(RuntimeError(cublas))
+    assert not solver.is_memory(RuntimeError("a bug"))
 
 
 def test_other_runtime_errors_come_out(

@@ -13,7 +13,8 @@ import reasonalloc
 from models import prompt, tiny
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import complete, fidelity, full_logits
+from reasonalloc.evaluation.completions import complete, complete_all
+from reasonalloc.evaluation.fidelity import fidelity, full_logits
 from reasonalloc.evaluation.trajectories import Trajectory, load_trajectories
 
 
@@ -76,6 +77,41 @@ def test_completions_are_generated_with_the_full_cache() -> None:
     expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)
     assert made.completion_ids == tuple(expected[0, 3:].tolist())
     assert complete(model, made, 3) is made
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_completions_in_batches_are_those_of_each_prompt_alone(
+    name: str, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    model.generation_config.repetition_penalty = penalty  # looks at the prompt
+    lengths = (30, 3, 17, 30, 9, 4, 17, 40, 1, 22, 30)
+    texts = [Trajectory(tuple(prompt(n, seed=i)[0].tolist()), ()) for i, n in enumerate(lengths)]
+    texts[4] = Trajectory((5, 6), (7, 8, 9))
+
+    def generated(text: Trajectory) -> tuple[int, ...]:
+        ids = torch.tensor([text.prompt_ids])
+        out = model.generate(ids, max_new_tokens=40, do_sample=False)
+        return text.completion_ids or tuple(out[0, ids.shape[1] :].tolist())
+
+    whole = [generated(text) for text in texts]
+    firsts = {tokens[0] for tokens in whole}
+    model.generation_config.eos_token_id = next(t for t in whole[0] if t not in firsts)
+    alone = [generated(text) for text in texts]
+    sizes: list[int] = []
+    own = model.generate
+
+    def generate(ids: Any, **options: Any) -> Any:
+        sizes.append(len(ids))
+        if len(ids) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert [text.completion_ids for text in complete_all(model, texts, 40)] == alone
+    assert len({len(tokens) for tokens in alone}) > 2  # that of three tokens, and some ended
+    assert sizes == ([8, 4, 4, 2] if penalty == 1 else [1, 1, 1, 2, 1, 3, 1])
 
 
 def test_too_long() -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
+from reasonalloc.cli import eval_options as e
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
     from reasonalloc.benchmark.decode import Contender, Timing
-    from reasonalloc.config import Step
+    from reasonalloc.config import Arm, Step
 
 Shape = Annotated[
     Optional[str],  # noqa: UP045
@@ -38,6 +39,7 @@ Out = Annotated[
 
 
 def command(
+    context: typer.Context,
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     shape: Shape = None,
@@ -48,7 +50,9 @@ def command(
     budget: o.BudgetList = "128",
     interval: o.Interval = 64,
     window: o.Window = 8,
-    profile: o.ProfileFile = None,
+    n_sink: o.Sinks = 0,
+    protect_prompt: o.ProtectPrompt = False,
+    profile: e.Profiles = None,
     attention: o.Attention = "auto",
     step: o.StepKinds = "eager",
     batches: Batches = "1,16",
@@ -60,10 +64,23 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
-    settings: dict[str, Any] = {"interval": interval, "window": window, "attention": attention}
+    settings: dict[str, Any] = {
+        "interval": interval,
+        "window": window,
+        "n_sink": n_sink,
+        "protect_prompt": protect_prompt,
+        "attention": attention,
+    }
     budgets = list(dict.fromkeys(o.parse_budgets(budget, "budget")))
     kinds = list(dict.fromkeys(part.strip() for part in step.split(",")))
-    contenders = _contenders(arms, profile, budgets, kinds, **settings)
+    contenders = _contenders(arms, profile or [], budgets, kinds, **settings)
+    if all(contender.config is None for contender in contenders):
+        for option in ("budget", "window", "n_sink", "protect_prompt", "attention", "step"):
+            if o.given(context, option):
+                raise UsageError(
+                    f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "
+                    "or add an arm that compresses"
+                )
     sizes = o.parse_budgets(batches, "batch")
     points = sorted({*(o.parse_budgets(at, "at") if at else []), new_tokens})
     if min(sizes) < 1:
@@ -112,24 +129,25 @@ def command(
 
 
 def _contenders(
-    arms: str, profile: str | None, budgets: list[int], steps: list[str], **settings: Any
+    arms: str, paths: list[str], budgets: list[int], steps: list[str], **settings: Any
 ) -> list[Contender]:
-    from reasonalloc.benchmark.decode import FULL, STATIC, Contender
-    from reasonalloc.config import CompressionConfig, parse_arm
-    from reasonalloc.planning import files_missing
+    from reasonalloc.benchmark.decode import STATIC, Contender
+    from reasonalloc.cli.eval_files import as_settings, choose_files
+    from reasonalloc.config import parse_arm
+    from reasonalloc.evaluation.batch import Job, Settings
 
+    names = list(dict.fromkeys(o.split_arms(arms)))
+    compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
+    for name in compressing:
+        o.check_names(cast("Arm", parse_arm(name)))
+    shared = {**as_settings(choose_files(compressing, paths)), **settings}
     found = []
-    for name in dict.fromkeys(o.split_arms(arms)):
-        arm = None if name in (FULL, STATIC) else parse_arm(name)
-        if arm is None:
+    for name in names:
+        if name not in compressing:
             found.append(Contender(name))
             continue
-        o.check_names(arm)
-        own = profile if files_missing(arm) else None
         for budget, step in itertools.product(budgets, steps):
-            config = CompressionConfig(
-                budget=budget, arm=arm, profile=own, step=cast("Step", step), **settings
-            )
+            config = Settings(**shared, step=cast("Step", step)).config(Job(name, budget))
             sized = name if len(budgets) == 1 else f"{name} at {budget}"
             found.append(Contender(sized if len(steps) == 1 else f"{sized}, {step}", config))
     if not found:

@@ -140,6 +140,7 @@ def command(
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     objective: ObjectiveName = "attention-mass",
     count: Count = 8,
@@ -166,8 +167,7 @@ def command(
     chosen = OBJECTIVES[objective]
     of_some = {option for each in OBJECTIVES.values() for option in each.options}
     for option in sorted(of_some - set(chosen.options)):
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
+        if o.given(context, option):
             flag = option.replace("_", "-")
             raise UsageError(f"--{flag} has no effect with --objective {objective}: leave it out")
     own = {name: context.params[name] for name in chosen.options}
@@ -184,7 +184,7 @@ def command(
     from reasonalloc.loading import load_model
 
     with output.stderr().status("Loading the model"):
-        loaded, tokenizer = load_model(name, dtype, "auto", trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(name, dtype, device, trust_remote_code=trust_remote_code)
     inputs = load(loaded, tokenizer)
     if chosen.announce is not None:
         with output.stderr().status("Timing the model"):
@@ -219,19 +219,14 @@ def _texts(objective: str, own: dict[str, Any], count: int) -> Callable[[Any, An
     path, generate = own.pop("texts"), own.pop("generate")
     if path is None:
         raise UsageError(f"no texts: --objective {objective} needs --texts FILE")
-    from reasonalloc.evaluation.fidelity import complete
+    from reasonalloc.cli.prompts import complete_texts
     from reasonalloc.evaluation.trajectories import load_kinds, load_trajectories
 
     kinds = load_kinds(path, "--texts")[:count]
 
     def load(model: Any, tokenizer: Any) -> Any:
         found = load_trajectories(path, tokenizer, "--texts")[:count]
-        if generate is None and any(not text.completion_ids for text in found):
-            raise UsageError(
-                f"--texts={path!r} has prompts without a completion: give --generate N"
-            )
-        with output.stderr().status("Generating completions"):
-            return [complete(model, text, generate or 0) for text in found], kinds
+        return complete_texts(model, found, generate, f"--texts={path!r}"), kinds
 
     return load
 

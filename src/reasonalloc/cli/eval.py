@@ -14,7 +14,6 @@ from reasonalloc.cli import eval_checks as checks
 from reasonalloc.cli import eval_options as e
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.errors import UsageError
 from reasonalloc.version import __version__
 
 if TYPE_CHECKING:
@@ -78,18 +77,16 @@ def command(
         "protect_prompt": protect_prompt,
     }
     o.check_decoding(step, attention)
-    names = _arms(arms)
-    from reasonalloc.cli.eval_files import choose_files
+    names = o.read_arms(arms)
+    from reasonalloc.cli.eval_files import as_settings, choose_files
     from reasonalloc.evaluation.batch import Settings
 
     files = choose_files(names, profile or [])
     settings = Settings(
-        profile=files.get("profile"),
-        costs=files.get("cost profile"),
-        statistics=files.get("statistics"),
         seed=seed,
         attention=attention,
         step=cast("Step", step),
+        **as_settings(files),
         **common,  # type: ignore[arg-type]
     )
     jobs = _jobs(names, budgets, settings)
@@ -192,21 +189,6 @@ class _Plan:
         if self.spec.tp_plan is not None:  # heads trade tokens inside a process only
             found["tp_size"] = int(os.environ["WORLD_SIZE"])
         return found | ({"math_verify": version("math-verify")} if self.kind.needs_math else {})
-
-
-def _arms(text: str) -> list[str]:
-    """Presets and arms, checked, none twice."""
-    from reasonalloc.config import parse_arm, preset_name
-
-    names = []
-    for name in o.split_arms(text):
-        arm = parse_arm(name)
-        names.append(name if arm is None else preset_name(arm))
-        if arm is not None:
-            o.check_names(arm)
-    if not names:
-        raise UsageError("arms is empty: name at least one, as full,rkv")
-    return list(dict.fromkeys(names))
 
 
 def _jobs(names: list[str], budgets: str, settings: Settings) -> list[Job]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reasonalloc.cli import options as o
 from reasonalloc.config import parse_arm
@@ -59,6 +59,15 @@ def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
                 "one that reads it (see 'reasonalloc ls'), or leave it out"
             )
     return found
+
+
+def as_settings(files: dict[str, str]) -> dict[str, Any]:
+    """The result of ``choose_files`` as arguments of ``Settings``."""
+    return {
+        "profile": files.get("profile"),
+        "costs": files.get("cost profile"),
+        "statistics": files.get("statistics"),
+    }
 
 
 def fingerprints(jobs: Sequence[Job], settings: Settings) -> dict[str, str]:

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from reasonalloc.cli import eval_options as e
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.config import CompressionConfig, parse_arm, preset_name
+from reasonalloc.config import CompressionConfig, preset_name
 from reasonalloc.errors import UsageError
 
 Texts = Annotated[
@@ -27,7 +28,9 @@ Arms = Annotated[
 ]
 Generate = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--generate", help="Complete prompts by so many tokens, full cache.", min=2),
+    typer.Option(
+        "--generate", help="Complete prompts by so many tokens: full cache, in batches.", min=2
+    ),
 ]
 Out = Annotated[
     Optional[str],  # noqa: UP045
@@ -40,6 +43,7 @@ def command(
     model: o.ModelArgument = None,
     model_option: o.ModelOption = None,
     dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     budgets: Budgets = "128",
     arms: Arms = "rkv,streaming_llm,random",
@@ -47,7 +51,8 @@ def command(
     window: o.Window = 8,
     n_sink: o.Sinks = 0,
     protect_prompt: o.ProtectPrompt = False,
-    profile: o.ProfileFile = None,
+    profile: e.Profiles = None,
+    attention: o.Attention = "auto",
     generate: Generate = None,
     out: Out = None,
     as_json: o.Json = False,
@@ -60,27 +65,23 @@ def command(
         "n_sink": n_sink,
         "protect_prompt": protect_prompt,
     }
-    jobs = _jobs(budgets, arms, profile, shared)
-    from reasonalloc.evaluation.fidelity import check_text, complete
+    jobs = _jobs(budgets, arms, profile or [], {**shared, "attention": attention})
+    from reasonalloc.cli.prompts import complete_texts
+    from reasonalloc.evaluation.fidelity import check_text
     from reasonalloc.evaluation.trajectories import load_trajectories
     from reasonalloc.integrations.hf import attach_config
     from reasonalloc.loading import load_model
 
     with output.stderr().status("Loading the model"):
-        loaded, tokenizer = load_model(name, dtype, "auto", trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(name, dtype, device, trust_remote_code=trust_remote_code)
     for job in jobs:  # a wrong arm is refused before anything runs
         with attach_config(loaded, job):
             pass
     trajectories = load_trajectories(texts, tokenizer)
     for trajectory in trajectories:
         check_text(loaded, trajectory)
-    if generate is None and any(not t.completion_ids for t in trajectories):
-        raise UsageError(
-            f"trajectories={texts!r} has prompts without a completion: give --generate N"
-        )
-    with output.stderr().status("Generating completions"):
-        trajectories = [complete(loaded, t, generate or 0) for t in trajectories]
-    rows = _run(loaded, trajectories, jobs, name, shared, out)
+    trajectories = complete_texts(loaded, trajectories, generate, f"trajectories={texts!r}")
+    rows = _run(loaded, trajectories, jobs, name, {**shared, "attention": attention}, out)
     from reasonalloc.evaluation.fidelity_summary import summarise
 
     summary = summarise(rows, trajectories, [(str(c.arm), c.budget) for c in jobs], tokenizer)
@@ -91,22 +92,18 @@ def command(
 
 
 def _jobs(
-    budgets: str, arms: str, profile: str | None, shared: dict[str, Any]
+    budgets: str, arms: str, paths: list[str], shared: dict[str, Any]
 ) -> list[CompressionConfig]:
-    from reasonalloc.planning import files_missing
+    from reasonalloc.cli.eval_files import as_settings, choose_files
+    from reasonalloc.evaluation.batch import FULL, Job, Settings
 
-    sizes = o.parse_budgets(budgets)
-    parsed = [parse_arm(arm) for arm in o.split_arms(arms)]
-    if not parsed:
-        raise UsageError("arms is empty: name at least one, as rkv,streaming_llm")
-    jobs = []
-    for size in sizes:
-        for arm in parsed:
-            if arm is None:
-                raise UsageError("arm 'full' is what all arms are compared with: leave it out")
-            own = profile if files_missing(arm) else None
-            jobs.append(CompressionConfig(budget=size, arm=arm, profile=own, **shared))
-    return jobs
+    sizes = dict.fromkeys(o.parse_budgets(budgets))
+    names = o.read_arms(arms)
+    if FULL in names:
+        raise UsageError("arm 'full' is what all arms are compared with: leave it out")
+    o.check_decoding("eager", shared["attention"])
+    settings = Settings(**as_settings(choose_files(names, paths)), **shared)
+    return [settings.config(Job(name, size)) for size in sizes for name in names]
 
 
 def _digest(config: CompressionConfig) -> str | None:
@@ -138,7 +135,15 @@ def _run(
         "dtype": str(model.dtype),
         **settings,
     }
-    file = None if out is None else ResultFile(Path(out).expanduser(), manifest)
+    file = (
+        None
+        if out is None
+        else ResultFile(
+            Path(out).expanduser(),
+            manifest,
+            free=("attention",),  # results depend on it by rounding alone
+        )
+    )
     rows: list[dict[str, Any]] = [] if file is None else list(file.rows)
     digests = {str(config.arm): _digest(config) for config in jobs}
     # A row whose arm read files of another content stays in the file and is not looked at.

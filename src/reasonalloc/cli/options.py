@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 import typer
 
-from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm
+from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm, preset_name
 from reasonalloc.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -180,6 +180,29 @@ def split_arms(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def read_arms(text: str) -> list[str]:
+    """Presets and arms, separated by commas, checked, none twice.
+
+    Raises:
+        UsageError: none, or an unknown one.
+    """
+    names = []
+    for name in split_arms(text):
+        arm = parse_arm(name)
+        names.append(name if arm is None else preset_name(arm))
+        if arm is not None:
+            check_names(arm)
+    if not names:
+        raise UsageError("arms is empty: name at least one, as rkv,snapkv")
+    return list(dict.fromkeys(names))
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
     """Fingerprint of calibrated files: another content under the same name is another setting."""
     digest = hashlib.sha256()
@@ -228,8 +251,7 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
     parsed = parse_arm(arm)
     if parsed is None:
         for name in settings:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE" and name != "seed":
+            if given(context, name) and name != "seed":
                 raise UsageError(
                     f"--{name.replace('_', '-')} has no effect with --arm {arm}: leave it out, or "
                     "choose an arm that compresses"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
+
+if TYPE_CHECKING:
+    from reasonalloc.evaluation.trajectories import Trajectory
 
 Messages = list[dict[str, str]]
 
@@ -85,6 +88,34 @@ def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool
     if tokens.numel() == 0:
         raise UsageError("the prompt has no tokens: write a longer one")
     return tokens.long()
+
+
+def complete_texts(
+    model: Any, texts: list[Trajectory], generate: int | None, name: str
+) -> list[Trajectory]:
+    """Texts whose completions were missing get them, with the full cache.
+
+    Args:
+        model: not attached to anything.
+        texts: with completions or without.
+        generate: tokens to generate, or None.
+        name: what messages call the file.
+
+    Raises:
+        UsageError: completions are missing and are not to be generated.
+    """
+    missing = any(not text.completion_ids for text in texts)
+    if generate is None:
+        if missing:
+            raise UsageError(f"{name} has prompts without a completion: give --generate N")
+        return texts
+    if not missing:
+        output.note(f"--generate {generate} has no effect: all texts of {name} are complete")
+        return texts
+    from reasonalloc.evaluation.completions import complete_all
+
+    with output.stderr().status("Generating completions"):
+        return complete_all(model, texts, generate)
 
 
 def fit_length(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -174,7 +174,7 @@ def solve(
     Raises:
         Stopped: ``watch`` returned False.
     """
-    ids, mask = _padded(prompts, pad_token(model), model.device)
+    ids, mask = padded(prompts, pad_token(model), model.device)
     width = ids.shape[1]
     meter = _Meter(watch, width)
     processors = [] if sampling.greedy else [SeededSampling(sampling, seeds)]
@@ -200,7 +200,7 @@ def solve(
     if meter.stopped:
         raise Stopped
     ends = end_tokens(model)
-    completions = [_until(row, ends) for row in output[:, width:].tolist()]
+    completions = [until_end(row, ends) for row in output[:, width:].tolist()]
     return BatchResult(
         completions=tuple(tuple(c) for c in completions),
         ended=tuple(c[-1] in ends for c in completions),
@@ -239,7 +239,7 @@ def pad_token(model: Any) -> int:
     return (end_tokens(model) or [0])[0]
 
 
-def _padded(
+def padded(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask [batch, longest], int64, padded on the left."""
@@ -251,7 +251,8 @@ def _padded(
     )
 
 
-def _until(tokens: list[int], ends: list[int]) -> list[int]:
+def until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """Tokens up to the first end token, and with it."""
     for index, token in enumerate(tokens):
         if token in ends:
             return tokens[: index + 1]

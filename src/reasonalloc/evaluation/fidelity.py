@@ -8,7 +8,7 @@ alone, so that each layer can go from boundary to boundary through all of them b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,19 +46,6 @@ class Fidelity:
     kv_bytes: int
     full_bytes: int
     compressions: int
-
-
-@torch.inference_mode()
-def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
-    """Generate a completion with the full cache, greedily; one that is there stays."""
-    if trajectory.completion_ids:
-        return trajectory
-    ids = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
-    out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
-    completion = tuple(int(token) for token in out[0, ids.shape[1] :])
-    if len(completion) < 2:
-        raise UsageError("the model ended its completion at once: there is nothing to replay")
-    return replace(trajectory, completion_ids=completion)
 
 
 @torch.inference_mode()

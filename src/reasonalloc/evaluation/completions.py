@@ -1,0 +1,98 @@
+"""Completions of prompts with the full cache, greedily, several prompts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.batch import pad_token, padded, until_end
+from reasonalloc.evaluation.solver import is_memory
+from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.integrations.hf.model import end_tokens
+
+#: Prompts that are completed together, at most.
+BATCH = 8
+# What a model's generation settings may ask for that looks at the prompt, and so at its padding.
+_LOOKS_BACK = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "sequence_bias")
+
+
+def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
+    """Generate one completion, see ``complete_all``."""
+    return complete_all(model, [trajectory], new_tokens)[0]
+
+
+@torch.inference_mode()
+def complete_all(
+    model: Any, trajectories: Sequence[Trajectory], new_tokens: int, batch: int = BATCH
+) -> list[Trajectory]:
+    """Generate completions with the full cache, greedily; those that are there stay.
+
+    Args:
+        model: a transformers model, not attached to anything.
+        trajectories: with or without completions.
+        new_tokens: bound of generated tokens.
+        batch: prompts at a time. In fp32 the tokens are those of one prompt at a time, but for
+            near-ties.
+
+    Raises:
+        UsageError: a completion of a single token, or one prompt that does not fit into memory.
+    """
+    found = list(trajectories)
+    open_ = [index for index, text in enumerate(found) if not text.completion_ids]
+    for indices in _batches(model, found, open_, batch):
+        prompts = [found[index].prompt_ids for index in indices]
+        for index, tokens in zip(indices, _generate(model, prompts, new_tokens), strict=True):
+            if len(tokens) < 2:
+                raise UsageError(
+                    "the model ended its completion at once: there is nothing to replay"
+                )
+            found[index] = replace(found[index], completion_ids=tuple(tokens))
+    return found
+
+
+def _batches(
+    model: Any, texts: Sequence[Trajectory], indices: Sequence[int], batch: int
+) -> list[list[int]]:
+    """Neighbours in length together: little padding, and none where it would be looked at."""
+
+    def length(index: int) -> int:
+        return len(texts[index].prompt_ids)
+
+    settings = model.generation_config
+    looks = any(getattr(settings, name, None) not in (None, 0, 1) for name in _LOOKS_BACK)
+    ordered = sorted(indices, key=length)
+    groups = [list(own) for _, own in groupby(ordered, key=length)] if looks else [ordered]
+    return [own[i : i + batch] for own in groups for i in range(0, len(own), batch)]
+
+
+def _generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """Tokens after each prompt, up to the end token and with it."""
+    ids, mask = padded(prompts, pad_token(model), model.device)
+    try:
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_token(model),
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+    else:
+        ends = end_tokens(model)
+        return [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+    half = len(prompts) // 2  # the traceback is gone here, and the cache with it
+    if not half:
+        raise UsageError(
+            f"a completion of {new_tokens} tokens does not fit into memory: generate fewer "
+            f"({reason[:200]})"
+        )
+    parts = (prompts[:half], prompts[half:])
+    return [tokens for part in parts for tokens in _generate(model, part, new_tokens)]
