@@ -29,6 +29,8 @@ from reasonalloc.prefill import (
 from reasonalloc.recorder import Recorder
 from reasonalloc.window import QueryWindow
 
+_COUNTERS = ("columns", "since", "evicted_at", "prompt_columns")
+
 
 class LayerCompressor:
     """Cache and attention of one layer under a budget. Knows no engine.
@@ -67,6 +69,7 @@ class LayerCompressor:
         self._columns = 0  # tokens per sequence so far, padding included
         self._seen: int | Tensor = 0  # real tokens per sequence: one number, or [batch] int64
         self._prompt: int | Tensor = 0  # real tokens of the first prefill
+        self._prompt_columns = 0
         self._held = 0  # upper bound of the tokens held by a sequence, over all heads
         self._since = 0  # decode steps since the last boundary
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
@@ -118,6 +121,11 @@ class LayerCompressor:
             raise UsageError(
                 f"the cache holds {slab.batch} sequences, the new tokens come in {key.shape[0]}: "
                 "use a new cache for another batch size"
+            )
+        if key.dtype != slab.keys.dtype and not torch.is_autocast_enabled(key.device.type):
+            raise UsageError(
+                f"the cache holds {slab.keys.dtype}, the model computes in {key.dtype} now: start "
+                "with a new cache"
             )
         # Under autocast keys and values come in different types.
         key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
@@ -216,6 +224,11 @@ class LayerCompressor:
         self._seen = _per_sequence(self._seen, self.slab)
 
     @property
+    def protected_columns(self) -> int:
+        """Columns of the first prompt, if it is protected."""
+        return self._prompt_columns if self._config.protect_prompt else 0
+
+    @property
     def keeps_state(self) -> bool:
         """Whether the policy keeps numbers per token, which cannot go back."""
         return self._policy.state_channels > 0
@@ -273,6 +286,7 @@ class LayerCompressor:
             self._queries.clear()
         self._columns = self._held = self._since = self.evicted_at = 0
         self._seen, self._prompt, self._boundaries = 0, 0, []
+        self._prompt_columns, self.unsettled = 0, False
 
     def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> LayerCompressor:
         """The same content in memory of its own, with another recorder; see ``Slab.copy``."""
@@ -299,6 +313,7 @@ class LayerCompressor:
         numbers: dict[str, Any] = {
             "columns": self._columns,
             "since": self._since,
+            "prompt_columns": self._prompt_columns,
             "evicted_at": self.evicted_at,
             "boundaries": self._boundaries,
             "equal": self.slab is not None and self.slab.uniform_length is not None,
@@ -320,10 +335,11 @@ class LayerCompressor:
         Raises:
             ValueError, KeyError, TypeError: something is missing or does not fit.
         """
-        counts = {name: int(numbers[name]) for name in ("columns", "since", "evicted_at")}
+        counts = {name: int(numbers[name]) for name in _COUNTERS}
         boundaries = [int(place) for place in numbers["boundaries"]]
         if not 0 <= counts["since"] < self._config.interval or not (
             0 <= counts["evicted_at"] <= counts["columns"]
+            and 0 <= counts["prompt_columns"] <= counts["columns"]
         ):
             raise ValueError(f"counters {counts} cannot be")
         if boundaries != sorted(boundaries) or not all(
@@ -347,6 +363,7 @@ class LayerCompressor:
         self._prompt = _count(numbers["prompt"], batch, counts["columns"], keys.device)
         _check_positions(slab, _per_sequence(self._seen, slab))
         self._columns, self._since = counts["columns"], counts["since"]
+        self._prompt_columns = counts["prompt_columns"]
         self.evicted_at, self._boundaries = counts["evicted_at"], boundaries
         self._held = int(slab.lengths.sum(dim=1).max())
 
@@ -398,6 +415,7 @@ class LayerCompressor:
             self._queries.push(query, self._seen, valid)
         rows = joined_rows(past, key, value, positions, valid, state)
         if self._columns == 0:
+            self._prompt_columns = columns
             self._prompt = columns if valid is None else valid.sum(dim=1)
             if self._config.protect_prompt:
                 tokens = columns if valid is None else int(valid.sum(1).max())

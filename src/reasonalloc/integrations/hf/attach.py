@@ -38,7 +38,7 @@ from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
-from reasonalloc.integrations.hf.step import StaticStep, check_step
+from reasonalloc.integrations.hf.step import StaticStep, check_hooks, check_step
 from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
 from reasonalloc.planning import (
     bound_policy,
@@ -185,11 +185,13 @@ class Attachment:
     @contextmanager
     def decoding(self, cache: BudgetCache) -> Iterator[None]:
         """Inside, single new tokens are never padding, and steps run as ``config.step`` says."""
-        self._require_model()
+        model = self._require_model()
+        self.check_own(cache)
         with cache.in_use(), cache.only_real_tokens():
             if self.config.step == "eager" or self._installed is None:
                 yield
                 return
+            check_hooks(model, self.config.step)
             own = self._installed.forward
             cache.stepper = StaticStep(own, cache, self._model.device, self.config.step)
             try:
@@ -227,8 +229,9 @@ class Attachment:
         model, self._model = self._model, None
         if model is None:
             return
-        if self._installed is not None:
-            self._installed.remove()
+        installed, self._installed = self._installed, None
+        if installed is not None:
+            installed.remove()
         model.set_attn_implementation(self._original)
 
     def _install(self) -> None:
@@ -262,8 +265,7 @@ class Attachment:
         Raises:
             UsageError: a cache of another attachment, or one that a call left in the middle.
         """
-        if cache.owner is not self:
-            raise UsageError("this cache was made under another attachment: save it there")
+        self.check_own(cache)
         save_cache(cache, Path(path), self._fingerprint())
 
     def load_cache(self, path: str | os.PathLike[str]) -> BudgetCache:
@@ -275,6 +277,22 @@ class Attachment:
         cache = self.new_cache()
         load_cache(cache, Path(path), self._fingerprint(), self._model.device)
         return cache
+
+    def check_own(self, cache: BudgetCache) -> None:
+        """Refuse a cache of another attachment.
+
+        Raises:
+            UsageError: says so.
+        """
+        if cache.owner is not self:
+            if not cache.owner.attached:
+                raise UsageError(
+                    "this cache belongs to a KV budget that was detached: attach again and start "
+                    "anew"
+                )
+            raise UsageError(
+                "this cache was made under another attachment: budgets differ, so start anew"
+            )
 
     def _fingerprint(self) -> dict[str, str]:
         """What must be equal for a saved cache to be used: setting to value."""

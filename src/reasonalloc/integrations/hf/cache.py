@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -45,6 +46,18 @@ class Owner(Protocol):
         ...
 
 
+class Stepper(Protocol):
+    """What runs the forward calls of a ``generate`` call, see ``StaticStep``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's ``forward``."""
+        ...
+
+    def forget(self) -> None:
+        """Do not repeat what was captured."""
+        ...
+
+
 class BudgetCache(Cache):
     """The cache that ``attach`` gives to ``generate``; pass it on to continue a conversation.
 
@@ -76,7 +89,7 @@ class BudgetCache(Cache):
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
         self.seen = SeenText()
         #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
-        self.stepper: Callable[..., Any] | None = None
+        self.stepper: Stepper | None = None
         self._announced = 0  # columns of the call that the model is about to do
         self._generating = self._trust_next = False  # see ``only_real_tokens``
         self._in_use = threading.Lock()
@@ -95,8 +108,7 @@ class BudgetCache(Cache):
                 "this cache belongs to a KV budget that was detached: attach again and start anew"
             )
         if layer_idx == 0:
-            lengths = {layer.get_seq_length() for layer in self._compressed}
-            if len(lengths) > 1 or any(layer.midway for layer in self._compressed):
+            if not self.whole:
                 raise UsageError(_BROKEN_OFF)
         elif self._latest is not None and self._latest.pending:
             raise UnsupportedError(FOREIGN_ATTENTION)
@@ -154,10 +166,7 @@ class BudgetCache(Cache):
         self._announced = 0 if inner else past + columns
         if inner and announced == past + columns:
             return
-        if self.seen.columns != past or any(layer.midway for layer in self._compressed):
-            if self.seen.columns < past or not self._at(past):
-                raise UsageError(_BROKEN_OFF)
-            self.seen.go_back(past)  # a call that broke off before its first layer
+        self.check_whole()
         self.check_batch(batch)
         trusted = columns == 1 and past > 0 and self._trust_next
         self.single_tokens_are_real = self._trust_next
@@ -169,10 +178,25 @@ class BudgetCache(Cache):
             if mask is not None and not trusted:
                 self._place(mask, columns)
 
-    def _at(self, columns: int) -> bool:
-        """Whether every layer has seen so many columns, all of them to the end."""
-        lengths = {layer.get_seq_length() for layer in (*self._compressed, *self._sliding)}
-        return lengths <= {columns} and not any(layer.midway for layer in self._compressed)
+    @property
+    def whole(self) -> bool:
+        """Whether no call broke off in the middle: all layers have seen the same text."""
+        length = self.get_seq_length()
+        return all(
+            layer.get_seq_length() == length and not (isinstance(layer, SlabLayer) and layer.midway)
+            for layer in (*self._compressed, *self._sliding)
+        )
+
+    def check_whole(self) -> None:
+        """Refuse a cache that a call left in the middle; forget one that broke off before it.
+
+        Raises:
+            UsageError: the layers are out of step.
+        """
+        length = self.get_seq_length()
+        if not self.whole or self.seen.columns < length:
+            raise UsageError(_BROKEN_OFF)
+        self.seen.go_back(length)  # nothing, unless a call broke off before its first layer
 
     def check_batch(self, batch: int) -> None:
         """Refuse another number of sequences than the cache holds.
@@ -258,24 +282,30 @@ class BudgetCache(Cache):
         """
         if columns < self.evicted_at:
             return None
+        if any(columns < layer.compressor.protected_columns for layer in self._compressed):
+            return None if self.evicted_at else 0  # the new prompt is to be protected as a whole
         bounded = any(s.get_seq_length() >= s.sliding_window for s in self._sliding)
         if bounded or any(layer.compressor.keeps_state for layer in self._compressed):
             return None if self.evicted_at else 0
         return columns
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int = 0, max_length: int = 0) -> None:
         """Take back the end of the text, where nothing before it was evicted since.
 
         Args:
-            max_length: columns that stay, or, if negative, columns that are taken back (as in
-                transformers from 5.14 on); 0 changes nothing.
+            tokens_to_remove: columns that stay, or, if negative, columns that are taken back; 0
+                changes nothing.
+            max_length: the name of the same in older transformers.
 
         Raises:
             UnsupportedError: tokens that would have to come back were evicted, or the policy keeps
                 numbers per token that cannot go back.
         """
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise UnsupportedError(f"crop takes a number of tokens, not {max_length!r}")
+        given = max_length or tokens_to_remove
+        if isinstance(given, (bool, Tensor)) or not hasattr(given, "__index__"):
+            raise UnsupportedError(f"crop takes a number of tokens, not {given!r}")
+        max_length = operator.index(given)
+        self.check_whole()
         past = self.get_seq_length()
         columns = past if max_length == 0 else max_length + (past if max_length < 0 else 0)
         columns = max(0, columns)
@@ -297,7 +327,14 @@ class BudgetCache(Cache):
         )
 
     def go_back(self, columns: int) -> None:
-        """Forget everything behind the first ``columns``; see ``reach``."""
+        """Forget everything behind the first ``columns``; see ``reach``.
+
+        Raises:
+            UsageError: a call broke off in the middle; to 0 it can go all the same.
+        """
+        if columns:
+            self.check_whole()
+        self._announced = 0
         if columns == 0:
             for cleared in self._compressed:
                 cleared.clear()
@@ -319,8 +356,7 @@ class BudgetCache(Cache):
         Raises:
             UsageError: it has seen nothing, or a call broke off in the middle.
         """
-        if not self._at(self.seen.columns):
-            raise UsageError(_BROKEN_OFF)
+        self.check_whole()
         if not self.seen.columns:
             raise UsageError("this cache has seen nothing yet: there is nothing to save")
         tensors = dict(self.seen.content())
@@ -355,7 +391,7 @@ class BudgetCache(Cache):
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = filled_sliding(layer, own, numbers[str(index)])
         self.seen.fill(tensors)
-        if not self._at(self.seen.columns):
+        if not self.whole or self.get_seq_length() != self.seen.columns:
             raise ValueError("the layers have seen texts of different lengths")
         self.recorder.compressions = int(numbers["compressions"])
 
@@ -381,6 +417,7 @@ class BudgetCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at ``indices``, [n] int64 or bool, in this order."""
+        indices = torch.as_tensor(indices)
         whole = torch.arange(self._sequences(), device=indices.device)
         self._take(whole[indices].flatten())
 
@@ -399,6 +436,8 @@ class BudgetCache(Cache):
         self.layers, self._compressed, self.seen = twin.layers, twin._compressed, twin.seen
         for layer in self._compressed:
             layer.compressor.report_to(self.recorder)
+        if self.stepper is not None:
+            self.stepper.forget()  # it repeats a step on the old memory
 
     def copy(self, sequences: Tensor | None = None) -> BudgetCache:
         """A cache of the same attachment with the same content, in memory of its own.
@@ -409,8 +448,7 @@ class BudgetCache(Cache):
         Raises:
             UsageError: a call broke off in the middle.
         """
-        if any(layer.midway for layer in self._compressed):
-            raise UsageError(_BROKEN_OFF)
+        self.check_whole()
         twin = BudgetCache((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
             twin.layers = [

@@ -56,6 +56,7 @@ class CallCheck:
                 )
             return None
         kwargs = with_cache(kwargs, cache)
+        self._attachment.check_own(cache)
         check_attention(self._attachment)
         if module.training:
             check_gradients()
@@ -81,6 +82,8 @@ class CallCheck:
         batch, columns = tokens.shape[:2]
         known = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # one per type of layer
+            mask = mask.get("full_attention")
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = _two_dimensional(mask, cache, batch, columns)
         if not isinstance(mask, Tensor) or mask.dim() != 2:

@@ -72,6 +72,7 @@ class Chat:
     def _read(self, ids: torch.Tensor) -> BudgetCache:
         """A cache that has seen all but the last token of the prompt; a copy of it is kept."""
         cache, last = self._prompt, ids.shape[1] - 1
+        self._prompt = None  # in case that reading breaks off
         same = 0 if cache is None else min(cache.seen.common(ids, None), last)
         back = None if cache is None else cache.reach(same)
         if cache is None or back is None:

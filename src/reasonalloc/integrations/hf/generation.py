@@ -100,12 +100,32 @@ def check_generate(
         raise UsageError(
             f"{cache_name()} was made under another attachment: budgets differ, so start anew"
         )
-    prompt = _prompt_shape(call)
-    if prompt is not None:
-        if cache is not None and cache.get_seq_length():
-            prompt = _continue(cache, call, prompt, int(given("num_return_sequences") or 1))
-        _check_prompt(model, attachment, cache, prompt, given)
-    return cache if cache is not None else attachment.new_cache()
+    if cache is None:
+        cache = attachment.new_cache()
+    with cache.in_use():
+        back = _check_text(model, attachment, cache, call, given)
+        if back is not None:
+            cache.go_back(back)
+    return cache
+
+
+def _check_text(
+    model: Any,
+    attachment: Attachment,
+    cache: BudgetCache,
+    call: dict[str, Any],
+    given: Callable[[str], Any],
+) -> int | None:
+    """Check the prompt; the columns that the cache must go back to, or None."""
+    prompt, back = _prompt_shape(call), None
+    if prompt is None:
+        return None
+    cache.check_whole()
+    if cache.get_seq_length():
+        prompt, back = _continue(cache, call, prompt, int(given("num_return_sequences") or 1))
+    seen = cache.get_seq_length() if back is None else back
+    _check_prompt(model, attachment, seen, prompt, given)
+    return back
 
 
 def _check_state(model: Any) -> None:
@@ -122,35 +142,41 @@ def _check_state(model: Any) -> None:
 
 def _continue(
     cache: BudgetCache, call: dict[str, Any], prompt: tuple[int, int], copies: int
-) -> tuple[int, int]:
-    """Check that a text goes on where the cache is; go back if it differs and nothing is lost.
+) -> tuple[tuple[int, int], int | None]:
+    """Check that a text goes on where the cache is, or that the cache can go back to where it does.
 
     Returns:
-        Columns of the whole text and the real tokens of its longest sequence.
+        Columns of the whole text and the real tokens of its longest sequence; and the columns to go
+        back to, or None.
 
     Raises:
         UsageError: the text ends before the cache, or differs from it where tokens were evicted.
     """
     columns, tokens = prompt
-    seen, mask = cache.get_seq_length(), call.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == seen + columns:
-        return seen + columns, tokens  # the new turn alone, with a mask over everything
-    ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+    seen, mask = cache.get_seq_length(), _mask(call)
+    if mask is not None and mask.shape[1] == seen + columns:
+        return (seen + columns, tokens), None  # the new turn alone, with a mask over everything
+    if mask is not None and mask.shape[1] != columns:
+        raise UsageError(
+            f"the attention mask covers {mask.shape[1]} tokens, but {columns} are given and the "
+            f"cache has seen {seen}: pass a mask over the {columns}, or over all {seen + columns} "
+            "if the new turn alone is given"
+        )
+    ids = _ids(call)
+    if ids is None:
         same = min(seen, columns)  # embeddings are not compared
     else:
-        ids, visible = ids.repeat_interleave(copies, dim=0), None
-        if isinstance(mask, torch.Tensor) and mask.shape[-1] == columns:
-            visible = mask.repeat_interleave(copies, dim=0)
+        ids = ids.repeat_interleave(copies, dim=0)
         cache.check_batch(len(ids))
+        visible = None if mask is None else mask.repeat_interleave(copies, dim=0)
         same = cache.seen.common(ids, visible)
     if same == seen < columns:
-        return prompt
-    if same == columns:
+        return prompt, None
+    if same == columns or (same == 0 and columns <= seen):
         raise UsageError(
             f"the prompt has {columns} tokens, but the cache has seen {seen}: pass the whole "
             "conversation, the new turn at its end, or the new turn alone with an attention_mask "
-            "over everything"
+            "over everything, or leave the cache out"
         )
     back = cache.reach(same)
     if back is None:
@@ -160,13 +186,33 @@ def _continue(
             f"{cache_name()} out, or let chat(tokenizer) of the attachment keep a conversation "
             "whose template drops thoughts"
         )
-    cache.go_back(back)
-    return prompt
+    return prompt, back
+
+
+def _mask(call: dict[str, Any]) -> torch.Tensor | None:
+    mask = call.get("attention_mask")
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.dim() != 2:
+        raise UsageError(
+            f"attention_mask has {mask.dim()} dimensions: generate() takes one of [batch, tokens]"
+        )
+    return mask
+
+
+def _ids(call: dict[str, Any]) -> torch.Tensor | None:
+    """Token ids of the prompt; None if there are none, or something else comes in their place."""
+    for name in ("inputs", "input_ids"):
+        if call.get(name) is not None:
+            ids = call[name]
+            known = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+            return ids if known and call.get("inputs_embeds") is None else None
+    return None
 
 
 def _prompt_shape(call: dict[str, Any]) -> tuple[int, int] | None:
     """Columns of the prompt and the real tokens of its longest sequence."""
-    prompt = call.get("inputs", call.get("input_ids"))
+    prompt = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
     if prompt is None:
         prompt = call.get("inputs_embeds")
     if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
@@ -181,7 +227,7 @@ def _prompt_shape(call: dict[str, Any]) -> tuple[int, int] | None:
 def _check_prompt(
     model: Any,
     attachment: Attachment,
-    cache: BudgetCache | None,
+    seen: int,
     prompt: tuple[int, int],
     given: Callable[[str], Any],
 ) -> None:
@@ -192,7 +238,6 @@ def _check_prompt(
         raise UsageError(
             f"the prompt has {tokens} tokens, but the model has {limit} positions: shorten it"
         )
-    seen = 0 if cache is None else cache.get_seq_length()
     new = given("max_new_tokens")
     end = columns + new if new else (given("max_length") or 0)
     switch = rope_switch(config)

@@ -26,6 +26,7 @@ class Installed:
         self._hooks: list[tuple[Any, Any]] = []  # modules and what removes their hooks
         self.forward: Callable[..., Any] = model.forward
         stands = {**stands, "__getstate__": self._plain_state}
+        self._stands = stands
         self._before = {name: model.__dict__.get(name) for name in stands}
         model.__dict__.update(stands)
 
@@ -39,9 +40,14 @@ class Installed:
         self._hooks.append((module, handle))
 
     def remove(self) -> None:
-        """Give the model its own attributes back, and take the hooks off."""
+        """Give the model its own attributes back, and take the hooks off.
+
+        What somebody else has put in the place of an attribute since stays.
+        """
         for name, own in self._before.items():
-            self._model.__dict__.pop(name, None)
+            if self._model.__dict__.get(name) is not self._stands[name]:
+                continue
+            del self._model.__dict__[name]
             if own is not None:
                 self._model.__dict__[name] = own
         for _, handle in self._hooks:
@@ -50,13 +56,14 @@ class Installed:
     def _plain_state(self) -> dict[str, Any]:
         """The model's attributes without what was installed; tensors are shared, not copied."""
         model = self._model
+        twin: Any = object.__new__(type(model))
         memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        memo[id(model)] = twin  # bound methods among the attributes
         for module, handle in self._hooks:
             for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
                 memo[id(hooks)] = OrderedDict((k, v) for k, v in hooks.items() if k != handle.id)
         state = {k: v for k, v in model.__dict__.items() if k not in self._before}
         state |= {name: own for name, own in self._before.items() if own is not None}
-        twin: Any = object.__new__(type(model))
         twin.__dict__.update(copy.deepcopy(state, memo))
         twin.set_attn_implementation(self._original)
         return dict(twin.__dict__)

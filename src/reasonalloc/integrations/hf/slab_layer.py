@@ -157,7 +157,7 @@ class SlabLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Forget everything."""
         self.compressor.clear()
-        self._logical = 0
+        self._logical, self._values = 0, None
 
     def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlabLayer:
         """The same content in memory of its own; see ``Slab.copy``."""
@@ -176,6 +176,14 @@ class SlabLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Refused: the layers of a cache go together."""
         raise UnsupportedError("one layer cannot be divided alone: call it of the whole cache")
+
+    def offload(self) -> None:
+        """Refused: what is left of a cache under a budget stays on the device."""
+        raise UnsupportedError("a compressed cache cannot be offloaded: lower its budget instead")
+
+    def prefetch(self) -> None:
+        """Refused, as ``offload``."""
+        self.offload()
 
     def reset(self) -> None:
         """Refused: the layers of a cache go together."""

@@ -14,7 +14,9 @@ def shortened(layer: DynamicSlidingWindowLayer, columns: int) -> DynamicSlidingW
     twin = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
     if columns and layer.keys is not None and layer.values is not None:
         twin.lazy_initialization(layer.keys, layer.values)
-        twin.keys, twin.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+        twin.keys, twin.values = (
+            kept[:, :, :columns].clone() for kept in (layer.keys, layer.values)
+        )
         twin.cumulative_length = columns
     return twin
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from reasonalloc.cache import LayerShape
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.calls import CallCheck
 from reasonalloc.integrations.hf.compiled import compile_step
 from reasonalloc.integrations.hf.versions import given_cache
 from reasonalloc.native.build import require
@@ -58,6 +59,27 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
         require("step='compile'", "step='eager'", model.dtype)
+
+
+def check_hooks(model: Any, step: str) -> None:
+    """Refuse to repeat steps of a model whose modules call something else besides.
+
+    Args:
+        model: whose own hooks run in every call, and are no matter; those of modules inside do not.
+        step: ``graph`` and ``compile`` repeat, the others run everything.
+
+    Raises:
+        UnsupportedError: names the module.
+    """
+    if step not in ("graph", "compile"):
+        return
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if name and any(not isinstance(hook, CallCheck) for hook in hooks):
+            raise UnsupportedError(
+                f"step={step!r} repeats what a step did, without calling the hooks of {name!r}: "
+                "use step='eager' or remove the hooks"
+            )
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -116,8 +138,7 @@ class StaticStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``."""
         if args or not self._is_step(kwargs):
-            self._inputs = {}
-            self._replay = None
+            self.forget()
             return self._forward(*args, **kwargs)
         kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
         if kwargs.get("position_ids") is None:
@@ -134,7 +155,8 @@ class StaticStep:
                 self._replay = self._capture()
         else:
             self._cache.fix()
-            self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            with torch.inference_mode(False):  # plain tensors: a later call may copy to them
+                self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             self._options, self._replay = options, None
         try:
             result = self._run() if self._replay is None else self._replay()
@@ -143,6 +165,10 @@ class StaticStep:
             self._cache.spoil()
             raise
         return result
+
+    def forget(self) -> None:
+        """Do not repeat what was captured: the cache has moved."""
+        self._inputs, self._replay = {}, None
 
     def _is_step(self, call: dict[str, Any]) -> bool:
         ids = call.get("input_ids")
