@@ -159,6 +159,12 @@ def test_each_arm_at_each_budget(call: Call, small: None) -> None:
         (("--budget", "16,many"), "budget='16,many' must be whole numbers"),
         (("--step", "graphs"), "unknown step 'graphs': did you mean 'graph'?"),
         (("--attention", "triton"), "needs a GPU"),
+        (("--attention", "nosuch"), "attention='nosuch' is unknown"),
+        (("--arms", "full,full-static"), "--budget has no effect with --arms full,full-static"),
+        (("--profile", "none.json"), "profile 'none.json' cannot be read"),
+        (("--arms", "rkv,best"), "arm 'best' reads a cost profile: add --profile FILE"),
+        (("--n-sink", "9"), "cannot hold the observation window (8) and the sinks (9)"),
+        (("--protect-prompt", "--new-tokens", "8"), "protect_prompt"),
     ],
 )
 def test_refusals(call: Call, small: None, options: tuple[str, ...], message: str) -> None:

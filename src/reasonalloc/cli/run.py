@@ -70,7 +70,11 @@ TopP = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        "--seed", help="Of the sampling and of the policy 'random'.", rich_help_panel=_SAMPLING
+        "--seed",
+        help="Of the sampling and of the policy 'random'.",
+        min=0,
+        max=2**32 - 1,  # what generators take
+        rich_help_panel=_SAMPLING,
     ),
 ]
 
