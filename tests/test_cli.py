@@ -283,6 +283,9 @@ def test_doctor(call: Call) -> None:
     assert {p["name"] for p in data["packages"]} >= {"torch", "transformers", "typer", "gguf"}
     tested = {(t["device"], t["attention"]) for t in data["self_test"]}
     assert tested >= {("cpu", name) for name in BACKENDS.entries()}
+    steps = {t["step"]: t for t in data["self_test"] if "step" in t and t["device"] == "cpu"}
+    assert [*steps] == ["static", "graph", "compile"] and "needs a GPU" in steps["graph"]["skipped"]
+    assert all(steps[name]["checks"][0]["passed"] for name in ("static", "compile"))
 
 
 def test_doctor_fails_loudly(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +328,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "--dtype", "float23"), "did you mean 'float32'"),
     ((*RUN, "--device", "tpu"), "tpu"),
     ((*RUN, "--max-new-tokens", "0"), "--max-new-tokens"),
+    ((*RUN, "--seed", "-1"), "--seed"),
+    ((*RUN, "--arm", "full", "--step", "compile"), "--step has no effect"),
+    (("serve", "MODEL", "--step", "compile"), "--step has no effect on vLLM"),
+    (("serve", "MODEL", "--attention=cpp"), "--attention has no effect on vLLM"),
     ((*RUN, "--top-p", "0.5"), "--top-p"),
     ((*RUN, "--protect-prompt", "--budget", "9"), "protect_prompt"),
     (("plan",), "no model"),

@@ -111,6 +111,7 @@ def test_tables_show_some_of_many_budgets(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--interval", "0"], "interval=0 is too small: give at least 1"),
         (["--samples", "0"], "samples=0 is too small: give at least 1"),
         (
             ["--check", "500"],

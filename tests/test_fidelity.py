@@ -115,6 +115,10 @@ def test_completions_in_batches_are_those_of_each_prompt_alone(
 
 
 def test_too_long() -> None:
+    short = tiny("llama", max_position_embeddings=32)
+    with pytest.raises(UsageError, match="has 32 positions: generate 29 or fewer"):
+        complete(short, Trajectory((5, 6, 7), ()), 30)
+    assert len(complete(short, Trajectory((5, 6, 7), ()), 29).completion_ids) == 29
     model = tiny("llama", max_position_embeddings=32)
     with pytest.raises(UsageError, match="68 tokens, but the model has 32 positions"):
         full_logits(model, trajectory(25, 43))

@@ -22,7 +22,7 @@ from reasonalloc.evaluation.fidelity import fidelity, full_logits
 from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.model import check_model, text_config
 from reasonalloc.planning import planned_heads
-from reasonalloc.whole import whole_numbers
+from reasonalloc.whole import whole_number, whole_numbers
 
 #: Budgets that are checked where the texts are long enough.
 BUDGETS = (64, 128)
@@ -49,6 +49,7 @@ def budgets_to_check(
     def works(size: int) -> bool:
         return size >= window and any(evicts(text, size, interval) for text in texts[:TEXTS])
 
+    interval = whole_number("interval", interval, 1)
     longest = max(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS])
     if wanted is None:
         usual = [size for size in BUDGETS if size <= longest // 2 and works(size)]

@@ -120,10 +120,15 @@ def observe(
         max_new_tokens: generated tokens per prompt, at most.
 
     Raises:
-        UsageError: no prompt, or a generation too short for a single sample.
+        UsageError: no prompt, or generations too short for a single sample.
     """
     if not prompts:
         raise UsageError("prompts: none given, at least one is needed")
+    if observer.every >= max_new_tokens:
+        raise UsageError(
+            f"every={observer.every} leaves no sample of max_new_tokens={max_new_tokens}: lower "
+            "every, or raise max_new_tokens"
+        )
     original = model.config._attn_implementation
     AttentionInterface.register(_IMPLEMENTATION, observer)
     AttentionMaskInterface.register(_IMPLEMENTATION, mask_forward)

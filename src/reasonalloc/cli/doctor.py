@@ -111,7 +111,19 @@ def _test_everything() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
             else:
                 found["checks"] = [vars(check) for check in self_test(backend, device)]
             tests.append(found)
+        tests += [_test_step(step, device) for step in ("static", "graph", "compile")]
     return devices, tests
+
+
+def _test_step(step: str, device: str) -> dict[str, Any]:
+    from reasonalloc.cli.selftest import step_test
+
+    found: dict[str, Any] = {"device": device, "attention": "auto", "step": step, "checks": []}
+    try:
+        found["checks"] = [vars(check) for check in step_test(step, device)]
+    except ReasonAllocError as error:
+        found["skipped"] = str(error)
+    return found
 
 
 def _device_name(device: str) -> str:
@@ -136,16 +148,16 @@ def _show(report: dict[str, Any]) -> None:
     console.print(output.pairs(devices, title="Devices"))
     console.print()
     checks = [
-        (test["device"], test["attention"], _mark(check["passed"]), check["name"], check["detail"])
+        (test["device"], _what(test), _mark(check["passed"]), check["name"], check["detail"])
         for test in report["self_test"]
         for check in test["checks"]
     ]
     checks += [
-        (test["device"], test["attention"], "-", "not tested", test["skipped"])
+        (test["device"], _what(test), "-", "not tested", test["skipped"])
         for test in report["self_test"]
         if "skipped" in test
     ]
-    titles = ("device", "attention", "", "check", "detail")
+    titles = ("device", "what", "", "check", "detail")
     console.print(output.grid([(t, False) for t in titles], checks, "Self-test"))
     if report["passed"]:
         console.print("\nEverything works.")
@@ -155,6 +167,10 @@ def _show(report: dict[str, Any]) -> None:
             "versions in the supported range, or report this output.",
             style="red",
         )
+
+
+def _what(test: dict[str, Any]) -> str:
+    return f"step {test['step']}" if "step" in test else str(test["attention"])
 
 
 def _state(package: dict[str, Any]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from reasonalloc.errors import CompressionNeverHappened
+
+if TYPE_CHECKING:
+    from reasonalloc.config import Step
 
 _PROMPT, _NEW = 24, 40
 
@@ -44,6 +47,31 @@ def self_test(backend: str, device: str) -> list[Check]:
         return [Check("runs", False, f"{type(error).__name__}: {error}")]
     finally:
         torch.set_num_threads(threads)
+
+
+def step_test(step: str, device: str) -> list[Check]:
+    """Steps of this kind give the tokens of plain ones.
+
+    Raises:
+        UsageError, UnsupportedError: they cannot run here.
+    """
+    from reasonalloc import attach
+    from reasonalloc.loading import quiet
+
+    name = "the tokens of plain steps"
+    with quiet(), torch.random.fork_rng():
+        model = _model().to(device)
+        prompt = torch.randint(2, 97, (2, _PROMPT)).to(device)
+        found = []
+        for kind in ("eager", step):
+            with attach(model, budget=16, interval=8, step=cast("Step", kind)):
+                try:
+                    found.append(_tokens(model, prompt).sequences)
+                except Exception as error:  # the point is to report whatever does not work here
+                    return [Check(name, False, f"{type(error).__name__}: {error}")]
+    differ = int((found[0] != found[1]).sum())
+    detail = f"{differ} tokens differ" if differ else f"{found[0].numel()} tokens alike"
+    return [Check(name, not differ, detail)]
 
 
 def _model() -> Any:

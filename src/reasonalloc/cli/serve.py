@@ -87,6 +87,12 @@ def command(
         raise UsageError(
             f"{extra[0].partition('=')[0]} is made of --budget, --arm and so on: give those"
         )
+    for foreign in (a.partition("=")[0] for a in context.args):
+        if foreign in ("--step", "--attention", "--protect-prompt"):
+            raise UsageError(
+                f"{foreign} has no effect on vLLM, which has steps and kernels of its own and no "
+                "protected prompts: leave it out"
+            )
     memory = None if kv_memory is None else output.parse_size(kv_memory)
     settings = o.compression(
         context,

@@ -13,7 +13,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import pad_token, padded, until_end
 from reasonalloc.evaluation.solver import is_memory
 from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.integrations.hf.model import end_tokens, text_config
 
 #: Prompts that are completed together, at most.
 BATCH = 8
@@ -40,10 +40,12 @@ def complete_all(
             near-ties.
 
     Raises:
-        UsageError: a completion of a single token, or one prompt that does not fit into memory.
+        UsageError: more tokens than the model has positions for, a completion of a single token,
+            or one prompt that does not fit into memory.
     """
     found = list(trajectories)
     open_ = [index for index, text in enumerate(found) if not text.completion_ids]
+    _check_length(model, [len(found[index].prompt_ids) for index in open_], new_tokens)
     for indices in _batches(model, found, open_, batch):
         prompts = [found[index].prompt_ids for index in indices]
         for index, tokens in zip(indices, _generate(model, prompts, new_tokens), strict=True):
@@ -53,6 +55,16 @@ def complete_all(
                 )
             found[index] = replace(found[index], completion_ids=tuple(tokens))
     return found
+
+
+def _check_length(model: Any, lengths: Sequence[int], new_tokens: int) -> None:
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    longest = max(lengths, default=0)
+    if longest and isinstance(limit, int) and longest + new_tokens > limit:
+        raise UsageError(
+            f"a prompt of {longest} tokens and {new_tokens} generated ones do not fit: the model "
+            f"has {limit} positions: generate {max(limit - longest, 0)} or fewer"
+        )
 
 
 def _batches(
