@@ -87,8 +87,18 @@ def _package(name: str, requirements: dict[str, tuple[Any, str | None]]) -> dict
         "version": version,
         "range": None if specifier is None else ",".join(sorted(str(specifier).split(","))[::-1]),
         "supported": supported,
+        "newest_tested": _newest_tested(name, version),
         "extra": extra,
     }
+
+
+def _newest_tested(name: str, version: str | None) -> str | None:
+    """The newest release that was tested, if the installed one is newer."""
+    if name != "transformers" or version is None:
+        return None
+    from reasonalloc.integrations.hf.versions import NEWEST_TESTED, untested
+
+    return None if untested(version) is None else NEWEST_TESTED
 
 
 def _test_everything() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
@@ -180,6 +190,12 @@ def _state(package: dict[str, Any]) -> str:
         return f"not installed: {remedy}"
     if package["supported"] is None:
         return f"{package['version']} (supported range unknown)"
+    if package["newest_tested"] is not None:
+        tested = package["newest_tested"]
+        return (
+            f"[yellow]{package['version']} is newer than {tested}, the newest tested: if something "
+            "fails, report it with this output[/yellow]"
+        )
     if package["supported"]:
         return f"{package['version']} (supported: {package['range']})"
     return f"[red]{package['version']} is outside the supported range {package['range']}[/red]"
