@@ -157,7 +157,7 @@ def test_interrupt_keeps_the_text(folder: str) -> None:
     first = process.stdout.read(40)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert all(word.startswith(("w", "user:", "assistant:")) for word in (first + out).split())
     assert "interrupted" in err and "KV cache now" in err
@@ -170,7 +170,7 @@ def test_interrupt_json(folder: str) -> None:
     )
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)  # anywhere: while importing, loading or generating
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode in (130, -signal.SIGINT)  # the latter before main() is there
     assert "Traceback" not in err or process.returncode == -signal.SIGINT
     if out:
@@ -183,7 +183,7 @@ def test_broken_pipe(folder: str) -> None:
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=300) != 0
     assert "Traceback" not in err and "BrokenPipe" not in err
 
 
@@ -192,7 +192,7 @@ def test_broken_pipe_of_a_table() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     assert err == ""
 
 

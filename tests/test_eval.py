@@ -271,7 +271,7 @@ def test_killed_at_random_moments(model: Path, whole: Path, tmp_path: Path) -> N
         assert samples_in(tmp_path) > before  # goes on, not round in circles
         before = samples_in(tmp_path)
     process = start(arguments(model, tmp_path))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert kills >= 2
     assert read(tmp_path) == read(whole)
@@ -281,7 +281,7 @@ def test_ctrl_c(model: Path, tmp_path: Path) -> None:
     process = start(arguments(model, tmp_path, limit=200))
     wait_for(tmp_path, 4, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err and out == ""
     done = samples_in(tmp_path)
     assert f"interrupted: {done} of 1200 samples" in " ".join(err.split())

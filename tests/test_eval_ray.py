@@ -62,7 +62,7 @@ def test_a_killed_worker_is_replaced(model: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert "died" in err and "takes its batch up again" in " ".join(err.split())
     assert read(there) == read(here)
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 300
     while any(victim.is_running() for victim in victims):  # nothing stays behind
         assert time.monotonic() < limit
         time.sleep(0.1)

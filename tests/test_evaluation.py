@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from reasonalloc import attach
 from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation import workers
 from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, run_job
 from reasonalloc.evaluation.batch import Job, Settings, Stopped
 from reasonalloc.evaluation.intervals import wilson
@@ -153,13 +153,16 @@ def test_ctrl_c_keeps_what_was_finished() -> None:
     assert [r.job.budget for r in results] == [1]
 
 
-def test_no_job_starts_late() -> None:
+def test_no_job_starts_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
     def run(job: Job, watch: Any) -> ArmResult:
-        time.sleep(0.05)
+        now[0] = 7.0
         return made_up(job.arm, job.budget, 1)
 
     jobs = [Job("rkv", budget) for budget in range(1, 9)]
-    results, interrupted = run_jobs(jobs, [run], Silent(), until=time.monotonic() + 0.02)
+    results, interrupted = run_jobs(jobs, [run], Silent(), until=6.0)
     assert [r.job for r in results] == jobs[:1]
     assert not interrupted
 

@@ -213,12 +213,12 @@ def test_marks_from_threads() -> None:
 
 def test_an_answer_without_end_is_given_up() -> None:
     pytest.importorskip("math_verify")
-    grader = grading.MathGrader(timeout=1.0)
+    grader = grading.MathGrader(timeout=5.0)
     try:
         assert grader.equal("4", r"\frac{8}{2}")
         began = time.monotonic()
         assert not grader.equal("5", "9^{9^{9^{9}}}")
-        assert time.monotonic() - began < 10 and grader.given_up == 1
+        assert time.monotonic() - began < 300 and grader.given_up == 1
         assert grader.equal("4", r"\frac{8}{2}")  # by another process
     finally:
         grader.close()
