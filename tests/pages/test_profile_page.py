@@ -10,6 +10,7 @@ def test_demand(browser: Browser, pages: Pages) -> None:
     browser.open(pages.demand)
     assert browser.driver.title == "made/up-1b"
     assert browser.texts("h1, h2") == ["made/up-1b", "Demand of each layer"]
+    assert browser.texts("#layers .xtick text") == ["0", "1", "2"]
     assert browser.texts(".facts li") == ["3 layers", "3 prompts", "8 steps each"]
     assert browser.table("table") == [
         ["layer", "mean over heads", "largest head", "prompts"],
@@ -34,6 +35,7 @@ def test_costs(browser: Browser, pages: Pages) -> None:
             for layer in range(LAYERS)
         ],
     ]
+    assert browser.texts("#heads .xtick text") == ["0", "1", "2"]
     # The map of heads is that of the chosen budget.
     assert browser.hover("heads", 0.1, 0.9) == "layer 0, KV head 0: 62.5"
     assert browser.hover("heads", 0.9, 0.1) == "layer 2, KV head 1: 375"

@@ -4,8 +4,15 @@ function line(name, y, { color, symbol }, more) {
     hovertemplate: `layer %{x}: %{y:.4~g}<extra>${name}</extra>` };
 }
 
+// Ticks at whole layers, as many as there is room for.
+function layers(count, yTitle, more) {
+  const plan = layout("layer", yTitle, more);
+  Object.assign(plan.xaxis, { tick0: 0, dtick: Math.ceil(count / (narrow() ? 8 : 20)) });
+  return plan;
+}
+
 function drawDemand() {
-  const plan = layout("layer", "tokens");
+  const plan = layers(data.mean.length, "tokens");
   plan.yaxis.rangemode = "tozero";
   const prompts = data.curves.map((curve, index) => ({
     name: "each prompt", y: curve, type: "scatter", mode: "lines", opacity: 0.5, hoverinfo: "skip",
@@ -19,7 +26,7 @@ function drawDemand() {
 }
 
 function drawCosts() {
-  const plan = layout("layer", "1/1000 nat");
+  const plan = layers(data.layers[0].length, "1/1000 nat");
   plan.yaxis.rangemode = "tozero";
   draw("layers", data.budgets.map((budget, index) => line(`budget ${budget}`, data.layers[index],
     look("", index), { dash: index < SPARE.length ? "solid" : "dot" })), plan);
@@ -27,7 +34,7 @@ function drawCosts() {
 
 function drawHeads() {
   const z = data.heads[Number(byId("budget").value)];
-  const plan = layout("layer", "KV head", { margin: { l: 44, r: 8, t: 8, b: 44 } });
+  const plan = layers(z[0].length, "KV head", { margin: { l: 44, r: 8, t: 8, b: 44 } });
   Object.assign(plan.xaxis, { showgrid: false });
   Object.assign(plan.yaxis, { showgrid: false, type: "category" });
   draw("heads", [{
