@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("selenium")
 
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
@@ -59,6 +60,13 @@ class Browser:
         """Wait until the script returns something true."""
         wait = WebDriverWait(self.driver, SECONDS, poll_frequency=0.05)
         return wait.until(lambda _: self.js(script, *arguments), f"never true: {script}")
+
+    def settles(self, script: str, wanted: object) -> Any:
+        """What the script returns once that is what is wanted, or else at the end of the time."""
+        with suppress(TimeoutException):
+            wait = WebDriverWait(self.driver, SECONDS, poll_frequency=0.05)
+            wait.until(lambda _: self.js(script) == wanted)
+        return self.js(script)
 
     def find(self, selector: str) -> WebElement:
         return self.driver.find_element("css selector", selector)

@@ -75,7 +75,9 @@ def test_the_table_says_what_was_measured(demo: Browser, pages: Pages) -> None:
 
     assert not demo.find("details table").is_displayed()
     demo.click("summary")
+    assert demo.find("details table").is_displayed()
     every = demo.table("details table")
+    demo.click("summary")
     assert len(every) == 1 + len(pages.results)
     assert every[1] == ["none", "full cache", "8 of 8", "68 % to 100 %", "1,638,400", "944", "0"]
 

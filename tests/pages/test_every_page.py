@@ -65,8 +65,8 @@ def test_it_can_be_read(browser: Browser, pages: Pages, name: str, width: int) -
     assert browser.js("return seen.brightness()") > 0.9
     assert browser.js("return seen.faint(4.5)") == []
     browser.prefer(dark=True)
-    browser.until("return seen.brightness() < 0.05 && seen.drawn()")
-    assert browser.js("return seen.faint(4.5)") == []
+    browser.until("return seen.brightness() < 0.05")
+    assert browser.settles("return seen.faint(4.5)", []) == []  # plots are drawn anew
     check_plots(browser, width, LEGENDS[name])
     assert browser.errors() == []
     assert browser.requests() == [page.as_uri()]

@@ -68,7 +68,7 @@ def share(arm: str, budget: int | None) -> float:
     return 100 * sum(right) / len(right)
 
 
-def test_details_open(report: Browser) -> None:
+def test_details_open_and_close(report: Browser) -> None:
     assert report.texts("#group-0 details table") == ["", ""]
     report.click("#group-0 section details summary")
     head, *rows = report.table("#group-0 section details table")
@@ -76,6 +76,8 @@ def test_details_open(report: Browser) -> None:
     assert [row[:2] for row in rows][: len(CELLS)] == [
         [arm, "none" if budget is None else str(budget)] for arm, budget in CELLS
     ]
+    report.click("#group-0 section details summary")
+    assert report.texts("#group-0 details table") == ["", ""]
 
 
 def test_a_problem_is_chosen(report: Browser) -> None:
@@ -143,3 +145,4 @@ def test_groups_have_their_own_controls(report: Browser) -> None:
     assert report.text("#prompt-0") == ""
     report.click("#group-1 section:last-of-type details summary")
     assert report.text("#prompt-1") == "What is p2? Right answer: 4"
+    report.click("#group-1 section:last-of-type details summary")
