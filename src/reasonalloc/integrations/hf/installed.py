@@ -58,7 +58,7 @@ class Installed:
         model = self._model
         twin: Any = object.__new__(type(model))
         memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-        memo[id(model)] = twin  # bound methods among the attributes
+        memo[id(model)] = model  # of bound methods: whoever copies the state knows the copy
         for module, handle in self._hooks:
             for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
                 memo[id(hooks)] = OrderedDict((k, v) for k, v in hooks.items() if k != handle.id)
