@@ -10,6 +10,7 @@ import torch
 import reasonalloc
 from models import FACTORIES, prompt, tiny
 from reasonalloc import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.versions import cache_name
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 STEPS: tuple[Any, ...] = ("eager", "static", "compile")
@@ -46,7 +47,7 @@ def test_what_was_evicted_since_is_refused_by_its_place() -> None:
         edited = torch.cat([out[:, :20], out[:, 30:], prompt(6, 1, seed=2)], dim=1)
         same = int((edited[0, :30] != out[0, :30]).nonzero()[0])
         length = cache.get_seq_length()
-        with pytest.raises(UsageError, match=f"at token {same} of 36.*leave past_key_values out"):
+        with pytest.raises(UsageError, match=rf"at token {same} of 36.*leave {cache_name()} out"):
             model.generate(edited, past_key_values=cache, **GREEDY)
         assert cache.get_seq_length() == length  # nothing was changed
         continued = torch.cat([out, prompt(6, 1, seed=2)], dim=1)

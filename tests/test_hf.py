@@ -11,6 +11,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 import reasonalloc
 from models import FACTORIES, prompt, tiny
+from reasonalloc.integrations.hf.versions import cache_name
 
 ARMS = ["rkv", "snapkv/uniform/adakv", "h2o/pyramid/uniform", "rkv/uniform/reasonalloc", "random"]
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -298,7 +299,7 @@ def test_two_models_and_a_model_with_its_own_generate() -> None:
             second.generate(prompt(40), max_new_tokens=20, **GREEDY)
             assert other.recorder is not None and other.recorder.compressions > 0
         assert first.config._attn_implementation == "reasonalloc"
-    assert first.generate is own and "past_key_values" in calls[0]
+    assert first.generate is own and cache_name() in calls[0]
 
 
 def test_gradient_modes_mix_on_one_cache() -> None:

@@ -126,8 +126,8 @@ def observe(
         raise UsageError("prompts: none given, at least one is needed")
     if observer.every >= max_new_tokens:
         raise UsageError(
-            f"every={observer.every} leaves no sample of max_new_tokens={max_new_tokens}: lower "
-            "every, or raise max_new_tokens"
+            f"every={observer.every} leaves no sample of max_new_tokens={max_new_tokens}, so "
+            "nothing was measured: lower every, or raise max_new_tokens"
         )
     original = model.config._attn_implementation
     AttentionInterface.register(_IMPLEMENTATION, observer)

@@ -61,7 +61,7 @@ def step_test(step: str, device: str) -> list[Check]:
     name = "the tokens of plain steps"
     with quiet(), torch.random.fork_rng():
         model = _model().to(device)
-        prompt = torch.randint(2, 97, (2, _PROMPT)).to(device)
+        prompt = torch.randint(2, 97, (2, _PROMPT), device="cpu").to(device)
         found = []
         for kind in ("eager", step):
             with attach(model, budget=16, interval=8, step=cast("Step", kind)):

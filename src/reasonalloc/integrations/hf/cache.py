@@ -417,7 +417,8 @@ class BudgetCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at ``indices``, [n] int64 or bool, in this order."""
-        indices = torch.as_tensor(indices)
+        if not isinstance(indices, Tensor):
+            indices = torch.tensor(indices, dtype=torch.int64, device="cpu")
         whole = torch.arange(self._sequences(), device=indices.device)
         self._take(whole[indices].flatten())
 

@@ -75,11 +75,20 @@ def check_hooks(model: Any, step: str) -> None:
         return
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if name and any(not isinstance(hook, CallCheck) for hook in hooks):
+        if name and any(_is_foreign(hook) for hook in hooks):
             raise UnsupportedError(
                 f"step={step!r} repeats what a step did, without calling the hooks of {name!r}: "
                 "use step='eager' or remove the hooks"
             )
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook does more than ours, and those by which transformers collects hidden states.
+
+    Calls that collect them are no steps that are repeated (``_EXTRA_OUTPUTS``).
+    """
+    place = getattr(hook, "__module__", None) or type(hook).__module__
+    return not isinstance(hook, CallCheck) and not place.startswith("transformers.")
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
