@@ -151,8 +151,16 @@ def test_length_is_cut_to_the_positions(call: Call, tmp_path: Path) -> None:
     assert "is cut from 40 to 6" in err
 
 
-def test_interrupt_keeps_the_text(folder: str) -> None:
-    process = shell("run", folder, "--prompt", PROMPT, *SMALL[:4], "--max-new-tokens", "4000")
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run that nobody's machine ends before it is interrupted."""
+    tokens = "1000000"
+    folder = save_tiny(tmp_path_factory.mktemp("endless"), max_position_embeddings=2 * int(tokens))
+    return ["run", str(folder), "--prompt", PROMPT, *SMALL[:4], "--max-new-tokens", tokens]
+
+
+def test_interrupt_keeps_the_text(endless: list[str]) -> None:
+    process = shell(*endless)
     assert process.stdout is not None
     first = process.stdout.read(40)
     time.sleep(0.3)
@@ -164,10 +172,8 @@ def test_interrupt_keeps_the_text(folder: str) -> None:
     assert "Traceback" not in err
 
 
-def test_interrupt_json(folder: str) -> None:
-    process = shell(
-        "run", folder, "--prompt", PROMPT, *SMALL[:4], "--max-new-tokens", "4000", "--json"
-    )
+def test_interrupt_json(endless: list[str]) -> None:
+    process = shell(*endless, "--json")
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)  # anywhere: while importing, loading or generating
     out, err = process.communicate(timeout=300)

@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_the_old_file(folder: Path, texts: Path, tmp_path: Path) -
         assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     *progress, last = err.strip().splitlines()
     assert process.returncode == 130 and last == "error: interrupted"
     assert all(line.startswith("note: Calibrating: ") for line in progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,3 +241,23 @@ def test_queries_of_dropped_tokens_are_forgotten(
                 known = known if known[0] == place and place >= 0 else (-1, 0.0)
                 found = (int(positions[row, column]), float(queries[row, column]))
                 assert (max(-1, found[0]), found[1]) == known
+
+
+def test_no_mask_is_needed_where_nothing_is_hidden_any_more() -> None:
+    model = tiny("llama")
+    ids, mask = prompt(20, 2), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 12:15] = 0
+    with reasonalloc.attach(model, budget=60, interval=8) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        alone = copy.deepcopy(cache)
+        alone.batch_select_indices(torch.tensor([0]))
+        found = model(prompt(3), past_key_values=alone).logits
+        expected = model(torch.cat([ids[:1], prompt(3)], dim=1), use_cache=False).logits[:, -3:]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(UsageError, match="no attention_mask was given"):
+            model(prompt(3, 2), past_key_values=cache)
+        cache.crop(11)
+        found = model(ids[:, 11:], past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits[:, 11:]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -260,7 +260,7 @@ class BudgetCache(Cache):
             where = hidden.device if slab is None else slab.keys.device
             layer.go_back(gone.to(where), following(places).to(where), columns)
         if columns == self.seen.columns:
-            self.seen.set_places(places, following(places))
+            self.seen.set_places(places)
 
     def _place(self, mask: Tensor, columns: int) -> None:
         """Note which of the new columns are hidden."""
@@ -271,7 +271,7 @@ class BudgetCache(Cache):
         old = places[:, :-columns]
         new = following(old)[:, None] + fresh.long().cumsum(dim=1) - 1
         places = torch.cat([old, new.masked_fill(~fresh, -1)], dim=1)
-        self.seen.set_places(places, following(places))
+        self.seen.set_places(places)
 
     def reach(self, columns: int) -> int | None:
         """How far the cache can go back to have seen at most ``columns``.

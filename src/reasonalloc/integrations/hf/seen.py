@@ -73,23 +73,19 @@ class SeenText:
         self._ids.append(joined)
         self._recent = []
 
-    def set_places(self, places: Tensor, following: Tensor) -> None:
-        """Say where all columns lie.
-
-        Args:
-            places: [batch, columns] int64, -1 where hidden.
-            following: [batch] int64, the position of the next token.
-        """
-        self._places, self._next = places.clone(), following.clone()
+    def set_places(self, places: Tensor) -> None:
+        """Say where all columns lie: [batch, columns] int64, -1 where hidden."""
+        if bool((places >= 0).all()):  # such as after going back to before what was hidden
+            self._places = self._next = None
+        else:
+            self._places, self._next = places.clone(), following(places)
 
     def go_back(self, columns: int) -> None:
         """Forget all but the first ``columns``."""
         if columns == self.columns:
             return
-        if self._places is not None and self._next is not None:
-            batch, device = self._places.shape[0], self._places.device
-            places = self.places(batch, device)[:, :columns]
-            self.set_places(places, following(places))
+        if self._places is not None:
+            self.set_places(self.places(len(self._places), self._places.device)[:, :columns])
         self._ids = [self.ids[:, :columns]] if columns else []
         self._recent = []
         self.columns = columns
@@ -116,7 +112,7 @@ class SeenText:
         if places is not None:
             if places.shape != ids.shape or places.dtype != torch.int64:
                 raise ValueError("the places of the text do not fit")
-            self.set_places(places, following(places))
+            self.set_places(places)
 
     def copy(self, sequences: Tensor | None = None) -> SeenText:
         """The same text; nothing that one of the two does is seen by the other.
@@ -127,9 +123,9 @@ class SeenText:
         twin = copy.copy(self)
         if sequences is not None:
             twin._ids, twin._recent = [self.ids[sequences.to("cpu")]], []
-            if self._places is not None and self._next is not None:
+            if self._places is not None:
                 rows = sequences.to(self._places.device)
-                twin._places, twin._next = self._places[rows], self._next[rows]
+                twin.set_places(self.places(len(self._places), rows.device)[rows])
             return twin
         twin._ids, twin._recent = list(self._ids), list(self._recent)  # pieces never change
         return twin
