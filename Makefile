@@ -42,14 +42,14 @@ SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ASA
 	$(BIN)/python -m pytest -q --capture=sys
 
 sanitize: setup
-	$(SANITIZE) tests/test_sanitized.py tests/test_boundaries.py tests/test_native.py \
-		tests/test_program.py
-	$(SANITIZE) tests/test_step.py tests/test_default_dtype.py -k compile
+	$(SANITIZE) tests/native/test_sanitized.py tests/native/test_boundaries.py tests/native/test_native.py \
+		tests/native/test_program.py
+	$(SANITIZE) tests/hf/test_step.py tests/core/test_default_dtype.py -k compile
 
 sanitize-fast: setup
-	$(SANITIZE) tests/test_sanitized.py tests/test_boundaries.py tests/test_program.py \
-		'tests/test_default_dtype.py::test_the_same_tokens[h2o-compile]' \
-		'tests/test_default_dtype.py::test_the_same_tokens[rkv-compile]' -k 'not misaligned'
+	$(SANITIZE) tests/native/test_sanitized.py tests/native/test_boundaries.py tests/native/test_program.py \
+		'tests/core/test_default_dtype.py::test_the_same_tokens[h2o-compile]' \
+		'tests/core/test_default_dtype.py::test_the_same_tokens[rkv-compile]' -k 'not misaligned'
 
 $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(OLDEST)
@@ -57,12 +57,12 @@ $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 		transformers==$(OLDEST_TRANSFORMERS) '$(TORCH)'
 	touch $@
 
-TOUCHES_TRANSFORMERS := tests/test_hf.py tests/test_refusals.py tests/test_memory.py \
-	tests/test_loading.py tests/test_sampling.py tests/test_versions.py tests/test_reads.py
+TOUCHES_TRANSFORMERS := tests/hf/test_hf.py tests/hf/test_refusals.py tests/hf/test_memory.py \
+	tests/hf/test_loading.py tests/hf/test_sampling.py tests/hf/test_versions.py tests/hf/test_reads.py
 
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(TOUCHES_TRANSFORMERS) \
-		tests/test_eval.py tests/test_ablation.py
+		tests/evaluation/test_eval.py tests/evaluation/test_ablation.py
 
 # What the index has today, within the limits of this machine's pip: looked up anew every time. A
 # release that is newer than NEWEST_TESTED (integrations/hf/versions.py) fails here.
@@ -73,10 +73,10 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli]' \
 		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
 	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 \
-		$(TOUCHES_TRANSFORMERS) tests/test_calls.py tests/test_step.py tests/test_past_masks.py
+		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py
 
 # New random examples, ten times as many. Whatever fails here becomes an @example of its test.
-RANDOM_TESTS = $$(grep -l '@given' tests/*.py)
+RANDOM_TESTS = $$(grep -rl --include="*.py" @given tests)
 
 test-random: setup
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(RANDOM_TESTS)

@@ -18,9 +18,9 @@ from reasonalloc.benchmark.decode import quartiles
 from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.benchmark.turns import in_turns
+from reasonalloc.cpu_step.lowering import Call, drafts_of
+from reasonalloc.cpu_step.program import Arena, Program
 from reasonalloc.loading import DTYPES
-from reasonalloc.native.lowering import Call, drafts_of
-from reasonalloc.native.program import Arena, Program
 
 
 def main() -> None:

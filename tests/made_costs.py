@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from reasonalloc.costs import CostProfile
-from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.profiles import config_hash
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.planning.shapes import text_config
 
 
 def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> CostProfile:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.statistics import Statistics
+from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import POLICIES, Policy
+from reasonalloc.policies.rotary import Rope
 from reasonalloc.policies.tri_attention import TriAttention
-from reasonalloc.profiles import config_hash
-from reasonalloc.rotary import Rope
-from reasonalloc.statistics_file import Statistics
 
 
 def make(

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reasonalloc.integrations.hf.compiled import READS
+from reasonalloc.cpu_step.compiled import READS
 
 
 class _Notes(TorchDispatchMode):

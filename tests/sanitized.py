@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from reasonalloc.integrations.hf import compiled
-from reasonalloc.native import build
-from reasonalloc.native.program import Arena
+from reasonalloc.cpu_step import compiled
+from reasonalloc.cpu_step.program import Arena
+from reasonalloc.ops.native import build
 
 _FLAGS = (
     "-fsanitize=address,undefined",

@@ -8,10 +8,10 @@ from transformers import AutoConfig
 
 import made_costs
 from reasonalloc.boxed.model import build_config, build_model, save_checkpoint
+from reasonalloc.calibrated.demand import Profile, config_hash
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.tasks.chain import problems
-from reasonalloc.profiles import Profile, config_hash
 
 VARIABLES, BUDGET, INTERVAL, WINDOW = 2, 24, 16, 4
 PROBLEMS = list(problems(3, VARIABLES))

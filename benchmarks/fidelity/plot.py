@@ -17,7 +17,7 @@ import torch
 from cycler import cycler
 
 from reasonalloc.allocators.minimise import minimise
-from reasonalloc.costs import load_costs
+from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 
 matplotlib.use("svg")

@@ -18,7 +18,7 @@ import torch
 
 from reasonalloc.config import PRESETS
 from reasonalloc.evaluation.intervals import bootstrap_ratio
-from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.texts import Trajectory
 
 BASE, OURS = "rkv", "best"
 Table = dict[tuple[int, str], dict[str, float]]

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from eval_folder import MANIFEST, events, row, rows, write
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import Profile
 from reasonalloc.cli.demo_boxed import Plan
 from reasonalloc.cli.demo_page import page_data
 from reasonalloc.cli.main import main
-from reasonalloc.costs import CostProfile
+from reasonalloc.core.recorder import Event
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.summary import summarise
-from reasonalloc.profiles import Profile
-from reasonalloc.recorder import Event
 from reasonalloc.report.page import render
 
 ARMS = ("best", "rkv", "snapkv", "h2o", "streaming_llm", "pyramid-rkv", "reasonalloc", "random")

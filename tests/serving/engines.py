@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import reasonalloc
-import reasonalloc.compressor
+import reasonalloc.core.compressor
 from models import VOCAB
 
 # What rounding may change, generously: logits (absolute), scores (relative to the largest one).
@@ -49,7 +49,7 @@ def decided(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     room = torch.full((len(prompts),), torch.inf)
-    original = reasonalloc.compressor.decide
+    original = reasonalloc.core.compressor.decide
 
     def watched(candidates: Any, config: Any, policy: Any, *rest: Any) -> Any:
         keep, budgets = original(candidates, config, policy, *rest)
@@ -80,7 +80,7 @@ def decided(
             room.copy_(torch.minimum(room, gap / SCORE))
         return keep, budgets
 
-    reasonalloc.compressor.decide = watched
+    reasonalloc.core.compressor.decide = watched
     try:
         with reasonalloc.attach(model, **settings) if settings else nullcontext():
             out = model.generate(
@@ -92,7 +92,7 @@ def decided(
                 return_dict_in_generate=True,
             )
     finally:
-        reasonalloc.compressor.decide = original
+        reasonalloc.core.compressor.decide = original
     for logits in out.logits:
         first, second = logits.float().topk(2, dim=-1).values.unbind(dim=-1)
         room = torch.minimum(room, (first - second) / LOGIT)

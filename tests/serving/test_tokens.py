@@ -13,7 +13,7 @@ from engines import greedy, random_prompts
 from transformers import AutoConfig
 
 import made_costs
-from reasonalloc.profiles import config_hash
+from reasonalloc.calibrated.demand import config_hash
 
 LENGTHS = (40, 150, 7, 300)
 PROMPTS = random_prompts(LENGTHS)

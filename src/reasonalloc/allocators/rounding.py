@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reasonalloc.native import budgets
+from reasonalloc.ops.native import budgets
 
 _QUANTUM = 1e-6  # fractional parts closer than this tie, and the lower index wins
 

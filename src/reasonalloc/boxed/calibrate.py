@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.boxed.data import encode
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import Profile
 from reasonalloc.calibration import attention_mass
 from reasonalloc.calibration.fisher import fisher
-from reasonalloc.costs import CostProfile
 from reasonalloc.evaluation.tasks.chain import generate
-from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.profiles import Profile
+from reasonalloc.texts import Trajectory
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Solutions of 12 variables, 385 tokens after a prompt of 145; the demo's cadence.

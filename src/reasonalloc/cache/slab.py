@@ -339,7 +339,7 @@ class Slab:
         if self.state is not None and rows.state is not None:
             moved.append((self.state, rows.state))
         if self._native:
-            from reasonalloc.native.rows import move_rows
+            from reasonalloc.ops.native.rows import move_rows
 
             for own, flat in moved:
                 move_rows(own, flat, rows.index, keep, offsets)

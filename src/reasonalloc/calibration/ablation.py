@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibration.checks import Estimate, checked, now
 from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint, model_name
 from reasonalloc.calibration.suffix import SuffixRunner
-from reasonalloc.costs import CostProfile
-from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import text_config
-from reasonalloc.profiles import config_hash
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
 BUDGETS = (24, 48, 96, 192)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonalloc.calibrated.demand import Profile, config_hash
 from reasonalloc.calibration.observe import Observer, fingerprint, model_name, observe
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.profiles import Profile, config_hash
+from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.planning.shapes import text_config
 from reasonalloc.whole import whole_number
 
 

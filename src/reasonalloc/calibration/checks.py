@@ -13,12 +13,13 @@ from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.fidelity import check_text
-from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning import bound_policy, compression_points
+from reasonalloc.planning.budget import bound_policy, compression_points
+from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import POLICIES, Policy
+from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_numbers
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibration.checks import Estimate, checked, now
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint, model_name
-from reasonalloc.costs import CostProfile
-from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import text_config
-from reasonalloc.profiles import config_hash
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
 _IMPLEMENTATION = "reasonalloc-fisher"

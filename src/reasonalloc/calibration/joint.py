@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from reasonalloc.allocators.minimise import interpolate
+from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration.checks import Estimate, evicts, now
 from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
-from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.fidelity import fidelity, full_logits
-from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import check_model, text_config
-from reasonalloc.planning import planned_heads
+from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.planning.budget import planned_heads
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number, whole_numbers
 
 #: Budgets that are checked where the texts are long enough.

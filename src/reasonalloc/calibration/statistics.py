@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.statistics import Statistics
 from reasonalloc.calibration.observe import Observer, fingerprint, model_name, observe
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.model import check_model, text_config
+from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import check_rotation, read_rope
-from reasonalloc.profiles import config_hash
-from reasonalloc.rotary import Rope, to_features, turns
-from reasonalloc.statistics_file import Statistics
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.policies.rotary import Rope, to_features, turns
 from reasonalloc.whole import whole_number
 
 KERNEL = 7  # of DynamicKV's pooling, as in its code

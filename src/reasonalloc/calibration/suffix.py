@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import text_config
+from reasonalloc.planning.shapes import text_config
 
 _IMPLEMENTATION = "reasonalloc-suffix"
 

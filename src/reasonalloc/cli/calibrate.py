@@ -220,7 +220,7 @@ def _texts(objective: str, own: dict[str, Any], count: int) -> Callable[[Any, An
     if path is None:
         raise UsageError(f"no texts: --objective {objective} needs --texts FILE")
     from reasonalloc.cli.prompts import complete_texts
-    from reasonalloc.evaluation.trajectories import load_kinds, load_trajectories
+    from reasonalloc.texts import load_kinds, load_trajectories
 
     kinds = load_kinds(path, "--texts")[:count]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.summary import Row, verdict
-from reasonalloc.profiles import load_profile
 from reasonalloc.report.trace import telling_problem, trace
 from reasonalloc.version import __version__
 

@@ -68,9 +68,9 @@ def command(
     jobs = _jobs(budgets, arms, profile or [], {**shared, "attention": attention})
     from reasonalloc.cli.prompts import complete_texts
     from reasonalloc.evaluation.fidelity import check_text
-    from reasonalloc.evaluation.trajectories import load_trajectories
     from reasonalloc.integrations.hf import attach_config
     from reasonalloc.loading import load_model
+    from reasonalloc.texts import load_trajectories
 
     with output.stderr().status("Loading the model"):
         loaded, tokenizer = load_model(name, dtype, device, trust_remote_code=trust_remote_code)
@@ -108,7 +108,7 @@ def _jobs(
 
 def _digest(config: CompressionConfig) -> str | None:
     """Fingerprint of the files that an arm reads: another content is another arm."""
-    from reasonalloc.planning import files_read
+    from reasonalloc.planning.budget import files_read
 
     return o.files_digest(files_read(config))
 
@@ -124,10 +124,10 @@ def _run(
     """Everything that is not in the result file yet; all rows, old and new."""
     from dataclasses import asdict
 
+    from reasonalloc.calibrated.demand import config_hash
     from reasonalloc.evaluation.fidelity import fidelity, full_logits
     from reasonalloc.evaluation.records import ResultFile
-    from reasonalloc.integrations.hf.model import text_config
-    from reasonalloc.profiles import config_hash
+    from reasonalloc.planning.shapes import text_config
 
     manifest = {
         "model": name,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.cli import options as o
-from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.texts import Trajectory
 
 if TYPE_CHECKING:
     from reasonalloc.calibration.checks import Estimate

@@ -15,7 +15,7 @@ from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm, preset_n
 from reasonalloc.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from reasonalloc.cache import LayerShape, MemoryPlan
+    from reasonalloc.planning.memory import LayerShape, MemoryPlan
 
 DEFAULT_BUDGET = 1024
 _BUDGET, _MODEL = "Budget", "Model"
@@ -259,7 +259,7 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
         return None
     from reasonalloc.allocators.head import HEAD_ALLOCATORS
     from reasonalloc.attention import choose_backend
-    from reasonalloc.planning import check_profile
+    from reasonalloc.planning.budget import check_profile
 
     config = CompressionConfig(arm=parsed, **settings)
     check_profile(config)
@@ -285,7 +285,7 @@ class Layout:
 
     def plan(self, batch: int, itemsize: int) -> MemoryPlan:
         """Exact bytes of a compressed cache; ``itemsize`` is bytes of one number."""
-        from reasonalloc.planning import plan_memory
+        from reasonalloc.planning.budget import plan_memory
 
         if self.config is None or self.totals is None:
             raise RuntimeError("the full cache has no plan")
@@ -303,8 +303,8 @@ def make_layout(model_config: Any, name: str, config: CompressionConfig | None) 
         UsageError: a broken or foreign profile, or a budget that does not fit.
         UnsupportedError: a model that cannot work.
     """
-    from reasonalloc.integrations.hf.model import layer_shapes, text_config
-    from reasonalloc.planning import bound_policy, layer_totals, planned_heads
+    from reasonalloc.planning.budget import bound_policy, layer_totals, planned_heads
+    from reasonalloc.planning.shapes import layer_shapes, text_config
 
     text = text_config(model_config)
     shapes = layer_shapes(text, name)

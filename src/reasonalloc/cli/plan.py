@@ -103,7 +103,7 @@ def _sizes(layout: o.Layout, batch: int, tokens: int, itemsize: int) -> dict[str
 
 
 def _layers(layout: o.Layout, batch: int, tokens: int, itemsize: int) -> list[dict[str, Any]]:
-    from reasonalloc.cache import MemoryPlan
+    from reasonalloc.planning.memory import MemoryPlan
 
     totals = iter(layout.totals or ())
     interval = layout.config.interval if layout.config else 0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.markup import escape
 
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import Profile
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.cli.profile_tables import (
@@ -20,9 +22,7 @@ from reasonalloc.cli.profile_tables import (
     side_by_side,
     spaced,
 )
-from reasonalloc.costs import CostProfile
 from reasonalloc.errors import UsageError
-from reasonalloc.profiles import Profile
 
 if TYPE_CHECKING:
     from reasonalloc.report.curves import AnyProfile

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from reasonalloc.costs import CostProfile
-from reasonalloc.profiles import Profile
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import Profile
 
 if TYPE_CHECKING:
     from reasonalloc.report.curves import Held

@@ -13,7 +13,7 @@ from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
-    from reasonalloc.evaluation.trajectories import Trajectory
+    from reasonalloc.texts import Trajectory
 
 Messages = list[dict[str, str]]
 

@@ -166,10 +166,10 @@ def _sizes(
     block_size: int | None,
 ) -> tuple[Accounting, int]:
     """What a sequence takes, and the most tokens of one; refuses what cannot work."""
-    from reasonalloc.integrations.hf.model import text_config
     from reasonalloc.integrations.vllm.accounting import Accounting
     from reasonalloc.integrations.vllm.checks import default_block_size
     from reasonalloc.integrations.vllm.plan import make_plan
+    from reasonalloc.planning.shapes import text_config
 
     text = text_config(model_config)
     plan = make_plan(settings, name, text, ranks)

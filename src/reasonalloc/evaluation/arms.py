@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reasonalloc.core.recorder import Event
 from reasonalloc.evaluation.batch import Job, Settings, Watch, solve
 from reasonalloc.evaluation.tasks.chain import ChainProblem, grade
-from reasonalloc.recorder import Event
 
 #: Tokens that a completion may be longer than the exact chain, end tokens included.
 SPARE_TOKENS = 16

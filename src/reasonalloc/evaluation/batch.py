@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from reasonalloc.config import CompressionConfig, RecordLevel, Step, parse_arm
+from reasonalloc.core.recorder import Event
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling
 from reasonalloc.integrations.hf import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache
-from reasonalloc.planning import files_missing
-from reasonalloc.recorder import Event
+from reasonalloc.planning.budget import files_missing
 
 FULL = "full"
 

@@ -12,8 +12,9 @@ import torch
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import pad_token, padded, until_end
 from reasonalloc.evaluation.solver import is_memory
-from reasonalloc.evaluation.trajectories import Trajectory
-from reasonalloc.integrations.hf.model import end_tokens, text_config
+from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.texts import Trajectory
 
 #: Prompts that are completed together, at most.
 BATCH = 8

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf import attach_config
-from reasonalloc.integrations.hf.model import text_config
 from reasonalloc.integrations.hf.versions import cache_of, with_cache
+from reasonalloc.planning.shapes import text_config
+from reasonalloc.texts import Trajectory
 
 #: Tokens that are fed at once: enough for the weights' products, few enough for their logits.
 PIECE = 512

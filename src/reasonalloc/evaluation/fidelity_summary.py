@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reasonalloc.evaluation.intervals import bootstrap_ratio
-from reasonalloc.evaluation.trajectories import Trajectory
+from reasonalloc.texts import Trajectory
 
 POSITIONS = 8
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from reasonalloc.cache import MemoryPlan
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.evaluation.batch import BatchResult, Job, Settings, Watch, attach_job, solve
 from reasonalloc.evaluation.sampling import Sampling
-from reasonalloc.integrations.hf.model import layer_shapes, text_config
 from reasonalloc.loading import load_model, quiet
-from reasonalloc.planning import compression_points
-from reasonalloc.profiles import config_hash
+from reasonalloc.planning.budget import compression_points
+from reasonalloc.planning.memory import MemoryPlan
+from reasonalloc.planning.shapes import layer_shapes, text_config
 
 
 @dataclass(frozen=True)

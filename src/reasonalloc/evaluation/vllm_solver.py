@@ -15,12 +15,13 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec, Outcome, encode, model_facts
-from reasonalloc.integrations.hf.model import end_tokens, text_config
+from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.plan import EnginePlan, make_plan
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.loading import load_model
-from reasonalloc.planning import compression_points
+from reasonalloc.planning.budget import compression_points
+from reasonalloc.planning.shapes import text_config
 
 
 def require_vllm() -> None:
@@ -196,7 +197,7 @@ class VllmSolver:
 
     @property
     def _shapes(self) -> Any:
-        from reasonalloc.integrations.hf.model import layer_shapes
+        from reasonalloc.planning.shapes import layer_shapes
 
         return layer_shapes(self._config, self._spec.name)
 

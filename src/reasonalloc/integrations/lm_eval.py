@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.evaluation.fidelity import replay_logits
-from reasonalloc.evaluation.trajectories import Trajectory
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.lm_eval_arguments import (
     SETTINGS,
@@ -32,6 +31,7 @@ from reasonalloc.integrations.lm_eval_arguments import (
     read_config,
 )
 from reasonalloc.loading import load_model
+from reasonalloc.texts import Trajectory
 
 _LOG = logging.getLogger(__name__)
 #: A request of lm-eval: its texts (or None), tokens of the context and of the continuation.

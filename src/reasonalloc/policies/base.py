@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
+from reasonalloc.policies.rotary import Rope
 from reasonalloc.registry import Registry
-from reasonalloc.rotary import Rope
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from reasonalloc.costs import load_costs
+from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
 

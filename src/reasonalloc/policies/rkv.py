@@ -34,7 +34,7 @@ class RKV(Policy):
 
     def score(self, candidates: Candidates) -> Tensor:
         if candidates.stored is not None and candidates.queries is not None:
-            from reasonalloc.native.rkv import rkv_scores
+            from reasonalloc.ops.native.rkv import rkv_scores
 
             return rkv_scores(
                 candidates.queries.float() * candidates.scaling,

@@ -7,10 +7,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from reasonalloc.calibrated.statistics import Statistics, load_statistics
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
-from reasonalloc.rotary import Rope, from_features, to_features, turns
-from reasonalloc.statistics_file import Statistics, load_statistics
+from reasonalloc.policies.rotary import Rope, from_features, to_features, turns
 
 
 class _Layer(NamedTuple):

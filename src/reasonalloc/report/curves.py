@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reasonalloc.costs import CostProfile, load_costs
+from reasonalloc.calibrated.costs import CostProfile, load_costs
+from reasonalloc.calibrated.demand import Profile, load_profile
 from reasonalloc.errors import UsageError
-from reasonalloc.profiles import Profile, load_profile
 
 AnyProfile = Profile | CostProfile
 

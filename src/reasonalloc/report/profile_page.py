@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reasonalloc.costs import CostProfile
-from reasonalloc.profiles import Profile
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import Profile
 from reasonalloc.report.curves import AnyProfile, layer_costs
 from reasonalloc.report.page import render
 

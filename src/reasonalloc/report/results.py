@@ -8,11 +8,11 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.evaluation.paired import Paired, compare, holm, verdict
 from reasonalloc.evaluation.samples import Group, Sample
 from reasonalloc.evaluation.statistics import Cell, Estimate, by_cell, pareto, summarise
-from reasonalloc.profiles import load_profile
 from reasonalloc.report.drilldown import Room, drilldown
 from reasonalloc.report.heads import head_budgets
 from reasonalloc.version import __version__

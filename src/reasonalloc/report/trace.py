@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from reasonalloc.core.recorder import Event
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.tasks.chain import ChainProblem
-from reasonalloc.recorder import Event
 
 #: Boundary number of tokens that were never evicted.
 STAYS = -1

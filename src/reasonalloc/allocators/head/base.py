@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.native import budgets
+from reasonalloc.ops.native import budgets
 from reasonalloc.registry import Registry
 
 

@@ -7,7 +7,7 @@ import torch
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.minimise import minimise
-from reasonalloc.costs import load_costs
+from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.errors import UsageError
 
 

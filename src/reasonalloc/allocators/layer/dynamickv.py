@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.layer.offline import in_proportion, statistics_of
-from reasonalloc.statistics_file import Statistics
+from reasonalloc.calibrated.statistics import Statistics
 
 
 @LAYER_ALLOCATORS.register(

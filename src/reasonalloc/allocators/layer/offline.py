@@ -6,8 +6,8 @@ from torch import Tensor
 
 from reasonalloc.allocators.layer.base import LayerQuery
 from reasonalloc.allocators.rounding import shares_of
+from reasonalloc.calibrated.statistics import Statistics, load_statistics
 from reasonalloc.errors import UsageError
-from reasonalloc.statistics_file import Statistics, load_statistics
 
 
 def statistics_of(name: str, path: str, query: LayerQuery) -> Statistics:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.rounding import shares_of
+from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.errors import UsageError
-from reasonalloc.profiles import load_profile
 
 
 @LAYER_ALLOCATORS.register("profile", source="ReasonAlloc, arXiv 2606.11164 (level 1, the wave)")

@@ -23,7 +23,7 @@ class Cpp(Backend):
                 f"attention='cpp' is for CPUs, but the model is on {device}: use "
                 "attention='auto' or 'triton'"
             )
-        from reasonalloc.native.build import require
+        from reasonalloc.ops.native.build import require
 
         require("attention='cpp'", "attention='sdpa'", dtype)
 
@@ -35,6 +35,6 @@ class Cpp(Backend):
         softcap: float | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        from reasonalloc.native.attention import decode
+        from reasonalloc.ops.native.attention import decode
 
         return decode(query, slab, scaling, softcap, need_weights)

@@ -18,9 +18,10 @@ import torch
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.attention import choose_backend
-from reasonalloc.cache import MemoryPlan
-from reasonalloc.compressor import LayerCompressor
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, parse_arm
+from reasonalloc.core.compressor import LayerCompressor
+from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import (
     CompressionNeverHappened,
     OtherCadence,
@@ -33,22 +34,22 @@ from reasonalloc.integrations.hf.calls import CallCheck, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
 from reasonalloc.integrations.hf.installed import Installed
-from reasonalloc.integrations.hf.model import check_model, inner_model, text_config
+from reasonalloc.integrations.hf.model import check_model, inner_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.integrations.hf.step import StaticStep, check_hooks, check_step
 from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
-from reasonalloc.planning import (
+from reasonalloc.planning.budget import (
     bound_policy,
     layer_totals,
     other_cadence,
     plan_memory,
     planned_heads,
 )
-from reasonalloc.profiles import config_hash
-from reasonalloc.recorder import Recorder
+from reasonalloc.planning.memory import MemoryPlan
+from reasonalloc.planning.shapes import text_config
 
 _HANDLE = "_reasonalloc"
 

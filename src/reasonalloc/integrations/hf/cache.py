@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from reasonalloc.cache import LayerShape
-from reasonalloc.compressor import LayerCompressor
+from reasonalloc.core.compressor import LayerCompressor
+from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, SlabLayer
@@ -23,7 +23,7 @@ from reasonalloc.integrations.hf.sliding import (
     shortened,
     sliding_content,
 )
-from reasonalloc.recorder import Recorder
+from reasonalloc.planning.memory import LayerShape
 
 _BROKEN_OFF = (
     "an earlier call on this cache was interrupted or failed, so its layers are out of step: start "

@@ -11,8 +11,9 @@ import torch
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import check_attention, check_checkpointing
-from reasonalloc.integrations.hf.model import check_adapter, text_config
+from reasonalloc.integrations.hf.model import check_adapter
 from reasonalloc.integrations.hf.versions import cache_name, given_cache
+from reasonalloc.planning.shapes import text_config
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.hf.attach import Attachment

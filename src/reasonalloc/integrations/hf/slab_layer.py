@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from reasonalloc.cache import LayerShape
-from reasonalloc.compressor import LayerCompressor
+from reasonalloc.core.compressor import LayerCompressor
+from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
-from reasonalloc.recorder import Recorder
+from reasonalloc.planning.memory import LayerShape
 
 _TAG = "_reasonalloc_layer"
 FOREIGN_ATTENTION = (

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.cache import LayerShape
+from reasonalloc.cpu_step.compiled import compile_step
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import CallCheck
-from reasonalloc.integrations.hf.compiled import compile_step
 from reasonalloc.integrations.hf.versions import given_cache
-from reasonalloc.native.build import require
+from reasonalloc.ops.native.build import require
+from reasonalloc.planning.memory import LayerShape
 
 # Results that a replay would overwrite while somebody still holds them.
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.boundary import decide
+from reasonalloc.core.boundary import decide
 from reasonalloc.integrations.vllm.plan import EnginePlan
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.policies import Candidates

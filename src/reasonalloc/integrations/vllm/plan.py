@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from reasonalloc.cache import LayerShape
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.model import layer_shapes
-from reasonalloc.integrations.hf.sharding import HeadShard
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.settings import find_settings
-from reasonalloc.planning import bound_policy, layer_totals, planned_heads
+from reasonalloc.planning.budget import bound_policy, layer_totals, planned_heads
+from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.shapes import layer_shapes
+from reasonalloc.planning.sharding import HeadShard
 from reasonalloc.policies import Policy
 
 

@@ -1,0 +1,1 @@
+"""Files that calibration writes, validated when they are read."""

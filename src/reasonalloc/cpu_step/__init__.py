@@ -1,0 +1,1 @@
+"""The decode step of CPUs as one program of our own loops: ``step="compile"``."""

@@ -1,0 +1,1 @@
+"""Operations that have a plain and a compiled implementation."""

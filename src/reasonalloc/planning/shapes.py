@@ -1,0 +1,68 @@
+"""The attention layers of a model, read from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.planning.memory import LayerShape
+
+
+def text_config(model: Any) -> Any:
+    """The decoder's text configuration of a model or of a configuration."""
+    config = getattr(model, "config", model)
+    return config.get_text_config(decoder=True)
+
+
+def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
+    """Shapes of all attention layers, read from a model's (text) configuration.
+
+    Raises:
+        UnsupportedError: an encoder-decoder, latent attention (MLA), shared or linear layers, or
+            no layer that sees everything; says which.
+    """
+
+    def refuse(reason: str) -> UnsupportedError:
+        return UnsupportedError(f"{name} cannot run under a KV budget: {reason}")
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse("it is an encoder-decoder model, only decoder-only models work")
+    if getattr(config, "kv_lora_rank", None):
+        raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise refuse("some of its layers share one KV cache")
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(
+        config, "is_causal", True
+    ):
+        raise refuse("its attention is not causal")
+    layers = getattr(config, "num_hidden_layers", None)
+    query_heads = getattr(config, "num_attention_heads", None)
+    if getattr(config, "per_layer_attributes", None) or hasattr(config, "global_head_dim"):
+        raise refuse("the shapes of its layers differ")
+    if not isinstance(layers, int) or not isinstance(query_heads, int):
+        raise refuse("its configuration does not give the number of layers and attention heads")
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    shapes = []
+    for index, kind in enumerate(_layer_types(config, layers)):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise refuse(f"layer {index} is of type {kind!r}, only full and sliding attention work")
+        window = config.sliding_window if kind == "sliding_attention" else None
+        shapes.append(LayerShape(kv_heads, query_heads, head_dim, window))
+    if not any(shape.compressible for shape in shapes):
+        raise refuse(
+            f"every layer has a sliding window of {config.sliding_window} tokens, so its cache is "
+            "bounded already"
+        )
+    return tuple(shapes)
+
+
+def _layer_types(config: Any, layers: int) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)
+    if getattr(config, "sliding_window", None) is not None:
+        return ["sliding_attention"] * layers
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ["chunked_attention"] * layers
+    return ["full_attention"] * layers

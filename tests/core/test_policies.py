@@ -1,0 +1,158 @@
+"""Every policy's scores over a ragged batch equal the per-head reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from examples import examples
+from made_candidates import ragged
+from made_statistics import ready
+from reasonalloc.errors import UsageError
+from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
+from reasonalloc.policies.tri_attention import TriAttention
+from strategies import lengths_of_heads
+
+SPECS = {
+    "streaming_llm": {"sinks": 2},
+    "knorm": {},
+    "tova": {},
+    "h2o": {},
+    "lazy_eviction": {"threshold": 0.3},
+    "snapkv": {"kernel": 7, "pooling": "max"},
+    "tri_attention": {"horizon": 100},
+    "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
+    "random": {},
+    "value_aware": {"half_life": 5},
+}
+
+
+PARTS = (1, 7, 2, 30)  # queries that come at once
+
+
+def history(candidates: Candidates, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention weights and ages [batch, kv_heads, sum(PARTS), n] of the last queries."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = candidates.seen[:, None] - torch.arange(sum(PARTS), 0, -1)
+    age = (queries[:, None, :, None] - candidates.positions[:, :, None]).float()
+    weights = torch.rand(age.shape, generator=generator) ** 4
+    return weights.masked_fill(age < 0, 0.0), age
+
+
+def observed(policy: Policy, candidates: Candidates, seed: int) -> Candidates:
+    """With the state that the policy has after ``history``."""
+    if not policy.state_channels:
+        return candidates
+    state = torch.zeros(*candidates.positions.shape, policy.state_channels)
+    weights, age = history(candidates, seed)
+    for part, old in zip(weights.split(PARTS, 2), age.split(PARTS, 2), strict=True):
+        policy.observe(state, part, old)
+    return dataclasses.replace(candidates, state=state)
+
+
+@given(
+    st.integers(0, 10**6),
+    lengths_of_heads(st.integers(9, 30), 2, 2),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
+@examples(25)
+def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) -> None:
+    candidates = ragged(seed, lengths, group, window)
+    assert set(SPECS) == set(POLICIES.entries()) - reference.NAMED_BY_A_FILE
+    for name, parameters in SPECS.items():
+        arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
+        for spec, kwargs in ((name, {}), (f"{name}({arguments})", parameters)):
+            policy = ready(spec, candidates.layer, len(lengths[0]) * group, 8)
+            own = extra(policy)
+            fast = policy.score(observed(policy, candidates, seed))
+            assert fast.dtype == torch.float32 and fast.shape == candidates.positions.shape
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    slow = reference.SCORES[name](head_of(candidates, b, h, seed), **kwargs, **own)
+                    free = length - window
+                    expected = torch.tensor(slow[:free])
+                    # knorm drops all but 14 bits: a norm between two may go either way.
+                    rtol = 2**-13 if name == "knorm" else 1e-4
+                    torch.testing.assert_close(fast[b, h, :free], expected, rtol=rtol, atol=1e-6)
+
+
+def extra(policy: Policy) -> dict[str, Any]:
+    """What the reference needs besides the parameters."""
+    return {"statistics": policy._statistics} if isinstance(policy, TriAttention) else {}
+
+
+def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
+    n = int(c.lengths[b, h])
+    assert c.queries is not None and c.query_positions is not None
+    weights, age = (x[b, h, :, :n].T.tolist() for x in history(c, seed))
+    positions = c.positions[b, h, :n].tolist()
+    received = [
+        [(int(p + a), w) for w, a in zip(*columns, strict=True) if a >= 0]
+        for p, columns in zip(positions, zip(weights, age, strict=True), strict=True)
+    ]
+    return reference.Head(
+        keys=c.keys[b, h, :n],
+        values=c.values[b, h, :n],
+        positions=positions,
+        queries=c.queries[b, h],
+        query_positions=c.query_positions[b].tolist(),
+        received=received,
+        window=c.window,
+        scaling=c.scaling,
+        layer=c.layer,
+        head=h,
+        seen=int(c.seen[b]),
+        seed=c.seed,
+    )
+
+
+def test_similarity_in_blocks_equals_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = ragged(1, [[30, 22], [9, 30]], 2, 4)
+    whole = POLICIES.create("rkv").score(candidates)
+    monkeypatch.setattr(rkv, "_CPU_BLOCK_ELEMENTS", 500)
+    torch.testing.assert_close(POLICIES.create("rkv").score(candidates), whole)
+
+
+def test_rkv_keeps_the_latest_of_duplicates() -> None:
+    candidates = ragged(2, [[20]], 1, 4)
+    keys = torch.eye(20, 32)[None, None].clone()
+    keys[0, 0, 7] = keys[0, 0, 11] = keys[0, 0, 3]
+    made = Candidates(**{**vars(candidates), "load_keys": lambda: keys})
+    redundancy = rkv._redundancy(made.keys, made.valid, 0.5)[0, 0]
+    # Each row leaves its latest duplicate out: token 3 is counted twice, 7 once, 11 never.
+    assert redundancy[3] > redundancy[7] > redundancy[11] == redundancy[12]
+
+
+def test_random_is_uniform_and_new_at_every_boundary() -> None:
+    first = ragged(3, [[4000 // 2] * 2], 1, 4)
+    scores = POLICIES.create("random").score(first)
+    assert 0.45 < float(scores.mean()) < 0.55 and float(scores.std()) > 0.27
+    later = Candidates(**{**vars(first), "seen": first.seen + 1})
+    again = POLICIES.create("random").score(later)
+    correlation = torch.corrcoef(torch.stack([scores.flatten(), again.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rkv(lam=2)",
+        "rkv(kernel=4)",
+        "snapkv(pooling=sum)",
+        "streaming_llm(sinks=-1)",
+        "lazy_eviction(threshold=0)",
+        "tri_attention(horizon=0)",
+        "value_aware(half_life=0)",
+        "value_aware(metric=norm)",
+    ],
+)
+def test_parameters_are_checked(spec: str) -> None:
+    with pytest.raises(UsageError):
+        POLICIES.create(spec)

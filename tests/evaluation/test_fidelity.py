@@ -1,0 +1,170 @@
+"""Fidelity: exact against token-by-token decoding, zero where nothing is evicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reasonalloc
+from models import prompt, tiny
+from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.completions import complete, complete_all
+from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.texts import Trajectory, load_trajectories
+
+
+def trajectory(prompt_tokens: int, completion: int) -> Trajectory:
+    ids = prompt(prompt_tokens + completion)[0].tolist()
+    return Trajectory(tuple(ids[:prompt_tokens]), tuple(ids[prompt_tokens:]))
+
+
+@torch.no_grad()
+def slow(model: Any, text: Trajectory, config: CompressionConfig) -> list[list[float]]:
+    """Token by token, both caches: [tokens] of KL, agreement and added NLL."""
+    ids = torch.tensor([text.prompt_ids + text.completion_ids])
+    start = len(text.prompt_ids)
+    full = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+    with reasonalloc.attach(
+        model, budget=config.budget, arm=str(config.arm), interval=config.interval
+    ) as attached:
+        cache = attached.new_cache()
+        model(ids[:, :start], past_key_values=cache)
+        rows = []
+        for place in range(start, ids.shape[1] - 1):
+            logits = model(ids[:, place : place + 1], past_key_values=cache).logits[0, -1]
+            ours, true = logits.double().log_softmax(-1), full[place]
+            target = int(ids[0, place + 1])
+            rows.append(
+                [
+                    float((true.exp() * (true - ours)).sum()),
+                    float(true.argmax() == ours.argmax()),
+                    float(true[target] - ours[target]),
+                ]
+            )
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("arm", [Arm("rkv"), Arm("h2o", "pyramid", "reasonalloc")])
+def test_equals_token_by_token(name: str, arm: Arm) -> None:
+    model, text = tiny(name), trajectory(25, 43)
+    config = CompressionConfig(budget=18, arm=arm, interval=8)
+    found = fidelity(model, text, full_logits(model, text), config)
+    kl, agree, added = slow(model, text, config)
+    assert len(found.kl) == 42 and found.compressions >= 3
+    assert found.kl == pytest.approx(kl, rel=2e-3, abs=1e-4)
+    assert found.agree == [bool(a) for a in agree]
+    assert found.added_nll == pytest.approx(added, rel=2e-3, abs=1e-3)
+    assert max(found.kl) > 0.05 and found.kv_bytes < found.full_bytes * 2
+    assert model.config._attn_implementation != "reasonalloc"
+
+
+def test_nothing_evicted_changes_nothing() -> None:
+    model, text = tiny("llama"), trajectory(25, 43)
+    config = CompressionConfig(budget=100, interval=16)
+    found = fidelity(model, text, full_logits(model, text), config)
+    assert max(found.kl) < 1e-5 and all(found.agree) and found.compressions == 0
+
+
+def test_completions_are_generated_with_the_full_cache() -> None:
+    model = tiny("llama")
+    made = complete(model, Trajectory((5, 6, 7), ()), 12)
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)
+    assert made.completion_ids == tuple(expected[0, 3:].tolist())
+    assert complete(model, made, 3) is made
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_completions_in_batches_are_those_of_each_prompt_alone(
+    name: str, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    model.generation_config.repetition_penalty = penalty  # looks at the prompt
+    lengths = (30, 3, 17, 30, 9, 4, 17, 40, 1, 22, 30)
+    texts = [Trajectory(tuple(prompt(n, seed=i)[0].tolist()), ()) for i, n in enumerate(lengths)]
+    texts[4] = Trajectory((5, 6), (7, 8, 9))
+
+    def generated(text: Trajectory) -> tuple[int, ...]:
+        ids = torch.tensor([text.prompt_ids])
+        out = model.generate(ids, max_new_tokens=40, do_sample=False)
+        return text.completion_ids or tuple(out[0, ids.shape[1] :].tolist())
+
+    whole = [generated(text) for text in texts]
+    firsts = {tokens[0] for tokens in whole}
+    model.generation_config.eos_token_id = next(t for t in whole[0] if t not in firsts)
+    alone = [generated(text) for text in texts]
+    sizes: list[int] = []
+    own = model.generate
+
+    def generate(ids: Any, **options: Any) -> Any:
+        sizes.append(len(ids))
+        if len(ids) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert [text.completion_ids for text in complete_all(model, texts, 40)] == alone
+    assert len({len(tokens) for tokens in alone}) > 2  # that of three tokens, and some ended
+    assert sizes == ([8, 4, 4, 2] if penalty == 1 else [1, 1, 1, 2, 1, 3, 1])
+
+
+def test_too_long() -> None:
+    short = tiny("llama", max_position_embeddings=32)
+    with pytest.raises(UsageError, match="has 32 positions: generate 29 or fewer"):
+        complete(short, Trajectory((5, 6, 7), ()), 30)
+    assert len(complete(short, Trajectory((5, 6, 7), ()), 29).completion_ids) == 29
+    model = tiny("llama", max_position_embeddings=32)
+    with pytest.raises(UsageError, match="68 tokens, but the model has 32 positions"):
+        full_logits(model, trajectory(25, 43))
+
+
+class Letters:
+    """A tokenizer: one id per character."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for m in messages for c in m["content"]]}
+
+
+def test_reading(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [
+        {"prompt_ids": [3, 4], "completion_ids": [5, 6]},
+        {"prompt": "a", "completion": "bc"},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    found = load_trajectories(str(path), Letters())
+    assert [(t.prompt_ids, t.completion_ids) for t in found] == [
+        ((3, 4), (5, 6)),
+        ((1, 97), (98, 99)),
+        ((120,), ()),
+    ]
+    assert len({t.key for t in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: Expecting"),
+        ("[]", "must be a JSON object"),
+        ('{"completion": "ab"}', "needs prompt_ids, prompt or messages"),
+        ('{"prompt_ids": [1.5]}', "list of token ids"),
+        ('{"prompt": 3}', "prompt must be text"),
+        ('{"prompt": "a", "completion": "b"}', "at least two tokens"),
+        ("", "holds none"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(line)
+    with pytest.raises(UsageError, match=message):
+        load_trajectories(str(path), Letters())

@@ -1,0 +1,88 @@
+"""What a finished request is said to have kept and lost, against counting token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reasonalloc.config import CompressionConfig
+from reasonalloc.integrations.vllm.accounting import Accounting
+from reasonalloc.integrations.vllm.plan import EnginePlan
+from reasonalloc.integrations.vllm.settings import as_json, find_settings
+from reasonalloc.planning.memory import LayerShape
+
+
+@dataclass(frozen=True)
+class MadePlan(EnginePlan):
+    """Layer totals as given."""
+
+    given: tuple[int, ...] = ()
+
+    @property
+    def totals(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.given
+
+    @property
+    def planned(self) -> None:  # type: ignore[override]
+        return None
+
+
+def make(totals: list[int], heads: int, interval: int, block: int, ranks: int = 1) -> Accounting:
+    config = CompressionConfig(budget=64, interval=interval)
+    shapes = (LayerShape(heads, heads, 16),) * len(totals)
+    return Accounting(MadePlan(config, "made", shapes, None, ranks, tuple(totals)), block, 4)
+
+
+def count(totals: list[int], heads: int, interval: int, prompt: int, tokens: int) -> list[int]:
+    """Kept and evicted entries and boundaries that did something, the slow way."""
+    kept, evicted, boundaries = 0, 0, set()
+    for total in totals:
+        held = 0
+        for seen in range(1, tokens + 1):
+            held += heads
+            if seen >= prompt and (seen - prompt) % interval == 0 and held > total:
+                evicted += held - total
+                held = total
+                boundaries.add(seen)
+        kept += held
+    return [kept, evicted, len(boundaries)]
+
+
+@given(
+    st.lists(st.integers(20, 200), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 150),
+    st.integers(1, 200),
+)
+def test_account(totals: list[int], heads: int, interval: int, prompt: int, new: int) -> None:
+    found = make(totals, heads, interval, 16).account(prompt, new)
+    expected = count(totals, heads, interval, prompt, prompt + new - 1)
+    assert [found.kept, found.evicted, found.compressions] == expected
+
+
+def test_ranks_share_a_layer() -> None:
+    one, two = (make([100, 60], 4, 8, 16, ranks) for ranks in (1, 2))
+    first, second = one.account(50, 30), two.account(50, 30)
+    assert (first.kept, first.evicted) == (second.kept, second.evicted)
+    assert one.block_bytes == two.block_bytes
+    # A rank holds half of every block.
+    assert two.fits(64 * one.block_bytes, 4096) >= 2 * one.fits(64 * one.block_bytes, 4096)
+
+
+def test_bytes_of_a_request() -> None:
+    sizes = make([128, 128], 2, 32, 32)
+    assert sizes.block_bytes == 2 * 2 * 2 * 16 * 32 * 4
+    assert sizes.blocks == 4  # (128 + 2 * 63) // 32 = 7 pages per layer, 14 pages, 4 per block
+    found = sizes.account(40, 200)
+    assert (found.held_bytes, found.full_bytes) == (4 * sizes.block_bytes, 8 * sizes.block_bytes)
+    short = sizes.account(40, 10)
+    assert short.held_bytes == short.full_bytes == 2 * sizes.block_bytes
+    assert sizes.fits(41 * sizes.block_bytes, 4096) == 10
+
+
+def test_settings_survive_json() -> None:
+    config = CompressionConfig(budget=64, interval=32, n_sink=4, seed=3)
+    assert find_settings({"reasonalloc": as_json(config)}) == config

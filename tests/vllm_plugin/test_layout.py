@@ -1,0 +1,146 @@
+"""The numbers that vLLM's scheduler and workers derive alike, and settings; without vLLM."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reasonalloc.errors import UsageError
+from reasonalloc.integrations.vllm.checks import check_prompt, check_version
+from reasonalloc.integrations.vllm.layout import Layout, make_layouts
+from reasonalloc.integrations.vllm.settings import VARIABLE, find_settings
+from reasonalloc.planning.budget import compression_points
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Layout, ...]:
+    heads = draw(st.integers(1, 4))
+    layers = draw(st.integers(1, 5))
+    total = st.integers(heads * 4, heads * 60)
+    ranks = draw(
+        st.lists(st.lists(total, min_size=layers, max_size=layers), min_size=1, max_size=3)
+    )
+    interval = draw(st.integers(1, 40))
+    return make_layouts(ranks, heads, interval, draw(st.sampled_from([1, 2, 16, 32])))
+
+
+@given(layouts(), st.integers(1, 300), st.integers(0, 400))
+def test_events_are_those_of_the_other_engine(
+    ranks: tuple[Layout, ...], prompt: int, steps: int
+) -> None:
+    points: set[int] = set()
+    for layout in ranks:
+        reserve = layout.reserve
+        for layer, total in enumerate(layout.totals):
+            expected = compression_points(total, layout.kv_heads, reserve.interval, prompt, steps)
+            boundaries = range(prompt, prompt + steps + 1, reserve.interval)
+            assert [n for n in boundaries if layout.is_due(layer, n)] == expected
+            if expected:
+                assert layout.first_due(layer, prompt) == expected[0]
+            points.update(expected)
+    reserve = ranks[0].reserve
+    assert reserve.compressions(prompt, prompt + steps) == len(points)
+    if points:
+        assert reserve.first_event(prompt) == min(points)
+
+
+@given(layouts(), st.data())
+def test_pages_hold_any_division_among_heads(
+    ranks: tuple[Layout, ...], data: st.DataObject
+) -> None:
+    for layout in ranks:
+        size, reserve = layout.reserve.block_size, layout.reserve
+        used = 0
+        for layer, total in enumerate(layout.totals):
+            cuts = sorted(
+                data.draw(
+                    st.lists(
+                        st.integers(0, total),
+                        min_size=layout.kv_heads - 1,
+                        max_size=layout.kv_heads - 1,
+                    )
+                )
+            )
+            shares = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+            need = sum(-(-(share + reserve.interval) // size) for share in shares)
+            assert need <= layout.pages[layer]
+            assert layout.offsets[layer] == used
+            used += layout.pages[layer]
+        assert used <= reserve.blocks * len(layout.totals) * layout.kv_heads
+
+
+@given(layouts(), st.integers(1, 300))
+def test_a_layer_that_still_fills_up_fits_its_pages(ranks: tuple[Layout, ...], prompt: int) -> None:
+    for layout in ranks:
+        size = layout.reserve.block_size
+        first = layout.reserve.first_event(prompt)
+        for layer in range(len(layout.totals)):
+            if not layout.is_due(layer, first):
+                until = layout.first_due(layer, prompt)
+                assert layout.kv_heads * -(-until // size) <= layout.pages[layer]
+
+
+@given(layouts(), st.integers(1, 300), st.integers(0, 500))
+def test_the_peak_is_the_most_that_any_step_needs(
+    ranks: tuple[Layout, ...], prompt: int, more: int
+) -> None:
+    reserve = ranks[0].reserve
+    need = [reserve.needed(prompt, n) for n in range(1, prompt + more + 1)]
+    assert reserve.peak(prompt, prompt + more) == max(need)
+    first = reserve.first_event(prompt)
+    rising = need[: min(first, len(need))]
+    assert rising == sorted(rising)
+    assert all(n == reserve.blocks for n in need[first:])
+
+
+def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert find_settings({}) is None
+    assert find_settings({"reasonalloc": {"budget": 64, "arm": "full"}}) is None
+    found = find_settings({"reasonalloc": {"budget": 64, "arm": "snapkv", "interval": 16}})
+    assert found is not None
+    assert (found.budget, str(found.arm), found.interval) == (64, "snapkv/uniform/uniform", 16)
+    monkeypatch.setenv(VARIABLE, json.dumps({"budget": 32, "heads": "adakv"}))
+    found = find_settings({})
+    assert found is not None
+    assert (found.budget, str(found.arm)) == (32, "rkv/uniform/adakv")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"arm": "rkv"}, "budget is missing"),
+        ({"budget": 64, "intervall": 8}, "interval"),
+        ({"budget": 64, "arm": "rkv", "heads": "adakv"}, "both given"),
+        ({"budget": 64, "arm": "rkvv"}, "rkv"),
+        ({"budget": "64"}, "budget='64'"),
+        ([64], "must be an object"),
+    ],
+)
+def test_wrong_settings_are_refused(given: object, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        find_settings({"reasonalloc": given})
+
+
+def test_a_variable_that_is_no_json_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "budget=64")
+    with pytest.raises(UsageError, match="no JSON"):
+        find_settings({})
+
+
+def test_only_tested_versions_run() -> None:
+    check_version("0.32.0")
+    for version in ("0.31.2", "0.33.0", "1.0", "dev"):
+        with pytest.raises(Exception, match="was not tested"):
+            check_version(version)
+
+
+def test_a_prompt_beyond_the_pool_is_named() -> None:
+    reserve = make_layouts([[64, 64]], 1, 32, 16)[0].reserve
+    assert check_prompt(160, reserve, 10) is None
+    problem = check_prompt(161, reserve, 10)
+    assert problem is not None
+    assert "shorten it to 160 tokens" in problem

@@ -1,0 +1,250 @@
+"""Compression in a shared pool of pages against each request alone in slabs; without vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+import made_costs
+from examples import examples
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.attention import choose_backend
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.core.compressor import LayerCompressor
+from reasonalloc.core.recorder import Recorder
+from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
+from reasonalloc.integrations.vllm.kernels import Pages
+from reasonalloc.integrations.vllm.plan import EnginePlan
+from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
+from reasonalloc.planning.shapes import layer_shapes
+
+LAYERS, HEADS, GROUP, WIDTH, BLOCKS, WINDOW = 3, 2, 2, 8, 220, 4
+MODEL = LlamaConfig(
+    hidden_size=HEADS * GROUP * WIDTH,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS * GROUP,
+    num_key_value_heads=HEADS,
+)
+ARMS = [
+    "streaming_llm/uniform/uniform",
+    "rkv/uniform/reasonalloc",
+    "snapkv/pyramid/adakv",
+    "random/pyramid/uniform",
+    "knorm/uniform/adakv",
+    "tova/pyramid/reasonalloc",
+]
+
+
+@dataclass
+class Request:
+    """A request with random queries, keys and values; alone in slabs, and in the pool."""
+
+    name: str
+    prompt: int
+    arrives: int
+    steps: int
+    blocks: list[int] = field(default_factory=list)
+    tokens: int = 0
+    tracked: Tracked | None = None
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(hash((self.prompt, self.arrives)) % 1000)
+        total = self.prompt + self.steps
+        self.query = torch.randn(LAYERS, HEADS * GROUP, total, WIDTH, generator=generator)
+        self.keys = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
+        self.values = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
+
+    def alone(self, plan: EnginePlan) -> list[LayerCompressor]:
+        planned = plan.planned or [None] * LAYERS
+        return [
+            LayerCompressor(
+                layer,
+                plan.totals[layer],
+                plan.config,
+                plan.policy,
+                HEAD_ALLOCATORS.create(plan.config.arm.heads),
+                choose_backend("eager"),
+                Recorder("off"),
+                planned[layer],
+            )
+            for layer in range(LAYERS)
+        ]
+
+
+def make_plan(arm: str, budget: int, interval: int, **more: object) -> EnginePlan:
+    parsed = parse_arm(arm)
+    assert parsed is not None
+    config = CompressionConfig(budget, parsed, interval=interval, window=WINDOW, **more)  # type: ignore[arg-type]
+    return EnginePlan(config, "tiny", layer_shapes(MODEL, "tiny"), MODEL, 1)
+
+
+class Pool:
+    """A scheduler, a worker and their memory, as small as can be."""
+
+    def __init__(self, plan: EnginePlan, block_size: int, seed: int) -> None:
+        self.plan = plan
+        self.layout = plan.layouts(block_size)[0]
+        self.runs = Runs(self.layout, torch.device("cpu"))
+        raw = torch.full((LAYERS * BLOCKS * HEADS, 2, block_size, WIDTH), 7.0)
+        self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], BLOCKS, HEADS, block_size))
+        self.queries = QueryRows(LAYERS, WINDOW)
+        self.compressor = PoolCompressor(plan, 0, self.runs, self.queries, WIDTH**-0.5, None)
+        self.free = list(range(1, BLOCKS))
+        random.Random(seed).shuffle(self.free)
+
+    def step(self, requests: list[Request], new: list[int]) -> None:
+        reserve = self.layout.reserve
+        for request, more in zip(requests, new, strict=True):
+            keep = reserve.blocks
+            if request.tokens >= reserve.first_event(request.prompt):
+                self.free += request.blocks[keep:]
+                del request.blocks[keep:]
+            after = request.tokens + more
+            while len(request.blocks) < reserve.needed(request.prompt, after):
+                request.blocks.append(self.free.pop())
+        width = max(len(request.blocks) for request in requests)
+        blocks = torch.tensor(
+            [r.blocks + [0] * (width - len(r.blocks)) for r in requests], dtype=torch.int32
+        )
+        due = []
+        for row, (request, more) in enumerate(zip(requests, new, strict=True)):
+            start = request.prompt if request.tokens == 0 else None
+            request.tracked = tracked = self.runs.track(request.name, start)
+            span = torch.arange(request.tokens, request.tokens + more)
+            for layer in range(LAYERS):
+                self._store(layer, request, tracked, span, blocks[row : row + 1])
+            request.tokens += more
+            over = request.tokens - request.prompt
+            if over >= 0 and over % reserve.interval == 0:
+                due.append(Due(tracked, row, request.tokens))
+        self.compressor.run(due, blocks)
+
+    def _store(
+        self,
+        layer: int,
+        request: Request,
+        tracked: Tracked,
+        span: torch.Tensor,
+        blocks: torch.Tensor,
+    ) -> None:
+        slot = torch.tensor([tracked.slot])
+        index = self.runs.shift[layer, slot][..., None] + span
+        to = self.runs.place(
+            self.runs.first[layer, slot][..., None],
+            self.runs.stride[slot][:, None, None],
+            index,
+            blocks,
+        )[0]
+        self.runs.pages.write(to, request.keys[layer][:, span], request.values[layer][:, span])
+        row = self.queries.lend(tracked)
+        last = span[-WINDOW:]
+        rows = torch.full_like(last, row)
+        self.queries.note(layer, request.query[layer].transpose(0, 1), last, rows, last % WINDOW)
+
+    def held(self, layer: int, request: Request) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of every head's run, in order, read by way of the tables."""
+        assert request.tracked is not None
+        slot = torch.tensor([request.tracked.slot])
+        lengths = self.runs.lengths(slot, torch.tensor([request.tokens], dtype=torch.int32))
+        size = self.layout.reserve.block_size
+        blocks = torch.tensor([request.blocks], dtype=torch.int32)
+        pages = -(-int(lengths.max()) // size)
+        table = self.runs.table(slot, blocks, pages)[layer, 0]
+        found = []
+        for head in range(HEADS):
+            index = torch.arange(int(lengths[layer, 0, head]))
+            slots = table[head][index // size].long() * size + index % size
+            found.append(self.runs.pages.read(slots))
+        return found
+
+
+def same(pool: Pool, request: Request, alone: list[LayerCompressor]) -> None:
+    for layer, compressor in enumerate(alone):
+        slab = compressor.slab
+        assert slab is not None
+        rows = slab.as_rows()
+        for head, (keys, values) in enumerate(pool.held(layer, request)):
+            length = int(rows.lengths[0, head])
+            index = rows.index[0, head, :length]
+            assert torch.equal(keys, slab.keys[0, index])
+            assert torch.equal(values, slab.values[0, index])
+
+
+def drive(plan: EnginePlan, block_size: int, requests: list[Request], seed: int) -> None:
+    pool = Pool(plan, block_size, seed)
+    alone = {request.name: request.alone(plan) for request in requests}
+    for now in range(max(r.arrives + r.steps for r in requests) + 1):
+        active = [r for r in requests if r.arrives <= now <= r.arrives + r.steps]
+        if not active:
+            continue
+        new = [r.prompt if r.tokens == 0 else 1 for r in active]
+        before = [r.tokens for r in active]
+        pool.step(active, new)
+        for request, first, more in zip(active, before, new, strict=True):
+            span = slice(first, first + more)
+            for layer, compressor in enumerate(alone[request.name]):
+                compressor.forward(
+                    request.query[layer][None, :, span],
+                    request.keys[layer][None, :, span],
+                    request.values[layer][None, :, span],
+                    None,
+                    WIDTH**-0.5,
+                )
+            # Right before and right after a compression, and at the end.
+            since = (request.tokens - request.prompt) % plan.config.interval
+            if since in (0, plan.config.interval - 1) or now == request.arrives + request.steps:
+                same(pool, request, alone[request.name])
+        done = {r.name for r in active if now == r.arrives + r.steps}
+        for request in [r for r in active if r.name in done]:
+            pool.free += request.blocks
+            request.blocks = []
+        pool.queries.give_back(
+            pool.runs.forget_others({r.name for r in requests if r.name not in done})
+        )
+    assert sorted(pool.free) == list(range(1, BLOCKS))
+
+
+@given(
+    st.sampled_from(ARMS),
+    st.integers(12, 24),
+    st.integers(4, 12),
+    st.sampled_from([1, 4, 8]),
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(0, 10), st.integers(0, 50)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 3),
+    st.integers(0, 100),
+)
+@examples(15, suppress_health_check=[HealthCheck.too_slow])
+def test_the_pool_keeps_what_slabs_keep(
+    arm: str,
+    budget: int,
+    interval: int,
+    block_size: int,
+    shapes: list[tuple[int, int, int]],
+    n_sink: int,
+    seed: int,
+) -> None:
+    plan = make_plan(arm, budget, interval, n_sink=n_sink, seed=seed)
+    requests = [Request(str(i), *shape) for i, shape in enumerate(shapes)]
+    drive(plan, block_size, requests, seed)
+
+
+def test_budgets_planned_per_head(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    costs = made_costs.make(LAYERS, HEADS, fingerprint=config_hash(MODEL.to_dict()))
+    dataclasses.replace(costs, policy="rkv").save(path)
+    plan = make_plan("calibrated/cost/planned", 20, 8, profile=str(path))
+    assert plan.planned is not None
+    assert len({tuple(heads) for heads in plan.planned}) > 1
+    drive(plan, 4, [Request("a", 50, 0, 40), Request("b", 9, 3, 60)], 0)
