@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 import made_costs
 from reasonalloc.boxed.model import build_config, build_model, save_checkpoint
-from reasonalloc.calibrated.demand import Profile, config_hash
+from reasonalloc.calibrated.demand import DemandProfile, config_hash
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.tasks.chain import problems
@@ -21,7 +21,9 @@ def save_tiny(path: Path) -> Path:
     """Write the model (2 layers, 4 KV heads), its tokenizer and its profiles."""
     save_checkpoint(build_model(build_config(hidden=32, layers=2, head_dim=8, inner=32), 0), path)
     found = config_hash(AutoConfig.from_pretrained(path).to_dict())
-    profile = Profile("tiny", found, 0.93, 8, ["x"], [30.0, 10.0], [40.0, 12.0], [[30.0, 10.0]])
+    profile = DemandProfile(
+        "tiny", found, 0.93, 8, ["x"], [30.0, 10.0], [40.0, 12.0], [[30.0, 10.0]]
+    )
     profile.save(path / "profile.json")
     made_costs.make(2, 4, fingerprint=found).save(path / "costs.json")
     return path

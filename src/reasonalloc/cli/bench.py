@@ -133,10 +133,10 @@ def _contenders(
 ) -> list[Contender]:
     from reasonalloc.benchmark.decode import STATIC, Contender
     from reasonalloc.cli.eval_files import as_settings, choose_files
-    from reasonalloc.config import parse_arm
+    from reasonalloc.config import parse_arm, split_arms
     from reasonalloc.evaluation.batch import Job, Settings
 
-    names = list(dict.fromkeys(o.split_arms(arms)))
+    names = list(dict.fromkeys(split_arms(arms)))
     compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
     for name in compressing:
         o.check_names(cast("Arm", parse_arm(name)))

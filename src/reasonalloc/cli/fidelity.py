@@ -108,7 +108,7 @@ def _jobs(
 
 def _digest(config: CompressionConfig) -> str | None:
     """Fingerprint of the files that an arm reads: another content is another arm."""
-    from reasonalloc.planning.budget import files_read
+    from reasonalloc.planning.files import files_read
 
     return o.files_digest(files_read(config))
 

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.cli.profile_tables import (
@@ -124,7 +124,7 @@ def compare(first: First, second: Second, budget: Measured = None, as_json: o.Js
         lines = [curves.layer_costs(one, at), curves.layer_costs(two, at)]
         if (one.layers, one.kv_heads) == (two.layers, two.kv_heads):
             heads = curves.rank_correlation(curves.head_costs(one, at), curves.head_costs(two, at))
-    elif isinstance(one, Profile) and isinstance(two, Profile):
+    elif isinstance(one, DemandProfile) and isinstance(two, DemandProfile):
         _no_budget(budget)
         lines = [one.demand_mean, two.demand_mean]
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 
 if TYPE_CHECKING:
     from reasonalloc.report.curves import Held
@@ -56,7 +56,7 @@ def joint_table(profiles: Sequence[CostProfile]) -> tuple[Columns, Rows]:
     return columns, rows
 
 
-def divided(file: str, profile: Profile, budget: int) -> list[int]:
+def divided(file: str, profile: DemandProfile, budget: int) -> list[int]:
     """[layers] tokens per head that the allocator ``profile`` gives at a mean budget."""
     from reasonalloc.allocators.layer import LayerQuery
     from reasonalloc.allocators.layer.profile import FromProfile
@@ -74,7 +74,7 @@ def divided(file: str, profile: Profile, budget: int) -> list[int]:
     return FromProfile(str(Path(file).expanduser())).allocate(query)
 
 
-def demand_table(profile: Profile, budgets: dict[int, list[int]]) -> tuple[Columns, Rows]:
+def demand_table(profile: DemandProfile, budgets: dict[int, list[int]]) -> tuple[Columns, Rows]:
     """A row per layer: demand, its range over prompts, and what it gets of each budget."""
     columns: Columns = [("layer", True), ("mean over heads", True), ("largest head", True)]
     columns += [("prompts", True), *((f"budget {size}", True) for size in budgets)]

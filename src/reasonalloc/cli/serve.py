@@ -167,12 +167,12 @@ def _sizes(
 ) -> tuple[Accounting, int]:
     """What a sequence takes, and the most tokens of one; refuses what cannot work."""
     from reasonalloc.integrations.vllm.accounting import Accounting
+    from reasonalloc.integrations.vllm.budget import make_budget
     from reasonalloc.integrations.vllm.checks import default_block_size
-    from reasonalloc.integrations.vllm.plan import make_plan
     from reasonalloc.planning.shapes import text_config
 
     text = text_config(model_config)
-    plan = make_plan(settings, name, text, ranks)
+    plan = make_budget(settings, name, text, ranks)
     last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
     size = default_block_size() if block_size is None else block_size
     return Accounting(plan, size, itemsize), last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -109,3 +109,33 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
         )
     parts = (prompts[:half], prompts[half:])
     return [tokens for part in parts for tokens in _generate(model, part, new_tokens)]
+
+
+def complete_missing(
+    model: Any,
+    texts: list[Trajectory],
+    generate: int | None,
+    name: str,
+    tell: Callable[[str], None],
+) -> list[Trajectory]:
+    """Return texts whose missing completions were generated with the full cache.
+
+    Args:
+        model: not attached to anything.
+        texts: with completions or without.
+        generate: tokens to generate, or None.
+        name: what messages call the texts.
+        tell: is told if there is nothing to generate.
+
+    Raises:
+        UsageError: completions are missing and are not to be generated.
+    """
+    missing = any(not text.completion_ids for text in texts)
+    if generate is None:
+        if missing:
+            raise UsageError(f"{name} has prompts without a completion: give --generate N")
+        return texts
+    if not missing:
+        tell(f"--generate {generate} has no effect: all texts of {name} are complete")
+        return texts
+    return complete_all(model, texts, generate)

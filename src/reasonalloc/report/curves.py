@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reasonalloc.calibrated.costs import CostProfile, load_costs
-from reasonalloc.calibrated.demand import Profile, load_profile
+from reasonalloc.calibrated.demand import DemandProfile, load_profile
 from reasonalloc.errors import UsageError
 
-AnyProfile = Profile | CostProfile
+AnyProfile = DemandProfile | CostProfile
 
 #: Median rank correlations from which a curve is called a property of the architecture, or mostly
 #: one. Texts of one model cannot tell its architecture from its weights.
@@ -141,7 +141,7 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 def by_text(profile: AnyProfile, budget: int) -> list[Held]:
     """Each text against the mean of the others; ``budget`` matters to cost profiles alone."""
-    if isinstance(profile, Profile):
+    if isinstance(profile, DemandProfile):
         names = [digest[:12] for digest in profile.prompt_hashes]
     else:
         kinds = profile.kinds
@@ -154,7 +154,7 @@ def by_text(profile: AnyProfile, budget: int) -> list[Held]:
 
 def by_kind(profile: AnyProfile, budget: int) -> list[Held]:
     """Each kind of text against all others; none if there are not at least two kinds."""
-    if isinstance(profile, Profile) or len(set(profile.kinds)) < 2:
+    if isinstance(profile, DemandProfile) or len(set(profile.kinds)) < 2:
         return []
     found = []
     for kind in dict.fromkeys(profile.kinds):
@@ -164,7 +164,7 @@ def by_kind(profile: AnyProfile, budget: int) -> list[Held]:
 
 
 def _held(profile: AnyProfile, name: str, out: list[int], budget: int) -> Held:
-    if isinstance(profile, Profile):
+    if isinstance(profile, DemandProfile):
         rest = [curve for index, curve in enumerate(profile.curves) if index not in out]
         pair = [mean_curve([profile.curves[i] for i in out]), mean_curve(rest)]
         return Held(name, distance(*pair), rank_correlation(*pair), None)
