@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.whole import whole_number
@@ -15,11 +15,34 @@ Step = Literal["eager", "static", "graph", "compile"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One method: which tokens (``policy``), how many per layer, how many per KV head."""
+    """One method: which tokens (``policy``), how many per layer, how many per KV head.
+
+    Each is a name, ``"name(key=value)"``, or an object or a class of a ``Policy``, a
+    ``LayerAllocator`` and a ``HeadAllocator``, which becomes such a text.
+
+    Raises:
+        UsageError: another thing than these, or a class whose name is taken.
+    """
 
     policy: str = "rkv"
     layers: str = "uniform"
     heads: str = "uniform"
+
+    if TYPE_CHECKING:  # what it takes is more than what it holds
+
+        def __init__(self, policy: Any = "rkv", layers: Any = "uniform", heads: Any = "uniform"):
+            """Take names, objects or classes."""
+
+    def __post_init__(self) -> None:
+        if all(isinstance(part, str) for part in (self.policy, self.layers, self.heads)):
+            return
+        from reasonalloc.allocators.head import HEAD_ALLOCATORS
+        from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+        from reasonalloc.policies import POLICIES
+
+        object.__setattr__(self, "policy", POLICIES.specification(self.policy))
+        object.__setattr__(self, "layers", LAYER_ALLOCATORS.specification(self.layers))
+        object.__setattr__(self, "heads", HEAD_ALLOCATORS.specification(self.heads))
 
     def __str__(self) -> str:
         return f"{self.policy}/{self.layers}/{self.heads}"
@@ -79,19 +102,21 @@ def parse_arm(text: str) -> Arm | None:
     return Arm(*(p.strip() for p in parts))
 
 
-def choose_arm(arm: str | None, policy: str | None, layers: str | None, heads: str | None) -> Arm:
+def choose_arm(
+    arm: str | Arm | None, policy: Any = None, layers: Any = None, heads: Any = None
+) -> Arm:
     """Return the arm that is given whole or in parts; parts that are None have their defaults.
 
     Raises:
-        UsageError: both are given, or the full cache.
+        UsageError: both are given, the full cache, or parts that are of no use.
     """
+    parts = {"policy": policy, "layers": layers, "heads": heads}
+    given = {name: value for name, value in parts.items() if value is not None}
     if arm is None:
-        parts = {"policy": policy, "layers": layers, "heads": heads}
-        return Arm(**{name: value for name, value in parts.items() if value is not None})
-    for name, value in (("policy", policy), ("layers", layers), ("heads", heads)):
-        if value is not None:
-            raise UsageError(f"arm={arm!r} and {name}={value!r}: give one of the two")
-    parsed = parse_arm(arm)
+        return Arm(**given)
+    for name, value in given.items():
+        raise UsageError(f"arm={arm!r} and {name}={value!r}: give one of the two")
+    parsed = arm if isinstance(arm, Arm) else parse_arm(arm)
     if parsed is None:
         raise UsageError("arm='full' means no compression: do not attach anything")
     return parsed

@@ -11,12 +11,13 @@ import torch
 
 from reasonalloc.calibrated import ReadsCalibrated
 from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning.budget import BudgetPlan, compression_points
+from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies import POLICIES, Policy

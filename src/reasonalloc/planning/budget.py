@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.allocators.layer import LayerQuery
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
+from reasonalloc.allocators.layer import LayerAllocator, LayerQuery
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import CompressionConfig, choose_arm
+from reasonalloc.config import Arm, CompressionConfig, choose_arm
 from reasonalloc.errors import UsageError
 from reasonalloc.planning.files import (
     check_profile,
@@ -247,10 +247,10 @@ def plan(
     budget: int,
     batch: int = 1,
     tokens: int = TOKENS,
-    arm: str | None = None,
-    policy: str | None = None,
-    layers: str | None = None,
-    heads: str | None = None,
+    arm: str | Arm | None = None,
+    policy: str | Policy | type[Policy] | None = None,
+    layers: str | LayerAllocator | type[LayerAllocator] | None = None,
+    heads: str | HeadAllocator | type[HeadAllocator] | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     **settings: Any,
@@ -262,8 +262,10 @@ def plan(
             which only the configuration is read.
         budget: mean retained tokens per (layer, KV head) right after a compression.
         batch, tokens: sequences, and tokens of each, to compare the caches at.
-        arm: a preset (``reasonalloc ls``) or ``policy/layers/heads``; instead of the next three.
-        policy, layers, heads: which tokens stay, how many per layer, how many per KV head.
+        arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
+            next three.
+        policy, layers, heads: which tokens stay, how many per layer, how many per KV head: names,
+            ``"name(key=value)"``, objects or classes, also your own.
         dtype: of the cache: a torch dtype, ``float32``, ``bfloat16``, ``float16``, or ``auto``: the
             model's own.
         trust_remote_code: run code that comes with the model to read its configuration.
@@ -314,29 +316,3 @@ def plan_config(
         tokens=tokens,
         dtype=resolve_dtype(dtype, getattr(model, "config", model)),
     )
-
-
-def compression_points(
-    total: int, kv_heads: int, interval: int, prompt: int, steps: int
-) -> list[int]:
-    """When a layer is compressed while one sequence is prefilled and then decoded alone.
-
-    In a batch the same events happen to a sequence, besides some that leave it as it is.
-
-    Args:
-        total: tokens that the layer keeps after a compression, all KV heads together.
-        kv_heads: KV heads of the layer.
-        interval: decode steps between two boundaries.
-        prompt: tokens of the prompt.
-        steps: decode steps after it; the last generated token is not among them.
-
-    Returns:
-        Tokens of the sequence at each compression, rising.
-    """
-    points, held = [], 0
-    for seen in range(prompt, prompt + steps + 1, interval):
-        held += kv_heads * (prompt if seen == prompt else interval)
-        if held > total:
-            points.append(seen)
-            held = total
-    return points

@@ -14,7 +14,7 @@ from transformers import DynamicCache, TextStreamer, set_seed
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import CompressionNeverHappened
-from reasonalloc.integrations.hf.attach import Attachment, attach_config
+from reasonalloc.integrations.hf.attachment import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache

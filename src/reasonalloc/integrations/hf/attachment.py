@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
+from reasonalloc.allocators.layer import LayerAllocator
 from reasonalloc.attention import choose_backend
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import CompressionConfig, RecordLevel, Step, choose_arm
+from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, choose_arm
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import (
@@ -44,6 +45,7 @@ from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
 from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import model_name, text_config
+from reasonalloc.policies import Policy
 
 _HANDLE = "_reasonalloc"
 
@@ -327,10 +329,10 @@ def attach(
     model: Any,
     *,
     budget: int,
-    arm: str | None = None,
-    policy: str | None = None,
-    layers: str | None = None,
-    heads: str | None = None,
+    arm: str | Arm | None = None,
+    policy: str | Policy | type[Policy] | None = None,
+    layers: str | LayerAllocator | type[LayerAllocator] | None = None,
+    heads: str | HeadAllocator | type[HeadAllocator] | None = None,
     interval: int = 128,
     window: int = 8,
     n_sink: int = 0,
@@ -347,10 +349,12 @@ def attach(
         model: a decoder-only model from ``AutoModelForCausalLM``, or a PEFT model around one (the
             budget then belongs to the model inside).
         budget: mean retained tokens per (layer, KV head) right after a compression.
-        arm: a preset (``reasonalloc ls``) or ``policy/layers/heads``; instead of the next three.
-        policy: which tokens stay (default ``rkv``).
-        layers: how many per layer (default ``uniform``).
-        heads: how many per KV head (default ``uniform``).
+        arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
+            next three.
+        policy: which tokens stay (default ``rkv``): a name, ``"name(key=value)"``, an object or a
+            class, also one of your own.
+        layers: how many per layer (default ``uniform``), likewise.
+        heads: how many per KV head (default ``uniform``), likewise.
         interval, window, n_sink, protect_prompt, seed, profile, attention, step, record: see
             ``CompressionConfig``.
 
