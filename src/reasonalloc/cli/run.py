@@ -105,7 +105,7 @@ def command(
         )
     if not as_json and not sys.stdout.isatty() and not result.text.endswith("\n"):
         print(flush=True)
-    report = _report(result, model.name, str(config.arm) if config else "full")
+    report = {"model": model.name, **result.report()}
     if as_json:
         output.print_json(report)
     else:
@@ -125,36 +125,6 @@ def _load(model: o.ModelChoice, config: CompressionConfig | None) -> tuple[Any, 
     else:
         plan_config(model_config, config, name=model.name)
     return model.load(model_config)
-
-
-def _report(result: Progress, model: str, arm: str) -> dict[str, Any]:
-    config = result.config
-    return {
-        "model": model,
-        "arm": arm,
-        "budget": config.budget if config else None,
-        "interval": config.interval if config else None,
-        "window": config.window if config else None,
-        "text": result.text,
-        "tokens": result.tokens,
-        "stopped": result.stopped,
-        "prompt_tokens": result.prompt_tokens,
-        "generated_tokens": len(result.tokens),
-        "prefill_seconds": round(result.prefill_seconds, 4),
-        "decode_seconds": round(result.decode_seconds, 4),
-        "tokens_per_second": round(result.speed, 2),
-        "cached_tokens": result.cached_tokens,
-        "kv_bytes": {
-            "now": result.kv_bytes,
-            "planned": result.planned_bytes,
-            "full": result.full_bytes,
-            "saved": result.full_bytes - result.kv_bytes,
-        },
-        "bookkeeping_bytes": result.bookkeeping_bytes,
-        "layers": result.layers,
-        "layer_compressions": result.layer_compressions,
-        "compressed": result.layer_compressions > 0,
-    }
 
 
 def _summary(result: Progress, report: dict[str, Any]) -> None:
