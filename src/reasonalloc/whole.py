@@ -10,7 +10,7 @@ from reasonalloc.errors import UsageError
 
 
 def whole_number(name: str, value: Any, least: int | None = None, unit: str = "") -> int:
-    """A value as a plain ``int``: Python's, numpy's, or a tensor of one whole number; no bool.
+    """Return a value as a plain ``int``: Python's, numpy's, or a tensor of one number; no bool.
 
     Args:
         name: of the argument, for messages.
@@ -35,7 +35,7 @@ def whole_number(name: str, value: Any, least: int | None = None, unit: str = ""
 
 
 def whole_numbers(name: str, values: Iterable[Any], least: int | None = None) -> list[int]:
-    """Several of them, as plain ints.
+    """Return several values as plain ints.
 
     Raises:
         UsageError: as ``whole_number``, or no sequence.

@@ -98,7 +98,7 @@ class CostProfile(Shown):
         return cost_notes(self, spaced(self.budgets))
 
     def curves(self, texts: list[int] | None = None) -> list[list[list[float]]]:
-        """[layers][kv_heads][points] nats per token, mean over texts weighted by their tokens.
+        """Return [layers][kv_heads][points] nats per token, a mean over the texts' tokens.
 
         Args:
             texts: indices of the texts to use; None for all.
@@ -110,7 +110,7 @@ class CostProfile(Shown):
         ]
 
     def layer_curves(self, texts: list[int] | None = None) -> list[list[float]]:
-        """[layers][points], as ``curves``, of whole layers.
+        """Return [layers][points], as ``curves``, of whole layers.
 
         Raises:
             UsageError: the file has none.
@@ -126,7 +126,7 @@ class CostProfile(Shown):
         ]
 
     def _mean(self, curves: list[list[float]], texts: list[int] | None) -> list[float]:
-        """[points] from [texts][points]."""
+        """Return [points] from [texts][points]."""
         used = range(len(self.tokens)) if texts is None else texts
         total = sum(self.tokens[t] for t in used)
         return [
@@ -222,7 +222,7 @@ def _list(name: str, values: Any, length: int | None, kind: type) -> int:
 
 
 def _check_costs(costs: Any, texts: int, points: int) -> int:
-    """The number of layers, if all is well."""
+    """Return the number of layers, if all is well."""
     if not isinstance(costs, list) or len(costs) != texts:
         raise UsageError("costs must hold an entry per text")
     shape: tuple[int, int] | None = None

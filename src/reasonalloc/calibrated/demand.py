@@ -40,7 +40,7 @@ _ARCHITECTURE = (
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Fingerprint of a model's architecture (from ``config.to_dict()``): 16 hex digits."""
+    """Return the fingerprint of an architecture (of ``config.to_dict()``): 16 hex digits."""
     kept = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -197,7 +197,7 @@ def _validated(header: Any, tensors: dict[str, Tensor]) -> Statistics:
 
 
 def _counts(values: Any, least: int) -> bool:
-    """A non-empty, strictly rising list of whole numbers, the first at least ``least``."""
+    """Return whether values are a strictly rising list of whole numbers, at least ``least``."""
     if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
         return False
     return values[0] >= least and all(a < b for a, b in itertools.pairwise(values))
@@ -226,7 +226,7 @@ def _queries(
 def _tensor(
     tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], positive: bool = True
 ) -> Tensor:
-    """A finite tensor of this shape (-1: any size), not negative if ``positive``."""
+    """Return a finite tensor of this shape (-1: any size), not negative if ``positive``."""
     if name not in tensors:
         raise UsageError(f"missing {name}")
     tensor = tensors[name]

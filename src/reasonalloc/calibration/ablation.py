@@ -136,7 +136,7 @@ def estimate(
     window: int = CompressionConfig.window,
     stride: int = CalibrationConfig.stride,
 ) -> Estimate:
-    """What ``ablation`` will take, from two timed passes over the first text.
+    """Return what ``ablation`` will take, from two timed passes over the first text.
 
     Arguments and errors are those of ``ablation``.
     """
@@ -179,7 +179,7 @@ def _costs(
     layer: int,
     rows: Sequence[Tensor | None],
 ) -> list[list[float]]:
-    """Mean KL of one layer, [kv_heads + 1][budgets]: of each head, then of all of them.
+    """Return the mean KL of one layer, [kv_heads + 1][budgets]: of each head, then of all of them.
 
     Several ablations run as one batch.
     """
@@ -203,14 +203,14 @@ def _costs(
 
 
 def _kl(full: Tensor, logits: Tensor) -> float:
-    """Mean KL per position; full: [m, vocabulary] log-probabilities, logits: [m, vocabulary]."""
+    """Return the mean KL per position; both [m, vocabulary], ``full`` log-probabilities."""
     ours = logits.float().log_softmax(-1)
     each = F.kl_div(ours, full, reduction="none", log_target=True).sum(-1)
     return float(each.clamp_min(0).double().mean())
 
 
 def _row_bytes(model: Any, text: _Text) -> int:
-    """Memory of one ablation in a batch: a layer's activations, and logits in three forms."""
+    """Return the bytes of one ablation: a layer's activations, and logits in three forms."""
     config = text_config(model)
     width = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 0)
     numbers: int = text.ids.shape[1] * width

@@ -193,7 +193,7 @@ def evicts(text: Trajectory, budget: int, interval: int) -> bool:
 
 
 def now(model: Any) -> float:
-    """Seconds on a clock, read once the model's device has finished its work."""
+    """Return seconds on a clock, read once the model's device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

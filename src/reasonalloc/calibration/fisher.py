@@ -164,7 +164,7 @@ def estimate(
     window: int = CompressionConfig.window,
     samples: int = CalibrationConfig.samples,
 ) -> Estimate:
-    """What ``fisher`` will take, from a forward and a backward pass and a layer of the first text.
+    """Return what ``fisher`` will take, from two passes and one layer of the first text.
 
     Arguments and errors are those of ``fisher``.
     """
@@ -220,7 +220,7 @@ def _gradients(
     generator: torch.Generator,
     advance: Callable[[], None],
 ) -> list[Tensor]:
-    """Per layer, [samples, tokens, query_heads, value_dim]: random roots of the Fisher matrix."""
+    """Return random roots of the Fisher matrix, [samples, tokens, query_heads, value_dim] each."""
     ids = torch.tensor(
         [(*trajectory.prompt_ids, *trajectory.completion_ids)],
         dtype=torch.int64,
@@ -245,7 +245,7 @@ def _gradients(
 
 
 def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:
-    """Summed cost over the text, of each head and of all of them: [kv_heads + 1, budgets].
+    """Return the summed cost of each head and of all of them: [kv_heads + 1, budgets].
 
     Args:
         rows: per budget [tokens, query_heads, value_dim], or None where nothing is evicted.

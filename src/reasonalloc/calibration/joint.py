@@ -39,7 +39,7 @@ Pair = tuple[CompressionConfig, CompressionConfig]
 def budgets_to_check(
     texts: Sequence[Trajectory], wanted: Sequence[int] | None, interval: int, window: int
 ) -> list[int]:
-    """Mean budgets at which something is evicted from a replayed text.
+    """Return mean budgets at which something is evicted from a replayed text.
 
     Args:
         texts: calibration texts.
@@ -71,14 +71,14 @@ def budgets_to_check(
 
 
 def steps(texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]) -> int:
-    """Passes over a text that ``joint_costs`` makes."""
+    """Return the passes over a text that ``joint_costs`` makes."""
     return len(texts[:TEXTS]) * (1 + 2 * profiles * len(budgets)) if budgets else 0
 
 
 def estimate(
     model: Any, texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]
 ) -> Estimate:
-    """What ``joint_costs`` will take, from a timed pass with the full cache."""
+    """Return what ``joint_costs`` will take, from a timed pass with the full cache."""
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS]]
     passes = steps(texts, profiles, budgets) // len(lengths)
     if not passes:
@@ -167,7 +167,7 @@ def _measured(
 
 
 def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
-    """The profile with the least measured joint KL, geometric mean over budgets.
+    """Return the profile with the least measured joint KL, geometric mean over budgets.
 
     With an arithmetic mean the smallest budget alone would decide.
 
@@ -181,7 +181,7 @@ def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
 
 
 def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
-    """Summed costs of the budgets that a profile gives, over the texts that are replayed."""
+    """Return the summed costs of a profile's budgets over the texts that are replayed."""
     plan = BudgetPlan(config, check_model(model), text_config(model), model_name(model))
     sizes = torch.tensor(plan.planned, dtype=torch.float64, device="cpu").flatten()
     curves = torch.tensor(

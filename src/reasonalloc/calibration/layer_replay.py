@@ -47,7 +47,7 @@ def outputs_under_budgets(
     policy: Policy,
     budgets: Sequence[int],
 ) -> list[Tensor | None]:
-    """Attention outputs of a layer, each head held to the same number of tokens.
+    """Return the attention outputs of a layer, each head held to the same number of tokens.
 
     The text goes through ``LayerCompressor`` as in decoding: the prompt, a boundary, then
     ``interval`` tokens at a time. Heads with equal budgets do not influence one another, so every

@@ -25,7 +25,7 @@ KERNEL = 7  # of DynamicKV's pooling, as in its code
 
 
 def spread(weights: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """CAKE's entropy and variance of a layer's window attention to the keys before the window.
+    """Return CAKE's entropy and variance of a layer's attention to the keys before the window.
 
     Args:
         weights: [kv_heads, group, window, n].
@@ -41,13 +41,13 @@ def spread(weights: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def pooled(weights: Tensor, window: int) -> Tensor:
-    """DynamicKV's attention per key before the window: [query_heads, n - window] float32."""
+    """Return DynamicKV's attention per key before the window: [query_heads, n - window] float32."""
     received = weights[..., : weights.shape[-1] - window].sum(dim=2).flatten(0, 1)
     return F.avg_pool1d(received[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
 
 
 def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[float]]:
-    """Share of the highest attentions, pooled over layers and heads, that each layer holds.
+    """Return each layer's share of the highest attentions, pooled over layers and heads.
 
     Args:
         attention: [query_heads, n] of each layer.
@@ -99,7 +99,7 @@ class _Statistics(Observer):
         self.queries += query.shape[1] if layer == self.layers[0] else 0
 
     def mean(self, sums: dict[int, Tensor]) -> Tensor:
-        """[layers, query_heads, features] of sums over all queries."""
+        """Return [layers, query_heads, features] of sums over all queries."""
         return torch.stack([sums[layer].cpu() for layer in self.layers]) / self.queries
 
     def mean_spreads(self) -> Tensor:

@@ -74,7 +74,7 @@ def _entries(registry: Registry[Any]) -> list[dict[str, Any]]:
 
 
 def _parameters(cls: type[Any]) -> dict[str, Any]:
-    """Default of each parameter."""
+    """Return the default of each parameter."""
     if not dataclasses.is_dataclass(cls):
         return {}
     return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
