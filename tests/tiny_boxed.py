@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 import made_costs
-from reasonalloc.boxed.model import build_config, build_model, save_checkpoint
+from tools.boxed.model import build_config, build_model, save_checkpoint
 from reasonalloc.calibrated.demand import Profile, config_hash
 from reasonalloc.evaluation.arms import ArmResult
 from reasonalloc.evaluation.batch import Job

@@ -18,7 +18,7 @@ from models import prompt, tiny
 from reasonalloc.benchmark.decode import one_step
 from reasonalloc.cli.selftest import self_test
 from reasonalloc.errors import UntestedVersion, UsageError
-from reasonalloc.evaluation.fidelity import replay_logits
+from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.integrations.hf import BudgetCache, step, versions
 from reasonalloc.texts import Trajectory
 

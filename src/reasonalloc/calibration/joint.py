@@ -18,7 +18,7 @@ from reasonalloc.calibration.checks import Estimate, evicts, now
 from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.budget import planned_heads
 from reasonalloc.planning.shapes import text_config
@@ -142,7 +142,7 @@ def joint_costs(
             advance()
             for pair, found in zip(arms, divergences, strict=True):
                 for config, kl in zip(pair, found, strict=True):
-                    kl += fidelity(model, text, full, config).kl
+                    kl += measure_fidelity(model, text, full, config).kl
                     advance()
     entries = [
         {

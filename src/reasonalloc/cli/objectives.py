@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.cli import options as o
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.arms import split_arms
 from reasonalloc.texts import Trajectory
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _cost_job(
 
     others = {name: value for name, value in options.items() if name not in ("policy", "check")}
     named, check = options["policy"], options["check"]
-    chosen = list(policies) if named is None else o.split_arms(named)
+    chosen = list(policies) if named is None else split_arms(named)
     if most is not None and len(chosen) > most:
         raise UsageError(f"policy={named!r}: --objective kl measures one policy: name one")
     if check != []:

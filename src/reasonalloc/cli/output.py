@@ -14,22 +14,23 @@ from rich.console import Console
 from rich.table import Table
 
 from reasonalloc.errors import UsageError
+from reasonalloc.tables import grid, human
+
+__all__ = [
+    "grid",
+    "human",
+    "note",
+    "pairs",
+    "parse_size",
+    "print_json",
+    "print_result",
+    "progress",
+    "stderr",
+    "stdout",
+]
 
 _STEPS = "KMGT"
 _PIPED = 132  # columns where there is no terminal
-_UNBROKEN = 18  # characters; shorter cells, such as names, are never folded
-
-
-def human(size: int) -> str:
-    """Bytes as text: ``1.50 GiB``."""
-    if abs(size) < 1024:
-        return f"{size} B"
-    value = float(size)
-    for letter in _STEPS:
-        value /= 1024
-        if abs(value) < 1024 or letter == _STEPS[-1]:
-            break
-    return f"{value:.2f} {letter}iB"
 
 
 def parse_size(text: str) -> int:
@@ -95,6 +96,13 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=1))
 
 
+def print_result(table: Any, *below: str) -> None:
+    """A table on stdout, and the lines that explain it."""
+    console = stdout()
+    for part in (table, *below):
+        console.print(part)
+
+
 def pairs(rows: Iterable[tuple[str, str]], title: str | None = None) -> Table:
     """A table of names and values."""
     table = Table(
@@ -104,23 +112,4 @@ def pairs(rows: Iterable[tuple[str, str]], title: str | None = None) -> Table:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    return table
-
-
-def grid(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[str]], title: str) -> Table:
-    """A table with a header; a column is ``(title, whether it holds numbers)``."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, header_style="dim"
-    )
-    cells = [tuple(row) for row in rows]
-    for index, (name, number) in enumerate(columns):
-        width = max((len(row[index]) for row in cells), default=0)
-        table.add_column(
-            name,
-            justify="right" if number else "left",
-            overflow="fold",
-            min_width=width if width <= _UNBROKEN else None,
-        )
-    for row in cells:
-        table.add_row(*row)
     return table

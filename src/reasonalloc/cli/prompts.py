@@ -93,29 +93,11 @@ def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool
 def complete_texts(
     model: Any, texts: list[Trajectory], generate: int | None, name: str
 ) -> list[Trajectory]:
-    """Texts whose completions were missing get them, with the full cache.
+    """See ``evaluation.completions.complete_missing``."""
+    from reasonalloc.cli.watch import Shown
+    from reasonalloc.evaluation.completions import complete_missing
 
-    Args:
-        model: not attached to anything.
-        texts: with completions or without.
-        generate: tokens to generate, or None.
-        name: what messages call the file.
-
-    Raises:
-        UsageError: completions are missing and are not to be generated.
-    """
-    missing = any(not text.completion_ids for text in texts)
-    if generate is None:
-        if missing:
-            raise UsageError(f"{name} has prompts without a completion: give --generate N")
-        return texts
-    if not missing:
-        output.note(f"--generate {generate} has no effect: all texts of {name} are complete")
-        return texts
-    from reasonalloc.evaluation.completions import complete_all
-
-    with output.stderr().status("Generating completions"):
-        return complete_all(model, texts, generate)
+    return complete_missing(model, texts, generate, name, Shown())
 
 
 def fit_length(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:
