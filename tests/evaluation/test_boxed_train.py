@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tools.boxed.attention import ChunkedCausalAttention
 from tools.boxed.data import IGNORED, LEVELS, largest_level, make_batch
 from tools.boxed.model import TOKENS, build_config, build_model, build_tokenizer
 from tools.boxed.train import STATE, TrainOptions, main, rate_factor, train
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from reasonalloc.evaluation.tasks.chain import generate
 
 ROOT = Path(__file__).parents[2]

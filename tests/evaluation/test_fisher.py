@@ -20,8 +20,8 @@ from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
-from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.integrations.hf import attach_config
+from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.texts import Trajectory
 
 INTERVAL, WINDOW = 8, 4

@@ -8,7 +8,7 @@ from typing import Any
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import ModelSpec
-from reasonalloc.integrations.hf.attach import refuse_attached
+from reasonalloc.integrations.hf.attachment import refuse_attached
 
 
 def find_model(
