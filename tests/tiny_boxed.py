@@ -11,7 +11,7 @@ from tools.boxed.model import build_config, build_model, save_checkpoint
 from transformers import AutoConfig
 
 import made_costs
-from reasonalloc.calibrated.demand import Profile, config_hash
+from reasonalloc.calibrated.demand import DemandProfile, config_hash
 from reasonalloc.evaluation.batch import Job, Settings, Watch
 from reasonalloc.evaluation.chunks import Chunk, Item, ModelSpec
 from reasonalloc.evaluation.demo import Recording, longest
@@ -28,7 +28,7 @@ def save_tiny(path: Path) -> Path:
     save_checkpoint(build_model(build_config(hidden=32, layers=2, head_dim=8, inner=32), 0), path)
     fingerprint = config_hash(AutoConfig.from_pretrained(path).to_dict())
     curve = [30.0, 10.0]
-    profile = Profile("tiny", fingerprint, 0.93, 8, ["x"], curve, [40.0, 12.0], [curve])
+    profile = DemandProfile("tiny", fingerprint, 0.93, 8, ["x"], curve, [40.0, 12.0], [curve])
     profile.save(path / "profile.json")
     made_costs.make(2, 4, fingerprint=fingerprint).save(path / "costs.json")
     return path

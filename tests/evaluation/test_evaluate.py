@@ -200,8 +200,6 @@ def test_fidelity_is_the_commands(
 
 def test_a_bar_is_shown(loaded: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(**loaded, task=TASK, arms="full", **{**SMALL, "progress": None})
-    fidelity(
-        **loaded, texts=[Trajectory((5, 6), tuple(range(7, 30)))], budgets=12, arms="rkv"
-    )
+    fidelity(**loaded, texts=[Trajectory((5, 6), tuple(range(7, 30)))], budgets=12, arms="rkv")
     said = capsys.readouterr().err
     assert "Sampling" in said and "Replaying" in said

@@ -12,7 +12,7 @@ import torch
 
 from eval_folder import MANIFEST, events, row, rows, write
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.cli.main import main
 from reasonalloc.core.recorder import Event
 from reasonalloc.evaluation.demo import DemoPlan, Recording
@@ -44,7 +44,7 @@ def save_demand(path: Path) -> Path:
     curves = [DEMAND, [value + 20 for value in DEMAND], [value - 20 for value in DEMAND]]
     most = [2 * value for value in DEMAND]
     hashes = [str(i) * 64 for i in range(len(curves))]
-    Profile("made/up-1b", "0" * 16, 0.93, 8, hashes, DEMAND, most, curves).save(path)
+    DemandProfile("made/up-1b", "0" * 16, 0.93, 8, hashes, DEMAND, most, curves).save(path)
     return path
 
 

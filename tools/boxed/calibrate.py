@@ -12,7 +12,7 @@ from tools.boxed.data import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.calibration import attention_mass
 from reasonalloc.calibration.fisher import fisher
 from reasonalloc.evaluation.tasks.chain import generate
@@ -26,7 +26,7 @@ COST_BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 PROBLEMS = ((0, 8), (1, 12), (2, 16), (3, 24), (4, 8), (5, 12), (6, 16), (7, 24))
 
 
-def calibrate(checkpoint: Path) -> Profile:
+def calibrate(checkpoint: Path) -> DemandProfile:
     """Attention-mass demand of a checkpoint on calibration problems, sampled every 64 tokens."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)

@@ -56,6 +56,7 @@ def command(
     from reasonalloc.evaluation.evaluate import evaluate
     from reasonalloc.evaluation.evaluation_result import LEGEND, Interrupted
     from reasonalloc.evaluation.sharded import first_rank
+    from reasonalloc.tables import show
 
     watcher = Watcher()
     try:
@@ -100,6 +101,6 @@ def command(
         problems = len(result.problems)
         output.print_json({"task": task, "problems": problems, "results": result.summary})
     else:
-        output.print_result(result.table(), LEGEND)
-    for note in result.notes():
+        show(result.tables(), notes=[LEGEND])
+    for note in result.never_compressed():
         watcher.note(note)

@@ -81,4 +81,4 @@ def command(
         count = len(result.texts)
         output.print_json({"model": name, "trajectories": count, "results": result.summary})
     else:
-        output.print_result(result.table(), *result.notes())
+        result.show()

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from reasonalloc.errors import UsageError
-from reasonalloc.tables import grid, human
+from reasonalloc.tables import grid, human, pairs, stdout
 
-__all__ = [
-    "grid",
-    "human",
-    "note",
-    "pairs",
-    "parse_size",
-    "print_json",
-    "print_result",
-    "progress",
-    "stderr",
-    "stdout",
-]
+__all__ = ["grid", "human", "note", "pairs", "parse_size", "print_json", "progress", "stderr"]
+__all__ += ["stdout"]
 
 _STEPS = "KMGT"
-_PIPED = 132  # columns where there is no terminal
 
 
 def parse_size(text: str) -> int:
@@ -49,12 +35,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"memory={text!r} is too small: give at least one byte")
     return size
-
-
-def stdout() -> Console:
-    """Console for results; in a file or a pipe, tables are wide enough for the names of arms."""
-    unknown = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=_PIPED if unknown else None)
 
 
 def stderr() -> Console:
@@ -94,22 +74,3 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(data: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(data, indent=1))
-
-
-def print_result(table: Any, *below: str) -> None:
-    """A table on stdout, and the lines that explain it."""
-    console = stdout()
-    for part in (table, *below):
-        console.print(part)
-
-
-def pairs(rows: Iterable[tuple[str, str]], title: str | None = None) -> Table:
-    """A table of names and values."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table

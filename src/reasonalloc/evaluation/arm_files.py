@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reasonalloc.calibrated import file_kind
 from reasonalloc.config import parse_arm
 from reasonalloc.errors import UsageError
-from reasonalloc.planning.budget import file_kind, files_missing, files_read
+from reasonalloc.planning.files import files_missing, files_read
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.batch import Job, Settings

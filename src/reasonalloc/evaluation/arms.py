@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
-from reasonalloc.config import Arm, Step, parse_arm, preset_name
+from reasonalloc.config import Arm, Step, parse_arm, preset_name, split_arms
 from reasonalloc.errors import UsageError, unknown_name
-
-
-def split_arms(text: str) -> list[str]:
-    """Arms at the commas that are outside of parentheses."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
 
 
 def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:

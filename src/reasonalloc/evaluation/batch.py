@@ -27,7 +27,7 @@ from reasonalloc.integrations.hf import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache
-from reasonalloc.planning.budget import files_missing
+from reasonalloc.planning.files import files_missing
 
 FULL = "full"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import is_memory, pad_token, padded, until_end
-from reasonalloc.evaluation.progress import Observer
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
@@ -20,37 +19,6 @@ from reasonalloc.texts import Trajectory
 BATCH = 8
 # What a model's generation settings may ask for that looks at the prompt, and so at its padding.
 _LOOKS_BACK = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "sequence_bias")
-
-
-def complete_missing(
-    model: Any,
-    texts: list[Trajectory],
-    generate: int | None,
-    name: str,
-    observer: Observer,
-) -> list[Trajectory]:
-    """Return texts whose completions, where they were missing, come from the full cache.
-
-    Args:
-        model: not attached to anything.
-        texts: with completions or without.
-        generate: tokens to generate, or None.
-        name: what messages call the texts.
-        observer: is told what happens.
-
-    Raises:
-        UsageError: completions are missing and are not to be generated, or see ``complete_all``.
-    """
-    missing = any(not text.completion_ids for text in texts)
-    if generate is None:
-        if missing:
-            raise UsageError(f"{name} has prompts without a completion: give --generate N")
-        return texts
-    if not missing:
-        observer.note(f"--generate {generate} has no effect: all texts of {name} are complete")
-        return texts
-    with observer.busy("Generating completions"):
-        return complete_all(model, texts, generate)
 
 
 def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:
@@ -140,3 +108,33 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
         )
     parts = (prompts[:half], prompts[half:])
     return [tokens for part in parts for tokens in _generate(model, part, new_tokens)]
+
+
+def complete_missing(
+    model: Any,
+    texts: list[Trajectory],
+    generate: int | None,
+    name: str,
+    tell: Callable[[str], None],
+) -> list[Trajectory]:
+    """Return texts whose missing completions were generated with the full cache.
+
+    Args:
+        model: not attached to anything.
+        texts: with completions or without.
+        generate: tokens to generate, or None.
+        name: what messages call the texts.
+        tell: is told if there is nothing to generate.
+
+    Raises:
+        UsageError: completions are missing and are not to be generated.
+    """
+    missing = any(not text.completion_ids for text in texts)
+    if generate is None:
+        if missing:
+            raise UsageError(f"{name} has prompts without a completion: give --generate N")
+        return texts
+    if not missing:
+        tell(f"--generate {generate} has no effect: all texts of {name} are complete")
+        return texts
+    return complete_all(model, texts, generate)

@@ -69,11 +69,12 @@ class EvaluationResult(Result):
         parts = [(job, self._of(job)) for job in self.jobs]
         return [_line(job, rows) for job, rows in parts if rows]
 
-    def as_table(self) -> Table:
+    def tables(self) -> list[Table]:
         """See ``Result``."""
         titles = ("arm", "budget", "n", "pass@1", "95 %", "tokens", "cap hits", "events", "KV")
         heading = f"{self.task}, {len(self.problems)} problems"
-        return Table(heading, [(t, t != "arm") for t in titles], [*map(_cells, self.summary)])
+        columns = [(title, title != "arm") for title in titles]
+        return [Table(heading, columns, [_cells(item) for item in self.summary])]
 
     def plot(self) -> Any:
         """Return a figure of plotly: accuracy against the budget, with 95 % intervals.
@@ -84,7 +85,11 @@ class EvaluationResult(Result):
         return budget_figure(self.summary, "pass_at_1", "interval95", "pass@1")
 
     def notes(self) -> list[str]:
-        """Return what a reader of the table must know: arms that never compressed."""
+        """Return the lines below the table."""
+        return [LEGEND, *self.never_compressed()]
+
+    def never_compressed(self) -> list[str]:
+        """Return a sentence for each arm that never compressed."""
         return [
             f"{item['arm']} at budget {item['budget']} was never compressed: no text outgrew "
             "the budget at any boundary, so this is the full cache"

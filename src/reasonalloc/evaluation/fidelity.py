@@ -30,7 +30,7 @@ from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
-from reasonalloc.planning.budget import files_read
+from reasonalloc.planning.files import files_read
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory, load_trajectories
 
@@ -146,7 +146,8 @@ def _load_texts(
         raise UsageError("texts is empty: give at least one trajectory")
     for trajectory in trajectories:
         check_text(model, trajectory)
-    return complete_missing(model, trajectories, generate, name, observer)
+    with observer.busy("Generating completions"):
+        return complete_missing(model, trajectories, generate, name, observer.note)
 
 
 class _Results:

@@ -74,13 +74,14 @@ class FidelityResult(Result):
             for (arm, budget), own in parts.items()
         ]
 
-    def as_table(self) -> Table:
+    def tables(self) -> list[Table]:
         """See ``Result``."""
         titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL")
         heading = (
             f"Per token, {len(self.texts)} trajectories, compressed every {self.interval} tokens"
         )
-        return Table(heading, [(t, t != "arm") for t in titles], [*map(_cells, self.summary)])
+        columns = [(title, title != "arm") for title in titles]
+        return [Table(heading, columns, [_cells(item) for item in self.summary])]
 
     def frame_rows(self) -> list[dict[str, Any]]:
         """Return means per predicted token of every text, arm and budget."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from reasonalloc.errors import UsageError
-from reasonalloc.tables import Table
+from reasonalloc.tables import Shown, Table
 
 
-class Result(ABC):
+class Result(Shown, ABC):
     """Base of ``EvaluationResult`` and ``FidelityResult``."""
 
     @property
@@ -24,16 +24,12 @@ class Result(ABC):
         """One entry per arm and budget."""
 
     @abstractmethod
-    def as_table(self) -> Table:
-        """Return the texts of ``table``."""
+    def tables(self) -> list[Table]:
+        """Return the table of ``summary``."""
 
     @abstractmethod
     def plot(self) -> Any:
         """Return a figure of plotly."""
-
-    def table(self) -> Any:
-        """Return a table of rich that can be printed, or plain text where rich is missing."""
-        return self.as_table().shown()
 
     def to_pandas(self) -> Any:
         """Return ``rows`` as a ``pandas.DataFrame``.
@@ -52,10 +48,7 @@ class Result(ABC):
         return self.rows
 
     def __str__(self) -> str:
-        return self.as_table().text()
-
-    def _repr_html_(self) -> str:
-        return self.as_table().html()
+        return self.table()
 
 
 def budget_figure(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reasonalloc.config import RecordLevel
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import CompressionNeverHappened
 from reasonalloc.evaluation.batch import (
     BatchResult,
@@ -25,7 +26,6 @@ from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
 from reasonalloc.evaluation.facts import encode, model_facts
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.loading import load_model, quiet
-from reasonalloc.planning.budget import compression_points
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import layer_shapes, text_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.report.curves import AnyProfile, layer_costs, wave
 from reasonalloc.report.page import render
 
@@ -18,7 +18,7 @@ def render_profile(profile: AnyProfile) -> str:
     return render(data, TEMPLATE)
 
 
-def _demand(profile: Profile) -> dict[str, Any]:
+def _demand(profile: DemandProfile) -> dict[str, Any]:
     return {
         "kind": "demand",
         "model": profile.model_id,
