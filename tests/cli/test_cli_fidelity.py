@@ -13,8 +13,8 @@ pytest.importorskip("typer")
 from transformers import AutoConfig
 
 from reasonalloc.calibrated.demand import DemandProfile, config_hash
-from reasonalloc.cli.options import split_arms
-from reasonalloc.evaluation.fidelity_summary import kind
+from reasonalloc.config import split_arms
+from reasonalloc.evaluation.fidelity_result import kind
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 
 ARMS = "rkv,rkv(lam=0.5, kernel=3)/pyramid/reasonalloc,streaming_llm"

@@ -15,9 +15,9 @@ from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
+from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import LayerShape

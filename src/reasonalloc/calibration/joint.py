@@ -17,7 +17,7 @@ from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration.checks import Estimate, counter, evicts, now
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.shapes import model_name, text_config
@@ -161,7 +161,7 @@ def _measured(
         advance()
         for pair, both in zip(pairs, divergences, strict=True):
             for config, kl in zip(pair, both, strict=True):
-                kl += fidelity(model, text, full, config).kl
+                kl += measure_fidelity(model, text, full, config).kl
                 advance()
     return [(sum(own) / len(own), sum(equal) / len(equal)) for own, equal in divergences]
 

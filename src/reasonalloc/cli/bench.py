@@ -127,14 +127,15 @@ def _contenders(
     arms: str, paths: list[str], budgets: list[int], steps: list[str], **settings: Any
 ) -> list[Contender]:
     from reasonalloc.benchmark.decode import STATIC, Contender
-    from reasonalloc.cli.eval_files import as_settings, choose_files
     from reasonalloc.config import parse_arm, split_arms
+    from reasonalloc.evaluation.arm_files import as_settings, choose_files
+    from reasonalloc.evaluation.arms import check_names
     from reasonalloc.evaluation.batch import Job, Settings
 
     names = list(dict.fromkeys(split_arms(arms)))
     compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
     for name in compressing:
-        o.check_names(cast("Arm", parse_arm(name)))
+        check_names(cast("Arm", parse_arm(name)))
     shared = {**as_settings(choose_files(compressing, paths)), **settings}
     contenders = []
     for name in names:

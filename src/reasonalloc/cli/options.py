@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Optional, get_args, get_type_hints
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
 from reasonalloc.cli import output
-from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm, preset_name, split_arms
-from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.errors import UsageError
 
 DEFAULT_BUDGET = 1024
 _BUDGET, _MODEL = "Budget", "Model"
@@ -244,66 +241,10 @@ def pick_model(argument: str | None, option: str | None) -> str:
     return name
 
 
-def read_arms(text: str) -> list[str]:
-    """Presets and arms, separated by commas, checked, none twice.
-
-    Raises:
-        UsageError: none, or an unknown one.
-    """
-    names = []
-    for name in split_arms(text):
-        arm = parse_arm(name)
-        names.append(name if arm is None else preset_name(arm))
-        if arm is not None:
-            check_names(arm)
-    if not names:
-        raise UsageError("arms is empty: name at least one, as rkv,snapkv")
-    return list(dict.fromkeys(names))
-
-
 def given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
-    """Fingerprint of calibrated files: another content under the same name is another setting."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            digest.update(Path(path).read_bytes())
-        except OSError as error:
-            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16] if paths else None
-
-
-def check_names(arm: Arm) -> None:
-    """Refuse unknown names and wrong parameters.
-
-    Raises:
-        UsageError: says what there is.
-    """
-    from reasonalloc.allocators.head import HEAD_ALLOCATORS
-    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
-    from reasonalloc.policies import POLICIES
-
-    POLICIES.create(arm.policy)
-    LAYER_ALLOCATORS.create(arm.layers)
-    HEAD_ALLOCATORS.create(arm.heads)
-
-
-def check_decoding(step: str, attention: str) -> None:
-    """Refuse unknown names; whether they work is for the loaded model to say.
-
-    Raises:
-        UsageError: says what there is.
-    """
-    from reasonalloc.attention import choose_backend
-
-    if step not in get_args(Step):
-        raise unknown_name("step", step, get_args(Step))
-    choose_backend(attention)
 
 
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
-from reasonalloc.texts import Messages, Trajectory, encode_messages
+from reasonalloc.texts import Messages, encode_messages
 
 if TYPE_CHECKING:
     import torch
@@ -73,16 +73,6 @@ def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool
         reason = "--no-chat-template was given" if has_template else "this model has none"
         raise UsageError(f"--chat needs a chat template, but {reason}: use --prompt")
     return encode_messages(tokenizer, messages, use_template)
-
-
-def complete_texts(
-    model: Any, texts: list[Trajectory], generate: int | None, name: str
-) -> list[Trajectory]:
-    """Return texts with their missing completions, see ``complete_missing``."""
-    from reasonalloc.evaluation.completions import complete_missing
-
-    with output.stderr().status("Generating completions"):
-        return complete_missing(model, texts, generate, name, output.note)
 
 
 def fit_length(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:

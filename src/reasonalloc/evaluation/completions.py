@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.batch import pad_token, padded, until_end
-from reasonalloc.evaluation.solver import is_memory
+from reasonalloc.evaluation.batch import is_memory, pad_token, padded, until_end
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
@@ -44,18 +43,18 @@ def complete_all(
         UsageError: more tokens than the model has positions for, a completion of a single token,
             or one prompt that does not fit into memory.
     """
-    found = list(trajectories)
-    open_ = [index for index, text in enumerate(found) if not text.completion_ids]
-    _check_length(model, [len(found[index].prompt_ids) for index in open_], new_tokens)
-    for indices in _batches(model, found, open_, batch):
-        prompts = [found[index].prompt_ids for index in indices]
+    texts = list(trajectories)
+    open_ = [index for index, text in enumerate(texts) if not text.completion_ids]
+    _check_length(model, [len(texts[index].prompt_ids) for index in open_], new_tokens)
+    for indices in _batches(model, texts, open_, batch):
+        prompts = [texts[index].prompt_ids for index in indices]
         for index, tokens in zip(indices, _generate(model, prompts, new_tokens), strict=True):
             if len(tokens) < 2:
                 raise UsageError(
                     "the model ended its completion at once: there is nothing to replay"
                 )
-            found[index] = replace(found[index], completion_ids=tuple(tokens))
-    return found
+            texts[index] = replace(texts[index], completion_ids=tuple(tokens))
+    return texts
 
 
 def _check_length(model: Any, lengths: Sequence[int], new_tokens: int) -> None:

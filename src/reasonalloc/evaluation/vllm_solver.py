@@ -14,8 +14,9 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
+from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
+from reasonalloc.evaluation.facts import encode, model_facts
 from reasonalloc.evaluation.sampling import Sampling
-from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec, Outcome, encode, model_facts
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget

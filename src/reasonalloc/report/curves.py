@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.demand import DemandProfile
@@ -38,6 +39,20 @@ def head_costs(profile: CostProfile, budget: int, texts: list[int] | None = None
     """[layers * kv_heads] nats per token at a measured budget."""
     point = profile.budgets.index(budget)
     return [head[point] for layer in profile.curves(texts) for head in layer]
+
+
+def wave(profile: DemandProfile) -> dict[str, Any]:
+    """Demand per layer as the pages show it: mean, largest head, and the range over prompts."""
+    columns = list(zip(*profile.curves, strict=True))
+    return {
+        "rho": profile.rho,
+        "steps": profile.steps,
+        "prompts": len(profile.curves),
+        "mean": profile.demand_mean,
+        "max": profile.demand_max,
+        "low": [min(column) for column in columns],
+        "high": [max(column) for column in columns],
+    }
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:

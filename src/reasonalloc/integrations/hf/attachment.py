@@ -387,12 +387,21 @@ def _refuse(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 def attach_config(model: Any, config: CompressionConfig) -> Attachment:
     """``attach`` with settings that are put together already."""
+    refuse_attached(model)
     model = inner_model(model)
-    if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
-        raise UsageError("this model has a KV budget already: detach(model) first")
     attachment = Attachment(model, config)
     attachment._install()
     return attachment
+
+
+def refuse_attached(model: Any) -> None:
+    """Refuse a model that has a KV budget.
+
+    Raises:
+        UsageError: it has.
+    """
+    if getattr(inner_model(model), "__dict__", {}).get(_HANDLE) is not None:
+        raise UsageError("this model has a KV budget already: detach(model) first")
 
 
 def detach(model: Any) -> None:
