@@ -68,6 +68,16 @@ class Measured:
             return f"At budget {worse} equal budgets measured no worse" if worse else ""
         return "".join(self.calibrated.notes())
 
+    @property
+    def use(self) -> str:
+        """What uses the file, without its name: options of ``run``, or a command."""
+        made = self.calibrated
+        if isinstance(made, DemandProfile):
+            return "--arm reasonalloc --profile"
+        if isinstance(made, CostProfile):
+            return "'reasonalloc profile show' or --arm best --profile"
+        return f"--arm {'rkv' if made.no_queries else 'tri_attention'}/cake/uniform --profile"
+
     def summary(self) -> dict[str, Any]:
         """Return the numbers as plain JSON values."""
         made = self.calibrated

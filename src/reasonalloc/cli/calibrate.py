@@ -110,15 +110,5 @@ def command(
         output.stdout().print(table.rich())
     if measured.note:
         output.note(measured.note)
-    use = f"{_use(measured.calibrated)} {target}"
+    use = f"{measured.use} {target}"
     output.stdout().print(f"Written to {target}; use it with {use}")
-
-
-def _use(made: Any) -> str:
-    """Return what uses the file: options of ``run``, or a command."""
-    if made.kind == "demand":
-        return "--arm reasonalloc --profile"
-    if made.kind == "cost":
-        return "'reasonalloc profile show' or --arm best --profile"
-    policy = "rkv" if made.no_queries else "tri_attention"
-    return f"--arm {policy}/cake/uniform --profile"
