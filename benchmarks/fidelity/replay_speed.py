@@ -13,8 +13,8 @@ import time
 import torch
 
 from reasonalloc.config import CompressionConfig
-from reasonalloc.evaluation.fidelity import PIECE
 from reasonalloc.integrations.hf import attach_config
+from reasonalloc.integrations.hf.replay import PIECE
 from reasonalloc.loading import load_model
 
 PROMPT, BUDGET = 48, 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
@@ -102,6 +102,38 @@ def parse_arm(text: str) -> Arm | None:
     return Arm(*(p.strip() for p in parts))
 
 
+def choose_arm(
+    arm: str | Arm | None, policy: Any = None, layers: Any = None, heads: Any = None
+) -> Arm:
+    """Return the arm that is given whole or in parts; parts that are None have their defaults.
+
+    Raises:
+        UsageError: both are given, the full cache, or parts that are of no use.
+    """
+    parts = {"policy": policy, "layers": layers, "heads": heads}
+    given = {name: value for name, value in parts.items() if value is not None}
+    if arm is None:
+        return Arm(**given)
+    for name, value in given.items():
+        raise UsageError(f"arm={arm!r} and {name}={value!r}: give one of the two")
+    parsed = arm if isinstance(arm, Arm) else parse_arm(arm)
+    if parsed is None:
+        raise UsageError("arm='full' means no compression: do not attach anything")
+    return parsed
+
+
+def split_arms(text: str) -> list[str]:
+    """Return arms, or policies, separated at the commas that are outside of parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
 def preset_name(arm: Arm | str) -> str:
     """The name of the preset that an arm is, else its three parts."""
     return next((name for name, p in PRESETS.items() if str(p.arm) == str(arm)), str(arm))
@@ -110,6 +142,8 @@ def preset_name(arm: Arm | str) -> str:
 @dataclass(frozen=True)
 class CompressionConfig:
     """Settings of a compressed cache, validated at construction.
+
+    The ``help`` of a field is that of its command-line option.
 
     Attributes:
         budget: mean number of retained tokens per (layer, KV head) right after a compression,
@@ -129,16 +163,37 @@ class CompressionConfig:
         record: ``off``, ``budgets`` (per event and head), ``tokens`` (kept positions as well).
     """
 
-    budget: int
-    arm: Arm = Arm()
-    interval: int = 128
-    window: int = 8
-    n_sink: int = 0
-    protect_prompt: bool = False
+    budget: int = field(
+        metadata={"help": "Mean tokens kept per layer and KV head right after a compression."}
+    )
+    arm: Arm = field(
+        default=Arm(),
+        metadata={
+            "help": "policy/layers/heads or a preset, see 'reasonalloc ls'; full: no compression."
+        },
+    )
+    interval: int = field(
+        default=128, metadata={"help": "Generated tokens between two compressions."}
+    )
+    window: int = field(default=8, metadata={"help": "Most recent tokens that are always kept."})
+    n_sink: int = field(default=0, metadata={"help": "First tokens that are always kept."})
+    protect_prompt: bool = field(
+        default=False, metadata={"help": "Keep every token of the prompt."}
+    )
     seed: int = 0
-    profile: str | os.PathLike[str] | None = None
-    attention: str = "auto"
-    step: Step = "eager"
+    profile: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata={"help": "Calibrated file for the policy or layer allocator that reads one."},
+    )
+    attention: str = field(
+        default="auto", metadata={"help": "Attention backend, see 'reasonalloc ls'."}
+    )
+    step: Step = field(
+        default="eager",
+        metadata={
+            "help": "Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU)."
+        },
+    )
     record: RecordLevel = "off"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Known texts to replay: a prompt and what follows it, as token ids."""
+"""Texts as token ids: prompts, and known texts to replay."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reasonalloc.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
+#: A conversation: a role and a content each.
+Messages = list[dict[str, str]]
+#: Fields of a line that may hold a prompt.
+_PROMPTS = ("prompt", "problem", "question")
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,24 @@ def load_kinds(path: str, name: str = "trajectories") -> list[str]:
 
 
 def _read(path: str, parse: Callable[[Any], T], name: str) -> list[T]:
+    texts = []
+    for number, line in enumerate(_lines(path, name), 1):
+        if line.strip():
+            try:
+                texts.append(parse(json.loads(line)))
+            except ValueError as error:  # UsageError and JSON's own error are both
+                raise UsageError(f"{name}={path!r}, line {number}: {error}") from None
+    if not texts:
+        raise UsageError(f"{name}={path!r} holds none: write one JSON object per line")
+    return texts
+
+
+def _lines(path: str, name: str) -> list[str]:
     try:
-        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+        return Path(path).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UsageError(f"{name}={path!r} cannot be read: {reason}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(parse(json.loads(line)))
-            except ValueError as error:  # UsageError and JSON's own error are both
-                raise UsageError(f"{name}={path!r}, line {number}: {error}") from None
-    if not found:
-        raise UsageError(f"{name}={path!r} holds none: write one JSON object per line")
-    return found
 
 
 def _kind(data: Any) -> str:
@@ -115,3 +125,95 @@ def _ids(
     if not isinstance(text, str) or not text:
         raise UsageError(f"{name} must be text")
     return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def encode_messages(tokenizer: Any, messages: Messages, use_template: bool = True) -> Tensor:
+    """Return token ids of a conversation, or of its first text alone without a chat template.
+
+    Returns:
+        [1, n] int64.
+
+    Raises:
+        UsageError: the chat template refuses the conversation, or it has no tokens.
+    """
+    if getattr(tokenizer, "chat_template", None) and use_template:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # templates are programs and raise what they like
+            raise UsageError(f"the model's chat template refuses this prompt: {error}") from error
+    else:
+        encoded = tokenizer(messages[0]["content"], return_tensors="pt")
+    tokens: Tensor = encoded["input_ids"]
+    if tokens.numel() == 0:
+        raise UsageError("the prompt has no tokens: write a longer one")
+    return tokens.long()
+
+
+def load_prompts(path: str, count: int, name: str = "prompts") -> list[Messages]:
+    """Read the first prompts of a JSON-lines file, as conversations.
+
+    Args:
+        path: the file; lines have one of prompt, problem, question and messages.
+        count: prompts to read.
+        name: what messages call the file.
+
+    Raises:
+        UsageError: the file cannot be read, or a line is no prompt; says which.
+    """
+    prompts: list[Messages] = []
+    for number, line in enumerate(_lines(path, name), 1):
+        if line.strip() and len(prompts) < count:
+            where = f"{name}={path!r}, line {number}"
+            try:
+                data = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{where} is not valid JSON: {error}") from None
+            prompts.append(as_messages(data, where))
+    if not prompts:
+        raise UsageError(f"{name}={path!r} holds no prompt: write one JSON object per line")
+    return prompts
+
+
+def as_messages(data: Any, where: str) -> Messages:
+    """Return a prompt as a conversation.
+
+    Args:
+        data: text, a list of messages, or an object with prompt, problem, question or messages.
+        where: what messages call it.
+
+    Raises:
+        UsageError: it is none of them, or empty.
+    """
+    if isinstance(data, dict):
+        values = [data.get(field) for field in _PROMPTS]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        messages = data.get("messages")
+        data = messages if isinstance(messages, list) and messages else "".join(texts[:1])
+    if isinstance(data, list) and data:
+        return list(data)
+    if isinstance(data, str) and data.strip():
+        return [{"role": "user", "content": data}]
+    raise UsageError(f"{where} has none of prompt, problem, question and messages")
+
+
+def as_trajectory(data: Any, tokenizer: Any, where: str) -> tuple[Trajectory, str]:
+    """Return a text to replay and its kind.
+
+    Args:
+        data: a trajectory, text without a completion, or an object as in a JSON-lines file.
+        tokenizer: turns text into tokens.
+        where: what messages call it.
+
+    Raises:
+        UsageError: it is none of them; says what is wrong.
+    """
+    if isinstance(data, Trajectory):
+        return data, ""
+    if isinstance(data, str):
+        data = {"prompt": data}
+    try:
+        return _trajectory(data, tokenizer), _kind(data)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

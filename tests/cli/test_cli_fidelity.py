@@ -12,9 +12,9 @@ pytest.importorskip("typer")
 
 from transformers import AutoConfig
 
-from reasonalloc.calibrated.demand import Profile, config_hash
-from reasonalloc.cli.options import split_arms
-from reasonalloc.evaluation.fidelity_summary import kind
+from reasonalloc.calibrated.demand import DemandProfile, config_hash
+from reasonalloc.config import split_arms
+from reasonalloc.evaluation.fidelity_result import kind
 from reasonalloc.evaluation.intervals import bootstrap_ratio
 
 ARMS = "rkv,rkv(lam=0.5, kernel=3)/pyramid/reasonalloc,streaming_llm"
@@ -76,7 +76,7 @@ def test_another_profile_under_the_same_name_is_another_arm(
     arguments[arguments.index("reasonalloc")] = "rkv,reasonalloc"
     rows, results = [], []
     for demand in ([1.0] * layers, [1.0] * layers, [float(i + 1) for i in range(layers)]):
-        Profile(
+        DemandProfile(
             model_id="tiny",
             config_hash=config_hash(model.to_dict()),
             rho=0.9,

@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 pytest.importorskip("scipy")
 
 from reasonalloc.calibrated.costs import CostProfile, load_costs
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.report import curves
 
 Call = Callable[..., tuple[int, str, str]]
@@ -61,9 +61,9 @@ def costs(layers: list[list[list[float]]], **changes: Any) -> CostProfile:
 LAYERS = [[[0.4, 0.1], [0.1, 0.02]], [[0.05, 0.0], [0.0, 0.0]], [[0.2, 0.1], [0.3, 0.1]]]
 
 
-def demand(mean: list[float], curves: list[list[float]] | None = None) -> Profile:
+def demand(mean: list[float], curves: list[list[float]] | None = None) -> DemandProfile:
     curves = curves or [mean, [m + 1 for m in mean]]
-    return Profile(
+    return DemandProfile(
         model_id="made",
         config_hash="0" * 16,
         rho=0.9,

@@ -16,13 +16,13 @@ import typer
 
 from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.arms import run_job
+from reasonalloc.evaluation import demo
 from reasonalloc.evaluation.batch import Job, Settings, Stopped
-from reasonalloc.evaluation.summary import summarise
 from reasonalloc.loading import load_model
+from reasonalloc.report.demo import rank_arms
 from reasonalloc.report.page import check_writable, render, require_report, script_json
 from reasonalloc.report.trace import STAYS, telling_problem, trace
-from tiny_boxed import BUDGET, INTERVAL, PROBLEMS, VARIABLES, WINDOW, made_up, save_tiny
+from tiny_boxed import BUDGET, INTERVAL, PROBLEMS, VARIABLES, WINDOW, made_up, run_job, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def worker(folder: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_boxed, "BUDGETS", (BUDGET, 32))
-    monkeypatch.setattr(demo_boxed, "VARIABLES", VARIABLES)
+    monkeypatch.setattr(demo, "BUDGETS", (BUDGET, 32))
+    monkeypatch.setattr(demo, "VARIABLES", VARIABLES)
 
 
 @pytest.mark.parametrize("arm", ["rkv", "adakv", "pyramid-rkv", "reasonalloc"])
@@ -72,14 +72,16 @@ def test_a_layer_that_was_never_compressed_keeps_everything(worker: Any) -> None
 def test_the_trace_finds_the_first_wrong_token() -> None:
     problem = PROBLEMS[0]
     words = ["<bos>", "find", "<think>", *problem.solution.split(), "<eos>"]
-    result = replace(made_up("rkv", 64, 1, n=1), prompts=((1, 2, 3),))
+    result = demo.Recording(Job("rkv", 64), (True,), ((1, 2, 3),), ((1, 2),), ())
     assert trace(result, 0, problem, words, 2, 4)["wrong_from"] is None
     words[7] = "wrong"
     assert trace(result, 0, problem, words, 2, 4)["wrong_from"] == 7
 
 
 def test_the_problem_shown_is_the_one_that_divides_the_arms() -> None:
-    results = [replace(made_up("a", 1, 0), correct=c) for c in ((True, True), (True, False))]
+    results = [
+        demo.Recording(Job("a", 1), right, (), (), ()) for right in ((True, True), (True, False))
+    ]
     assert telling_problem(results) == 1
 
 
@@ -113,7 +115,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     def never(*_: Any) -> Any:
         raise RuntimeError("the model was loaded")
 
-    monkeypatch.setattr(demo_boxed, "_load", never)
+    monkeypatch.setattr(demo, "load_models", never)
     with pytest.raises(UsageError, match="is a folder"):
         demo_boxed.demo(out=str(tmp_path))
     with pytest.raises(UsageError, match="at least 1"):
@@ -130,7 +132,7 @@ def test_a_foreign_profile_is_refused_before_the_runs(
     (broken / "profile.json").write_text(
         re.sub(r'"config_hash": "\w+"', '"config_hash": "0"', text)
     )
-    monkeypatch.setattr(demo_boxed, "run_job", None)
+    monkeypatch.setattr(demo, "Threads", None)
     with pytest.raises(UsageError, match="calibrate this model"):
         demo_boxed.demo(out=str(tmp_path / "a.html"), count=1, folder=broken)
 
@@ -148,7 +150,7 @@ def test_the_demo_prints_json_and_writes_one_page(
     page = tmp_path / "page.html"
     demo_boxed.demo(as_json=True, out=str(page), count=2, folder=folder)
     printed = json.loads(capsys.readouterr().out)
-    assert len(printed["results"]) == 1 + 2 * len(demo_boxed.ARMS)
+    assert len(printed["results"]) == 1 + 2 * len(demo.ARMS)
     assert printed["problems"] == 2
     assert all(r["n"] == 2 for r in printed["results"])
     assert not printed["interrupted"]
@@ -160,7 +162,7 @@ def test_the_demo_prints_json_and_writes_one_page(
     data = payload(page)
     assert data["rows"] == printed["results"]
     assert data["budgets"] == [BUDGET, 32]
-    assert [a["arm"] for a in data["chain"]["arms"]] == list(demo_boxed.ARMS)
+    assert [a["arm"] for a in data["chain"]["arms"]] == list(demo.ARMS)
     assert data["chain"]["budget"] == BUDGET
     assert data["profile"]["mean"] == [30.0, 10.0]
 
@@ -172,18 +174,18 @@ def test_an_interrupted_demo_still_reports(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = demo_boxed.run_job
+    original = demo.Recorder.solve
 
-    def run(model: Any, tokenizer: Any, todo: Any, job: Job, settings: Any, watch: Any) -> Any:
-        if job.arm == "h2o":
+    def run(self: Any, chunk: Any, watch: Any) -> Any:
+        if chunk.job.arm == "h2o":
             signal.raise_signal(signal.SIGINT)
             while watch(1):
                 pass
             raise Stopped
-        return original(model, tokenizer, todo, job, settings, watch)
+        return original(self, chunk, watch)
 
-    monkeypatch.setattr(demo_boxed, "run_job", run)
-    monkeypatch.setattr(demo_boxed, "WORKERS", 1)
+    monkeypatch.setattr(demo.Recorder, "solve", run)
+    monkeypatch.setattr(demo, "WORKERS", 1)
     page = tmp_path / "page.html"
     with pytest.raises(typer.Exit) as stopped:
         demo_boxed.demo(out=str(page), count=1, folder=folder)
@@ -197,18 +199,18 @@ def test_an_interrupted_demo_still_reports(
 
 
 def test_without_a_profile_an_arm_is_left_out(folder: Path, tmp_path: Path) -> None:
-    plan = demo_boxed.make_plan(tmp_path, 5)
+    plan = demo.make_plan(tmp_path, 5)
     assert not {"reasonalloc", "best"} & set(plan.arms)
     assert plan.left_out is not None and "best, reasonalloc left out" in plan.left_out
     shutil.copy(folder / "costs.json", tmp_path)
-    plan = demo_boxed.make_plan(tmp_path, 5)
+    plan = demo.make_plan(tmp_path, 5)
     assert "best" in plan.arms and plan.costs is not None and plan.profile is None
     assert plan.left_out is not None and "profile.json" in plan.left_out
-    assert demo_boxed.make_plan(folder, 5).arms == demo_boxed.ARMS
+    assert demo.make_plan(folder, 5).arms == demo.ARMS
 
 
 def test_text_on_the_page_is_escaped() -> None:
-    row = summarise([made_up("full", None, 5, compressions=0)])[0].data()
+    row = rank_arms(made_up("full", None, 5, compressions=0))[0].data()
     page = render(
         {
             "version": "0",

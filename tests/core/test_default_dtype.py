@@ -18,7 +18,7 @@ from models import prompt, tiny
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.attention import choose_backend
-from reasonalloc.calibrated.demand import Profile, config_hash
+from reasonalloc.calibrated.demand import DemandProfile, config_hash
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
@@ -52,7 +52,7 @@ def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     made_statistics.of_model(model).save(found["statistics"])
     made_costs.of_model(model).save(found["cost profile"])
     demand = [30.0, 10.0, 20.0]
-    Profile(
+    DemandProfile(
         model_id="tiny",
         config_hash=config_hash(text_config(model).to_dict()),
         rho=0.9,

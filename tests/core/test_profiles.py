@@ -1,4 +1,4 @@
-"""Profile files: validated on load, bound to their model, turned into exact layer budgets."""
+"""DemandProfile files: validated on load, bound to their model, turned into exact layer budgets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import reasonalloc
 import reference
 from models import prompt, tiny
 from reasonalloc import UsageError
-from reasonalloc.calibrated.demand import Profile, config_hash, load_profile
+from reasonalloc.calibrated.demand import DemandProfile, config_hash, load_profile
 
 
-def make(model: Any, demand: list[float]) -> Profile:
-    return Profile(
+def make(model: Any, demand: list[float]) -> DemandProfile:
+    return DemandProfile(
         model_id="tiny",
         config_hash=config_hash(model.config.to_dict()),
         rho=0.93,

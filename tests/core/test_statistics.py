@@ -24,7 +24,7 @@ from reasonalloc.evaluation.intervals import (
 )
 from reasonalloc.evaluation.paired import compare, holm, verdict
 from reasonalloc.evaluation.samples import load_groups
-from reasonalloc.evaluation.statistics import by_cell, pareto, pass_at_k, summarise
+from reasonalloc.evaluation.statistics import by_cell, make_cell, pareto, pass_at_k
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (8, 1, 4), (6, 6, 2), (6, 0, 6)])
@@ -42,7 +42,7 @@ def test_pass_at_k_refuses_what_is_no_draw(n: int, c: int, k: int) -> None:
 
 def test_one_sample_per_problem_gives_wilson() -> None:
     right = [[i % 3 == 0] for i in range(30)]
-    found = summarise(made("rkv", right)).accuracy
+    found = make_cell(made("rkv", right)).accuracy
     assert (found.low, found.high) == pytest.approx(wilson(10, 30))
     assert found.value == pytest.approx(1 / 3)
 
@@ -69,7 +69,7 @@ def test_intervals_cover_the_truth(problems: int, samples: int) -> None:
     for _ in range(300):
         chances = random.beta(0.5, 0.5, problems)
         right = random.random((problems, samples)) < chances[:, None]
-        found = summarise(made("rkv", right.tolist())).accuracy
+        found = make_cell(made("rkv", right.tolist())).accuracy
         hits += found.low <= 0.5 <= found.high
         low, high = wilson(int(right.sum()), right.size)
         naive += low <= 0.5 <= high
@@ -115,7 +115,7 @@ def test_pairing_finds_what_the_intervals_alone_hide() -> None:
     better = [[i < 112] for i in range(200)]
     found = compare(made("a", better), made("b", base))
     assert found is not None and holm([found])[0].clear
-    assert summarise(made("a", better)).accuracy.low < summarise(made("b", base)).accuracy.high
+    assert make_cell(made("a", better)).accuracy.low < make_cell(made("b", base)).accuracy.high
 
 
 def test_only_common_problems_are_compared() -> None:
@@ -180,7 +180,7 @@ def test_verdicts() -> None:
 
 def test_a_cell_counts_what_happened() -> None:
     samples = made("rkv", [[True, False], [True, True]], completion_tokens=50, finish="length")
-    cell = summarise(samples)
+    cell = make_cell(samples)
     assert (cell.problems, cell.samples, cell.cap_hits, cell.compressions) == (2, 4, 4, 48)
     assert sorted(cell.pass_at) == [1, 2]
     assert cell.pass_at[2].value == 1.0

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools.boxed.attention import ChunkedCausalAttention
+from tools.boxed.data import IGNORED, LEVELS, largest_level, make_batch
+from tools.boxed.model import TOKENS, build_config, build_model, build_tokenizer
+from tools.boxed.train import STATE, TrainOptions, main, rate_factor, train
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reasonalloc.boxed.attention import ChunkedCausalAttention
-from reasonalloc.boxed.data import IGNORED, LEVELS, largest_level, make_batch
-from reasonalloc.boxed.model import TOKENS, build_config, build_model, build_tokenizer
-from reasonalloc.boxed.train import STATE, TrainOptions, main, rate_factor, train
 from reasonalloc.evaluation.tasks.chain import generate
+
+ROOT = Path(__file__).parents[2]
 
 
 def _options(out: Path, **changes: int) -> TrainOptions:
@@ -123,10 +125,10 @@ def test_the_model_is_built_from_its_seed() -> None:
 
 def test_sixty_steps_with_a_kill_in_between(tmp_path: Path) -> None:
     """The command as a user starts it: killed once it has saved, started again, and it learns."""
-    command = [sys.executable, "-m", "reasonalloc.boxed.train", "--steps", "60", "--quiet"]
+    command = [sys.executable, "-m", "tools.boxed.train", "--steps", "60", "--quiet"]
     command += ["--batch-tokens", "256", "--max-variables", "4", "--warmup", "20"]
     command += ["--save-every", "15", "--out", str(tmp_path)]
-    running = subprocess.Popen(command)
+    running = subprocess.Popen(command, cwd=ROOT)
     try:
         end = time.monotonic() + 300
         while not (tmp_path / STATE).exists() and time.monotonic() < end:
@@ -135,7 +137,7 @@ def test_sixty_steps_with_a_kill_in_between(tmp_path: Path) -> None:
         running.kill()
         running.wait()
     assert (tmp_path / STATE).exists()
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=ROOT)
     with (tmp_path / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(60))

@@ -21,7 +21,7 @@ import torch
 pytest.importorskip("typer")
 
 import tiny_folder
-from reasonalloc.cli import eval_watch
+from reasonalloc.cli import watch
 from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import folder as run_folder
@@ -383,7 +383,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "samples |" not in call(*arguments(model, tmp_path / "a", limit=1, arms="full"))[2]
-    monkeypatch.setattr(eval_watch, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "LOG_SECONDS", 0.0)
     code, _, err = call(*arguments(model, tmp_path / "b", limit=3, arms="full"))
     assert code == 0 and re.search(r"note: 3 of 6 samples \| \d+ tok/s", err), err
     assert "note: 6 of 6 samples |" in err
@@ -510,6 +510,6 @@ def test_the_code_is_part_of_the_manifest(
     assert call(*arguments(model, tmp_path, **small))[0] == 0
     first = read(tmp_path)[0]["code"]
     assert list(first.values()) == [__version__] and len(next(iter(first))) == 16
-    monkeypatch.setattr("reasonalloc.cli.eval_files.code_hash", lambda: "changed")
+    monkeypatch.setattr("reasonalloc.evaluation.manifest.code_hash", lambda: "changed")
     assert call(*arguments(model, tmp_path, **{**small, "limit": 2}))[0] == 0
     assert read(tmp_path)[0]["code"] == {**first, "changed": __version__}

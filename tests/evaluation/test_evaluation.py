@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,17 @@ import pytest
 import torch
 
 from reasonalloc import attach
-from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation import workers
-from reasonalloc.evaluation.arms import SPARE_TOKENS, ArmResult, run_job
+from reasonalloc.evaluation import threads
 from reasonalloc.evaluation.batch import Job, Settings, Stopped
+from reasonalloc.evaluation.chunks import Chunk, Item, Outcome
+from reasonalloc.evaluation.demo import ARMS, SPARE_TOKENS
 from reasonalloc.evaluation.intervals import wilson
-from reasonalloc.evaluation.summary import summarise, verdict
-from reasonalloc.evaluation.workers import run_jobs
+from reasonalloc.evaluation.progress import Observer
+from reasonalloc.evaluation.threads import Threads
 from reasonalloc.loading import load_model
-from tiny_boxed import BUDGET, INTERVAL, PROBLEMS, WINDOW, made_up, save_tiny
+from reasonalloc.report.demo import rank_arms, verdict
+from tiny_boxed import BUDGET, INTERVAL, PROBLEMS, WINDOW, made_up, run_job, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_full_cache_is_plain_generate(worker: tuple[Any, Any]) -> None:
 def test_compressed_bytes_are_the_plan(worker: tuple[Any, Any], folder: Path) -> None:
     model, tokenizer = worker
     settings = Settings(INTERVAL, WINDOW, folder / "profile.json", folder / "costs.json")
-    for arm in demo_boxed.ARMS:
+    for arm in ARMS:
         result = run_job(model, tokenizer, PROBLEMS, Job(arm, BUDGET), settings)
         with attach(model, budget=BUDGET, interval=INTERVAL, window=WINDOW) as attachment:
             assert result.kv_bytes == attachment.plan(1).slab_bytes, arm
@@ -115,64 +117,70 @@ def test_a_watcher_stops_a_run(worker: tuple[Any, Any]) -> None:
     assert "generate" not in worker[0].__dict__  # detached all the same
 
 
-class Silent:
-    def stepped(self, worker: int, job: Job, steps: int) -> None: ...
-    def finished(self, worker: int, result: ArmResult) -> None: ...
+def chunks(count: int) -> deque[Chunk]:
+    """One job each, at budgets from 1 on."""
+    item = Item("p", "text", 0, 0)
+    return deque(Chunk(Job("rkv", budget), (item,)) for budget in range(1, count + 1))
+
+
+class Fake:
+    """A solver that does what it is told, and notes its chunks."""
+
+    def __init__(self, run: Any = lambda chunk, watch: None) -> None:
+        self.run, self.used = run, []
+
+    def solve(self, chunk: Chunk, watch: Any) -> Outcome:
+        self.used.append(chunk)
+        watch(1)
+        self.run(chunk, watch)
+        return Outcome([], [])
 
 
 def test_jobs_keep_their_order_and_use_every_worker() -> None:
-    jobs = [Job("rkv", budget) for budget in range(1, 9)]
-    used: set[int] = set()
-
-    def runner(number: int) -> Any:
-        def run(job: Job, watch: Any) -> ArmResult:
-            used.add(number)
-            watch(1)
-            return made_up(job.arm, job.budget, 1)
-
-        return run
-
-    results, interrupted = run_jobs(jobs, [runner(0), runner(1)], Silent())
-    assert [r.job for r in results] == jobs
-    assert not interrupted
-    assert used <= {0, 1}
+    solvers = [Fake(), Fake()]
+    todo = chunks(8)
+    wanted = list(todo)
+    finished = [chunk for chunk, _ in Threads(solvers, Observer()).outcomes(todo)]
+    assert sorted(finished, key=wanted.index) == wanted and len(finished) == 8
+    assert not todo
+    for solver in solvers:
+        assert solver.used and solver.used == sorted(solver.used, key=wanted.index)
 
 
 def test_ctrl_c_keeps_what_was_finished() -> None:
-    def run(job: Job, watch: Any) -> ArmResult:
-        if job.budget == 2:
+    def run(chunk: Chunk, watch: Any) -> None:
+        if chunk.job.budget == 2:
             signal.raise_signal(signal.SIGINT)
             while watch(1):
                 pass
             raise Stopped
-        return made_up(job.arm, job.budget, 1)
 
-    jobs = [Job("rkv", budget) for budget in (1, 2, 3)]
-    results, interrupted = run_jobs(jobs, [run], Silent())
-    assert interrupted
-    assert [r.job.budget for r in results] == [1]
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        for chunk, _ in Threads([Fake(run)], Observer()).outcomes(chunks(3)):
+            finished.append(chunk.job.budget)
+    assert finished == [1]
 
 
 def test_no_job_starts_late(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [5.0]
-    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def run(job: Job, watch: Any) -> ArmResult:
+    def run(chunk: Chunk, watch: Any) -> None:
         now[0] = 7.0
-        return made_up(job.arm, job.budget, 1)
 
-    jobs = [Job("rkv", budget) for budget in range(1, 9)]
-    results, interrupted = run_jobs(jobs, [run], Silent(), until=6.0)
-    assert [r.job for r in results] == jobs[:1]
-    assert not interrupted
+    todo = chunks(8)
+    wanted = list(todo)
+    finished = [chunk for chunk, _ in Threads([Fake(run)], Observer(), until=6.0).outcomes(todo)]
+    assert finished == wanted[:1]
 
 
 def test_an_error_in_a_worker_comes_out() -> None:
-    def run(job: Job, watch: Any) -> ArmResult:
+    def run(chunk: Chunk, watch: Any) -> None:
         raise UsageError("broken")
 
     with pytest.raises(UsageError, match="broken"):
-        run_jobs([Job("rkv", 1)] * 3, [run, run], Silent())
+        list(Threads([Fake(run), Fake(run)], Observer()).outcomes(chunks(3)))
 
 
 def test_rows_mark_ties_and_runs_without_compression() -> None:
@@ -184,7 +192,7 @@ def test_rows_mark_ties_and_runs_without_compression() -> None:
         made_up("full", None, 10, compressions=0),
         made_up("rkv", 999, 10, compressions=0),
     ]
-    rows = summarise(results)
+    rows = rank_arms([sample for result in results for sample in result])
     assert (rows[0].arm, rows[0].budget) == ("full", None)
     assert [r.budget for r in rows] == [None, 32, 64, 64, 64, 999]
     assert {(r.arm, r.budget) for r in rows if r.best} == {
@@ -198,7 +206,7 @@ def test_rows_mark_ties_and_runs_without_compression() -> None:
 
 def test_the_verdict_says_where_ours_is_behind() -> None:
     def say(*pairs: tuple[str, int]) -> str:
-        return " ".join(verdict(summarise([made_up(arm, 64, c) for arm, c in pairs])))
+        return " ".join(verdict(rank_arms([s for arm, c in pairs for s in made_up(arm, 64, c)])))
 
     assert (
         "not the best arm at budget 64 (1 of 10 right, rkv 10 of 10; the intervals do not"

@@ -14,7 +14,7 @@ from models import prompt, tiny
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.completions import complete, complete_all
-from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.texts import Trajectory, load_trajectories
 
 
@@ -54,7 +54,7 @@ def slow(model: Any, text: Trajectory, config: CompressionConfig) -> list[list[f
 def test_equals_token_by_token(name: str, arm: Arm) -> None:
     model, text = tiny(name), trajectory(25, 43)
     config = CompressionConfig(budget=18, arm=arm, interval=8)
-    found = fidelity(model, text, full_logits(model, text), config)
+    found = measure_fidelity(model, text, full_logits(model, text), config)
     kl, agree, added = slow(model, text, config)
     assert len(found.kl) == 42 and found.compressions >= 3
     assert found.kl == pytest.approx(kl, rel=2e-3, abs=1e-4)
@@ -67,7 +67,7 @@ def test_equals_token_by_token(name: str, arm: Arm) -> None:
 def test_nothing_evicted_changes_nothing() -> None:
     model, text = tiny("llama"), trajectory(25, 43)
     config = CompressionConfig(budget=100, interval=16)
-    found = fidelity(model, text, full_logits(model, text), config)
+    found = measure_fidelity(model, text, full_logits(model, text), config)
     assert max(found.kl) < 1e-5 and all(found.agree) and found.compressions == 0
 
 

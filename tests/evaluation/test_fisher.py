@@ -19,8 +19,9 @@ from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import fidelity, full_logits, replay_logits
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
+from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.texts import Trajectory
 
 INTERVAL, WINDOW = 8, 4
@@ -236,7 +237,7 @@ def test_all_heads_at_once() -> None:
             config = CompressionConfig(budget=budget, arm=Arm(profile.policy), **CADENCE)
             each: list[float] = []
             for one in texts[:3]:
-                each += fidelity(model, one, full_logits(model, one), config).kl
+                each += measure_fidelity(model, one, full_logits(model, one), config).kl
             assert entry["budget"] == budget
             assert entry["uniform"] == pytest.approx(sum(each) / len(each), rel=1e-3)
             # Single costs need not add, but they are of this order.

@@ -19,7 +19,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
 from eval_folder import MANIFEST, events, row, rows, write
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.cli.main import main
 from reasonalloc.evaluation.samples import load_groups
 from reasonalloc.report import drilldown, heads
@@ -139,7 +139,7 @@ def test_the_papers_numbers_are_marked(call: Call, tmp_path: Path) -> None:
 def test_the_wave_of_the_runs_profile(tmp_path: Path) -> None:
     curve = [9.0, 3.0, 5.0]
     path = tmp_path / "profile.json"
-    Profile("m", "0" * 16, 0.93, 5, ["0" * 64], curve, curve, [curve]).save(path)
+    DemandProfile("m", "0" * 16, 0.93, 5, ["0" * 64], curve, curve, [curve]).save(path)
     manifest = {**MANIFEST, "profiles": {"profile": str(path)}}
     folder = write(tmp_path / "run", rows(), manifest)
     (group,) = results(load_groups([str(folder)]), None, False)["groups"]

@@ -9,8 +9,8 @@ import torch
 
 from reasonalloc import loading
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.cli.download import FILE, cache_folder
 from reasonalloc.errors import UsageError
+from reasonalloc.integrations.hf.smollm2 import FILE, cache_folder
 from tiny_folder import save_tiny, write_gguf
 
 

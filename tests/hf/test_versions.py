@@ -18,8 +18,8 @@ from models import prompt, tiny
 from reasonalloc.benchmark.decode import one_step
 from reasonalloc.cli.selftest import self_test
 from reasonalloc.errors import UntestedVersion, UsageError
-from reasonalloc.evaluation.fidelity import replay_logits
 from reasonalloc.integrations.hf import BudgetCache, step, versions
+from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.texts import Trajectory
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}

@@ -6,18 +6,17 @@ import random
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eval_folder import MANIFEST, events, row, rows, write
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
-from reasonalloc.cli.demo_boxed import Plan
-from reasonalloc.cli.demo_page import page_data
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.cli.main import main
 from reasonalloc.core.recorder import Event
-from reasonalloc.evaluation.arms import ArmResult
-from reasonalloc.evaluation.summary import summarise
+from reasonalloc.evaluation.demo import DemoPlan, Recording
+from reasonalloc.report.demo import page_data
 from reasonalloc.report.page import render
 
 ARMS = ("best", "rkv", "snapkv", "h2o", "streaming_llm", "pyramid-rkv", "reasonalloc", "random")
@@ -45,7 +44,7 @@ def save_demand(path: Path) -> Path:
     curves = [DEMAND, [value + 20 for value in DEMAND], [value - 20 for value in DEMAND]]
     most = [2 * value for value in DEMAND]
     hashes = [str(i) * 64 for i in range(len(curves))]
-    Profile("made/up-1b", "0" * 16, 0.93, 8, hashes, DEMAND, most, curves).save(path)
+    DemandProfile("made/up-1b", "0" * 16, 0.93, 8, hashes, DEMAND, most, curves).save(path)
     return path
 
 
@@ -93,13 +92,13 @@ def _events(length: int, generator: random.Random) -> tuple[Event, ...]:
     return tuple(found)
 
 
-def demo_results(plan: Plan, words: Words) -> list[ArmResult]:
+def demo_results(plan: DemoPlan, words: Words) -> tuple[list[Recording], list[dict[str, Any]]]:
     """The first problem is traced at the first budget; every second arm fails on it."""
     problems = plan.problems()
     prompts = tuple(words.encode(problem.prompt + " <think>") for problem in problems)
     right = [words.encode(problem.solution + " <end>") for problem in problems]
     (nothing,) = words.encode("nothing")
-    results = []
+    results, samples = [], []
     for number, job in enumerate(plan.jobs):
         generator = random.Random(number)
         share = 0.9 if job.budget is None else job.budget / 150
@@ -108,21 +107,22 @@ def demo_results(plan: Plan, words: Words) -> list[ArmResult]:
         if not correct[0]:
             chains[0] = (*right[0][:40], nothing, *right[0][41:])
         traced = job.budget == plan.traced
-        size = 4096 * (job.budget or 400)
-        results.append(
-            ArmResult(
-                job,
-                tuple(correct),
-                prompts,
-                tuple(chains),
-                size,
-                seconds=2.0 + number / 10,
-                prefill_seconds=0.5,
-                compressions=0 if job.budget in (None, 128) else 90,
-                events=_events(len(prompts[0]) + len(chains[0]), generator) if traced else (),
-            )
-        )
-    return results
+        events = _events(len(prompts[0]) + len(chains[0]), generator) if traced else ()
+        results.append(Recording(job, tuple(correct), prompts, tuple(chains), events))
+        samples += [
+            {
+                "arm": job.arm,
+                "budget": job.budget,
+                "correct": mark,
+                "prompt_tokens": len(prompts[0]),
+                "completion_tokens": len(chain),
+                "kv_bytes": 4096 * (job.budget or 400),
+                "seconds": 2.0 + number / 10,
+                "compressions": 0 if job.budget in (None, 128) else 90,
+            }
+            for mark, chain in zip(correct, chains, strict=True)
+        ]
+    return results, samples
 
 
 class Pages:
@@ -132,15 +132,15 @@ class Pages:
         self.folder = folder
 
     @cached_property
-    def results(self) -> list[ArmResult]:
+    def results(self) -> list[Recording]:
         """What the demo's page shows."""
-        return demo_results(self._plan, self._words)
+        return self._made[0]
 
     @cached_property
     def demo(self) -> Path:
-        rows = summarise(self.results)
+        traced = [result for result in self.results if result.events]
         page = self.folder / "demo.html"
-        page.write_text(render(page_data(self._plan, self.results, rows, self._words)), "utf-8")
+        page.write_text(render(page_data(self._plan, self._made[1], traced, self._words)), "utf-8")
         return page
 
     @cached_property
@@ -164,9 +164,13 @@ class Pages:
         return _plot(self.folder / "costs.json")
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _made(self) -> tuple[list[Recording], list[dict[str, Any]]]:
+        return demo_results(self._plan, self._words)
+
+    @cached_property
+    def _plan(self) -> DemoPlan:
         profile = save_demand(self.folder / "profile.json")
-        return Plan(self.folder, ARMS, BUDGETS, COUNT, 6, profile, None, None, 1)
+        return DemoPlan(self.folder, ARMS, BUDGETS, COUNT, 6, profile, None, None, 1)
 
     @cached_property
     def _words(self) -> Words:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 from browser import Browser
-from made_pages import ARMS, BUDGETS, COUNT, KV_HEADS, LAYERS, Pages
+from made_pages import ARMS, BUDGETS, COUNT, KV_HEADS, LAYERS, Pages, Recording
 from selenium.webdriver.common.keys import Keys
 
-from reasonalloc.evaluation.arms import ArmResult
 
-
-def traced(pages: Pages, arm: str) -> ArmResult:
+def traced(pages: Pages, arm: str) -> Recording:
     return next(r for r in pages.results if r.job.arm == arm and r.job.budget == BUDGETS[0])
 
 
-def holds(result: ArmResult, layer: int, head: int, read: int) -> tuple[set[int], int | None]:
+def holds(result: Recording, layer: int, head: int, read: int) -> tuple[set[int], int | None]:
     """What the head holds after so many tokens, and when it was compressed last."""
     past = [e for e in result.events if e.layer == layer and e.step <= read]
     if not past:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.vllm.accounting import Accounting
-from reasonalloc.integrations.vllm.plan import EnginePlan
+from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.memory import LayerShape
 
 
-@dataclass(frozen=True)
-class MadePlan(EnginePlan):
+class MadeBudget(EngineBudget):
     """Layer totals as given."""
 
-    given: tuple[int, ...] = ()
-
-    @property
-    def totals(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.given
-
-    @property
-    def planned(self) -> None:  # type: ignore[override]
-        return None
+    def __init__(
+        self,
+        config: CompressionConfig,
+        shapes: tuple[LayerShape, ...],
+        ranks: int,
+        totals: list[int],
+    ) -> None:
+        given = {"config": config, "shapes": shapes, "ranks": ranks, "totals": tuple(totals)}
+        self.__dict__.update(given, name="made", planned=None)
 
 
 def make(totals: list[int], heads: int, interval: int, block: int, ranks: int = 1) -> Accounting:
     config = CompressionConfig(budget=64, interval=interval)
     shapes = (LayerShape(heads, heads, 16),) * len(totals)
-    return Accounting(MadePlan(config, "made", shapes, None, ranks, tuple(totals)), block, 4)
+    return Accounting(MadeBudget(config, shapes, ranks, totals), block, 4)
 
 
 def count(totals: list[int], heads: int, interval: int, prompt: int, tokens: int) -> list[int]:

@@ -20,9 +20,9 @@ from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
+from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.kernels import Pages
-from reasonalloc.integrations.vllm.plan import EnginePlan
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.planning.shapes import layer_shapes
 
@@ -62,7 +62,7 @@ class Request:
         self.keys = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
         self.values = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
 
-    def alone(self, plan: EnginePlan) -> list[LayerCompressor]:
+    def alone(self, plan: EngineBudget) -> list[LayerCompressor]:
         planned = plan.planned or [None] * LAYERS
         return [
             LayerCompressor(
@@ -79,17 +79,17 @@ class Request:
         ]
 
 
-def make_plan(arm: str, budget: int, interval: int, **more: object) -> EnginePlan:
+def make_plan(arm: str, budget: int, interval: int, **more: object) -> EngineBudget:
     parsed = parse_arm(arm)
     assert parsed is not None
     config = CompressionConfig(budget, parsed, interval=interval, window=WINDOW, **more)  # type: ignore[arg-type]
-    return EnginePlan(config, "tiny", layer_shapes(MODEL, "tiny"), MODEL, 1)
+    return EngineBudget(config, layer_shapes(MODEL, "tiny"), MODEL, "tiny")
 
 
 class Pool:
     """A scheduler, a worker and their memory, as small as can be."""
 
-    def __init__(self, plan: EnginePlan, block_size: int, seed: int) -> None:
+    def __init__(self, plan: EngineBudget, block_size: int, seed: int) -> None:
         self.plan = plan
         self.layout = plan.layouts(block_size)[0]
         self.runs = Runs(self.layout, torch.device("cpu"))
@@ -178,7 +178,7 @@ def same(pool: Pool, request: Request, alone: list[LayerCompressor]) -> None:
             assert torch.equal(values, slab.values[0, index])
 
 
-def drive(plan: EnginePlan, block_size: int, requests: list[Request], seed: int) -> None:
+def drive(plan: EngineBudget, block_size: int, requests: list[Request], seed: int) -> None:
     pool = Pool(plan, block_size, seed)
     alone = {request.name: request.alone(plan) for request in requests}
     for now in range(max(r.arrives + r.steps for r in requests) + 1):

@@ -1,1 +1,1 @@
-"""The boxed reasoner: a tiny model that reasons, its training and its shipped checkpoint."""
+"""The boxed reasoner: a checkpoint that transformers loads. Its training is in tools/boxed."""

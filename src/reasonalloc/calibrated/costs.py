@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from reasonalloc.calibrated.demand import check_fingerprint
+from reasonalloc.calibrated.reading import (
+    check_choice,
+    check_fields,
+    check_object,
+    check_texts,
+    check_version,
+    is_number,
+    read_json,
+)
+from reasonalloc.calibrated.tables import cost_notes, cost_table, joint_table, spaced
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
+from reasonalloc.tables import Shown, Table
 
 #: Version 1 had no ``layer_costs``; it is still read.
 SCHEMA_VERSION = 2
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
 #: order from gradients (see ``calibration``).
 OBJECTIVES = ("kl", "fisher")
+_REMEDY = "make one with 'reasonalloc calibrate --objective fisher'"
 
 
 @dataclass(frozen=True)
-class CostProfile:
+class CostProfile(Shown):
     """KL(full || compressed) per token when one KV head alone is held to a budget.
 
     Attributes:
         objective: ``kl`` or ``fisher``.
         model_id: name of the model, for messages.
-        config_hash: the model's fingerprint (``profiles.config_hash``).
+        config_hash: the model's fingerprint (``calibrated.demand.config_hash``).
         policy: which policy evicted.
         interval, window: the cadence, in tokens.
         samples: random directions per text (``fisher``), or 0.
@@ -71,6 +82,21 @@ class CostProfile:
         """KV heads per layer."""
         return len(self.costs[0][0])
 
+    def heading(self) -> str:
+        """Return what was measured, how, of which model."""
+        return (
+            f"KL per token when one head is held to a budget: {self.model_id}, "
+            f"{self.objective}, {self.policy}, texts: {len(self.tokens)}"
+        )
+
+    def tables(self) -> list[Table]:
+        """Return costs of each layer, and the check of all heads at once if there is one."""
+        return [cost_table(self, spaced(self.budgets)), *([joint_table([self])] * bool(self.joint))]
+
+    def notes(self) -> list[str]:
+        """Return the unit, and the budgets that the table leaves out."""
+        return cost_notes(self, spaced(self.budgets))
+
     def curves(self, texts: list[int] | None = None) -> list[list[list[float]]]:
         """[layers][kv_heads][points] nats per token, mean over texts weighted by their tokens.
 
@@ -108,6 +134,12 @@ class CostProfile:
             for point in range(len(self.budgets))
         ]
 
+    def no_better(self) -> list[float]:
+        """Return the checked budgets at which equal budgets measured no worse."""
+        # Equal budgets that come from a plan differ from plainly equal ones by rounding.
+        margin = 1 - 1e-3
+        return [e["budget"] for e in self.joint if e["measured"] >= margin * e["uniform"]]
+
     def check_model(self, model_id: str, fingerprint: str, layers: int, kv_heads: int) -> None:
         """Refuse a profile of another model.
 
@@ -134,15 +166,7 @@ def load_costs(path: str | os.PathLike[str]) -> CostProfile:
     Raises:
         UsageError: the file is missing, is no JSON or breaks the schema; says what and where.
     """
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cost profile {str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(
-            f"cost profile {str(path)!r} is no JSON file: make one with "
-            "'reasonalloc calibrate --objective fisher'"
-        ) from None
+    data = read_json(path, "cost profile", _REMEDY)
     try:
         return _validated(data)
     except UsageError as error:
@@ -150,26 +174,32 @@ def load_costs(path: str | os.PathLike[str]) -> CostProfile:
 
 
 def _validated(data: Any) -> CostProfile:
-    if not isinstance(data, dict):
-        raise UsageError("the top level must be an object")
+    check_object(data)
     if data.get("kind") != "cost":
-        raise UsageError(
-            "it is another kind of file: make one with 'reasonalloc calibrate --objective fisher'"
-        )
+        raise UsageError(f"it is another kind of file: {_REMEDY}")
     if data.get("version") == 1 and "layer_costs" not in data:
         data = {**data, "layer_costs": [], "version": SCHEMA_VERSION}
-    if data.get("version") != SCHEMA_VERSION:
-        raise UsageError(f"version={data.get('version')!r}, expected {SCHEMA_VERSION}")
-    names = set(CostProfile.__dataclass_fields__)
-    if missing := sorted(names - set(data)):
-        raise UsageError(f"missing {', '.join(missing)}")
-    if extra := sorted(set(data) - names):
-        raise UsageError(f"unknown field {', '.join(extra)}")
-    if data["objective"] not in OBJECTIVES:
-        raise UsageError(f"objective={data['objective']!r}, expected one of {OBJECTIVES}")
-    for name in ("model_id", "config_hash", "policy"):
-        if not isinstance(data[name], str):
-            raise UsageError(f"{name} must be text")
+    check_version(data, SCHEMA_VERSION)
+    check_fields(data, CostProfile)
+    check_choice(data, "objective", OBJECTIVES)
+    check_texts(data, ("model_id", "config_hash", "policy"))
+    _check_settings(data)
+    texts = _list("text_hashes", data["text_hashes"], None, str)
+    _list("kinds", data["kinds"], texts, str)
+    _list("tokens", data["tokens"], texts, int)
+    if min(data["tokens"]) < 1:
+        raise UsageError("tokens must be positive")
+    points = len(data["budgets"])
+    layers = _check_costs(data["costs"], texts, points)
+    _check_layer_costs(data["layer_costs"], texts, layers, points)
+    for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
+        wanted = {"budget", "predicted", "measured", "uniform"}
+        if not isinstance(entry, dict) or set(entry) != wanted:
+            raise UsageError(f"joint must be a list of objects with {', '.join(sorted(wanted))}")
+    return CostProfile(**data)
+
+
+def _check_settings(data: dict[str, Any]) -> None:
     for name, least in (("interval", 1), ("window", 1), ("samples", 0)):
         if type(data[name]) is not int or data[name] < least:
             raise UsageError(f"{name}={data[name]!r} must be a whole number >= {least}")
@@ -181,18 +211,6 @@ def _validated(data: Any) -> CostProfile:
         or sorted(set(budgets)) != budgets
     ):
         raise UsageError("budgets must be at least two positive whole numbers, rising")
-    texts = _list("text_hashes", data["text_hashes"], None, str)
-    _list("kinds", data["kinds"], texts, str)
-    _list("tokens", data["tokens"], texts, int)
-    if min(data["tokens"]) < 1:
-        raise UsageError("tokens must be positive")
-    layers = _check_costs(data["costs"], texts, len(budgets))
-    _check_layer_costs(data["layer_costs"], texts, layers, len(budgets))
-    for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
-        wanted = {"budget", "predicted", "measured", "uniform"}
-        if not isinstance(entry, dict) or set(entry) != wanted:
-            raise UsageError(f"joint must be a list of objects with {', '.join(sorted(wanted))}")
-    return CostProfile(**data)
 
 
 def _list(name: str, values: Any, length: int | None, kind: type) -> int:
@@ -236,5 +254,4 @@ def _check_layer_costs(costs: Any, texts: int, layers: int, points: int) -> None
 
 
 def _is_cost(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return is_number(value) and bool(value >= 0)

@@ -1,17 +1,27 @@
-"""Calibration profiles: JSON files, validated on load and bound to the model they were made for."""
+"""Demand profiles: JSON files, validated on load and bound to the model they were made for."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from reasonalloc.calibrated.reading import (
+    check_choice,
+    check_fields,
+    check_object,
+    check_texts,
+    check_version,
+    is_number,
+    read_json,
+)
+from reasonalloc.calibrated.tables import demand_table
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
+from reasonalloc.tables import Shown, Table
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("attention-mass",)
@@ -57,8 +67,8 @@ def check_fingerprint(
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Demand per layer: tokens needed to keep a share ``rho`` of the attention mass (METHOD.md).
+class DemandProfile(Shown):
+    """Demand per layer: tokens needed to keep a share ``rho`` of the attention mass.
 
     Attributes:
         model_id: name of the model, for messages.
@@ -81,6 +91,23 @@ class Profile:
     curves: list[list[float]]
     objective: str = "attention-mass"
     version: int = SCHEMA_VERSION
+    kind: ClassVar[str] = "demand"
+
+    @property
+    def layers(self) -> int:
+        """Layers under a budget."""
+        return len(self.demand_mean)
+
+    def heading(self) -> str:
+        """Return what was measured, of which model."""
+        return (
+            f"Tokens for {self.rho:.0%} of the attention mass: {self.model_id}, "
+            f"prompts: {len(self.curves)}"
+        )
+
+    def tables(self) -> list[Table]:
+        """Return a row per layer."""
+        return [demand_table(self)]
 
     def check_model(self, model_id: str, fingerprint: str, layers: int) -> None:
         """Refuse a profile of another model.
@@ -101,40 +128,26 @@ class Profile:
             partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read and validate a profile file.
+def load_profile(path: str | os.PathLike[str]) -> DemandProfile:
+    """Read and validate a demand profile.
 
     Raises:
         UsageError: the file is missing, is no JSON or breaks the schema; says what and where.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"profile {str(path)!r} is not valid JSON: {error}") from None
+    data = read_json(path, "profile")
     try:
         return _validated(data)
     except UsageError as error:
         raise UsageError(f"profile {str(path)!r} is broken: {error}; calibrate again") from None
 
 
-def _validated(data: Any) -> Profile:
-    if not isinstance(data, dict):
-        raise UsageError("the top level must be an object")
-    if data.get("version") != SCHEMA_VERSION:
-        raise UsageError(f"version={data.get('version')!r}, expected {SCHEMA_VERSION}")
-    names = set(Profile.__dataclass_fields__)
-    if missing := sorted(names - set(data)):
-        raise UsageError(f"missing {', '.join(missing)}")
-    if extra := sorted(set(data) - names):
-        raise UsageError(f"unknown field {', '.join(extra)}")
-    if data["objective"] not in OBJECTIVES:
-        raise UsageError(f"objective={data['objective']!r}, expected one of {OBJECTIVES}")
-    for name in ("model_id", "config_hash"):
-        if not isinstance(data[name], str):
-            raise UsageError(f"{name} must be text")
-    if not _is_number(data["rho"]) or not 0 < data["rho"] < 1:
+def _validated(data: Any) -> DemandProfile:
+    check_object(data)
+    check_version(data, SCHEMA_VERSION)
+    check_fields(data, DemandProfile)
+    check_choice(data, "objective", OBJECTIVES)
+    check_texts(data, ("model_id", "config_hash"))
+    if not is_number(data["rho"]) or not 0 < data["rho"] < 1:
         raise UsageError(f"rho={data['rho']!r} must lie between 0 and 1")
     if not isinstance(data["steps"], int) or data["steps"] < 1:
         raise UsageError(f"steps={data['steps']!r} must be a positive whole number")
@@ -147,11 +160,7 @@ def _validated(data: Any) -> Profile:
         raise UsageError("curves must hold one list per prompt hash")
     for index, curve in enumerate(curves):
         _check_demand(f"curves[{index}]", curve, layers)
-    return Profile(**data)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return DemandProfile(**data)
 
 
 def _check_demand(name: str, values: Any, length: int | None) -> int:
@@ -160,6 +169,6 @@ def _check_demand(name: str, values: Any, length: int | None) -> int:
     if length is not None and len(values) != length:
         raise UsageError(f"{name} has {len(values)} entries, demand_mean has {length}")
     for index, value in enumerate(values):
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise UsageError(f"{name}[{index}]={value!r} must be a number >= 0")
     return len(values)

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reasonalloc.calibrated.demand import check_fingerprint
+from reasonalloc.calibrated.reading import check_texts, check_version
+from reasonalloc.calibrated.tables import statistics_table
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
 from reasonalloc.policies.rotary import Rope
+from reasonalloc.tables import Shown, Table
 
 SCHEMA_VERSION = 1
 _HEADER = "reasonalloc.statistics"
@@ -26,7 +29,7 @@ _REMEDY = "make it with 'reasonalloc calibrate --objective statistics'"
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class Statistics(Shown):
     """What the full cache's attention looks like, layer by layer (docs/method.md, "Offline").
 
     Layer-wise numbers are means over samples (window attention at every so many generated tokens)
@@ -34,7 +37,7 @@ class Statistics:
 
     Attributes:
         model_id: name of the model, for messages.
-        config_hash: the model's fingerprint (``profiles.config_hash``).
+        config_hash: the model's fingerprint (``calibrated.demand.config_hash``).
         steps: generated tokens per prompt, at most.
         window: queries per sample.
         prompt_hashes: SHA-256 of each calibration prompt.
@@ -66,6 +69,25 @@ class Statistics:
     query_mean: Tensor | None = None
     query_norm: Tensor | None = None
     no_queries: str = ""
+    kind: ClassVar[str] = "statistics"
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers per layer as plain JSON values."""
+        return {
+            "layers": self.layers,
+            "entropy": self.entropy.tolist(),
+            "variance": self.variance.tolist(),
+            "top_share": dict(zip(map(str, self.tops), self.top_share.tolist(), strict=True)),
+            "no_queries": self.no_queries or None,
+        }
+
+    def tables(self) -> list[Table]:
+        """Return a row per layer."""
+        return [statistics_table(self)]
+
+    def notes(self) -> list[str]:
+        """Return why there are no query statistics, if there are none."""
+        return [f"For cake and dynamickv alone: {self.no_queries}"] if self.no_queries else []
 
     def check_model(self, model_id: str, fingerprint: str, layers: int) -> None:
         """Refuse the statistics of another model.
@@ -140,11 +162,8 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
 def _validated(header: Any, tensors: dict[str, Tensor]) -> Statistics:
     if not isinstance(header, dict):
         raise UsageError("the header must be an object")
-    if header.get("version") != SCHEMA_VERSION:
-        raise UsageError(f"version={header.get('version')!r}, expected {SCHEMA_VERSION}")
-    for name in _TEXTS:
-        if not isinstance(header.get(name), str):
-            raise UsageError(f"{name} must be text")
+    check_version(header, SCHEMA_VERSION)
+    check_texts(header, _TEXTS)
     for name in ("steps", "window"):
         if not _counts([header.get(name)], 1):
             raise UsageError(f"{name}={header.get(name)!r} must be a positive whole number")
@@ -194,14 +213,14 @@ def _queries(
     if not isinstance(rope.get("scaling"), float) or not rope["scaling"] > 0:
         raise UsageError(f"rope scaling={rope.get('scaling')!r} must be a positive number")
     frequencies = _tensor(tensors, "rope_frequencies", (-1,))
-    found = Rope(tuple(frequencies.tolist()), rope["scaling"], rope["head_dim"])
-    if not 0 < 2 * found.pairs <= found.head_dim:
-        raise UsageError(f"rope_frequencies: {found.pairs} pairs in {found.head_dim} dimensions")
-    shape = (layers, -1, found.features)
+    rotary = Rope(tuple(frequencies.tolist()), rope["scaling"], rope["head_dim"])
+    if not 0 < 2 * rotary.pairs <= rotary.head_dim:
+        raise UsageError(f"rope_frequencies: {rotary.pairs} pairs in {rotary.head_dim} dimensions")
+    shape = (layers, -1, rotary.features)
     norm = _tensor(tensors, "query_norm", shape)
-    shape = (layers, norm.shape[1], found.features)
+    shape = (layers, norm.shape[1], rotary.features)
     real, imaginary = (_tensor(tensors, f"query_mean_{p}", shape, False) for p in ("real", "imag"))
-    return found, torch.complex(real.float(), imaginary.float()), norm.float()
+    return rotary, torch.complex(real.float(), imaginary.float()), norm.float()
 
 
 def _tensor(

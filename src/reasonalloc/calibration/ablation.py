@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibration.checks import Estimate, checked, now
 from reasonalloc.calibration.layer_replay import outputs_under_budgets
-from reasonalloc.calibration.observe import fingerprint, model_name
+from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.calibration.suffix import SuffixRunner
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.config import CompressionConfig
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -45,9 +47,9 @@ def ablation(
     kinds: Sequence[str] | None = None,
     policy: str = "rkv",
     budgets: Sequence[int] = BUDGETS,
-    interval: int = 64,
-    window: int = 8,
-    stride: int = 1,
+    interval: int = CompressionConfig.interval,
+    window: int = CompressionConfig.window,
+    stride: int = CalibrationConfig.stride,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CostProfile:
     """Measure KL(full || compressed) with one KV head, or one layer, compressed at a time.
@@ -124,9 +126,9 @@ def estimate(
     *,
     policy: str = "rkv",
     budgets: Sequence[int] = BUDGETS,
-    interval: int = 64,
-    window: int = 8,
-    stride: int = 1,
+    interval: int = CompressionConfig.interval,
+    window: int = CompressionConfig.window,
+    stride: int = CalibrationConfig.stride,
 ) -> Estimate:
     """What ``ablation`` will take, from two timed passes over the first text.
 
@@ -185,12 +187,12 @@ def _costs(
         batch = jobs[first : first + size]
         outputs = output.repeat(len(batch), 1, 1, 1)
         for row, (index, point) in enumerate(batch):
-            part, ablated = parts[index], rows[point]
-            if ablated is not None:
-                outputs[row, :, part] = ablated[:, part]
+            part, replaced = parts[index], rows[point]
+            if replaced is not None:
+                outputs[row, :, part] = replaced[:, part]
         logits = runner.run(text.ids, text.positions, layer, outputs)
-        for (index, point), found in zip(batch, logits, strict=True):
-            costs[index][point] = _kl(full, found)
+        for (index, point), ablated in zip(batch, logits, strict=True):
+            costs[index][point] = _kl(full, ablated)
     return costs
 
 

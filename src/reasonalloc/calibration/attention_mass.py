@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.calibrated.demand import Profile, config_hash
-from reasonalloc.calibration.observe import Observer, fingerprint, model_name, observe
+from reasonalloc.calibrated.demand import DemandProfile, config_hash
+from reasonalloc.calibrated.objectives import CalibrationConfig
+from reasonalloc.calibration.observe import Observer, fingerprint, observe
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.model import check_model
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.whole import whole_number
 
 
@@ -53,13 +55,13 @@ def attention_mass(
     model: Any,
     prompts: Sequence[Tensor],
     *,
-    rho: float = 0.93,
-    max_new_tokens: int = 4096,
-    every: int = 128,
-    window: int = 8,
+    rho: float = CalibrationConfig.rho,
+    max_new_tokens: int = CalibrationConfig.max_new_tokens,
+    every: int = CalibrationConfig.every,
+    window: int = CompressionConfig.window,
     on_prompt: Callable[[int], None] | None = None,
-) -> Profile:
-    """Measure a model's demand per layer with its full cache (METHOD.md, "Level 1").
+) -> DemandProfile:
+    """Measure a model's demand per layer with its full cache.
 
     Args:
         model: a decoder-only transformers model, not attached to anything.
@@ -90,7 +92,7 @@ def attention_mass(
         maxima.append([float(s.amax(dim=1).mean()) for s in stacked])
         if on_prompt is not None:
             on_prompt(index)
-    return Profile(
+    return DemandProfile(
         model_id=model_name(model),
         config_hash=config_hash(text_config(model).to_dict()),
         rho=rho,

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from reasonalloc.calibration.observe import model_name
+from reasonalloc.calibrated import ReadsCalibrated
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
+from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning.budget import bound_policy
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.budget import BudgetPlan
+from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies import POLICIES, Policy
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_numbers
@@ -74,29 +75,11 @@ def checked(
         UnsupportedError: a model that cannot run under a budget.
     """
     shapes = check_model(model)
-    if model.training:
-        raise UsageError("the model is in training mode: call model.eval() first")
-    if not texts:
-        raise UsageError("texts: none given, at least one is needed")
-    if kinds is not None and len(kinds) != len(texts):
-        raise UsageError(f"kinds: {len(kinds)} labels for {len(texts)} texts: give one per text")
-    for index, text in enumerate(texts):
-        if not text.prompt_ids or len(text.completion_ids) < 2:
-            raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
-        check_text(model, text)
+    _check_texts(model, texts, kinds)
     budgets = whole_numbers("budgets", budgets)
     if len(budgets) < 2 or sorted(set(budgets)) != budgets:
         raise UsageError(f"budgets={budgets} must be at least two whole numbers, rising")
-    if not policies:
-        raise UsageError("policies: none given, at least one is needed")
-    for policy in policies:
-        if list(policies).count(policy) > 1:
-            raise UsageError(f"policy={policy!r} is given twice: name each policy once")
-        if getattr(POLICIES.create(policy), "reads", None) == "cost profile":
-            raise UsageError(
-                f"policy={policy!r} takes its policy from a cost profile, which is to be made: "
-                "name a policy of its own, as rkv"
-            )
+    _check_policies(policies)
     configs = [
         CompressionConfig(
             budget=budgets[0], arm=Arm(policy), interval=interval, window=window, seed=seed
@@ -108,18 +91,51 @@ def checked(
             f"budgets={budgets}: even the smallest holds every text up to its last boundary, "
             "so nothing would be measured: give smaller budgets or longer texts"
         )
-    facts, name = text_config(model), model_name(model)
+    plans = [_plan(model, config, shapes) for config in configs]
     return Checked(
         budgets=budgets,
         layers=[i for i, shape in enumerate(shapes) if shape.compressible],
-        kv_heads=next(shape.kv_heads for shape in shapes if shape.compressible),
+        kv_heads=plans[0].kv_heads,
         configs=configs,
-        policies=[
-            bound_policy(
-                c, shapes, facts, name, lambda: read_rope(model), lambda: output_metrics(model)
+        policies=[plan.policy for plan in plans],
+    )
+
+
+def _check_texts(model: Any, texts: Sequence[Trajectory], kinds: Sequence[str] | None) -> None:
+    if model.training:
+        raise UsageError("the model is in training mode: call model.eval() first")
+    if not texts:
+        raise UsageError("texts: none given, at least one is needed")
+    if kinds is not None and len(kinds) != len(texts):
+        raise UsageError(f"kinds: {len(kinds)} labels for {len(texts)} texts: give one per text")
+    for index, text in enumerate(texts):
+        if not text.prompt_ids or len(text.completion_ids) < 2:
+            raise UsageError(f"text {index} needs a prompt and at least two completion tokens")
+        check_text(model, text)
+
+
+def _check_policies(policies: Sequence[str]) -> None:
+    if not policies:
+        raise UsageError("policies: none given, at least one is needed")
+    for policy in policies:
+        if list(policies).count(policy) > 1:
+            raise UsageError(f"policy={policy!r} is given twice: name each policy once")
+        part = POLICIES.create(policy)
+        if isinstance(part, ReadsCalibrated) and part.reads == "cost profile":
+            raise UsageError(
+                f"policy={policy!r} takes its policy from a cost profile, which is to be made: "
+                "name a policy of its own, as rkv"
             )
-            for c in configs
-        ],
+
+
+def _plan(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...]) -> BudgetPlan:
+    return BudgetPlan(
+        config,
+        shapes,
+        text_config(model),
+        model_name(model),
+        load_rope=lambda: read_rope(model),
+        load_output_metrics=lambda: output_metrics(model),
     )
 
 

@@ -20,11 +20,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibration.checks import Estimate, checked, now
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
-from reasonalloc.calibration.observe import fingerprint, model_name
+from reasonalloc.calibration.observe import fingerprint
+from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -71,9 +73,9 @@ def fisher(
     kinds: Sequence[str] | None = None,
     policies: Sequence[str] = POLICIES,
     budgets: Sequence[int] = BUDGETS,
-    interval: int = 64,
-    window: int = 8,
-    samples: int = 8,
+    interval: int = CompressionConfig.interval,
+    window: int = CompressionConfig.window,
+    samples: int = CalibrationConfig.samples,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[CostProfile]:
@@ -127,9 +129,9 @@ def fisher(
                     row.append(_cost(outputs, seen, directions) / tokens)
                     advance()
             for of_heads, of_layers, row in zip(costs, layer_costs, rows, strict=True):
-                found = torch.stack(row)
-                of_heads.append(found[:, :-1].tolist())
-                of_layers.append(found[:, -1].tolist())
+                of_text = torch.stack(row)
+                of_heads.append(of_text[:, :-1].tolist())
+                of_layers.append(of_text[:, -1].tolist())
     return [
         CostProfile(
             objective="fisher",
@@ -161,9 +163,9 @@ def estimate(
     *,
     policies: Sequence[str] = POLICIES,
     budgets: Sequence[int] = BUDGETS,
-    interval: int = 64,
-    window: int = 8,
-    samples: int = 8,
+    interval: int = CompressionConfig.interval,
+    window: int = CompressionConfig.window,
+    samples: int = CalibrationConfig.samples,
 ) -> Estimate:
     """What ``fisher`` will take, from a forward and a backward pass and a layer of the first text.
 
@@ -233,16 +235,16 @@ def _gradients(
         probability = logits.detach().softmax(dim=-1)
         root = probability.sqrt()
         outputs = [tape.seen[layer].output for layer in sorted(tape.seen)]
-        found = []
+        directions = []
         for sample in range(samples):
             noise = torch.randn(
                 root.shape, generator=generator, device=root.device, dtype=root.dtype
             ).mul_(root)
             noise -= probability * noise.sum(dim=-1, keepdim=True)
             grads = torch.autograd.grad(logits, outputs, noise, retain_graph=sample < samples - 1)
-            found.append([grad[0].float() for grad in grads])
+            directions.append([grad[0].float() for grad in grads])
             advance()
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+    return [torch.stack(parts) for parts in zip(*directions, strict=True)]
 
 
 def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:

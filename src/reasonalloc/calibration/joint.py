@@ -15,13 +15,12 @@ from torch import Tensor
 from reasonalloc.allocators.minimise import interpolate
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration.checks import Estimate, evicts, now
-from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.fidelity import fidelity, full_logits
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf.model import check_model
-from reasonalloc.planning.budget import planned_heads
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.budget import BudgetPlan
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number, whole_numbers
 
@@ -140,9 +139,9 @@ def joint_costs(
         for text in texts[:TEXTS]:
             full = full_logits(model, text)
             advance()
-            for pair, found in zip(arms, divergences, strict=True):
-                for config, kl in zip(pair, found, strict=True):
-                    kl += fidelity(model, text, full, config).kl
+            for pair, measured in zip(arms, divergences, strict=True):
+                for config, kl in zip(pair, measured, strict=True):
+                    kl += measure_fidelity(model, text, full, config).kl
                     advance()
     entries = [
         {
@@ -176,8 +175,8 @@ def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
 
 def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
     """Summed costs of the budgets that a profile gives, over the texts that are replayed."""
-    plan = planned_heads(config, check_model(model), text_config(model), model_name(model))
-    sizes = torch.tensor(plan, dtype=torch.float64, device="cpu").flatten()
+    plan = BudgetPlan(config, check_model(model), text_config(model), model_name(model))
+    sizes = torch.tensor(plan.planned, dtype=torch.float64, device="cpu").flatten()
     curves = torch.tensor(
         profile.curves(list(range(texts))), dtype=torch.float64, device="cpu"
     ).flatten(0, 1)

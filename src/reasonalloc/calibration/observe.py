@@ -151,8 +151,3 @@ def fingerprint(ids: Tensor) -> str:
     """SHA-256 of a prompt's token ids."""
     text = ",".join(str(int(token)) for token in ids.flatten())
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def model_name(model: Any) -> str:
-    """Name of a model, for messages."""
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibrated.statistics import Statistics
-from reasonalloc.calibration.observe import Observer, fingerprint, model_name, observe
+from reasonalloc.calibration.observe import Observer, fingerprint, observe
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import check_rotation, read_rope
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies.rotary import Rope, to_features, turns
 from reasonalloc.whole import whole_number
 
@@ -57,12 +59,12 @@ def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[fl
     flat = torch.stack([layer.cpu().flatten() for layer in attention])
     heads, width = attention[0].shape[0], flat.shape[1]
     order = flat.flatten().sort(descending=True, stable=True).indices // width
-    found = []
+    shares = []
     for top in tops:
         kept = order[: top * heads * len(attention)]
         counts = kept.bincount(minlength=len(attention)).double()
-        found.append((counts / counts.sum()).tolist())
-    return found
+        shares.append((counts / counts.sum()).tolist())
+    return shares
 
 
 class _Statistics(Observer):
@@ -115,9 +117,9 @@ def statistics(
     model: Any,
     prompts: Sequence[Tensor],
     *,
-    max_new_tokens: int = 4096,
-    every: int = 128,
-    window: int = 8,
+    max_new_tokens: int = CalibrationConfig.max_new_tokens,
+    every: int = CalibrationConfig.every,
+    window: int = CompressionConfig.window,
     on_prompt: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Measure query and attention statistics with the full cache (docs/method.md, "Offline").

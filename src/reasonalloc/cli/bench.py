@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
-    from reasonalloc.benchmark.decode import Contender, Timing
+    from reasonalloc.benchmark.decode import Contender
+    from reasonalloc.benchmark.run import Bench
     from reasonalloc.config import Arm, Step
 
 Shape = Annotated[
@@ -38,23 +38,30 @@ Out = Annotated[
 ]
 
 
+_SETTINGS = ("interval", "window", "n_sink", "protect_prompt", "attention")
+_BUDGET = o.Options(
+    (
+        ("budget", o.BudgetList, "128"),
+        ("interval", o.Interval, 64),
+        ("window", o.Window, 8),
+        ("n_sink", o.Sinks, 0),
+        ("protect_prompt", o.ProtectPrompt, False),
+        ("profile", e.Profiles, None),
+        ("attention", o.Attention, "auto"),
+        ("step", o.StepKinds, "eager"),
+    ),
+    lambda _, values: values,
+)
+
+
+@o.takes(model=o.ANY_MODEL, options=_BUDGET)
 def command(
     context: typer.Context,
-    model: o.ModelArgument = None,
-    model_option: o.ModelOption = None,
+    *,
+    model: o.ModelChoice,
     shape: Shape = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
     arms: Arms = "full,rkv",
-    budget: o.BudgetList = "128",
-    interval: o.Interval = 64,
-    window: o.Window = 8,
-    n_sink: o.Sinks = 0,
-    protect_prompt: o.ProtectPrompt = False,
-    profile: e.Profiles = None,
-    attention: o.Attention = "auto",
-    step: o.StepKinds = "eager",
+    options: dict[str, Any],
     batches: Batches = "1,16",
     prompt: Prompt = 100,
     new_tokens: NewTokens = 512,
@@ -64,23 +71,12 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
-    settings: dict[str, Any] = {
-        "interval": interval,
-        "window": window,
-        "n_sink": n_sink,
-        "protect_prompt": protect_prompt,
-        "attention": attention,
-    }
-    budgets = list(dict.fromkeys(o.parse_budgets(budget, "budget")))
-    kinds = list(dict.fromkeys(part.strip() for part in step.split(",")))
-    contenders = _contenders(arms, profile or [], budgets, kinds, **settings)
-    if all(contender.config is None for contender in contenders):
-        for option in ("budget", "window", "n_sink", "protect_prompt", "attention", "step"):
-            if o.given(context, option):
-                raise UsageError(
-                    f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "
-                    "or add an arm that compresses"
-                )
+    settings = {name: options[name] for name in _SETTINGS}
+    budgets = list(dict.fromkeys(o.parse_budgets(options["budget"], "budget")))
+    contenders = _contenders(
+        arms, options["profile"] or [], budgets, _several(options["step"]), **settings
+    )
+    _check_effect(context, arms, contenders)
     sizes = o.parse_budgets(batches, "batch")
     points = sorted({*(o.parse_budgets(at, "at") if at else []), new_tokens})
     if min(sizes) < 1:
@@ -90,28 +86,116 @@ def command(
     if out is not None and not Path(out).expanduser().parent.is_dir():
         raise UsageError(f"out={out!r}: there is no such folder")
     from reasonalloc.benchmark.machine import machine
-    from reasonalloc.benchmark.summary import summarise
+    from reasonalloc.benchmark.run import Bench
 
-    name, loaded = _load(model, model_option, shape, dtype, device, trust_remote_code)
-    _check(loaded, contenders, prompt + max(new_tokens, interval + 1) + interval)
+    name, loaded = _load(model, shape)
+    bench = Bench(loaded, contenders, prompt, new_tokens, settings["interval"], repeats)
+    bench.check()
     data: dict[str, Any] = {
         "command": "reasonalloc " + " ".join(sys.argv[1:]),
         "model": name,
         "machine": machine(loaded),
         "budgets": budgets,
         **settings,
-        "step": step,
+        "step": options["step"],
         "prompt": prompt,
         "new_tokens": new_tokens,
         "batches": [],
     }
-    try:
-        for size in sizes:
-            data["batches"].append({"batch": size, "runs": [], "weight_products": []})
-            _measure(loaded, contenders, size, prompt, new_tokens, interval, repeats, data)
-    except KeyboardInterrupt:
+    _measure(bench, sizes, data)
+    _finish(data, points, out, as_json)
+    if data.get("interrupted"):
+        raise typer.Exit(130)
+
+
+def _several(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _check_effect(context: typer.Context, arms: str, contenders: list[Contender]) -> None:
+    if any(contender.config is not None for contender in contenders):
+        return
+    for option in ("budget", "window", "n_sink", "protect_prompt", "attention", "step"):
+        if o.given(context, option):
+            raise UsageError(
+                f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "
+                "or add an arm that compresses"
+            )
+
+
+def _contenders(
+    arms: str, paths: list[str], budgets: list[int], steps: list[str], **settings: Any
+) -> list[Contender]:
+    from reasonalloc.benchmark.decode import STATIC, Contender
+    from reasonalloc.config import parse_arm, split_arms
+    from reasonalloc.evaluation.arm_files import as_settings, choose_files
+    from reasonalloc.evaluation.arms import check_names
+    from reasonalloc.evaluation.batch import Job, Settings
+
+    names = list(dict.fromkeys(split_arms(arms)))
+    compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
+    for name in compressing:
+        check_names(cast("Arm", parse_arm(name)))
+    shared = {**as_settings(choose_files(compressing, paths)), **settings}
+    contenders = []
+    for name in names:
+        if name not in compressing:
+            contenders.append(Contender(name))
+            continue
+        for budget, step in itertools.product(budgets, steps):
+            config = Settings(**shared, step=cast("Step", step)).config(Job(name, budget))
+            sized = name if len(budgets) == 1 else f"{name} at {budget}"
+            contenders.append(Contender(sized if len(steps) == 1 else f"{sized}, {step}", config))
+    if not contenders:
+        raise UsageError("arms is empty: name at least one, as full,rkv")
+    return contenders
+
+
+def _load(model: o.ModelChoice, shape: str | None) -> tuple[str, Any]:
+    from reasonalloc.benchmark.shapes import build_shape
+    from reasonalloc.loading import DTYPES, resolve_device
+
+    if shape is None:
+        name = o.pick_model(model.name or None, None)
+        return name, model.load()[0]
+    if model.name:
+        raise UsageError(f"MODEL={model.name!r} and --shape={shape!r}: give one of the two")
+    place, dtype = resolve_device(model.device), model.dtype
+    kind = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
+    if kind not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}, auto")
+    with output.stderr().status("Making random weights"):
+        return f"{shape} (random weights)", build_shape(shape, DTYPES[kind], place)
+
+
+def _measure(bench: Bench, sizes: list[int], data: dict[str, Any]) -> None:
+    """Fill ``data``; Ctrl-C ends it early and keeps what is finished."""
+    from rich.progress import Progress
+
+    with Progress(console=output.stderr(), transient=True) as progress:
+        task, shown = progress.add_task("", visible=False), ""
+
+        def watch(text: str, steps: int) -> None:
+            nonlocal task, shown
+            if text != shown:
+                progress.remove_task(task)
+                task, shown = progress.add_task(text, total=bench.new_tokens), text
+            elif steps % 16 == 0:
+                progress.update(task, completed=steps)
+
+        try:
+            for size in sizes:
+                data["batches"].append({"batch": size, "runs": [], "weight_products": []})
+                bench.measure(size, data["batches"][-1], watch)
+        except KeyboardInterrupt:
+            data["interrupted"] = True
+    if "interrupted" in data:
         output.note("interrupted: what is finished follows")
-        data["interrupted"] = True
+
+
+def _finish(data: dict[str, Any], points: list[int], out: str | None, as_json: bool) -> None:
+    from reasonalloc.benchmark.summary import LEGEND, bench_table, summarise
+
     data["summary"] = summarise(data, points)
     if out is not None:
         import json
@@ -122,174 +206,7 @@ def command(
             partial.write_text(json.dumps(data))
     if as_json:
         output.print_json({k: v for k, v in data.items() if k != "batches"})
-    else:
-        _show(data, points)
-    if data.get("interrupted"):
-        raise typer.Exit(130)
-
-
-def _contenders(
-    arms: str, paths: list[str], budgets: list[int], steps: list[str], **settings: Any
-) -> list[Contender]:
-    from reasonalloc.benchmark.decode import STATIC, Contender
-    from reasonalloc.cli.eval_files import as_settings, choose_files
-    from reasonalloc.config import parse_arm
-    from reasonalloc.evaluation.batch import Job, Settings
-
-    names = list(dict.fromkeys(o.split_arms(arms)))
-    compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
-    for name in compressing:
-        o.check_names(cast("Arm", parse_arm(name)))
-    shared = {**as_settings(choose_files(compressing, paths)), **settings}
-    found = []
-    for name in names:
-        if name not in compressing:
-            found.append(Contender(name))
-            continue
-        for budget, step in itertools.product(budgets, steps):
-            config = Settings(**shared, step=cast("Step", step)).config(Job(name, budget))
-            sized = name if len(budgets) == 1 else f"{name} at {budget}"
-            found.append(Contender(sized if len(steps) == 1 else f"{sized}, {step}", config))
-    if not found:
-        raise UsageError("arms is empty: name at least one, as full,rkv")
-    return found
-
-
-def _load(
-    argument: str | None,
-    option: str | None,
-    shape: str | None,
-    dtype: str,
-    device: str,
-    trust: bool,
-) -> tuple[str, Any]:
-    from reasonalloc.benchmark.shapes import build_shape
-    from reasonalloc.loading import DTYPES, load_model, resolve_device
-
-    if shape is None:
-        name = o.pick_model(argument, option)
-        with output.stderr().status("Loading the model"):
-            return name, load_model(name, dtype, device, trust_remote_code=trust)[0]
-    if argument is not None or option is not None:
-        raise UsageError(f"MODEL={argument or option!r} and --shape={shape!r}: give one of the two")
-    place = resolve_device(device)
-    kind = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
-    if kind not in DTYPES:
-        raise UsageError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}, auto")
-    with output.stderr().status("Making random weights"):
-        return f"{shape} (random weights)", build_shape(shape, DTYPES[kind], place)
-
-
-def _check(model: Any, contenders: list[Contender], tokens: int) -> None:
-    """Refuse what cannot run before anything is measured."""
-    from reasonalloc.integrations.hf import attach_config
-
-    for contender in contenders:
-        if contender.config is not None:
-            with attach_config(model, contender.config):
-                pass
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise UsageError(
-            f"prompt, new_tokens and one more interval are {tokens} tokens, the model has {limit} "
-            "positions: give fewer --new-tokens"
-        )
-
-
-def _measure(
-    model: Any,
-    contenders: list[Contender],
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    interval: int,
-    repeats: int,
-    data: dict[str, Any],
-) -> None:
-    import torch
-    from rich.progress import Progress
-
-    from reasonalloc.benchmark.decode import decode, weight_products
-
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator, device="cpu").to(
-        model.device
-    )
-    found = data["batches"][-1]
-    with Progress(console=output.stderr(), transient=True) as progress:
-        for contender in contenders:  # warm-up, past a compression: nobody touches memory first
-            with contextlib.suppress(torch.OutOfMemoryError):
-                decode(model, contender, ids, interval + 1, 1)
-        for repeat in range(repeats):
-            found["weight_products"].extend(weight_products(model, batch))
-            first = repeat % len(contenders)  # nobody always comes first
-            for contender in contenders[first:] + contenders[:first]:
-                task = progress.add_task(
-                    f"batch {batch}, {contender.name}, run {repeat + 1} of {repeats}",
-                    total=new_tokens,
-                )
-
-                def watch(steps: int, task: Any = task) -> None:
-                    if steps % 16 == 0:
-                        progress.update(task, completed=steps)
-
-                try:
-                    timing = decode(model, contender, ids, new_tokens, interval, watch)
-                except torch.OutOfMemoryError:
-                    found["runs"].append({"arm": contender.name, "out_of_memory": True})
-                else:
-                    found["runs"].append(_row(contender, timing))
-                progress.remove_task(task)
-        found["weight_products"].extend(weight_products(model, batch))
-
-
-def _row(contender: Contender, timing: Timing) -> dict[str, Any]:
-    split = timing.split
-    # Of a replayed step, attention is not a part that could be timed.
-    whole = contender.config is not None and contender.config.step in ("graph", "compile")
-    return {
-        "arm": contender.name,
-        "prefill_seconds": timing.prefill_seconds,
-        "steps": [round(s, 7) for s in timing.steps],
-        "attention": None if whole else split.attention / split.total,
-        "compression": split.compression / split.total,
-        "rest": split.rest / split.total,
-        "kv_bytes": timing.kv_bytes,
-        "peak_bytes": timing.peak_bytes,
-    }
-
-
-def _show(data: dict[str, Any], points: list[int]) -> None:
-    from reasonalloc.benchmark.summary import PARTS
-
+        return
     for entry in data["summary"]:
-        rows = []
-        for arm in entry["arms"]:
-            if arm.get("out_of_memory"):
-                rows.append([arm["arm"], "out of memory", *[""] * (len(points) + 5)])
-                continue
-            rows.append(
-                [
-                    arm["arm"],
-                    f"{arm['tokens_per_second']:.1f}",
-                    *(f"{1e3 * arm['step_seconds'][str(p)]:.1f}" for p in points),
-                    f"{1e3 * arm['quartiles'][0]:.1f}-{1e3 * arm['quartiles'][2]:.1f}",
-                    *("-" if arm[part] is None else f"{100 * arm[part]:.1f} %" for part in PARTS),
-                    output.human(arm["kv_bytes"]),
-                ]
-            )
-        title = (
-            f"{data['model']}, batch {entry['batch']}: weight products alone "
-            f"{1e3 * entry['weight_products']:.1f} ms"
-        )
-        heads = [("arm", False), ("tok/s", True), *((f"ms@{p}", True) for p in points)]
-        parts = ("quartiles", "attn", "compr", "rest", "KV")
-        output.stdout().print(output.grid([*heads, *((p, True) for p in parts)], rows, title))
-    output.stdout().print(
-        "tok/s: over the whole decode; ms@N: mean of the interval that ends at N new tokens, its "
-        "compression included; quartiles: of all steps (ms); attn, compr, rest: attention, "
-        "compression and the rest of one more interval at the end, timed one by one (a replayed "
-        "step's attention is in the rest).",
-        style="dim",
-    )
+        output.stdout().print(bench_table(data["model"], entry, points).rich())
+    output.stdout().print(LEGEND, style="dim")

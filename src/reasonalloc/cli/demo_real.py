@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.cli.download import WHEEL_BYTES, fetch
-from reasonalloc.cli.generation import Progress as State
-from reasonalloc.cli.generation import Sampling, generate
 from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.integrations.hf.smollm2 import WHEEL_BYTES, fetch
+from reasonalloc.integrations.hf.watch import Progress as State
+from reasonalloc.integrations.hf.watch import Sampling, watched
 
 PROBLEM = (
     "A bakery bakes 12 trays of rolls with 15 rolls on each tray. In the morning it sells 87 "
@@ -74,10 +72,10 @@ def demo(as_json: bool) -> None:
         console.print(Panel(Text(PROBLEM), title="The problem", title_align="left"))
     with _progress() as progress:
         path = _fetch(progress)
-        model, tokenizer, layouts = _load(progress, path)
+        model, tokenizer = _load(progress, path)
         results: list[Result] = []
         for arm in ARMS:
-            state = _generate(progress, model, tokenizer, layouts[arm], arm)
+            state = _generate(progress, model, tokenizer, arm)
             results.append(Result(arm, state, _parting(results, state)))
             if not as_json:
                 _show_text(progress, results[-1])
@@ -113,16 +111,15 @@ def _fetch(progress: Progress) -> Path:
     return path
 
 
-def _load(progress: Progress, path: Path) -> tuple[Any, Any, dict[str, o.Layout]]:
+def _load(progress: Progress, path: Path) -> tuple[Any, Any]:
     from reasonalloc.loading import load_config, load_model
 
     task = progress.add_task("Load it (dequantised to fp32)", total=2, info="")
     config = load_config(str(path))
-    layouts = {arm: o.make_layout(config, "SmolLM2", _settings(arm)) for arm in ARMS}
     progress.update(task, completed=1)
     model, tokenizer = load_model(str(path), "float32", "auto", config=config)
-    progress.update(task, completed=2, info=f"{len(layouts['full'].shapes)} layers")
-    return model, tokenizer, layouts
+    progress.update(task, completed=2, info=f"{config.num_hidden_layers} layers")
+    return model, tokenizer
 
 
 def _settings(arm: str) -> CompressionConfig | None:
@@ -132,9 +129,8 @@ def _settings(arm: str) -> CompressionConfig | None:
     return CompressionConfig(budget=BUDGET, arm=parsed, interval=INTERVAL)
 
 
-def _generate(progress: Progress, model: Any, tokenizer: Any, layout: o.Layout, arm: str) -> State:
+def _generate(progress: Progress, model: Any, tokenizer: Any, arm: str) -> State:
     from reasonalloc.cli.prompts import encode
-    from reasonalloc.integrations.hf import attach_config
 
     task: TaskID = progress.add_task(f"Generate: {arm}", total=NEW_TOKENS, info="")
     prompt = encode(tokenizer, [{"role": "user", "content": PROBLEM}], True, True)
@@ -143,11 +139,7 @@ def _generate(progress: Progress, model: Any, tokenizer: Any, layout: o.Layout, 
         info = f"{state.speed:.1f} tok/s, KV {output.human(state.kv_bytes)}"
         progress.update(task, completed=len(state.tokens), info=info)
 
-    with contextlib.ExitStack() as stack:
-        attachment = None
-        if layout.config is not None:
-            attachment = stack.enter_context(attach_config(model, layout.config))
-        state = generate(model, tokenizer, prompt, Sampling(NEW_TOKENS), layout, attachment, watch)
+    state = watched(model, tokenizer, prompt, Sampling(NEW_TOKENS), _settings(arm), watch)
     progress.update(task, total=len(state.tokens))
     return state
 
@@ -202,7 +194,7 @@ def _show_table(results: list[Result]) -> None:
     rows = []
     for result in results:
         state = result.state
-        compressed = state.layout.config is not None
+        compressed = state.config is not None
         rows.append(
             (
                 result.arm,

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
-from reasonalloc.config import Arm, CompressionConfig, Step, parse_arm, preset_name
-from reasonalloc.errors import UsageError, unknown_name
-
-if TYPE_CHECKING:
-    from reasonalloc.planning.memory import LayerShape, MemoryPlan
+from reasonalloc.cli import output
+from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.errors import UsageError
 
 DEFAULT_BUDGET = 1024
 _BUDGET, _MODEL = "Budget", "Model"
+
+
+def setting(name: str, of: type[Any], panel: str, more: str = "", **keywords: Any) -> Any:
+    """Return the option of a configuration's field.
+
+    Args:
+        name: of the field, whose help text it has.
+        of: the configuration, a dataclass.
+        panel: of the help page.
+        more: is added to the help text.
+        keywords: other arguments of ``typer.Option``.
+    """
+    metadata = of.__dataclass_fields__[name].metadata
+    keywords = {"help": metadata["help"] + more, **metadata.get("option", {}), **keywords}
+    return typer.Option(f"--{name.replace('_', '-')}", rich_help_panel=panel, **keywords)
+
+
+def _budget(name: str, more: str = "", **keywords: Any) -> Any:
+    return setting(name, CompressionConfig, _BUDGET, more, **keywords)
+
+
+def _model(*names: str, **keywords: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=_MODEL, **keywords)
+
 
 ModelArgument = Annotated[
     Optional[str],  # noqa: UP045 (typer 0.16 on Python 3.10)
@@ -26,120 +47,172 @@ ModelArgument = Annotated[
 ]
 ModelOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--model", help="The same, as an option.", rich_help_panel=_MODEL),
+    _model("--model", help="The same, as an option."),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
+    _model(
         "--dtype",
         help="float32, bfloat16, float16, or auto: the checkpoint's own (float32 for .gguf).",
-        rich_help_panel=_MODEL,
     ),
 ]
+Device = Annotated[str, _model("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with the model.",
-        rich_help_panel=_MODEL,
-    ),
+    bool, _model("--trust-remote-code", help="Run code that comes with the model.")
 ]
-Budget = Annotated[
-    int,
-    typer.Option(
-        "--budget",
-        help="Mean tokens kept per layer and KV head right after a compression.",
-        rich_help_panel=_BUDGET,
-    ),
-]
+Budget = Annotated[int, _budget("budget")]
 BudgetList = Annotated[
     str,
-    typer.Option(
-        "--budget",
+    _budget(
+        "budget",
         help="Mean tokens kept per layer and KV head right after a compression; several, as "
         "64,128: each arm at each.",
-        rich_help_panel=_BUDGET,
     ),
 ]
-ArmName = Annotated[
-    str,
-    typer.Option(
-        "--arm",
-        help="policy/layers/heads or a preset, see 'reasonalloc ls'; full: no compression.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Interval = Annotated[
-    int,
-    typer.Option(
-        "--interval",
-        help="Generated tokens between two compressions.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Window = Annotated[
-    int,
-    typer.Option(
-        "--window",
-        help="Most recent tokens that are always kept.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Sinks = Annotated[
-    int,
-    typer.Option(
-        "--n-sink",
-        help="First tokens that are always kept.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-ProtectPrompt = Annotated[
-    bool,
-    typer.Option(
-        "--protect-prompt",
-        help="Keep every token of the prompt.",
-        rich_help_panel=_BUDGET,
-    ),
-]
+ArmName = Annotated[str, _budget("arm")]
+Interval = Annotated[int, _budget("interval")]
+Window = Annotated[int, _budget("window")]
+Sinks = Annotated[int, _budget("n_sink")]
+ProtectPrompt = Annotated[bool, _budget("protect_prompt")]
 ProfileFile = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        help="Calibrated file for the policy or layer allocator that reads one.",
-        rich_help_panel=_BUDGET,
-    ),
+    _budget("profile", metavar="FILE"),
 ]
-Attention = Annotated[
-    str,
-    typer.Option(
-        "--attention", help="Attention backend, see 'reasonalloc ls'.", rich_help_panel=_BUDGET
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL),
-]
-STEPS = "Decode steps: eager, static (fixed shapes), graph (CUDA), compile (CPU)."
-StepKind = Annotated[
-    str,
-    typer.Option(
-        "--step",
-        help=STEPS,
-        rich_help_panel=_BUDGET,
-    ),
-]
-StepKinds = Annotated[
-    str,
-    typer.Option(
-        "--step",
-        help=f"{STEPS} Several are compared, as eager,compile.",
-        rich_help_panel=_BUDGET,
-    ),
-]
+Attention = Annotated[str, _budget("attention")]
+STEPS: str = CompressionConfig.__dataclass_fields__["step"].metadata["help"]
+StepKind = Annotated[str, _budget("step")]
+StepKinds = Annotated[str, _budget("step", " Several are compared, as eager,compile.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
 ]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a command that become one argument of its function.
+
+    Attributes:
+        parameters: name, type and default of each.
+        make: makes the argument from the context and their values by name.
+    """
+
+    parameters: tuple[tuple[str, Any, Any], ...]
+    make: Callable[[typer.Context, dict[str, Any]], Any]
+
+
+def takes(**groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: the named arguments of a command come from several options each."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function).parameters
+        hints = get_type_hints(function, include_extras=True)
+        flat: list[tuple[str, Any, Any]] = [("context", typer.Context, inspect.Parameter.empty)]
+        for name, parameter in own.items():
+            if name in groups:
+                flat += groups[name].parameters
+            elif name != "context":
+                flat.append((name, hints[name], parameter.default))
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            context = values["context"] if "context" in own else values.pop("context")
+            for name, group in groups.items():
+                parts = {key: values.pop(key) for key, _, _ in group.parameters}
+                values[name] = group.make(context, parts)
+            function(**values)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(n, kind, default=d, annotation=a) for n, a, d in flat]
+        )
+        command.__annotations__ = {name: annotation for name, annotation, _ in flat}
+        return command
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that a command line names, and how it is loaded."""
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def load_config(self) -> Any:
+        """Return the model's configuration, without its weights."""
+        from reasonalloc.loading import load_config
+
+        with output.stderr().status("Reading the model's configuration"):
+            return load_config(self.name, self.trust_remote_code)
+
+    def load(self, config: Any = None) -> tuple[Any, Any]:
+        """Return the model and its tokenizer; ``config`` if it is loaded already."""
+        from reasonalloc.loading import load_model
+
+        with output.stderr().status("Loading the model"):
+            return load_model(self.name, self.dtype, self.device, self.trust_remote_code, config)
+
+
+_MODEL_OPTIONS = (
+    ("model", ModelArgument, None),
+    ("model_option", ModelOption, None),
+    ("dtype", Dtype, "auto"),
+    ("device", Device, "auto"),
+    ("trust_remote_code", TrustRemoteCode, False),
+)
+_BUDGET_OPTIONS = {
+    "budget": Budget,
+    "arm": ArmName,
+    "interval": Interval,
+    "window": Window,
+    "n_sink": Sinks,
+    "protect_prompt": ProtectPrompt,
+    "profile": ProfileFile,
+    "attention": Attention,
+    "step": StepKind,
+}
+
+
+def _choose(_: typer.Context, values: dict[str, Any]) -> ModelChoice:
+    name = pick_model(values.pop("model"), values.pop("model_option"))
+    return ModelChoice(name, **values)
+
+
+def _choose_any(_: typer.Context, values: dict[str, Any]) -> ModelChoice:
+    argument, option = values.pop("model"), values.pop("model_option")
+    none = argument is None and option is None
+    return ModelChoice("" if none else pick_model(argument, option), **values)
+
+
+#: The one model of a command; the same without a device, and one that may be missing.
+MODEL = Options(_MODEL_OPTIONS, _choose)
+MODEL_CONFIG = Options(tuple(p for p in _MODEL_OPTIONS if p[0] != "device"), _choose)
+ANY_MODEL = Options(_MODEL_OPTIONS, _choose_any)
+
+
+def compression_options(*left_out: str) -> Options:
+    """Return the options of ``CompressionConfig`` as a group; the argument is None for ``full``.
+
+    A command's own option ``--seed`` is the run's seed as well.
+
+    Args:
+        left_out: fields that the command has no option for.
+    """
+    own = {"budget": DEFAULT_BUDGET, "arm": "rkv"}
+    parameters = tuple(
+        (name, annotation, own.get(name, getattr(CompressionConfig, name, None)))
+        for name, annotation in _BUDGET_OPTIONS.items()
+        if name not in left_out
+    )
+    return Options(
+        parameters, lambda context, v: compression(context, v.pop("arm"), **v, **_seed(context))
+    )
+
+
+def _seed(context: typer.Context) -> dict[str, int]:
+    return {"seed": context.params["seed"]} if "seed" in context.params else {}
 
 
 def parse_budgets(text: str, name: str = "budgets") -> list[int]:
@@ -168,78 +241,10 @@ def pick_model(argument: str | None, option: str | None) -> str:
     return name
 
 
-def split_arms(text: str) -> list[str]:
-    """Arms at the commas that are outside of parentheses."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
-def read_arms(text: str) -> list[str]:
-    """Presets and arms, separated by commas, checked, none twice.
-
-    Raises:
-        UsageError: none, or an unknown one.
-    """
-    names = []
-    for name in split_arms(text):
-        arm = parse_arm(name)
-        names.append(name if arm is None else preset_name(arm))
-        if arm is not None:
-            check_names(arm)
-    if not names:
-        raise UsageError("arms is empty: name at least one, as rkv,snapkv")
-    return list(dict.fromkeys(names))
-
-
 def given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
-    """Fingerprint of calibrated files: another content under the same name is another setting."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            digest.update(Path(path).read_bytes())
-        except OSError as error:
-            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16] if paths else None
-
-
-def check_names(arm: Arm) -> None:
-    """Refuse unknown names and wrong parameters.
-
-    Raises:
-        UsageError: says what there is.
-    """
-    from reasonalloc.allocators.head import HEAD_ALLOCATORS
-    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
-    from reasonalloc.policies import POLICIES
-
-    POLICIES.create(arm.policy)
-    LAYER_ALLOCATORS.create(arm.layers)
-    HEAD_ALLOCATORS.create(arm.heads)
-
-
-def check_decoding(step: str, attention: str) -> None:
-    """Refuse unknown names; whether they work is for the loaded model to say.
-
-    Raises:
-        UsageError: says what there is.
-    """
-    from reasonalloc.attention import choose_backend
-
-    if step not in get_args(Step):
-        raise unknown_name("step", step, get_args(Step))
-    choose_backend(attention)
 
 
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
@@ -259,57 +264,10 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
         return None
     from reasonalloc.allocators.head import HEAD_ALLOCATORS
     from reasonalloc.attention import choose_backend
-    from reasonalloc.planning.budget import check_profile
+    from reasonalloc.planning.files import check_profile
 
     config = CompressionConfig(arm=parsed, **settings)
     check_profile(config)
     HEAD_ALLOCATORS.create(parsed.heads)
     choose_backend(config.attention)
     return config
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A model's attention layers and, under a budget, what each of them keeps.
-
-    Attributes:
-        shapes: all attention layers.
-        totals: retained tokens per compressible layer, all its KV heads together; None for the
-            full cache.
-        config: the settings, None for the full cache.
-    """
-
-    shapes: tuple[LayerShape, ...]
-    totals: tuple[int, ...] | None
-    config: CompressionConfig | None
-
-    def plan(self, batch: int, itemsize: int) -> MemoryPlan:
-        """Exact bytes of a compressed cache; ``itemsize`` is bytes of one number."""
-        from reasonalloc.planning.budget import plan_memory
-
-        if self.config is None or self.totals is None:
-            raise RuntimeError("the full cache has no plan")
-        return plan_memory(self.config, self.shapes, self.totals, batch, itemsize)
-
-    def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
-        return sum(s.full_bytes(batch, tokens, itemsize) for s in self.shapes)
-
-
-def make_layout(model_config: Any, name: str, config: CompressionConfig | None) -> Layout:
-    """Divide the budget among the layers of a model whose weights need not be loaded.
-
-    Raises:
-        UsageError: a broken or foreign profile, or a budget that does not fit.
-        UnsupportedError: a model that cannot work.
-    """
-    from reasonalloc.planning.budget import bound_policy, layer_totals, planned_heads
-    from reasonalloc.planning.shapes import layer_shapes, text_config
-
-    text = text_config(model_config)
-    shapes = layer_shapes(text, name)
-    if config is None:
-        return Layout(shapes, None, None)
-    bound_policy(config, shapes, text, name)  # a wrong file is refused before weights are loaded
-    planned_heads(config, shapes, text, name)
-    return Layout(shapes, layer_totals(config, shapes, text, name), config)

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from reasonalloc.errors import UsageError
+from reasonalloc.tables import grid, human, pairs, stdout
+
+__all__ = ["grid", "human", "note", "pairs", "parse_size", "print_json", "progress", "stderr"]
+__all__ += ["stdout"]
 
 _STEPS = "KMGT"
-_PIPED = 132  # columns where there is no terminal
-_UNBROKEN = 18  # characters; shorter cells, such as names, are never folded
-
-
-def human(size: int) -> str:
-    """Bytes as text: ``1.50 GiB``."""
-    if abs(size) < 1024:
-        return f"{size} B"
-    value = float(size)
-    for letter in _STEPS:
-        value /= 1024
-        if abs(value) < 1024 or letter == _STEPS[-1]:
-            break
-    return f"{value:.2f} {letter}iB"
 
 
 def parse_size(text: str) -> int:
@@ -48,12 +35,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"memory={text!r} is too small: give at least one byte")
     return size
-
-
-def stdout() -> Console:
-    """Console for results; in a file or a pipe, tables are wide enough for the names of arms."""
-    unknown = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=_PIPED if unknown else None)
 
 
 def stderr() -> Console:
@@ -93,34 +74,3 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(data: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(data, indent=1))
-
-
-def pairs(rows: Iterable[tuple[str, str]], title: str | None = None) -> Table:
-    """A table of names and values."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def grid(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[str]], title: str) -> Table:
-    """A table with a header; a column is ``(title, whether it holds numbers)``."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, header_style="dim"
-    )
-    cells = [tuple(row) for row in rows]
-    for index, (name, number) in enumerate(columns):
-        width = max((len(row[index]) for row in cells), default=0)
-        table.add_column(
-            name,
-            justify="right" if number else "left",
-            overflow="fold",
-            min_width=width if width <= _UNBROKEN else None,
-        )
-    for row in cells:
-        table.add_row(*row)
-    return table

@@ -1,31 +1,20 @@
-"""``reasonalloc profile``: what profile files say, how far apart and how stable they are."""
+"""``reasonalloc profile``: what calibrated files say, how far apart and how stable they are."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.markup import escape
 
-from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.cli.profile_tables import (
-    cost_table,
-    demand_table,
-    divided,
-    held_table,
-    joint_table,
-    number,
-    side_by_side,
-    spaced,
-)
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
-    from reasonalloc.report.curves import AnyProfile
+    from reasonalloc.calibrated import CostProfile, DemandProfile
+    from reasonalloc.tables import Table
 
 app = typer.Typer(no_args_is_help=True, help="Look at calibrated profiles, compare them.")
 
@@ -62,193 +51,96 @@ def show(
     as_json: o.Json = False,
 ) -> None:
     """Demand of each layer, or what holding a head to a budget costs."""
-    from reasonalloc.report.curves import load_any
+    from reasonalloc.calibrated import open_calibrated
 
-    profile = load_any(file)
-    if plot is not None:
-        from reasonalloc.report.page import check_writable, require_report
-
-        require_report()
-        target = check_writable(plot, "--plot")
-    if isinstance(profile, CostProfile):
-        used = [measured_budget(profile, b) for b in budget] if budget else spaced(profile.budgets)
-        columns, rows = cost_table(profile, used, heads)
-        title = (
-            f"KL per token when one head is held to a budget: {escape(profile.model_id)}, "
-            f"{profile.objective}, {profile.policy}, texts: {len(profile.tokens)}"
-        )
-        data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
-        data |= {"objective": profile.objective, "policy": profile.policy, "joint": profile.joint}
+    made: Any = open_calibrated(file)
+    target = None if plot is None else _check_plot(plot, made.kind)
+    if made.kind == "cost":
+        tables, notes, data = _costs(made, budget, heads)
+    elif heads:
+        kind = {"demand": "an attention-mass profile has"}.get(made.kind, "statistics have")
+        raise UsageError(f"--heads: {kind} no heads: leave it out")
+    elif made.kind == "demand":
+        tables, notes, data = _demand(file, made, budget or [])
+    elif budget:
+        raise UsageError("--budget has no effect with statistics: leave it out")
     else:
-        if heads:
-            raise UsageError("--heads: an attention-mass profile has no heads: leave it out")
-        budgets = {size: divided(file, profile, size) for size in budget or []}
-        columns, rows = demand_table(profile, budgets)
-        title = (
-            f"Tokens for {profile.rho:.0%} of the attention mass: {escape(profile.model_id)}, "
-            f"prompts: {len(profile.curves)}"
-        )
-        data = {"demand_mean": profile.demand_mean, "demand_max": profile.demand_max}
-        data |= {"objective": profile.objective, "budgets": budgets}
-    if plot is not None:
+        tables, notes, data = made.tables(), made.notes(), made.summary()
+    if target is not None:
         from reasonalloc.report.page import write
         from reasonalloc.report.profile_page import render_profile
 
-        write(target, render_profile(profile), "--plot")
+        write(target, render_profile(made), "--plot")
     if as_json:
-        output.print_json({"profile": file, "model": profile.model_id, **data})
+        output.print_json({"profile": file, "model": made.model_id, **data})
         return
-    output.stdout().print(f"[bold]{title}[/]")  # as a table's title it would be folded
-    output.stdout().print(output.grid(columns, rows, ""))
-    if isinstance(profile, CostProfile):
-        if profile.joint:
-            output.stdout().print(output.grid(*joint_table([profile]), "All heads at once"))
-        if left := [str(size) for size in profile.budgets if size not in used]:
-            output.stdout().print(f"Also measured at {', '.join(left)}: see --budget.")
-        output.stdout().print("Costs in 1/1000 nat per token; of a layer: summed over its heads.")
-    if plot is not None:
+    from reasonalloc import tables as t
+
+    t.show(tables, made.heading(), notes)
+    if target is not None:
         output.stdout().print(f"Plots written to {target}")
+
+
+def _check_plot(plot: str, kind: str) -> Path:
+    from reasonalloc.report.page import check_writable, require_report
+
+    if kind == "statistics":
+        raise UsageError("--plot: statistics have no page: leave it out")
+    require_report()
+    return check_writable(plot, "--plot")
+
+
+def _costs(
+    profile: CostProfile, budgets: list[int] | None, heads: bool
+) -> tuple[list[Table], list[str], dict[str, Any]]:
+    from reasonalloc.calibrated.tables import cost_notes, cost_table, joint_table, spaced
+    from reasonalloc.report.profiles import measured_budget
+
+    used = [measured_budget(profile, b) for b in budgets] if budgets else spaced(profile.budgets)
+    tables = [cost_table(profile, used, heads)]
+    if profile.joint:
+        tables.append(joint_table([profile]))
+    data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
+    data |= {"objective": profile.objective, "policy": profile.policy, "joint": profile.joint}
+    return tables, cost_notes(profile, used, ": see --budget"), data
+
+
+def _demand(
+    file: str, profile: DemandProfile, sizes: list[int]
+) -> tuple[list[Table], list[str], dict[str, Any]]:
+    from reasonalloc.calibrated.tables import demand_table
+    from reasonalloc.report.profiles import divided
+
+    budgets = {size: divided(file, profile, size) for size in sizes}
+    data = {"demand_mean": profile.demand_mean, "demand_max": profile.demand_max}
+    return (
+        [demand_table(profile, budgets)],
+        [],
+        {**data, "objective": profile.objective, "budgets": budgets},
+    )
 
 
 @app.command()
 def compare(first: First, second: Second, budget: Measured = None, as_json: o.Json = False) -> None:
     """Earth Mover's Distance over relative depth, and rank correlation, of two profiles."""
-    from reasonalloc.report import curves
+    from reasonalloc.report import profiles
 
-    curves.require_scipy()
-    pair = [curves.load_any(first), curves.load_any(second)]
-    one, two = pair
-    at, heads = None, None
-    if isinstance(one, CostProfile) and isinstance(two, CostProfile):
-        at = _common_budget(one, two, budget)
-        lines = [curves.layer_costs(one, at), curves.layer_costs(two, at)]
-        if (one.layers, one.kv_heads) == (two.layers, two.kv_heads):
-            heads = curves.rank_correlation(curves.head_costs(one, at), curves.head_costs(two, at))
-    elif isinstance(one, Profile) and isinstance(two, Profile):
-        _no_budget(budget)
-        lines = [one.demand_mean, two.demand_mean]
-    else:
-        kinds = ["costs" if isinstance(p, CostProfile) else "attention mass" for p in pair]
-        raise UsageError(
-            f"{first!r} holds {kinds[0]} and {second!r} {kinds[1]}: compare files of one kind"
-        )
-    emd, rank = curves.distance(*lines), curves.rank_correlation(*lines)
-    notes = _differences(one, two)
+    comparison = profiles.compare(first, second, budget)
     if as_json:
-        output.print_json(
-            {
-                "files": [first, second],
-                "models": [one.model_id, two.model_id],
-                "budget": at,
-                "emd": emd,
-                "rank_correlation": rank,
-                "head_rank_correlation": heads,
-                "curves": lines,
-                "differences": notes,
-            }
-        )
+        output.print_json(asdict(comparison))
         return
-    what = "Demand" if at is None else f"Cost at budget {at}"
-    output.stdout().print(output.grid(*side_by_side(lines, at), f"{what} of each layer"))
-    output.stdout().print(
-        f"Earth Mover's Distance {number(emd)} of the depth; rank correlation of layers "
-        f"{number(rank)}" + (f", of heads {number(heads)}" if at is not None else "")
-    )
-    for text in notes:
+    comparison.show()
+    for text in comparison.differences:
         output.note(text)
 
 
 @app.command()
 def stability(file: File, budget: Measured = None, as_json: o.Json = False) -> None:
     """Each text against the others: is the curve a property of the architecture?"""
-    from reasonalloc.report import curves
+    from reasonalloc.report import profiles
 
-    curves.require_scipy()
-    profile = curves.load_any(file)
-    if isinstance(profile, CostProfile):
-        at = profile.budgets[0] if budget is None else measured_budget(profile, budget)
-        count = len(profile.tokens)
-    else:
-        _no_budget(budget)
-        at, count = 0, len(profile.curves)
-    if count < 2:
-        raise UsageError(f"{file!r} has one text alone: calibrate with at least two")
-    texts, kinds = curves.by_text(profile, at), curves.by_kind(profile, at)
-    answer = curves.answer(texts, kinds)
-    summary = {
-        name: {
-            measure: asdict(curves.spread([getattr(held, measure) for held in group]))
-            for measure in ("emd", "rank", "head_rank")
-        }
-        for name, group in (("texts", texts), ("kinds", kinds))
-    }
+    result = profiles.stability(file, budget)
     if as_json:
-        output.print_json(
-            {
-                "profile": file,
-                "budget": at or None,
-                "answer": answer,
-                "summary": summary,
-                "texts": [asdict(held) for held in texts],
-                "kinds": [asdict(held) for held in kinds],
-            }
-        )
-        return
-    where = f" at budget {at}" if at else ""
-    for name, group in (("text", texts), ("kind", kinds)):
-        if group:
-            columns, rows = held_table(name, group, summary[f"{name}s"])
-            output.stdout().print(
-                output.grid(columns, rows, f"Each {name} against the others{where}")
-            )
-    output.stdout().print(answer)
-
-
-def measured_budget(profile: CostProfile, budget: int) -> int:
-    """The budget, if costs were measured at it.
-
-    Raises:
-        UsageError: they were not; says at which.
-    """
-    if budget not in profile.budgets:
-        raise UsageError(f"--budget={budget} was not measured: choose from {_some(profile)}")
-    return budget
-
-
-def _some(profile: CostProfile) -> str:
-    return ", ".join(map(str, profile.budgets))
-
-
-def _common_budget(one: CostProfile, two: CostProfile, budget: int | None) -> int:
-    common = [size for size in one.budgets if size in two.budgets]
-    if budget is None and common:
-        return common[0]
-    if budget in common:
-        return budget
-    what = "no budget is in both files" if not common else f"--budget={budget} is not in both files"
-    raise UsageError(
-        f"{what}: A was measured at {_some(one)}, B at {_some(two)}: "
-        + ("choose one of " + ", ".join(map(str, common)) if common else "calibrate one again")
-    )
-
-
-def _no_budget(budget: int | None) -> None:
-    if budget is not None:
-        raise UsageError(f"--budget={budget} has no effect with attention mass: leave it out")
-
-
-def _differences(one: AnyProfile, two: AnyProfile) -> list[str]:
-    """How two files were made differently."""
-    names = ("model_id", "rho", "objective", "policy", "interval", "window")
-    found = []
-    for name in names:
-        values = [getattr(profile, name, None) for profile in (one, two)]
-        if values[0] != values[1]:
-            found.append(f"{name} differs: {values[0]!r} and {values[1]!r}")
-    if _layers(one) != _layers(two):
-        found.append("layer counts differ, so ranks compare the longer curve at the other's depths")
-    return found
-
-
-def _layers(profile: AnyProfile) -> int:
-    return profile.layers if isinstance(profile, CostProfile) else len(profile.demand_mean)
+        output.print_json(asdict(result))
+    else:
+        result.show()

@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
+from reasonalloc.texts import Messages, encode_messages
 
 if TYPE_CHECKING:
-    from reasonalloc.texts import Trajectory
-
-Messages = list[dict[str, str]]
+    import torch
 
 
 def read_messages(prompt: str | None, prompt_file: str | None, chat: str | None) -> Messages:
@@ -66,7 +63,7 @@ def _conversation(path: str, text: str) -> Messages:
 
 
 def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool) -> torch.Tensor:
-    """Token ids [1, n] of a conversation, or of its text alone without a chat template.
+    """Return token ids [1, n] of a conversation, or of its text alone without a chat template.
 
     Raises:
         UsageError: a conversation without a chat template, or one that the template refuses.
@@ -75,47 +72,7 @@ def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool
     if is_chat and not (has_template and use_template):
         reason = "--no-chat-template was given" if has_template else "this model has none"
         raise UsageError(f"--chat needs a chat template, but {reason}: use --prompt")
-    if has_template and use_template:
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        except Exception as error:  # templates are programs and raise what they like
-            raise UsageError(f"the model's chat template refuses this prompt: {error}") from error
-    else:
-        encoded = tokenizer(messages[0]["content"], return_tensors="pt")
-    tokens: torch.Tensor = encoded["input_ids"]
-    if tokens.numel() == 0:
-        raise UsageError("the prompt has no tokens: write a longer one")
-    return tokens.long()
-
-
-def complete_texts(
-    model: Any, texts: list[Trajectory], generate: int | None, name: str
-) -> list[Trajectory]:
-    """Texts whose completions were missing get them, with the full cache.
-
-    Args:
-        model: not attached to anything.
-        texts: with completions or without.
-        generate: tokens to generate, or None.
-        name: what messages call the file.
-
-    Raises:
-        UsageError: completions are missing and are not to be generated.
-    """
-    missing = any(not text.completion_ids for text in texts)
-    if generate is None:
-        if missing:
-            raise UsageError(f"{name} has prompts without a completion: give --generate N")
-        return texts
-    if not missing:
-        output.note(f"--generate {generate} has no effect: all texts of {name} are complete")
-        return texts
-    from reasonalloc.evaluation.completions import complete_all
-
-    with output.stderr().status("Generating completions"):
-        return complete_all(model, texts, generate)
+    return encode_messages(tokenizer, messages, use_template)
 
 
 def fit_length(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -10,95 +9,69 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
-    from reasonalloc.cli.generation import Progress, Sampling
+    from reasonalloc.integrations.hf.watch import Progress
 
-_PROMPT, _SAMPLING = "Prompt (one of)", "Generation"
+
+def _prompt(*names: str, **keywords: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Prompt (one of)", **keywords)
+
+
+def _sampling(*names: str, **keywords: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Generation", **keywords)
+
 
 Prompt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--prompt", metavar="TEXT", help="The prompt.", rich_help_panel=_PROMPT),
+    _prompt("--prompt", metavar="TEXT", help="The prompt."),
 ]
 PromptFile = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--prompt-file",
-        metavar="FILE",
-        help="A text file with the prompt; - is stdin.",
-        rich_help_panel=_PROMPT,
-    ),
+    _prompt("--prompt-file", metavar="FILE", help="A text file with the prompt; - is stdin."),
 ]
 Chat = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--chat",
-        metavar="FILE",
-        help='A JSON list of {"role": ..., "content": ...}; - is stdin.',
-        rich_help_panel=_PROMPT,
+    _prompt(
+        "--chat", metavar="FILE", help='A JSON list of {"role": ..., "content": ...}; - is stdin.'
     ),
 ]
 NoTemplate = Annotated[
-    bool,
-    typer.Option(
-        "--no-chat-template",
-        help="Give the prompt to the model as it is.",
-        rich_help_panel=_PROMPT,
-    ),
+    bool, _prompt("--no-chat-template", help="Give the prompt to the model as it is.")
 ]
-MaxNew = Annotated[
-    int,
-    typer.Option(
-        "--max-new-tokens", help="Most tokens to generate.", min=1, rich_help_panel=_SAMPLING
-    ),
-]
-Temperature = Annotated[
-    float,
-    typer.Option("--temperature", help="0 is greedy.", min=0.0, rich_help_panel=_SAMPLING),
-]
+MaxNew = Annotated[int, _sampling("--max-new-tokens", help="Most tokens to generate.", min=1)]
+Temperature = Annotated[float, _sampling("--temperature", help="0 is greedy.", min=0.0)]
 TopP = Annotated[
     float,
-    typer.Option(
+    _sampling(
         "--top-p",
         help="Share of probability to sample from; needs a temperature.",
         min=0.0,
         max=1.0,
-        rich_help_panel=_SAMPLING,
     ),
 ]
 Seed = Annotated[
     int,
-    typer.Option(
+    _sampling(
         "--seed",
         help="Of the sampling and of the policy 'random'.",
         min=0,
         max=2**32 - 1,  # what generators take
-        rich_help_panel=_SAMPLING,
     ),
 ]
 
 
+@o.takes(model=o.MODEL, config=o.compression_options())
 def command(
-    context: typer.Context,
-    model: o.ModelArgument = None,
-    model_option: o.ModelOption = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
+    *,
+    model: o.ModelChoice,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     chat: Chat = None,
     no_chat_template: NoTemplate = False,
-    budget: o.Budget = o.DEFAULT_BUDGET,
-    arm: o.ArmName = "rkv",
-    interval: o.Interval = 128,
-    window: o.Window = 8,
-    n_sink: o.Sinks = 0,
-    protect_prompt: o.ProtectPrompt = False,
-    profile: o.ProfileFile = None,
-    attention: o.Attention = "auto",
-    step: o.StepKind = "eager",
+    config: CompressionConfig | None,
     max_new_tokens: MaxNew = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -106,40 +79,33 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Generate under a KV budget; the text goes to stdout, progress and summary to stderr."""
-    from reasonalloc.cli.prompts import encode, fit_length, read_messages
-
-    name = o.pick_model(model, model_option)
-    config = o.compression(
-        context,
-        arm,
-        budget=budget,
-        interval=interval,
-        window=window,
-        n_sink=n_sink,
-        protect_prompt=protect_prompt,
-        profile=profile,
-        attention=attention,
-        step=step,
-        seed=seed,
-    )
     if top_p == 0 or (top_p < 1 and temperature == 0):
         raise UsageError(
             f"--top-p={top_p} needs a value above 0 and a --temperature above 0 to have an effect"
         )
+    from reasonalloc.cli.prompts import encode, fit_length, read_messages
+
     messages = read_messages(prompt, prompt_file, chat)
+    from reasonalloc.integrations.hf.watch import Sampling, watched
 
-    from reasonalloc.cli.generation import Sampling
-    from reasonalloc.loading import load_config, load_model
-
-    with output.stderr().status(f"Loading {name}"):
-        model_config = load_config(name, trust_remote_code)
-        layout = o.make_layout(model_config, name, config)
-        loaded, tokenizer = load_model(name, dtype, device, trust_remote_code, model_config)
+    loaded, tokenizer = _load(model, config)
     tokens = encode(tokenizer, messages, chat is not None, not no_chat_template)
     max_new_tokens = fit_length(loaded.config, int(tokens.shape[1]), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    result = _generate(loaded, tokenizer, tokens, sampling, layout, not as_json)
-    report = _report(result, name, str(config.arm) if config else "full")
+    from reasonalloc.cli.live import Screen
+
+    with Screen(not as_json) as screen:
+        result = watched(
+            loaded,
+            tokenizer,
+            tokens,
+            sampling,
+            config,
+            lambda progress, text: screen.update(progress.line(), text),
+        )
+    if not as_json and not sys.stdout.isatty() and not result.text.endswith("\n"):
+        print(flush=True)
+    report = _report(result, model.name, str(config.arm) if config else "full")
     if as_json:
         output.print_json(report)
     else:
@@ -148,39 +114,21 @@ def command(
         raise typer.Exit(130)
 
 
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    tokens: Any,
-    sampling: Sampling,
-    layout: o.Layout,
-    show_text: bool,
-) -> Progress:
-    from reasonalloc.cli.generation import generate
-    from reasonalloc.cli.live import Screen
-    from reasonalloc.integrations.hf import attach_config
+def _load(model: o.ModelChoice, config: CompressionConfig | None) -> tuple[Any, Any]:
+    """Return model and tokenizer; what cannot work is refused before the weights are loaded."""
+    from reasonalloc.planning.budget import plan_config
+    from reasonalloc.planning.shapes import layer_shapes, text_config
 
-    with contextlib.ExitStack() as stack:
-        attachment = None
-        if layout.config is not None:
-            attachment = stack.enter_context(attach_config(model, layout.config))
-        screen = stack.enter_context(Screen(show_text))
-        result = generate(
-            model,
-            tokenizer,
-            tokens,
-            sampling,
-            layout,
-            attachment,
-            lambda progress, text: screen.update(progress.line(), text),
-        )
-    if show_text and not sys.stdout.isatty() and not result.text.endswith("\n"):
-        print(flush=True)
-    return result
+    model_config = model.load_config()
+    if config is None:
+        layer_shapes(text_config(model_config), model.name)
+    else:
+        plan_config(model_config, config, name=model.name)
+    return model.load(model_config)
 
 
 def _report(result: Progress, model: str, arm: str) -> dict[str, Any]:
-    config = result.layout.config
+    config = result.config
     return {
         "model": model,
         "arm": arm,
@@ -203,14 +151,14 @@ def _report(result: Progress, model: str, arm: str) -> dict[str, Any]:
             "saved": result.full_bytes - result.kv_bytes,
         },
         "bookkeeping_bytes": result.bookkeeping_bytes,
-        "layers": sum(s.compressible for s in result.layout.shapes),
+        "layers": result.layers,
         "layer_compressions": result.layer_compressions,
         "compressed": result.layer_compressions > 0,
     }
 
 
 def _summary(result: Progress, report: dict[str, Any]) -> None:
-    sizes, config = report["kv_bytes"], result.layout.config
+    sizes, config = report["kv_bytes"], result.config
     stopped = {"end": "", "length": ", stopped at --max-new-tokens", "interrupted": ", interrupted"}
     rows = [
         ("prompt", f"{result.prompt_tokens} tokens, read in {result.prefill_seconds:.2f} s"),
@@ -249,10 +197,9 @@ def _saved(sizes: dict[str, int]) -> str:
 
 
 def _compressions(result: Progress) -> str:
-    count, config = result.layer_compressions, result.layout.config
-    layers = sum(s.compressible for s in result.layout.shapes)
+    count, config = result.layer_compressions, result.config
     if count:
-        return f"{count} over {layers} layers"
+        return f"{count} over {result.layers} layers"
     budget = config.budget if config else 0
     return (
         f"none: {result.cached_tokens} tokens never exceeded the budget of {budget} at a boundary, "

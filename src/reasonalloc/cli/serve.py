@@ -12,62 +12,47 @@ import typer
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 
 if TYPE_CHECKING:
-    from reasonalloc.config import CompressionConfig
     from reasonalloc.integrations.vllm.accounting import Accounting
 
-_SERVER = "Server"
-Host = Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=_SERVER)]
-Port = Annotated[int, typer.Option("--port", min=1, max=65535, rich_help_panel=_SERVER)]
+
+def _server(*names: str, **keywords: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Server", **keywords)
+
+
+Host = Annotated[str, _server("--host", help="Address to listen on.")]
+Port = Annotated[int, _server("--port", min=1, max=65535)]
 Length = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(
+    _server(
         "--max-model-len",
         min=1,
         help="Most tokens of a request; default: the model's positions.",
-        rich_help_panel=_SERVER,
     ),
 ]
-Ranks = Annotated[
-    int,
-    typer.Option(
-        "--tensor-parallel-size", "-tp", min=1, help="GPUs per model.", rich_help_panel=_SERVER
-    ),
-]
+Ranks = Annotated[int, _server("--tensor-parallel-size", "-tp", min=1, help="GPUs per model.")]
 KvMemory = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
+    _server(
         "--kv-memory",
         metavar="SIZE",
         help="For the KV cache of each GPU (24GiB); default: what vLLM finds free.",
-        rich_help_panel=_SERVER,
     ),
 ]
 BlockSize = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(
-        "--block-size",
-        min=1,
-        help="Tokens of a block; default: 32 on a CPU, else 16.",
-        rich_help_panel=_SERVER,
-    ),
+    _server("--block-size", min=1, help="Tokens of a block; default: 32 on a CPU, else 16."),
 ]
 
 
+@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("protect_prompt", "attention", "step"))
 def command(
     context: typer.Context,
-    model: o.ModelArgument = None,
-    model_option: o.ModelOption = None,
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    budget: o.Budget = o.DEFAULT_BUDGET,
-    arm: o.ArmName = "rkv",
-    interval: o.Interval = 128,
-    window: o.Window = 8,
-    n_sink: o.Sinks = 0,
-    profile: o.ProfileFile = None,
+    model: o.ModelChoice,
+    config: CompressionConfig | None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_model_len: Length = None,
@@ -80,68 +65,61 @@ def command(
     MODEL comes first. Other options go to vLLM's server as they are:
     reasonalloc serve MODEL --budget 1024 --served-model-name qwen --enforce-eager
     """
-    name = o.pick_model(model, model_option)
-    if name.startswith("-"):
-        raise UsageError(f"MODEL={name!r}: give the model first, options of vLLM after it")
-    if extra := [a for a in context.args if a.partition("=")[0] == "--additional-config"]:
-        raise UsageError(
-            f"{extra[0].partition('=')[0]} is made of --budget, --arm and so on: give those"
-        )
-    for foreign in (a.partition("=")[0] for a in context.args):
-        if foreign in ("--step", "--attention", "--protect-prompt"):
-            raise UsageError(
-                f"{foreign} has no effect on vLLM, which has steps and kernels of its own and no "
-                "protected prompts: leave it out"
-            )
+    _check_foreign(model.name, context.args)
     memory = None if kv_memory is None else output.parse_size(kv_memory)
-    settings = o.compression(
-        context,
-        arm,
-        budget=budget,
-        interval=interval,
-        window=window,
-        n_sink=n_sink,
-        profile=profile,
-    )
     _require_vllm()
-    from reasonalloc.loading import load_config, resolve_dtype
+    from reasonalloc.loading import resolve_dtype
 
-    model_config = load_config(name, trust_remote_code)
-    kind = resolve_dtype(dtype, model_config)  # vLLM's own "auto" would halve float32
-    arguments = ["--model", name, "--host", host, "--port", str(port)]
+    model_config = model.load_config()
+    kind = resolve_dtype(model.dtype, model_config)  # vLLM's own "auto" would halve float32
+    arguments = ["--model", model.name, "--host", host, "--port", str(port)]
     arguments += ["--dtype", str(kind).removeprefix("torch.")]
     arguments += ["--tensor-parallel-size", str(tensor_parallel_size)]
-    if trust_remote_code:
-        arguments.append("--trust-remote-code")
+    arguments += ["--trust-remote-code"] * model.trust_remote_code
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if memory is not None:
         arguments += ["--kv-cache-memory-bytes", str(memory)]
+    if config is not None:
+        from reasonalloc.integrations.vllm.accounting import Accounting
+        from reasonalloc.integrations.vllm.budget import make_budget
+        from reasonalloc.integrations.vllm.checks import default_block_size
+        from reasonalloc.integrations.vllm.settings import as_json
+        from reasonalloc.planning.shapes import text_config
+
+        text = text_config(model_config)
+        budget = make_budget(config, model.name, text, tensor_parallel_size)
+        block_size = default_block_size() if block_size is None else block_size
+        last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
+        _show(model.name, config, Accounting(budget, block_size, kind.itemsize), last, memory)
+        arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(config)})]
+    if block_size is not None:
+        arguments += ["--block-size", str(block_size)]
+    _become_server([*arguments, *(a for a in context.args if a != "--")])
+
+
+def _become_server(arguments: list[str]) -> None:
+    """Run the server in place of this process: signals and the exit code are its own."""
     environment = dict(os.environ)
     environment.pop("REASONALLOC_VLLM", None)  # the options say it all
-    if settings is None:
-        if block_size is not None:
-            arguments += ["--block-size", str(block_size)]
-    else:
-        sizes, last = _sizes(
-            name,
-            settings,
-            model_config,
-            kind.itemsize,
-            tensor_parallel_size,
-            max_model_len,
-            block_size,
-        )
-        _show(name, settings, sizes, last, memory)
-        from reasonalloc.integrations.vllm.settings import as_json
-
-        arguments += ["--block-size", str(sizes.block_size)]
-        arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(settings)})]
-    # In place of this process: signals and the exit code are the server's own.
     sys.stdout.flush()
-    server = "reasonalloc.integrations.vllm.server"
-    line = [sys.executable, "-m", server, *arguments, *(a for a in context.args if a != "--")]
+    line = [sys.executable, "-m", "reasonalloc.integrations.vllm.server", *arguments]
     os.execve(sys.executable, line, environment)
+
+
+def _check_foreign(name: str, arguments: list[str]) -> None:
+    """Refuse options that are meant for vLLM, or for reasonalloc, by mistake."""
+    if name.startswith("-"):
+        raise UsageError(f"MODEL={name!r}: give the model first, options of vLLM after it")
+    foreign = [argument.partition("=")[0] for argument in arguments]
+    if "--additional-config" in foreign:
+        raise UsageError("--additional-config is made of --budget, --arm and so on: give those")
+    for option in foreign:
+        if option in ("--step", "--attention", "--protect-prompt"):
+            raise UsageError(
+                f"{option} has no effect on vLLM, which has steps and kernels of its own and no "
+                "protected prompts: leave it out"
+            )
 
 
 def _require_vllm() -> None:
@@ -154,28 +132,6 @@ def _require_vllm() -> None:
     from reasonalloc.integrations.vllm.patches import version
 
     check_version(version())
-
-
-def _sizes(
-    name: str,
-    settings: CompressionConfig,
-    model_config: Any,
-    itemsize: int,
-    ranks: int,
-    max_model_len: int | None,
-    block_size: int | None,
-) -> tuple[Accounting, int]:
-    """What a sequence takes, and the most tokens of one; refuses what cannot work."""
-    from reasonalloc.integrations.vllm.accounting import Accounting
-    from reasonalloc.integrations.vllm.checks import default_block_size
-    from reasonalloc.integrations.vllm.plan import make_plan
-    from reasonalloc.planning.shapes import text_config
-
-    text = text_config(model_config)
-    plan = make_plan(settings, name, text, ranks)
-    last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
-    size = default_block_size() if block_size is None else block_size
-    return Accounting(plan, size, itemsize), last
 
 
 def _show(

@@ -1,83 +1,58 @@
-"""Run arms on chain problems: one batch, greedy, graded."""
+"""Arms as they are given: one text with commas, a list of texts, or ``Arm`` objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import get_args
 
-from reasonalloc.core.recorder import Event
-from reasonalloc.evaluation.batch import Job, Settings, Watch, solve
-from reasonalloc.evaluation.tasks.chain import ChainProblem, grade
-
-#: Tokens that a completion may be longer than the exact chain, end tokens included.
-SPARE_TOKENS = 16
+from reasonalloc.config import Arm, Step, parse_arm, preset_name, split_arms
+from reasonalloc.errors import UsageError, unknown_name
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """What one job did.
+def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
+    """Return the names of arms, checked, none twice: presets by their names, others as three parts.
 
-    Attributes:
-        job: arm and budget.
-        correct: per problem, whether the answer is right.
-        exact: per problem, whether the whole chain is the exact one, word for word.
-        prompts: per problem, token ids of the prompt.
-        completions: per problem, generated token ids, up to the end token and with it.
-        kv_bytes: bytes of keys and values per sequence, see ``BatchResult``.
-        seconds: wall time of the whole ``generate`` call.
-        prefill_seconds: wall time until every sequence had its first token.
-        compressions: layer compressions; 0 with a budget means that it never came to one.
-        events: what the recorder kept.
-    """
-
-    job: Job
-    correct: tuple[bool, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    completions: tuple[tuple[int, ...], ...]
-    kv_bytes: int
-    seconds: float
-    prefill_seconds: float
-    compressions: int = 0
-    events: tuple[Event, ...] = ()
-    exact: tuple[bool, ...] = ()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens of all sequences per second of wall time, reading prompts included."""
-        return sum(len(c) for c in self.completions) / self.seconds if self.seconds > 0 else 0.0
-
-
-def run_job(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[ChainProblem],
-    job: Job,
-    settings: Settings,
-    watch: Watch = lambda _: True,
-) -> ArmResult:
-    """Solve the problems in one batch, greedily, until every sequence has ended.
+    Args:
+        given: names separated by commas, or names and ``Arm`` objects.
 
     Raises:
-        Stopped: ``watch`` returned False.
+        UsageError: none, or an unknown one.
     """
-    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = max(problem.solution_tokens for problem in problems) + SPARE_TOKENS
-    result = solve(model, prompts["input_ids"], job, settings, limit, watch)
-    texts = tokenizer.batch_decode(result.completions, skip_special_tokens=True)
-    pairs = list(zip(problems, texts, strict=True))
-    return ArmResult(
-        job=job,
-        correct=tuple(grade(problem.prompt, text).correct for problem, text in pairs),
-        exact=tuple(text.split() == problem.solution.split() for problem, text in pairs),
-        prompts=tuple(tuple(prompt) for prompt in prompts["input_ids"]),
-        completions=result.completions,
-        kv_bytes=result.kv_bytes // len(problems),
-        seconds=result.seconds,
-        prefill_seconds=result.prefill_seconds,
-        compressions=result.compressions,
-        events=result.events,
-    )
+    names = []
+    for item in [given] if isinstance(given, str | Arm) else given:
+        for name in [str(item)] if isinstance(item, Arm) else split_arms(item):
+            arm = parse_arm(name)
+            names.append(name if arm is None else preset_name(arm))
+            if arm is not None:
+                check_names(arm)
+    if not names:
+        raise UsageError("arms is empty: name at least one, as rkv,snapkv")
+    return list(dict.fromkeys(names))
+
+
+def check_names(arm: Arm) -> None:
+    """Refuse unknown names and wrong parameters.
+
+    Raises:
+        UsageError: says what there is.
+    """
+    from reasonalloc.allocators.head import HEAD_ALLOCATORS
+    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+    from reasonalloc.policies import POLICIES
+
+    POLICIES.create(arm.policy)
+    LAYER_ALLOCATORS.create(arm.layers)
+    HEAD_ALLOCATORS.create(arm.heads)
+
+
+def check_decoding(step: str, attention: str) -> None:
+    """Refuse unknown names; whether they work is for the loaded model to say.
+
+    Raises:
+        UsageError: says what there is.
+    """
+    from reasonalloc.attention import choose_backend
+
+    if step not in get_args(Step):
+        raise unknown_name("step", step, get_args(Step))
+    choose_backend(attention)

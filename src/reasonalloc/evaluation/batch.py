@@ -1,4 +1,4 @@
-"""One arm on one batch of prompts: what the demo, the runner and the boxed model's test share."""
+"""One arm on one batch of prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reasonalloc.integrations.hf import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache
-from reasonalloc.planning.budget import files_missing
+from reasonalloc.planning.files import files_missing
 
 FULL = "full"
 
@@ -60,7 +60,6 @@ class Settings:
         profile: calibrated file for arms that read one.
         costs, statistics: files of these kinds, if ``profile`` is of another one.
         record: what the recorder keeps of every compression.
-        max_new_tokens: bound of generated tokens; None: the task's own.
         n_sink: first tokens that are always kept.
         protect_prompt: keep every token of the prompt.
         seed: of the policy ``random``.
@@ -72,7 +71,6 @@ class Settings:
     profile: str | os.PathLike[str] | None = None
     costs: str | os.PathLike[str] | None = None
     record: RecordLevel = "off"
-    max_new_tokens: int | None = None
     n_sink: int = 0
     protect_prompt: bool = False
     seed: int = 0
@@ -218,18 +216,6 @@ def attach_job(model: Any, job: Job, settings: Settings) -> Attachment:
     return attach_config(model, settings.config(job))
 
 
-def check_jobs(model: Any, jobs: Sequence[Job], settings: Settings) -> None:
-    """Refuse what cannot run before anything does.
-
-    Raises:
-        UsageError: an unknown arm, a budget that does not fit, a broken or foreign profile.
-    """
-    for job in jobs:
-        if job.budget is not None:
-            with attach_job(model, job, settings):
-                pass
-
-
 def pad_token(model: Any) -> int:
     """A token id for padding, which nothing ever reads."""
     for source in (model.generation_config, model.config):
@@ -257,6 +243,15 @@ def until_end(tokens: list[int], ends: list[int]) -> list[int]:
         if token in ends:
             return tokens[: index + 1]
     return tokens
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    signs = ("out of memory", "defaultcpuallocator", "status_alloc_failed")  # torch's, cuBLAS's
+    return any(sign in text for sign in signs)
 
 
 def _reset_peak() -> None:

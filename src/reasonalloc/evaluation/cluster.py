@@ -7,7 +7,7 @@ import importlib.util
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from reasonalloc.parts import adopt_parts, own_parts
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.batch import Job, Settings
-    from reasonalloc.evaluation.runner import Observer
+    from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
+    from reasonalloc.evaluation.progress import Observer
     from reasonalloc.evaluation.sampling import Sampling
-    from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec, Outcome
 
 #: A chunk whose worker died so often is not tried again.
 _TRIES = 3
@@ -81,15 +81,15 @@ class Cluster:
         self._known = self._ray.put((list(jobs), list(prompts)))
         for _ in range(_TRIES):
             try:
-                found: Facts = self._result(self._actors[0].check.remote(self._known))
+                facts: Facts = self._result(self._actors[0].check.remote(self._known))
             except self._ray.exceptions.RayActorError as error:
                 reason = _line(error)
                 self._actors[0] = self._spawn()
             else:
-                return found
+                return facts
         raise UsageError(f"workers died {_TRIES} times while they loaded the model: {reason}")
 
-    def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
+    def outcomes(self, todo: deque[Chunk]) -> Generator[tuple[Chunk, Outcome], None, None]:
         """See ``Executor``."""
         ray, died = self._ray, Counter[Any]()
         busy: dict[Any, tuple[int, Chunk]] = {}
@@ -140,8 +140,8 @@ class Cluster:
 
     def _share(self, workers: int) -> dict[str, Any]:
         """What each worker takes: a GPU where there are any, else a share of the CPUs."""
-        found = self._ray.cluster_resources()
-        gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 1))
+        resources = self._ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         kind, most = ("GPUs", gpus) if gpus else ("CPU cores", cpus)
         if workers > most:
             raise UsageError(f"workers={workers} is too many: Ray has {most} {kind} here")
@@ -204,7 +204,7 @@ def _worker_class(ray: Any) -> type[Any]:
             if self._solver is None:
                 import torch
 
-                from reasonalloc.evaluation.solver import make_solver
+                from reasonalloc.evaluation.engines import make_solver
 
                 # An engine of this process, which ends with it, on the cores that Ray gave it.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.batch import pad_token, padded, until_end
-from reasonalloc.evaluation.solver import is_memory
+from reasonalloc.evaluation.batch import is_memory, pad_token, padded, until_end
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
@@ -44,18 +43,18 @@ def complete_all(
         UsageError: more tokens than the model has positions for, a completion of a single token,
             or one prompt that does not fit into memory.
     """
-    found = list(trajectories)
-    open_ = [index for index, text in enumerate(found) if not text.completion_ids]
-    _check_length(model, [len(found[index].prompt_ids) for index in open_], new_tokens)
-    for indices in _batches(model, found, open_, batch):
-        prompts = [found[index].prompt_ids for index in indices]
+    texts = list(trajectories)
+    open_ = [index for index, text in enumerate(texts) if not text.completion_ids]
+    _check_length(model, [len(texts[index].prompt_ids) for index in open_], new_tokens)
+    for indices in _batches(model, texts, open_, batch):
+        prompts = [texts[index].prompt_ids for index in indices]
         for index, tokens in zip(indices, _generate(model, prompts, new_tokens), strict=True):
             if len(tokens) < 2:
                 raise UsageError(
                     "the model ended its completion at once: there is nothing to replay"
                 )
-            found[index] = replace(found[index], completion_ids=tuple(tokens))
-    return found
+            texts[index] = replace(texts[index], completion_ids=tuple(tokens))
+    return texts
 
 
 def _check_length(model: Any, lengths: Sequence[int], new_tokens: int) -> None:
@@ -109,3 +108,33 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
         )
     parts = (prompts[:half], prompts[half:])
     return [tokens for part in parts for tokens in _generate(model, part, new_tokens)]
+
+
+def complete_missing(
+    model: Any,
+    texts: list[Trajectory],
+    generate: int | None,
+    name: str,
+    tell: Callable[[str], None],
+) -> list[Trajectory]:
+    """Return texts whose missing completions were generated with the full cache.
+
+    Args:
+        model: not attached to anything.
+        texts: with completions or without.
+        generate: tokens to generate, or None.
+        name: what messages call the texts.
+        tell: is told if there is nothing to generate.
+
+    Raises:
+        UsageError: completions are missing and are not to be generated.
+    """
+    missing = any(not text.completion_ids for text in texts)
+    if generate is None:
+        if missing:
+            raise UsageError(f"{name} has prompts without a completion: give --generate N")
+        return texts
+    if not missing:
+        tell(f"--generate {generate} has no effect: all texts of {name} are complete")
+        return texts
+    return complete_all(model, texts, generate)

@@ -1,141 +1,208 @@
-"""How far a compressed cache moves the model's predictions on a known text.
-
-The text is replayed hundreds of tokens at a time, which gives exactly what token-by-token decoding
-under the same eviction gives: a layer's output for a token depends on the layer's earlier inputs
-alone, so that each layer can go from boundary to boundary through all of them before the next one.
-"""
+"""How far arms move a model's predictions on known texts, from Python: ``fidelity``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from reasonalloc.config import CompressionConfig
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.arm_files import (
+    File,
+    as_settings,
+    choose_files,
+    files_digest,
+    list_files,
+)
+from reasonalloc.evaluation.arms import check_decoding, read_arms
+from reasonalloc.evaluation.batch import FULL, Job, Settings
+from reasonalloc.evaluation.chunks import ModelSpec
+from reasonalloc.evaluation.completions import complete_missing
+from reasonalloc.evaluation.fidelity_result import FidelityResult
+from reasonalloc.evaluation.loaded import find_model
+from reasonalloc.evaluation.progress import Observer, make_observer
+from reasonalloc.evaluation.records import ResultFile
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
-from reasonalloc.integrations.hf.versions import cache_of, with_cache
+from reasonalloc.integrations.hf.replay import check_text
+from reasonalloc.loading import load_model
+from reasonalloc.planning.files import files_read
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.texts import Trajectory
-
-#: Tokens that are fed at once: enough for the weights' products, few enough for their logits.
-PIECE = 512
+from reasonalloc.texts import Trajectory, load_trajectories
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """One arm on one trajectory; lists have one entry per predicted completion token.
+def fidelity(
+    model: Any,
+    texts: File | Iterable[Trajectory],
+    *,
+    arms: str | Arm | Iterable[str | Arm] = ("rkv", "streaming_llm", "random"),
+    budgets: int | Iterable[int] = (128,),
+    tokenizer: Any = None,
+    out: File | None = None,
+    profile: File | Sequence[File] | None = None,
+    interval: int = 128,
+    window: int = 8,
+    n_sink: int = 0,
+    protect_prompt: bool = False,
+    attention: str = "auto",
+    generate: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Observer | bool | None = None,
+) -> FidelityResult:
+    """Compare arms with the full cache by exact replay, as ``reasonalloc fidelity`` does.
 
-    The first completion token is left out: it is predicted by the prompt alone, before anything
-    can have been evicted.
-
-    Attributes:
-        kl: KL(full || compressed) of the next-token distribution, in nats.
-        agree: whether both find the same token most likely.
-        added_nll: how much less likely the true token became, in nats.
-        kv_bytes: bytes of keys and values at the end; full_bytes: of the full cache.
-        compressions: compressed layers, over all events.
-    """
-
-    kl: list[float]
-    agree: list[bool]
-    added_nll: list[float]
-    kv_bytes: int
-    full_bytes: int
-    compressions: int
-
-
-@torch.inference_mode()
-def full_logits(model: Any, trajectory: Trajectory) -> list[Tensor]:
-    """Logits of the full cache for every completion token but the first, in pieces.
+    Args:
+        model: hub name, folder or ``.gguf`` file; or a loaded transformers model, which must not
+            be attached to anything.
+        texts: JSON lines with ``prompt_ids``, ``prompt`` or ``messages``, and ``completion_ids``
+            or ``completion``; or trajectories.
+        arms: presets, ``"policy/layers/heads"`` or ``Arm`` objects; texts may hold several,
+            separated by commas. Ratios are to the first.
+        budgets: mean tokens kept per layer and KV head, each arm at each.
+        tokenizer: of a loaded model.
+        out: a file for the results as JSON lines. The same call, or the command, goes on with it.
+        profile: calibrated files for the arms that read one, of different kinds.
+        interval: generated tokens between two compressions.
+        window: most recent tokens that are always kept.
+        n_sink: first tokens that are always kept.
+        protect_prompt: keep every token of the prompt.
+        attention: backend, see ``CompressionConfig``.
+        generate: complete prompts by so many tokens with the full cache, greedily.
+        dtype, device, trust_remote_code: how a model is loaded by its name.
+        progress: None or True: a bar of tqdm; False: nothing; or an ``Observer``.
 
     Returns:
-        Tensors [PIECE, vocabulary] in the model's dtype; the last may be shorter.
-    """
-    check_text(model, trajectory)
-    return list(replay_logits(model, trajectory, None))[1:]
-
-
-@torch.inference_mode()
-def fidelity(
-    model: Any, trajectory: Trajectory, full: list[Tensor], config: CompressionConfig
-) -> Fidelity:
-    """Replay a trajectory under a budget and compare with the full cache.
-
-    Args:
-        model: a decoder-only transformers model, not attached to anything.
-        trajectory: what to replay.
-        full: from ``full_logits``.
-        config: arm, budget and cadence.
+        KL divergence (nats), top-1 agreement and added NLL (nats) per predicted token, with
+        ``summary``, ``table()``, ``to_pandas()`` and ``plot()``.
 
     Raises:
-        UsageError: a text longer than the model's positions, or settings that cannot work.
+        UsageError: anything that cannot be run, before it runs; names the field and a remedy.
+        UnsupportedError: a model that cannot work under a budget.
     """
-    kl: list[Tensor] = []
-    agree: list[Tensor] = []
-    added: list[Tensor] = []
-    targets = torch.tensor(trajectory.completion_ids[1:], dtype=torch.int64, device=model.device)
-    with attach_config(model, config) as attached:
-        cache = attached.new_cache()
-        with cache.replaying():
-            pieces = replay_logits(model, trajectory, cache)
-            next(pieces)  # the first token is predicted by the prompt alone
-            for reference, found in zip(full, pieces, strict=True):
-                target, targets = targets[: len(found), None], targets[len(found) :]
-                true, ours = reference.float().log_softmax(-1), found.float().log_softmax(-1)
-                kl.append((true.exp() * (true - ours)).sum(-1).clamp_min(0))
-                agree.append(true.argmax(-1) == ours.argmax(-1))
-                added.append((true.gather(1, target) - ours.gather(1, target)).squeeze(1))
-        return Fidelity(
-            kl=torch.cat(kl).tolist(),
-            agree=torch.cat(agree).tolist(),
-            added_nll=torch.cat(added).tolist(),
-            kv_bytes=cache.kv_bytes,
-            full_bytes=attached.plan().full_bytes(cache.get_seq_length()),
-            compressions=cache.recorder.compressions,
+    observer = make_observer(progress)
+    shared = {
+        "interval": interval,
+        "window": window,
+        "n_sink": n_sink,
+        "protect_prompt": protect_prompt,
+        "attention": attention,
+    }
+    sizes = [budgets] if isinstance(budgets, int) else list(dict.fromkeys(budgets))
+    configs = _configs(read_arms(arms), sizes, list_files(profile), shared)
+    options = ModelSpec("", dtype, device, trust_remote_code)
+    source, loaded = find_model(model, tokenizer, options)
+    with observer.busy("Loading the model"):
+        network, words = loaded or load_model(
+            source.name, dtype, device, trust_remote_code=trust_remote_code
         )
+    for config in configs:  # a wrong arm is refused before anything runs
+        with attach_config(network, config):
+            pass
+    trajectories = _load_texts(network, words, texts, generate, observer)
+    manifest = {
+        "model": source.name,
+        "config_hash": config_hash(text_config(network).to_dict()),
+        "dtype": str(network.dtype),
+        **shared,
+    }
+    results = _Results(out, manifest, configs)
+    with observer.counted("Replaying") as tell:
+        _replay(network, trajectories, configs, results, tell)
+    jobs = tuple((str(config.arm), config.budget) for config in configs)
+    return FidelityResult(
+        source.name, tuple(trajectories), jobs, interval, tuple(results.rows), words
+    )
 
 
-def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Tensor]:
-    """Logits that predict the completion: prefill with the prompt, then feed it in pieces.
-
-    Args:
-        model: attached, if ``cache`` is a compressed one.
-        trajectory: with at least one completion token.
-        cache: an empty compressed cache, which must be ``replaying()``, or None for the full one.
-
-    Yields:
-        Logits [1, vocabulary] of the first completion token, then [PIECE, vocabulary] of others.
-    """
-    prompt = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
-    fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
-    out = model(prompt, **with_cache({}, cache), use_cache=True, logits_to_keep=1)
-    yield out.logits[0]
-    for start in range(0, fed.shape[1], PIECE):
-        piece = fed[:, start : start + PIECE]
-        out = model(piece, **with_cache({}, cache_of(out)), use_cache=True)
-        yield out.logits[0]
+def _configs(
+    names: list[str], sizes: list[int], paths: list[str], shared: dict[str, Any]
+) -> list[CompressionConfig]:
+    if FULL in names:
+        raise UsageError("arm 'full' is what all arms are compared with: leave it out")
+    check_decoding("eager", shared["attention"])
+    settings = Settings(**as_settings(choose_files(names, paths)), **shared)
+    return [settings.config(Job(name, size)) for size in sizes for name in names]
 
 
-def check_text(model: Any, trajectory: Trajectory) -> None:
-    """Refuse a text that is longer than the model's positions, or made for another vocabulary.
+def _load_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: File | Iterable[Trajectory],
+    generate: int | None,
+    observer: Observer,
+) -> list[Trajectory]:
+    if isinstance(texts, str | os.PathLike):
+        name = f"trajectories={os.fspath(texts)!r}"
+        trajectories = load_trajectories(os.fspath(texts), tokenizer)
+    else:
+        name, trajectories = "texts", list(texts)
+    if not trajectories:
+        raise UsageError("texts is empty: give at least one trajectory")
+    for trajectory in trajectories:
+        check_text(model, trajectory)
+    with observer.busy("Generating completions"):
+        return complete_missing(model, trajectories, generate, name, observer.note)
 
-    Raises:
-        UsageError: as said.
-    """
-    most = max((*trajectory.prompt_ids, *trajectory.completion_ids))
-    size = model.get_input_embeddings().num_embeddings
-    if most >= size:
-        raise UsageError(
-            f"a trajectory has the token id {most}, but the model has {size} tokens: its ids were "
-            "made with another tokenizer, so give text, or ids of this model"
-        )
-    tokens = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(limit, int) and tokens > limit:
-        raise UsageError(
-            f"a trajectory has {tokens} tokens, but the model has {limit} positions: shorten it"
-        )
+
+class _Results:
+    """Rows of this run and of earlier ones with the same settings, in a file if one was named."""
+
+    def __init__(
+        self, out: File | None, manifest: dict[str, Any], configs: list[CompressionConfig]
+    ) -> None:
+        self._file = None
+        if out is not None:
+            path = Path(out).expanduser()
+            free = ("attention",)  # results depend on it by rounding alone
+            self._file = ResultFile(path, manifest, free=free)
+        # Another content of a file under the same name is another arm.
+        self._digests = {str(c.arm): files_digest(files_read(c)) for c in configs}
+        old = [] if self._file is None else self._file.rows
+        # A row whose arm read files of another content stays in the file and is not looked at.
+        self.rows = [r for r in old if r["files"] == self._digests.get(r["arm"], r["files"])]
+        self._done = {(row["trajectory"], row["arm"], row["budget"]) for row in self.rows}
+
+    def has(self, trajectory: Trajectory, config: CompressionConfig) -> bool:
+        """Whether a measurement is there."""
+        return (trajectory.key, str(config.arm), config.budget) in self._done
+
+    def add(
+        self, trajectory: Trajectory, config: CompressionConfig, values: dict[str, Any]
+    ) -> None:
+        """Add a measurement."""
+        arm = str(config.arm)
+        row = {"trajectory": trajectory.key, "arm": arm, "budget": config.budget}
+        row |= {**values, "files": self._digests[arm]}
+        self.rows.append(row)
+        self._done.add((trajectory.key, arm, config.budget))
+        if self._file is not None:
+            self._file.add(row)
+
+
+def _replay(
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    configs: Sequence[CompressionConfig],
+    results: _Results,
+    tell: Callable[[int, int], None],
+) -> None:
+    """Measure everything that is not there yet."""
+    total, finished = len(trajectories) * len(configs), 0
+    for trajectory in trajectories:
+        left = [config for config in configs if not results.has(trajectory, config)]
+        finished += len(configs) - len(left)
+        if not left:
+            continue
+        tell(finished, total)
+        full = full_logits(model, trajectory)
+        for config in left:
+            measured = measure_fidelity(model, trajectory, full, config)
+            results.add(trajectory, config, asdict(measured))
+            finished += 1
+            tell(finished, total)

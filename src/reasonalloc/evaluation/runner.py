@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, Protocol
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import FULL, Job, Watch
+from reasonalloc.evaluation.chunks import Chunk, Item, Outcome
 from reasonalloc.evaluation.folder import Key, RunFolder, key
+from reasonalloc.evaluation.progress import Observer
 from reasonalloc.evaluation.sampling import sample_seed
-from reasonalloc.evaluation.solver import Chunk, Item, Outcome
 from reasonalloc.evaluation.tasks.base import Problem, Task
 
 
 class Executor(Protocol):
     """Completes chunks, here or elsewhere."""
 
-    def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
+    def outcomes(self, todo: deque[Chunk]) -> Generator[tuple[Chunk, Outcome], None, None]:
         """Take chunks from the left until there are none; more may be put there meanwhile."""
-
-
-class Observer(Protocol):
-    """Is told how the run goes."""
-
-    def stepped(self, worker: int, chunk: Chunk, steps: int) -> None:
-        """A worker generated so many tokens per sequence of a chunk."""
-
-    def halved(self, chunk: Chunk, size: int, reason: str) -> None:
-        """A chunk did not fit into memory: its job goes on in batches of ``size``."""
-
-    def died(self, worker: int, chunk: Chunk) -> None:
-        """A worker died; another one takes the chunk up again."""
-
-    def finished(self, chunk: Chunk, tokens: int) -> None:
-        """The samples of a chunk are on disk; ``tokens`` were generated, all of them together."""
 
 
 class Completes(Protocol):
@@ -51,7 +37,7 @@ class InProcess:
     def __init__(self, solver: Completes, observer: Observer) -> None:
         self._solver, self._observer = solver, observer
 
-    def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
+    def outcomes(self, todo: deque[Chunk]) -> Generator[tuple[Chunk, Outcome], None, None]:
         """See ``Executor``."""
         while todo:
             chunk = todo.popleft()
@@ -108,19 +94,22 @@ def run(
     """
     by_id = {problem.id: problem for problem in problems}
     todo = deque(chunks)
-    for chunk, outcome in executor.outcomes(todo):
-        if outcome.rows is None:
-            _halve(chunk, outcome.reason, todo, observer)
-            continue
-        rows = []
-        for row in outcome.rows:
-            problem = by_id[row["problem"]]
-            verdict = task.grade(problem, row["completion"])
-            marked = {"answer": verdict.answer, "gold": problem.gold, "correct": verdict.correct}
-            values = {"task": name, **row, **marked}
-            rows.append({field: values[field] for field in FIELDS})
-        folder.add(rows, outcome.events)
-        observer.finished(chunk, sum(row["completion_tokens"] for row in rows))
+    with closing(executor.outcomes(todo)) as outcomes:
+        for chunk, outcome in outcomes:
+            if outcome.rows is None:
+                _halve(chunk, outcome.reason, todo, observer)
+                continue
+            rows = [_mark(name, task, by_id[row["problem"]], row) for row in outcome.rows]
+            folder.add(rows, outcome.events)
+            observer.finished(chunk, sum(row["completion_tokens"] for row in rows))
+
+
+def _mark(name: str, task: Task, problem: Problem, row: dict[str, Any]) -> dict[str, Any]:
+    """The line of a completed sample in ``samples.jsonl``."""
+    verdict = task.grade(problem, row["completion"])
+    marked = {"answer": verdict.answer, "gold": problem.gold, "correct": verdict.correct}
+    values = {"task": name, **row, **marked}
+    return {field: values[field] for field in FIELDS}
 
 
 #: The fields of a line of ``samples.jsonl``, in their order.

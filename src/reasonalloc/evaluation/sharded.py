@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.runner import Observer
-from reasonalloc.evaluation.solver import Chunk, Outcome, Solver
+from reasonalloc.evaluation.chunks import Chunk, Outcome
+from reasonalloc.evaluation.progress import Observer
+from reasonalloc.evaluation.solver import Solver
 
 
 def first_rank() -> bool:
@@ -30,7 +31,7 @@ class Leader:
     def __init__(self, solver: Solver, observer: Observer) -> None:
         self._solver, self._observer = solver, observer
 
-    def outcomes(self, todo: deque[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
+    def outcomes(self, todo: deque[Chunk]) -> Generator[tuple[Chunk, Outcome], None, None]:
         """See ``Executor``.
 
         Raises:

@@ -3,98 +3,31 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.config import RecordLevel
 from reasonalloc.core.cadence import compression_points
-from reasonalloc.errors import CompressionNeverHappened, UsageError
-from reasonalloc.evaluation.batch import BatchResult, Job, Settings, Watch, attach_job, solve
+from reasonalloc.errors import CompressionNeverHappened
+from reasonalloc.evaluation.batch import (
+    BatchResult,
+    Job,
+    Settings,
+    Watch,
+    attach_job,
+    is_memory,
+    solve,
+)
+from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
+from reasonalloc.evaluation.facts import encode, model_facts
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.loading import load_model, quiet
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import layer_shapes, text_config
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What ``load_model`` is called with."""
-
-    name: str
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    device_map: str | None = None
-    tp_plan: str | None = None
-    engine: str = "transformers"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample to be taken: the problem's id and prompt, the sample's number and seed."""
-
-    problem: str
-    prompt: str
-    sample: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What is completed in one batch.
-
-    Attributes:
-        job: arm and budget.
-        items: the samples.
-        record: whether the head budgets of the first one are recorded.
-    """
-
-    job: Job
-    items: tuple[Item, ...]
-    record: bool = False
-
-    def split(self, size: int) -> list[Chunk]:
-        """The same in batches of at most ``size``."""
-        parts = [self.items[i : i + size] for i in range(0, len(self.items), size)]
-        return [replace(self, items=p, record=self.record and i == 0) for i, p in enumerate(parts)]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a chunk: one row per item, or None if memory did not suffice.
-
-    ``events`` are the rows of ``events.jsonl``; ``reason`` is the allocator's own message.
-    """
-
-    rows: list[dict[str, Any]] | None
-    events: list[dict[str, Any]]
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a manifest and the checks before a run need to know of a loaded model.
-
-    Attributes:
-        config_hash, weights_hash, template_hash: fingerprints; the last is None without a chat
-            template.
-        dtype, device: as loaded.
-        longest: tokens of the longest prompt.
-        positions: tokens that the model has positions for, if it says so.
-    """
-
-    config_hash: str
-    weights_hash: str
-    template_hash: str | None
-    dtype: str
-    device: str
-    longest: int
-    positions: int | None
 
 
 class Solver:
@@ -105,15 +38,21 @@ class Solver:
         settings: of the cache.
         sampling: how tokens are chosen.
         max_new_tokens: bound of generated tokens.
+        loaded: a model and its tokenizer, which are not loaded by the name in ``spec`` then.
 
     Raises:
         UsageError: the model cannot be loaded.
     """
 
     def __init__(
-        self, spec: ModelSpec, settings: Settings, sampling: Sampling, max_new_tokens: int
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        sampling: Sampling,
+        max_new_tokens: int,
+        loaded: tuple[Any, Any] | None = None,
     ) -> None:
-        self._model, self._tokenizer = load_model(
+        self._model, self._tokenizer = loaded or load_model(
             spec.name,
             spec.dtype,
             spec.device,
@@ -137,6 +76,33 @@ class Solver:
             self._plan(job)
         return model_facts(self._model, self._tokenizer, prompts)
 
+    def complete(
+        self, chunk: Chunk, watch: Watch, record: RecordLevel
+    ) -> tuple[list[list[int]], BatchResult]:
+        """Complete a chunk in one batch; return its prompts as token ids and what was generated.
+
+        Args:
+            chunk: the samples.
+            watch: is told the number of tokens so far.
+            record: what is kept of every compression.
+
+        Raises:
+            UsageError: a prompt that cannot be encoded, or does not fit into the budget.
+            Stopped: ``watch`` returned False.
+        """
+        prompts = [encode(self._tokenizer, item.prompt) for item in chunk.items]
+        result = solve(
+            self._model,
+            prompts,
+            chunk.job,
+            replace(self._settings, record=record),
+            self._max_new_tokens,
+            watch,
+            self._sampling,
+            [item.seed for item in chunk.items],
+        )
+        return prompts, result
+
     def solve(self, chunk: Chunk, watch: Watch) -> Outcome:
         """Complete a chunk in one batch.
 
@@ -144,34 +110,28 @@ class Solver:
             UsageError: a prompt that cannot be encoded, or does not fit into the budget.
             Stopped: ``watch`` returned False.
         """
-        prompts = [encode(self._tokenizer, item.prompt) for item in chunk.items]
         record = chunk.record and chunk.job.budget is not None
         try:
             with quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", CompressionNeverHappened)  # the runner says it
-                result = solve(
-                    self._model,
-                    prompts,
-                    chunk.job,
-                    replace(self._settings, record="budgets" if record else "off"),
-                    self._max_new_tokens,
-                    watch,
-                    self._sampling,
-                    [item.seed for item in chunk.items],
-                )
+                prompts, result = self.complete(chunk, watch, "budgets" if record else "off")
         except (RuntimeError, MemoryError) as error:
             if not is_memory(error):
                 raise
             reason = " ".join(str(error).split())
         else:
-            return Outcome(
-                [self._row(chunk, index, prompts, result) for index in range(len(prompts))],
-                self._events(chunk, prompts, result) if record else [],
-            )
+            events = self._events(chunk, prompts, result) if record else []
+            return Outcome(self.rows(chunk, prompts, result), events)
         gc.collect()  # the traceback is gone here, and the cache with it
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Outcome(None, [], reason)
+
+    def rows(
+        self, chunk: Chunk, prompts: list[list[int]], result: BatchResult
+    ) -> list[dict[str, Any]]:
+        """Return one row per sample of a completed chunk, see ``runner.FIELDS``."""
+        return [self._row(chunk, index, prompts, result) for index in range(len(prompts))]
 
     def close(self) -> None:
         """Nothing to end: the model goes with the solver."""
@@ -246,79 +206,3 @@ class Solver:
             for event in result.events
             if event.step - padding in own[event.layer]
         ]
-
-
-def make_solver(
-    spec: ModelSpec, settings: Settings, sampling: Sampling, max_new_tokens: int
-) -> Any:
-    """The solver of a model's engine: a ``Solver``, or what stands for one.
-
-    Arguments and errors are those of ``Solver``.
-    """
-    if spec.engine == "vllm":
-        from reasonalloc.evaluation.vllm_solver import VllmSolver
-
-        return VllmSolver(spec, settings, sampling, max_new_tokens)
-    return Solver(spec, settings, sampling, max_new_tokens)
-
-
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a problem, in the model's chat template if it has one.
-
-    Raises:
-        UsageError: the template refuses it.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        ids: list[int] = tokenizer(prompt + "\n")["input_ids"]
-        return ids
-    try:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )
-    except Exception as error:  # templates are programs and raise what they like
-        raise UsageError(f"the model's chat template refuses a prompt: {error}") from error
-    return list(encoded["input_ids"])
-
-
-def model_facts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Facts:
-    """What a loaded model is, and the longest of the prompts."""
-    template, device = getattr(tokenizer, "chat_template", None), model.device
-    return Facts(
-        config_hash=config_hash(text_config(model).to_dict()),
-        weights_hash=weights_hash(model),
-        template_hash=None if not template else _hash(str(template).encode()),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        longest=max(len(encode(tokenizer, prompt)) for prompt in prompts),
-        positions=getattr(text_config(model), "max_position_embeddings", None),
-    )
-
-
-def weights_hash(model: Any) -> str:
-    """Fingerprint of a model's weights: names, shapes and up to 256 numbers of each tensor.
-
-    Before transformers 5.18 a divided model's tensors are this process's parts.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
-        if hasattr(weight, "full_tensor"):  # divided among processes, each of which comes here
-            weight = weight.full_tensor()
-        if not weight.is_meta:  # offloaded: there is nothing to look at
-            flat = weight.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32)
-            digest.update(some.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    signs = ("out of memory", "defaultcpuallocator", "status_alloc_failed")  # torch's, cuBLAS's
-    return any(sign in text for sign in signs)

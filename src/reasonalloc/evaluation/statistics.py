@@ -96,7 +96,7 @@ def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Samp
     return found
 
 
-def summarise(samples: Sequence[Sample]) -> Cell:
+def make_cell(samples: Sequence[Sample]) -> Cell:
     """Numbers of one arm at one budget.
 
     Raises:

@@ -14,11 +14,12 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
+from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
+from reasonalloc.evaluation.facts import encode, model_facts
 from reasonalloc.evaluation.sampling import Sampling
-from reasonalloc.evaluation.solver import Chunk, Facts, ModelSpec, Outcome, encode, model_facts
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
-from reasonalloc.integrations.vllm.plan import EnginePlan, make_plan
+from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.loading import load_model
 from reasonalloc.planning.shapes import text_config
@@ -81,7 +82,7 @@ class VllmSolver:
         self._config, self._dtype = text_config(model), model.dtype
         self._ends = end_tokens(model)
         self._plans = {
-            job: make_plan(self._settings.config(job), spec.name, self._config, 1)
+            job: make_budget(self._settings.config(job), spec.name, self._config, 1)
             for job in jobs
             if job.budget is not None
         }
@@ -201,14 +202,14 @@ class VllmSolver:
 
         return layer_shapes(self._config, self._spec.name)
 
-    def _compressions(self, plan: EnginePlan, prompt: list[int], completion: list[int]) -> int:
+    def _compressions(self, plan: EngineBudget, prompt: list[int], completion: list[int]) -> int:
         interval, new = plan.config.interval, len(completion) - 1
         return sum(
             len(compression_points(total, plan.kv_heads, interval, len(prompt), new))
             for total in plan.totals
         )
 
-    def _peak(self, plan: EnginePlan, block: int, prompt: int, tokens: int) -> int:
+    def _peak(self, plan: EngineBudget, block: int, prompt: int, tokens: int) -> int:
         """Bytes of the most blocks that a request held."""
         sizes = Accounting(plan, block, self._dtype.itemsize)
         return sizes.layouts[0].reserve.peak(prompt, tokens) * sizes.block_bytes

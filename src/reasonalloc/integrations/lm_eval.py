@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reasonalloc.errors import CompressionNeverHappened, UsageError
-from reasonalloc.evaluation.fidelity import replay_logits
 from reasonalloc.integrations.hf import attach_config
+from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.integrations.lm_eval_arguments import (
     SETTINGS,
     check_adapter,

@@ -3,225 +3,316 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
-from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
-from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
+from reasonalloc.allocators.layer import LayerAllocator, LayerQuery
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, choose_arm
 from reasonalloc.errors import UsageError
+from reasonalloc.planning.files import (
+    check_profile,
+    make_layer_allocator,
+    make_policy,
+    other_cadence,
+)
 from reasonalloc.planning.memory import LayerShape, MemoryPlan
-from reasonalloc.policies import POLICIES, ModelFacts, Policy
+from reasonalloc.planning.shapes import layer_shapes, model_name, text_config
+from reasonalloc.planning.sharding import HeadShard
+from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
+from reasonalloc.policies import ModelFacts, Policy
 from reasonalloc.policies.rotary import Rope
+from reasonalloc.tables import Shown, Table, show
 from reasonalloc.whole import whole_number
 
-T = TypeVar("T")
+#: Context length at which a plan compares the caches unless another one is given, in tokens.
+TOKENS = 32768
 
 
-def files_missing(arm: Arm) -> dict[str, str]:
-    """Parts of an arm that read a calibrated file and do not name it, and its kind."""
-    return {
-        name: getattr(part, "reads", "profile")
-        for name, part in _parts(arm).items()
-        if getattr(part, "path", None) == ""
-    }
+@dataclass(frozen=True, eq=False)
+class BudgetPlan(Shown):
+    """A budget divided among the layers of a model. Everything is checked when it is made.
 
-
-def file_kind(path: str | os.PathLike[str]) -> str:
-    """What a calibrated file is, as ``files_missing`` says it; its reader finds out the rest.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError:
-        return "statistics"  # the only one that is no JSON
-    return "cost profile" if isinstance(data, dict) and data.get("kind") == "cost" else "profile"
-
-
-def _parts(arm: Arm) -> dict[str, Policy | LayerAllocator]:
-    return {"policy": POLICIES.create(arm.policy), "layers": LAYER_ALLOCATORS.create(arm.layers)}
-
-
-def files_read(config: CompressionConfig) -> list[str]:
-    """Paths of the calibrated files that the parts of an arm read."""
-    parts = (_with_file(part, config.profile) for part in _parts(config.arm).values())
-    return [path for part in parts if (path := getattr(part, "path", None))]
-
-
-def other_cadence(config: CompressionConfig) -> str | None:
-    """What to say if a cost profile was measured at another cadence than the run's, else None."""
-    run = {"interval": config.interval, "window": config.window}
-    for part in _parts(config.arm).values():
-        made: Any = _with_file(part, config.profile)
-        if getattr(made, "reads", None) != "cost profile" or not made.path:
-            continue
-        costs = load_costs(made.path)
-        if (costs.interval, costs.window) != (config.interval, config.window):
-            wanted = " and ".join(f"{name}={value}" for name, value in run.items())
-            return (
-                f"the cost profile {made.path!r} was measured at interval={costs.interval} and "
-                f"window={costs.window}, this run has {wanted}: its budgets may not be the best "
-                "ones, so use its cadence or calibrate again"
-            )
-    return None
-
-
-def check_profile(config: CompressionConfig) -> None:
-    """Refuse a profile that nothing reads, or that two parts would read as different files.
-
-    Raises:
-        UsageError: as said, or an unknown policy or layer allocator.
-    """
-    missing, arm = files_missing(config.arm), config.arm
-    if config.profile is None:
-        return
-    given = f"profile={str(config.profile)!r}"
-    if not missing:
-        for name, part in _parts(arm).items():
-            if getattr(part, "path", None):
-                raise UsageError(f"{given} and {name}={getattr(arm, name)!r} both name a file")
-        raise UsageError(
-            f"{given} has no effect with policy={arm.policy!r} and layers={arm.layers!r}: use a "
-            "part that reads a file (the presets 'best' and 'reasonalloc', or 'cake', "
-            "'tri_attention' and others), or leave the profile out"
-        )
-    if len(set(missing.values())) > 1:
-        raise UsageError(
-            f"{given}: policy={arm.policy!r} and layers={arm.layers!r} read different kinds of "
-            "files: name both in parentheses, as tri_attention(path=FILE) and profile(path=FILE)"
-        )
-
-
-def _with_file(part: T, profile: str | os.PathLike[str] | None) -> T:
-    """A policy or allocator with the path that its specification leaves out."""
-    if profile is None or getattr(part, "path", None) != "":
-        return part
-    made: Any = part
-    found: T = dataclasses.replace(made, path=os.fspath(profile))
-    return found
-
-
-def bound_policy(
-    config: CompressionConfig,
-    shapes: tuple[LayerShape, ...],
-    model_config: Any,
-    name: str,
-    load_rope: Callable[[], Rope] | None = None,
-    load_output_metrics: Callable[[], dict[int, Tensor]] | None = None,
-) -> Policy:
-    """The policy of a run, checked against the model.
-
-    Args:
-        config, shapes, model_config, name: as for ``layer_totals``.
+    Attributes:
+        config: the settings.
+        shapes: all attention layers of the model.
+        text_config: transformers' configuration of the decoder.
+        name: the model's name, for messages.
         load_rope, load_output_metrics: read the model's rotary embedding and output projections,
             see ``ModelFacts``; None while its weights are not loaded.
+        batch, tokens, dtype: sequences, tokens of each, and the cache's dtype that ``memory`` and
+            ``show`` assume unless told otherwise.
+        policy: the policy, bound to the model.
+        totals: [compressible layers] retained tokens under the budget, all KV heads together.
+        planned: [compressible layers][kv_heads] tokens, if the arm plans them beforehand.
+
+    Raises:
+        UsageError: a wrong setting, a budget that does not fit, a broken or foreign file.
+        UnsupportedError: a policy that cannot work with the model.
     """
-    budgeted = [shape for shape in shapes if shape.compressible]
-    facts = ModelFacts(
-        model_id=name,
-        config_hash=config_hash(model_config.to_dict()),
-        layers=len(budgeted),
-        query_heads=budgeted[0].query_heads,
-        head_dim=budgeted[0].head_dim,
-        load_rope=load_rope,
-        load_output_metrics=load_output_metrics,
-    )
-    check_profile(config)
-    return _policy(config).bind(facts)
+
+    config: CompressionConfig
+    shapes: tuple[LayerShape, ...]
+    text_config: Any = field(repr=False)
+    name: str
+    load_rope: Callable[[], Rope] | None = field(default=None, repr=False)
+    load_output_metrics: Callable[[], dict[int, Tensor]] | None = field(default=None, repr=False)
+    batch: int = 1
+    tokens: int = TOKENS
+    dtype: torch.dtype = torch.float32
+    policy: Policy = field(init=False, repr=False)
+    totals: tuple[int, ...] = field(init=False)
+    planned: tuple[tuple[int, ...], ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "tokens"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        check_profile(self.config)
+        object.__setattr__(self, "policy", self._bind_policy())
+        object.__setattr__(self, "totals", self.totals_at(self.config.budget))
+        object.__setattr__(self, "planned", self._plan_heads())
+
+    def totals_at(self, budget: int) -> tuple[int, ...]:
+        """Return ``totals`` as they would be under another budget."""
+        query = self._query(budget)
+        totals = make_layer_allocator(self.config).allocate(query)
+        if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
+            raise RuntimeError(
+                f"layer allocator {self.config.arm.layers!r} broke its contract: {totals}"
+            )
+        return tuple(totals)
+
+    def memory(self, batch: int | None = None, itemsize: int | None = None) -> MemoryPlan:
+        """Return the exact bytes of a cache.
+
+        Args:
+            batch: sequences; None: those of the plan.
+            itemsize: bytes of one number of the cache; None: of the plan's dtype.
+
+        Raises:
+            UsageError: ``batch`` is no whole number of at least 1.
+        """
+        return MemoryPlan(
+            shapes=self.shapes,
+            totals=self.totals,
+            batch=whole_number("batch", self.batch if batch is None else batch, 1),
+            interval=self.config.interval,
+            window=self.config.window,
+            itemsize=self.dtype.itemsize if itemsize is None else itemsize,
+            keeps_queries=self.policy.needs_queries,
+            state_channels=self.policy.state_channels,
+        )
+
+    def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Return KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
+        return sum(shape.full_bytes(batch, tokens, itemsize) for shape in self.shapes)
+
+    def parts(self, shard: HeadShard) -> list[tuple[int, Sequence[int] | None]]:
+        """Return what a process keeps of every compressible layer.
+
+        Args:
+            shard: its part of the KV heads.
+
+        Returns:
+            Per layer the retained tokens of its heads together, and of each if they are planned.
+        """
+        planned = self.planned or [None] * len(self.totals)
+        own = []
+        for total, heads in zip(self.totals, planned, strict=True):
+            tokens = shard.total(total, heads, self.kv_heads)
+            own.append((tokens, None if heads is None else shard.heads(heads)))
+        return own
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a compressible layer, all processes together."""
+        return self._budgeted[0].kv_heads
+
+    @property
+    def other_cadence(self) -> str | None:
+        """What to say if a cost profile has another cadence than the run, else None."""
+        return other_cadence(self.config)
+
+    def report(self, memory: int | None = None) -> dict[str, Any]:
+        """Return sizes as plain JSON values, in bytes.
+
+        Args:
+            memory: bytes for the cache, to say how many sequences fit; or None.
+        """
+        plan, config = self.memory(), self.config
+        one = self.memory(batch=1)  # everything grows linearly with the batch
+        fits = (
+            None
+            if memory is None
+            else {
+                "bytes": memory,
+                "largest_batch": {
+                    "full": memory // one.full_bytes(self.tokens),
+                    "compressed": memory // (one.kv_bytes(self.tokens) + one.bookkeeping_bytes),
+                },
+            }
+        )
+        return {
+            "model": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "arm": str(config.arm),
+            "budget": config.budget,
+            "interval": config.interval,
+            "window": config.window,
+            "n_sink": config.n_sink,
+            "kv_bytes": {
+                "full": plan.full_bytes(self.tokens),
+                "compressed": plan.kv_bytes(self.tokens),
+                "after_compression": plan.floor_bytes + plan.sliding_bytes(self.tokens),
+            },
+            "bookkeeping_bytes": plan.bookkeeping_bytes,
+            "layers": layer_sizes(plan, self.tokens),
+            "memory": fits,
+        }
+
+    def tables(self, memory: int | None = None) -> list[Table]:
+        """Return the sizes of the caches, and the budget and the bytes of each layer.
+
+        Args:
+            memory: see ``report``.
+        """
+        report = self.report(memory)
+        return [size_table(report), layer_table(report["layers"])]
+
+    def show(self, memory: int | None = None) -> None:
+        """Print the tables on stdout.
+
+        Args:
+            memory: see ``report``.
+        """
+        show(self.tables(memory))
+
+    @cached_property
+    def _budgeted(self) -> list[LayerShape]:
+        return [shape for shape in self.shapes if shape.compressible]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return config_hash(self.text_config.to_dict())
+
+    def _bind_policy(self) -> Policy:
+        facts = ModelFacts(
+            model_id=self.name,
+            config_hash=self._fingerprint,
+            layers=len(self._budgeted),
+            query_heads=self._budgeted[0].query_heads,
+            head_dim=self._budgeted[0].head_dim,
+            load_rope=self.load_rope,
+            load_output_metrics=self.load_output_metrics,
+        )
+        return make_policy(self.config).bind(facts)
+
+    def _plan_heads(self) -> tuple[tuple[int, ...], ...] | None:
+        arm = self.config.arm
+        if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
+            return None
+        heads = make_layer_allocator(self.config).plan_heads(self._query(self.config.budget))
+        if heads is None:
+            raise UsageError(
+                f"heads={arm.heads!r} needs budgets per head, which layers="
+                f"{arm.layers!r} does not plan: use layers='cost' or another head allocator"
+            )
+        return tuple(tuple(layer) for layer in heads)
+
+    def _query(self, budget: int) -> LayerQuery:
+        config = dataclasses.replace(self.config, budget=budget)
+        return LayerQuery(
+            layers=len(self._budgeted),
+            kv_heads=self.kv_heads,
+            budget=config.budget,
+            window=config.window,
+            n_sink=config.n_sink,
+            model_id=self.name,
+            config_hash=self._fingerprint,
+        )
 
 
-def _policy(config: CompressionConfig) -> Policy:
-    return _with_file(POLICIES.create(config.arm.policy), config.profile)
-
-
-def layer_totals(
-    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
-) -> tuple[int, ...]:
-    """Retained tokens of every layer under a budget, all its KV heads together.
+def plan(
+    model: Any,
+    *,
+    budget: int,
+    batch: int = 1,
+    tokens: int = TOKENS,
+    arm: str | Arm | None = None,
+    policy: str | Policy | type[Policy] | None = None,
+    layers: str | LayerAllocator | type[LayerAllocator] | None = None,
+    heads: str | HeadAllocator | type[HeadAllocator] | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> BudgetPlan:
+    """Divide a budget among the layers of a model whose weights need not be loaded.
 
     Args:
-        config: settings of the run.
-        shapes: all attention layers of the model.
-        model_config: the model's text configuration.
-        name: the model's name, for messages.
-    """
-    allocator, query = _layer_query(config, shapes, model_config, name)
-    totals = allocator.allocate(query)
-    if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
-        raise RuntimeError(f"layer allocator {config.arm.layers!r} broke its contract: {totals}")
-    return tuple(totals)
+        model: a transformers model, its configuration, or a hub name, folder or ``.gguf`` file, of
+            which only the configuration is read.
+        budget: mean retained tokens per (layer, KV head) right after a compression.
+        batch, tokens: sequences, and tokens of each, to compare the caches at.
+        arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
+            next three.
+        policy, layers, heads: which tokens stay, how many per layer, how many per KV head: names,
+            ``"name(key=value)"``, objects or classes, also your own.
+        dtype: of the cache: a torch dtype, ``float32``, ``bfloat16``, ``float16``, or ``auto``: the
+            model's own.
+        trust_remote_code: run code that comes with the model to read its configuration.
+        settings: interval, window, n_sink, profile and others of ``CompressionConfig``.
 
-
-def planned_heads(
-    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
-) -> tuple[tuple[int, ...], ...] | None:
-    """Tokens of every head, [layers][kv_heads], if the head allocator wants them beforehand.
-
-    Arguments as for ``layer_totals``.
+    Returns:
+        The plan: ``show()`` prints it, ``memory(batch).kv_bytes(tokens)`` is exact.
 
     Raises:
-        UsageError: the layer allocator plans no heads.
+        UsageError: a wrong argument, a model that cannot be found, a broken or foreign file.
+        UnsupportedError: a model that cannot run under a budget, with the reason.
     """
-    if not HEAD_ALLOCATORS.create(config.arm.heads).needs_plan:
-        return None
-    allocator, query = _layer_query(config, shapes, model_config, name)
-    plan = allocator.plan_heads(query)
-    if plan is None:
-        raise UsageError(
-            f"heads={config.arm.heads!r} needs budgets per head, which layers="
-            f"{config.arm.layers!r} does not plan: use layers='cost' or another head allocator"
-        )
-    return tuple(tuple(heads) for heads in plan)
+    chosen = choose_arm(arm, policy, layers, heads)
+    unknown = settings.keys() - CompressionConfig.__dataclass_fields__.keys()
+    if unknown:
+        raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
+    config = CompressionConfig(budget=budget, arm=chosen, **settings)
+    name = None
+    if isinstance(model, str | os.PathLike):
+        from reasonalloc.loading import load_config
+
+        name = os.fspath(model)
+        model = load_config(name, trust_remote_code)
+    return plan_config(model, config, batch, tokens, dtype, name)
 
 
-def _layer_query(
-    config: CompressionConfig, shapes: tuple[LayerShape, ...], model_config: Any, name: str
-) -> tuple[LayerAllocator, LayerQuery]:
-    budgeted = [shape for shape in shapes if shape.compressible]
-    check_profile(config)
-    allocator = _with_file(LAYER_ALLOCATORS.create(config.arm.layers), config.profile)
-    return allocator, LayerQuery(
-        layers=len(budgeted),
-        kv_heads=budgeted[0].kv_heads,
-        budget=config.budget,
-        window=config.window,
-        n_sink=config.n_sink,
-        model_id=name,
-        config_hash=config_hash(model_config.to_dict()),
-    )
-
-
-def plan_memory(
+def plan_config(
+    model: Any,
     config: CompressionConfig,
-    shapes: tuple[LayerShape, ...],
-    totals: tuple[int, ...],
-    batch: int,
-    itemsize: int,
-) -> MemoryPlan:
-    """Exact bytes of a cache for ``batch`` sequences; ``itemsize`` is bytes of one number.
+    batch: int = 1,
+    tokens: int = TOKENS,
+    dtype: str | torch.dtype = "auto",
+    name: str | None = None,
+) -> BudgetPlan:
+    """``plan`` with settings that are put together; ``model`` has a configuration or is one."""
+    from reasonalloc.loading import resolve_dtype
 
-    Raises:
-        UsageError: ``batch`` is no whole number of at least 1.
-    """
-    policy = _policy(config).resolve()
-    return MemoryPlan(
-        shapes=shapes,
-        totals=totals,
-        batch=whole_number("batch", batch, 1),
-        interval=config.interval,
-        window=config.window,
-        itemsize=itemsize,
-        keeps_queries=policy.needs_queries,
-        state_channels=policy.state_channels,
+    name = model_name(model) if name is None else name
+    own, text = getattr(model, "dtype", None), text_config(model)
+    if dtype == "auto" and isinstance(own, torch.dtype):
+        dtype = own
+    return BudgetPlan(
+        config,
+        layer_shapes(text, name),
+        text,
+        name,
+        batch=batch,
+        tokens=tokens,
+        dtype=resolve_dtype(dtype, getattr(model, "config", model)),
     )

@@ -14,6 +14,11 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def model_name(model: Any) -> str:
+    """Return the name of a model or of a configuration, for messages."""
+    return getattr(getattr(model, "config", model), "_name_or_path", "") or type(model).__name__
+
+
 def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Shapes of all attention layers, read from a model's (text) configuration.
 

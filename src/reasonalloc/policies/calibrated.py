@@ -1,22 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
 
 
 @POLICIES.register("calibrated", source="ours: the policy that a cost profile was made with")
 @dataclass(frozen=True)
-class Calibrated(Policy):
+class Calibrated(ReadsCalibrated, Policy):
     """The policy that calibration found cheapest for this model, as its cost profile says."""
 
-    path: str = ""
-    reads: ClassVar[str] = "cost profile"
+    reads = "cost profile"
 
     def resolve(self) -> Policy:
         if not self.path:

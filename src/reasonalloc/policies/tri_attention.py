@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.calibrated.statistics import Statistics, load_statistics
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
@@ -31,7 +32,7 @@ class _Layer(NamedTuple):
 
 @POLICIES.register("tri_attention", source="TriAttention, arXiv 2604.04921, per KV head")
 @dataclass(frozen=True)
-class TriAttention(Policy):
+class TriAttention(ReadsCalibrated, Policy):
     """Attention that a model's average queries would give from geometric distances in the future.
 
     Per query head ``sum_f |q_f||k_f| cos(w_f d + phi_f) + (E|q_f| - |q_f|)|k_f|`` over the features
@@ -39,9 +40,8 @@ class TriAttention(Policy):
     maximum over the group.
     """
 
-    path: str = ""
     horizon: int = 65536
-    reads: ClassVar[str] = "statistics"
+    reads = "statistics"
     _statistics: Statistics | None = field(default=None, init=False, repr=False, compare=False)
     _layers: dict[tuple[int, torch.device], _Layer] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -61,22 +61,23 @@ class TriAttention(Policy):
                 "(--profile FILE.safetensors), made for this model with "
                 "'reasonalloc calibrate --objective statistics'"
             )
-        found = load_statistics(self.path)
-        found.check_model(model.model_id, model.config_hash, model.layers)
-        if found.rope is None or found.query_mean is None:
-            raise UsageError(f"statistics {self.path!r} hold no queries: {found.no_queries}")
-        if found.query_mean.shape[1] != model.query_heads or found.rope.head_dim != model.head_dim:
+        statistics = load_statistics(self.path)
+        statistics.check_model(model.model_id, model.config_hash, model.layers)
+        rope, queries = statistics.rope, statistics.query_mean
+        if rope is None or queries is None:
+            raise UsageError(f"statistics {self.path!r} hold no queries: {statistics.no_queries}")
+        if queries.shape[1] != model.query_heads or rope.head_dim != model.head_dim:
             raise UsageError(
-                f"statistics {self.path!r} are of {found.query_mean.shape[1]} query heads of width "
-                f"{found.rope.head_dim}, but {model.model_id!r} has {model.query_heads} of "
+                f"statistics {self.path!r} are of {queries.shape[1]} query heads of width "
+                f"{rope.head_dim}, but {model.model_id!r} has {model.query_heads} of "
                 f"{model.head_dim}: calibrate this model"
             )
-        if model.load_rope is not None and not _same(found.rope, model.load_rope()):
+        if model.load_rope is not None and not _same(rope, model.load_rope()):
             raise UsageError(
                 f"statistics {self.path!r} were made with another rotary embedding than "
                 f"{model.model_id!r} has: calibrate this model as it is"
             )
-        return self.with_statistics(found)
+        return self.with_statistics(statistics)
 
     def with_statistics(self, statistics: Statistics) -> TriAttention:
         """The policy ready to score, with statistics that fit the model."""

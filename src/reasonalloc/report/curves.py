@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from reasonalloc.calibrated.costs import CostProfile, load_costs
-from reasonalloc.calibrated.demand import Profile, load_profile
+from reasonalloc.calibrated.costs import CostProfile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.errors import UsageError
 
-AnyProfile = Profile | CostProfile
+AnyProfile = DemandProfile | CostProfile
 
 #: Median rank correlations from which a curve is called a property of the architecture, or mostly
 #: one. Texts of one model cannot tell its architecture from its weights.
@@ -31,24 +29,6 @@ def require_scipy() -> None:
         raise UsageError("comparing curves needs scipy: pip install 'reasonalloc[report]'")
 
 
-def load_any(path: str | os.PathLike[str]) -> AnyProfile:
-    """Read a profile file of either kind.
-
-    Raises:
-        UsageError: it cannot be read, or is neither.
-    """
-    try:
-        data = json.loads(Path(path).expanduser().read_bytes())
-    except OSError as error:
-        raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(
-            f"profile {str(path)!r} is no JSON file: make one with 'reasonalloc calibrate'"
-        ) from None
-    cost = isinstance(data, dict) and data.get("kind") == "cost"
-    return load_costs(Path(path).expanduser()) if cost else load_profile(Path(path).expanduser())
-
-
 def layer_costs(profile: CostProfile, budget: int, texts: list[int] | None = None) -> list[float]:
     """[layers] nats per token at a measured budget, summed over KV heads; see ``curves``."""
     point = profile.budgets.index(budget)
@@ -59,6 +39,20 @@ def head_costs(profile: CostProfile, budget: int, texts: list[int] | None = None
     """[layers * kv_heads] nats per token at a measured budget."""
     point = profile.budgets.index(budget)
     return [head[point] for layer in profile.curves(texts) for head in layer]
+
+
+def wave(profile: DemandProfile) -> dict[str, Any]:
+    """Demand per layer as the pages show it: mean, largest head, and the range over prompts."""
+    columns = list(zip(*profile.curves, strict=True))
+    return {
+        "rho": profile.rho,
+        "steps": profile.steps,
+        "prompts": len(profile.curves),
+        "mean": profile.demand_mean,
+        "max": profile.demand_max,
+        "low": [min(column) for column in columns],
+        "high": [max(column) for column in columns],
+    }
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
@@ -132,16 +126,16 @@ class Spread:
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """Of the values that are there."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Return median and range of the values that are there."""
+    known = [value for value in values if value is not None]
+    if not known:
         return Spread(0, None, None, None)
-    return Spread(len(found), statistics.median(found), min(found), max(found))
+    return Spread(len(known), statistics.median(known), min(known), max(known))
 
 
 def by_text(profile: AnyProfile, budget: int) -> list[Held]:
     """Each text against the mean of the others; ``budget`` matters to cost profiles alone."""
-    if isinstance(profile, Profile):
+    if isinstance(profile, DemandProfile):
         names = [digest[:12] for digest in profile.prompt_hashes]
     else:
         kinds = profile.kinds
@@ -154,17 +148,17 @@ def by_text(profile: AnyProfile, budget: int) -> list[Held]:
 
 def by_kind(profile: AnyProfile, budget: int) -> list[Held]:
     """Each kind of text against all others; none if there are not at least two kinds."""
-    if isinstance(profile, Profile) or len(set(profile.kinds)) < 2:
+    if isinstance(profile, DemandProfile) or len(set(profile.kinds)) < 2:
         return []
-    found = []
+    groups = []
     for kind in dict.fromkeys(profile.kinds):
         out = [index for index, other in enumerate(profile.kinds) if other == kind]
-        found.append(_held(profile, kind or "(no kind)", out, budget))
-    return found
+        groups.append(_held(profile, kind or "(no kind)", out, budget))
+    return groups
 
 
 def _held(profile: AnyProfile, name: str, out: list[int], budget: int) -> Held:
-    if isinstance(profile, Profile):
+    if isinstance(profile, DemandProfile):
         rest = [curve for index, curve in enumerate(profile.curves) if index not in out]
         pair = [mean_curve([profile.curves[i] for i in out]), mean_curve(rest)]
         return Held(name, distance(*pair), rank_correlation(*pair), None)
@@ -176,14 +170,14 @@ def _held(profile: AnyProfile, name: str, out: list[int], budget: int) -> Held:
 
 def answer(texts: Sequence[Held], kinds: Sequence[Held]) -> str:
     """One sentence: is the curve a property of the architecture, or of the text?"""
-    found = []
+    medians = []
     for group, what in ((texts, "texts"), (kinds, "kinds of text")):
         ranks = [held.rank for held in group if held.rank is not None]
         if ranks:
-            found.append((statistics.median(ranks), ranks, what))
-    if not found:
+            medians.append((statistics.median(ranks), ranks, what))
+    if not medians:
         return "The curve is constant or has fewer than 3 layers, so its ranks say nothing."
-    median, ranks, what = min(found)
+    median, ranks, what = min(medians)
     if median >= ARCHITECTURE:
         verdict = "is a property of the architecture (or weights), not of the text"
     elif median >= MOSTLY:

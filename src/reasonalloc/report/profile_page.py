@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
-from reasonalloc.report.curves import AnyProfile, layer_costs
+from reasonalloc.calibrated.demand import DemandProfile
+from reasonalloc.report.curves import AnyProfile, layer_costs, wave
 from reasonalloc.report.page import render
 
 TEMPLATE = "profile.html.j2"
@@ -18,18 +18,12 @@ def render_profile(profile: AnyProfile) -> str:
     return render(data, TEMPLATE)
 
 
-def _demand(profile: Profile) -> dict[str, Any]:
-    columns = list(zip(*profile.curves, strict=True))
+def _demand(profile: DemandProfile) -> dict[str, Any]:
     return {
         "kind": "demand",
         "model": profile.model_id,
-        "rho": profile.rho,
-        "steps": profile.steps,
-        "mean": profile.demand_mean,
-        "max": profile.demand_max,
         "curves": profile.curves,
-        "low": [min(column) for column in columns],
-        "high": [max(column) for column in columns],
+        **wave(profile),
     }
 
 

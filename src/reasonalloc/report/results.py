@@ -12,7 +12,8 @@ from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.evaluation.paired import Paired, compare, holm, verdict
 from reasonalloc.evaluation.samples import Group, Sample
-from reasonalloc.evaluation.statistics import Cell, Estimate, by_cell, pareto, summarise
+from reasonalloc.evaluation.statistics import Cell, Estimate, by_cell, make_cell, pareto
+from reasonalloc.report.curves import wave
 from reasonalloc.report.drilldown import Room, drilldown
 from reasonalloc.report.heads import head_budgets
 from reasonalloc.version import __version__
@@ -55,7 +56,7 @@ def _group(
     if wanted not in arms:
         notices.append(f"the base arm {wanted} did not run here, so there is no paired table")
     keys = sorted(parts, key=lambda key: (key[1] is not None, key[1] or 0, arms.index(key[0])))
-    cells = [summarise(parts[key]) for key in keys]
+    cells = [make_cell(parts[key]) for key in keys]
     paired = holm(_paired([parts[key] for key in keys], wanted))
     problems = list(dict.fromkeys(sample.problem for sample in group.samples))
     notices += _uneven(cells, len(problems))
@@ -85,13 +86,13 @@ def _group(
 def _paired(parts: Sequence[Sequence[Sample]], base: str) -> list[Paired]:
     """Every cell against the base arm's at the same budget; the full cache has every budget."""
     bases = [part for part in parts if part[0].arm == base]
-    found = []
+    pairs = []
     for part in parts:
         for other in bases:
             budgets = {part[0].budget, other[0].budget}
             if part[0].arm != base and (len(budgets) == 1 or None in budgets):
-                found.append(compare(part, other))
-    return [row for row in found if row is not None]
+                pairs.append(compare(part, other))
+    return [row for row in pairs if row is not None]
 
 
 def _uneven(cells: Sequence[Cell], problems: int) -> list[str]:
@@ -191,14 +192,5 @@ def _profile(group: Group) -> tuple[dict[str, Any] | None, list[str]]:
             profile = load_profile(name)
         except UsageError as error:
             return None, [f"there is no wave: {error}"]
-        layers = range(len(profile.demand_mean))
-        return {
-            "rho": profile.rho,
-            "steps": profile.steps,
-            "prompts": len(profile.curves),
-            "mean": profile.demand_mean,
-            "max": profile.demand_max,
-            "low": [min(curve[i] for curve in profile.curves) for i in layers],
-            "high": [max(curve[i] for curve in profile.curves) for i in layers],
-        }, []
+        return wave(profile), []
     return None, []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reasonalloc.core.recorder import Event
-from reasonalloc.evaluation.arms import ArmResult
+from reasonalloc.evaluation.demo import Recording
 from reasonalloc.evaluation.tasks.chain import ChainProblem
 
 #: Boundary number of tokens that were never evicted.
@@ -14,7 +14,7 @@ STAYS = -1
 
 
 def trace(
-    result: ArmResult,
+    recording: Recording,
     sequence: int,
     problem: ChainProblem,
     words: list[str],
@@ -24,7 +24,7 @@ def trace(
     """What the page shows of one arm on one problem.
 
     Args:
-        result: a run recorded with ``record="tokens"``, without padding.
+        recording: a run with ``record="tokens"``, without padding.
         sequence: the problem's place in the batch.
         problem: the problem.
         words: text of every token, prompt and completion.
@@ -37,12 +37,12 @@ def trace(
         token, or ``STAYS``; ``wrong_from``: index of the first token that differs from the exact
         chain, or None.
     """
-    prompt = len(result.prompts[sequence])
-    events = [event for event in result.events if event.step <= len(words)]
+    prompt = len(recording.prompts[sequence])
+    events = [event for event in recording.events if event.step <= len(words)]
     boundaries = sorted({event.step for event in events})
     return {
-        "arm": result.job.arm,
-        "correct": result.correct[sequence],
+        "arm": recording.job.arm,
+        "correct": recording.correct[sequence],
         "words": words,
         "prompt": prompt,
         "boundaries": boundaries,
@@ -58,10 +58,11 @@ def trace(
     }
 
 
-def telling_problem(results: Sequence[ArmResult]) -> int:
+def telling_problem(recordings: Sequence[Recording]) -> int:
     """The problem on which the arms disagree most evenly (the first of these)."""
-    counts = [sum(result.correct[i] for result in results) for i in range(len(results[0].correct))]
-    return min(range(len(counts)), key=lambda i: (abs(2 * counts[i] - len(results)), i))
+    count = len(recordings[0].correct)
+    right = [sum(recording.correct[i] for recording in recordings) for i in range(count)]
+    return min(range(count), key=lambda i: (abs(2 * right[i] - len(recordings)), i))
 
 
 def _budgets(

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.minimise import minimise
 from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
 
 
 @LAYER_ALLOCATORS.register("cost", source="ours: measured KL of compressing each head alone")
 @dataclass(frozen=True)
-class LeastCost(LayerAllocator):
+class LeastCost(ReadsCalibrated, LayerAllocator):
     """Least summed cost over all layers and heads at once, from a cost profile.
 
     Every head keeps ``least`` tokens besides window and sinks (fewer if the budget has no room),
@@ -21,12 +21,11 @@ class LeastCost(LayerAllocator):
     ``by="layers"``: costs of whole layers, whose heads then get equal shares.
     """
 
-    path: str = ""
     least: int = 8
     most: float = 6.0
     kind: str = ""
     by: str = "heads"
-    reads: ClassVar[str] = "cost profile"
+    reads = "cost profile"
 
     def __post_init__(self) -> None:
         if self.least < 0:
@@ -57,12 +56,12 @@ class LeastCost(LayerAllocator):
         if self.by == "layers":
             curves = torch.tensor(costs.layer_curves(texts), dtype=torch.float64, device="cpu")
             mean = query.layers * query.budget
-            sizes = minimise(curves, points, mean, lower, upper).tolist()
-            return [[size] * query.kv_heads for size in sizes]
+            equal = minimise(curves, points, mean, lower, upper).tolist()
+            return [[size] * query.kv_heads for size in equal]
         curves = torch.tensor(costs.curves(texts), dtype=torch.float64, device="cpu").flatten(0, 1)
-        found = minimise(curves, points, query.total, lower, upper)
-        plan: list[list[int]] = found.view(query.layers, query.kv_heads).tolist()
-        return plan
+        sizes = minimise(curves, points, query.total, lower, upper)
+        heads: list[list[int]] = sizes.view(query.layers, query.kv_heads).tolist()
+        return heads
 
     def allocate(self, query: LayerQuery) -> list[int]:
         return [sum(heads) for heads in self.plan_heads(query)]

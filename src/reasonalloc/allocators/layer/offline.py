@@ -22,9 +22,9 @@ def statistics_of(name: str, path: str, query: LayerQuery) -> Statistics:
             "(--profile FILE.safetensors), made for this model with "
             "'reasonalloc calibrate --objective statistics'"
         )
-    found = load_statistics(path)
-    found.check_model(query.model_id, query.config_hash, query.layers)
-    return found
+    statistics = load_statistics(path)
+    statistics.check_model(query.model_id, query.config_hash, query.layers)
+    return statistics
 
 
 def in_proportion(preference: Tensor, query: LayerQuery) -> list[int]:

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.calibrated.demand import load_profile
+from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
 
 
 @LAYER_ALLOCATORS.register("profile", source="ReasonAlloc, arXiv 2606.11164 (level 1, the wave)")
 @dataclass(frozen=True)
-class FromProfile(LayerAllocator):
+class FromProfile(ReadsCalibrated, LayerAllocator):
     """Budgets proportional to a calibrated demand to the power gamma, clipped around the mean."""
 
-    path: str = ""
     gamma: float = 0.5
     least: float = 0.25
     most: float = 2.0
+    reads = "profile"
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= 1 <= self.most:

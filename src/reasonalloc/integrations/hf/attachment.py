@@ -20,7 +20,7 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
 from reasonalloc.allocators.layer import LayerAllocator
 from reasonalloc.attention import choose_backend
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, parse_arm
+from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, choose_arm
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import (
@@ -42,15 +42,9 @@ from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.integrations.hf.step import StaticStep, check_hooks, check_step
 from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
-from reasonalloc.planning.budget import (
-    bound_policy,
-    layer_totals,
-    other_cadence,
-    plan_memory,
-    planned_heads,
-)
+from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import MemoryPlan
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies import Policy
 
 _HANDLE = "_reasonalloc"
@@ -83,24 +77,21 @@ class Attachment:
                 "this model shares its configuration with a model that has a KV budget: give it a "
                 "copy of the configuration, or detach the other one"
             )
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._name = name
-        self._policy = bound_policy(
+        self._plan = BudgetPlan(
             config,
             self.shapes,
             self._text_config,
-            name,
-            lambda: read_rope(model),
-            lambda: output_metrics(model),
+            model_name(model),
+            load_rope=lambda: read_rope(model),
+            load_output_metrics=lambda: output_metrics(model),
         )
-        if self.shard.size > 1 and getattr(self._policy, "reads", None) == "statistics":
+        self.totals, self.planned = self._plan.totals, self._plan.planned
+        if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) == "statistics":
             raise UnsupportedError(
                 f"policy={config.arm.policy!r} reads statistics of all heads, but this process "
                 f"holds one of {self.shard.size} parts (tp_plan): use another policy, or device_map"
             )
-        self.totals = layer_totals(config, self.shapes, self._text_config, name)
-        self.planned = planned_heads(config, self.shapes, self._text_config, name)
-        if (note := other_cadence(config)) is not None:
+        if (note := self._plan.other_cadence) is not None:
             warnings.warn(note, OtherCadence, stacklevel=4)  # where attach() was called
         warn_if_untested(stacklevel=5)
         self._model: Any = model
@@ -111,13 +102,11 @@ class Attachment:
 
     def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
         """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
-        itemsize = (dtype or self._model.dtype).itemsize
-        return plan_memory(self.config, self.shapes, self.totals, batch, itemsize)
+        return self._plan.memory(batch, (dtype or self._model.dtype).itemsize)
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """``totals`` as they would be under another budget."""
-        config = dataclasses.replace(self.config, budget=budget)
-        return layer_totals(config, self.shapes, self._text_config, self._name)
+        return self._plan.totals_at(budget)
 
     @property
     def attached(self) -> bool:
@@ -159,28 +148,27 @@ class Attachment:
     def new_cache(self) -> BudgetCache:
         """An empty cache, for ``generate(..., past_key_values=cache)`` or a plain forward call."""
         self._require_model()
-        recorder, shard = Recorder(self.config.record), self.shard
-        totals = iter(self.totals)
-        planned = iter(self.planned or [None] * len(self.totals))
+        recorder = Recorder(self.config.record)
+        parts = iter(self._plan.parts(self.shard))
         layers: list[LayerCompressor | None] = []
         for index, shape in enumerate(self.shapes):
             if not shape.compressible:
                 layers.append(None)
                 continue
-            total, heads = next(totals), next(planned)
+            total, heads = next(parts)
             layers.append(
                 LayerCompressor(
                     index,
-                    shard.total(total, heads, shape.kv_heads),
+                    total,
                     self.config,
-                    self._policy,
+                    self._plan.policy,
                     self._heads,
                     self._backend,
                     recorder,
-                    None if heads is None else shard.heads(heads),
+                    heads,
                 )
             )
-        shapes = tuple(shard.shape(shape) for shape in self.shapes)
+        shapes = tuple(self.shard.shape(shape) for shape in self.shapes)
         cache = BudgetCache(layers, shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
         return cache
@@ -377,23 +365,9 @@ def attach(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot work, with the reason.
     """
-    if arm is not None:
-        given = {"policy": policy, "layers": layers, "heads": heads}
-        if clash := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"arm={arm!r} and {clash[0]}={given[clash[0]]!r}: give one of the two")
-        parsed = arm if isinstance(arm, Arm) else parse_arm(arm)
-        if parsed is None:
-            raise UsageError("arm='full' means no compression: do not attach anything")
-    else:
-        default = Arm()
-        parsed = Arm(
-            default.policy if policy is None else policy,
-            default.layers if layers is None else layers,
-            default.heads if heads is None else heads,
-        )
     config = CompressionConfig(
         budget=budget,
-        arm=parsed,
+        arm=choose_arm(arm, policy, layers, heads),
         interval=interval,
         window=window,
         n_sink=n_sink,
@@ -413,12 +387,21 @@ def _refuse(reason: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 def attach_config(model: Any, config: CompressionConfig) -> Attachment:
     """``attach`` with settings that are put together already."""
+    refuse_attached(model)
     model = inner_model(model)
-    if getattr(model, "__dict__", {}).get(_HANDLE) is not None:
-        raise UsageError("this model has a KV budget already: detach(model) first")
     attachment = Attachment(model, config)
     attachment._install()
     return attachment
+
+
+def refuse_attached(model: Any) -> None:
+    """Refuse a model that has a KV budget.
+
+    Raises:
+        UsageError: it has.
+    """
+    if getattr(inner_model(model), "__dict__", {}).get(_HANDLE) is not None:
+        raise UsageError("this model has a KV budget already: detach(model) first")
 
 
 def detach(model: Any) -> None:

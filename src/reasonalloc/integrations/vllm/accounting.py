@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.layout import Layout
-from reasonalloc.integrations.vllm.plan import EnginePlan
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Accounting:
         itemsize: bytes of one number of the cache.
     """
 
-    plan: EnginePlan
+    plan: EngineBudget
     block_size: int
     itemsize: int
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
+from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.builder import BudgetBuilder, BudgetMetadata
-from reasonalloc.integrations.vllm.plan import EnginePlan
 from reasonalloc.integrations.vllm.spec import BudgetSpec
 
 
@@ -73,7 +73,7 @@ class BudgetBackend(CPUAttentionBackend):
     """vLLM's backend for processors, over runs."""
 
     forward_includes_kv_cache_update: bool = True
-    plan: ClassVar[EnginePlan]
+    plan: ClassVar[EngineBudget]
 
     @staticmethod
     def get_impl_cls() -> type[BudgetImpl]:
@@ -101,7 +101,7 @@ class BudgetBackend(CPUAttentionBackend):
 _backends: dict[int, type[BudgetBackend]] = {}
 
 
-def backend_of(plan: EnginePlan) -> type[BudgetBackend]:
+def backend_of(plan: EngineBudget) -> type[BudgetBackend]:
     """The backend class of a plan: one for all layers."""
     if id(plan) not in _backends:
         _backends[id(plan)] = type("BudgetBackend", (BudgetBackend,), {"plan": plan})

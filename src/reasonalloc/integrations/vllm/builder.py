@@ -13,9 +13,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
-from reasonalloc.integrations.vllm.plan import EnginePlan, find_plan
 from reasonalloc.integrations.vllm.runs import (
     NO_REQUEST,
     Batch,
@@ -76,10 +76,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        plan = find_plan(vllm_config)
+        plan = find_budget(vllm_config)
         if plan is None:
             raise RuntimeError("a budget's backend without a budget")
-        self._plan: EnginePlan = plan
+        self._plan: EngineBudget = plan
         self._rank = get_tensor_model_parallel_rank() if plan.ranks > 1 else 0
         layout = plan.layouts(kv_cache_spec.block_size)[self._rank]
         self.layers = {name: index for index, name in enumerate(layer_names)}

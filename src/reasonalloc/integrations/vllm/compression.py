@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.core.boundary import decide
-from reasonalloc.integrations.vllm.plan import EnginePlan
+from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.policies import Candidates
 
@@ -62,7 +62,7 @@ class PoolCompressor:
 
     def __init__(
         self,
-        plan: EnginePlan,
+        plan: EngineBudget,
         rank: int,
         runs: Runs,
         queries: QueryRows,

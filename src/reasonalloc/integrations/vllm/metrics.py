@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from reasonalloc.integrations.vllm.accounting import Accounting
-from reasonalloc.integrations.vllm.plan import find_plan
+from reasonalloc.integrations.vllm.budget import find_budget
 
 _PREFIX = "reasonalloc:"
 _LABELS = ("model_name", "engine")
@@ -33,7 +33,7 @@ class BudgetMetrics(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
         self._cache = vllm_config.cache_config
-        plan = find_plan(vllm_config)
+        plan = find_budget(vllm_config)
         self._accounting: Accounting | None = None
         if plan is None:
             return

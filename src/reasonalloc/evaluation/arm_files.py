@@ -1,25 +1,35 @@
-"""Files that shape what ``reasonalloc eval`` measures: the arms' calibrated ones, and the code."""
+"""Which calibrated file an arm reads, and what it holds."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reasonalloc.cli import options as o
+from reasonalloc.calibrated import file_kind
 from reasonalloc.config import parse_arm
 from reasonalloc.errors import UsageError
-from reasonalloc.planning.budget import file_kind, files_missing, files_read
+from reasonalloc.planning.files import files_missing, files_read
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.batch import Job, Settings
 
+File = str | os.PathLike[str]
 _CALIBRATE = {
     "profile": "reasonalloc calibrate",
     "cost profile": "reasonalloc calibrate --objective fisher",
     "statistics": "reasonalloc calibrate --objective statistics",
 }
+
+
+def list_files(profile: File | Sequence[File] | None) -> list[str]:
+    """Paths of calibrated files, given as one, several or none."""
+    if profile is None:
+        return []
+    given = [profile] if isinstance(profile, str | os.PathLike) else profile
+    return [os.fspath(path) for path in given]
 
 
 def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
@@ -32,33 +42,33 @@ def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: an arm's file is not there, two files of one kind, or one that nothing reads.
     """
-    found: dict[str, str] = {}
+    given: dict[str, str] = {}
     for path in paths:
         kind = file_kind(path)
-        if kind in found:
+        if kind in given:
             raise UsageError(
-                f"profile={found[kind]!r} and profile={path!r} are both a {kind}: give one of each "
+                f"profile={given[kind]!r} and profile={path!r} are both a {kind}: give one of each "
                 "kind, or name them in the arms, as rkv/profile(path=FILE)/uniform"
             )
-        found[kind] = path
+        given[kind] = path
     wanted: dict[str, str] = {}
     for arm in arms:
         parsed = parse_arm(arm)
         wanted |= {} if parsed is None else dict.fromkeys(files_missing(parsed).values(), arm)
     for kind, arm in wanted.items():
-        if kind not in found:
-            given = f", not {' or '.join(map(repr, paths))}" if paths else ""
+        if kind not in given:
+            others = f", not {' or '.join(map(repr, paths))}" if paths else ""
             raise UsageError(
-                f"arm {arm!r} reads a {kind}{given}: add --profile FILE, made with "
+                f"arm {arm!r} reads a {kind}{others}: add --profile FILE, made with "
                 f"'{_CALIBRATE[kind]}'"
             )
-    for kind, path in found.items():
+    for kind, path in given.items():
         if kind not in wanted:
             raise UsageError(
                 f"profile={path!r} is a {kind} and has no effect with arms={','.join(arms)!r}: add "
                 "one that reads it (see 'reasonalloc ls'), or leave it out"
             )
-    return found
+    return given
 
 
 def as_settings(files: dict[str, str]) -> dict[str, Any]:
@@ -72,17 +82,20 @@ def as_settings(files: dict[str, str]) -> dict[str, Any]:
 
 def fingerprints(jobs: Sequence[Job], settings: Settings) -> dict[str, str]:
     """Of every arm that reads files, what they hold: another content is another setting."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for job in jobs:
-        if job.budget is not None and job.arm not in found:
-            digest = o.files_digest(files_read(settings.config(job)))
-            found |= {} if digest is None else {job.arm: digest}
-    return found
+        if job.budget is not None and job.arm not in digests:
+            digest = files_digest(files_read(settings.config(job)))
+            digests |= {} if digest is None else {job.arm: digest}
+    return digests
 
 
-def code_hash() -> str:
-    """Fingerprint of this package's modules: 16 hex digits. Versions change less often."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
+    """Fingerprint of calibrated files: another content under the same name is another setting."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(Path(path).read_bytes())
+        except OSError as error:
+            raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16] if paths else None

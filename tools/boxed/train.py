@@ -1,4 +1,4 @@
-"""Train the boxed reasoner: ``python -m reasonalloc.boxed.train --out runs/boxed``.
+"""Train the boxed reasoner: ``python -m tools.boxed.train --out runs/boxed``.
 
 A run is a pure function of its options: batches depend on the seed and the step alone, so a run
 that was killed goes on from its newest saved state exactly as if nothing had happened. ``--out``
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tools.boxed.data import IGNORED, Batch, largest_level, make_batch
+from tools.boxed.model import TOKENS, build_config, build_model, save_checkpoint
+from tools.boxed.state import load_state, save_state
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import Qwen3ForCausalLM
 
 from reasonalloc.boxed import attention
-from reasonalloc.boxed.data import IGNORED, Batch, largest_level, make_batch
-from reasonalloc.boxed.model import TOKENS, build_config, build_model, save_checkpoint
-from reasonalloc.boxed.state import load_state, save_state
 from reasonalloc.evaluation.tasks.chain import DIGITS
 
 try:
@@ -224,7 +224,7 @@ def _progress(quiet: bool) -> Progress:
 
 def _parse(arguments: Sequence[str] | None) -> TrainOptions:
     defaults = TrainOptions(Path("runs/boxed"))
-    parser = argparse.ArgumentParser(prog="reasonalloc.boxed.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools.boxed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=defaults.out)
     parser.add_argument("--device", default=defaults.device)
     for name in ("steps", "seed", "batch_tokens", "micro_batches", "max_variables", "warmup"):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DynamicCache, TextStreamer, set_seed
 
-from reasonalloc.cli.options import Layout
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import CompressionNeverHappened
-from reasonalloc.integrations.hf import Attachment
+from reasonalloc.integrations.hf.attachment import Attachment, attach_config
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.loading import quiet
+from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.shapes import layer_shapes, model_name, text_config
+from reasonalloc.tables import human
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Sampling:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """Keywords of ``generate``: the model's own defaults for sampling play no part."""
+        """Return keywords of ``generate``: the model's own sampling defaults play no part."""
         if self.temperature == 0:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         return {
@@ -54,9 +58,12 @@ class Progress:
     """Where a generation stands; times in seconds, sizes in bytes.
 
     Attributes:
-        layout: the model's layers and their budgets.
-        itemsize: bytes of one number of the cache.
+        config: the settings, None for the full cache.
+        shapes: the model's attention layers.
+        dtype: of the cache.
         prompt_tokens: length of the prompt.
+        cache: what the model writes to.
+        attachment: the model's budget, None for the full cache.
         tokens: generated so far.
         text: generated so far, without special tokens.
         prefill_seconds: until the first token.
@@ -64,10 +71,12 @@ class Progress:
         stopped: ``end`` (the model's end token), ``length``, ``interrupted``, or ``running``.
     """
 
-    layout: Layout
-    itemsize: int
+    config: CompressionConfig | None
+    shapes: Sequence[LayerShape]
+    dtype: torch.dtype
     prompt_tokens: int
     cache: Any
+    attachment: Attachment | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     prefill_seconds: float = 0.0
@@ -81,6 +90,11 @@ class Progress:
         return steps / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     @property
+    def layers(self) -> int:
+        """Layers that can have a budget."""
+        return sum(shape.compressible for shape in self.shapes)
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens that went through the cache, evicted ones included."""
         return int(self.cache.get_seq_length())
@@ -88,64 +102,60 @@ class Progress:
     @property
     def kv_bytes(self) -> int:
         """Measured: bytes that keys and values hold now."""
-        if self.layout.config is not None:
-            return int(self.cache.kv_bytes)
-        return held_bytes(self.cache.layers)
+        return held_bytes(self.cache.layers) if self.config is None else int(self.cache.kv_bytes)
 
     @property
     def planned_bytes(self) -> int:
         """What the plan says that ``kv_bytes`` is."""
-        if self.layout.config is None:
+        if self.attachment is None:
             return self.full_bytes
-        return self.layout.plan(1, self.itemsize).kv_bytes(self.cached_tokens)
+        return self.attachment.plan(1, self.dtype).kv_bytes(self.cached_tokens)
 
     @property
     def full_bytes(self) -> int:
         """What the model's own full cache takes at this length."""
-        return self.layout.full_bytes(1, self.cached_tokens, self.itemsize)
+        return sum(s.full_bytes(1, self.cached_tokens, self.dtype.itemsize) for s in self.shapes)
 
     @property
     def bookkeeping_bytes(self) -> int:
         """Measured: what the compressed cache holds besides keys and values."""
-        return 0 if self.layout.config is None else int(self.cache.bookkeeping_bytes)
+        return 0 if self.config is None else int(self.cache.bookkeeping_bytes)
 
     @property
     def layer_compressions(self) -> int:
         """Compressions, every layer counted."""
-        return 0 if self.layout.config is None else int(self.cache.recorder.compressions)
+        return 0 if self.config is None else int(self.cache.recorder.compressions)
 
     def line(self) -> str:
-        """The state in one line."""
-        from reasonalloc.cli.output import human
-
+        """Return the state in one line."""
         if not self.tokens:
             return f"reading the prompt ({self.prompt_tokens} tokens)"
-        parts = [f"{len(self.tokens)} tokens", f"{self.speed:.1f} tok/s"]
         now, full = self.kv_bytes, self.full_bytes
-        parts.append(f"KV {human(now)}")
-        if self.layout.config is not None:
-            saved = full - now
+        parts = [f"{len(self.tokens)} tokens", f"{self.speed:.1f} tok/s", f"KV {human(now)}"]
+        if self.config is not None:
             parts.append(
-                f"saves {human(saved)} of {human(full)}"
-                if saved > 0
+                f"saves {human(full - now)} of {human(full)}"
+                if full > now
                 else f"a full cache holds {human(full)} so far"
             )
         return " | ".join(parts)
 
 
+#: Called with the state and each new piece of text (it may be empty).
+Watch = Callable[[Progress, str], None]
+
+
 class _Meter(TextStreamer):
     """Passes tokens and text on while ``generate`` runs."""
 
-    def __init__(
-        self, tokenizer: Any, progress: Progress, watch: Callable[[Progress, str], None]
-    ) -> None:
+    def __init__(self, tokenizer: Any, progress: Progress, watch: Watch) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._progress, self._watch = progress, watch
         self._start = self._first = time.perf_counter()
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
-        """Called by ``generate`` with the prompt first, then with each token."""
+        """Take the prompt first, then each token."""
         progress, now = self._progress, time.perf_counter()
         if self._prompt_seen:
             if not progress.tokens:
@@ -158,44 +168,49 @@ class _Meter(TextStreamer):
         self._watch(progress, "")
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called with text that later tokens do not change."""
+        """Take text that later tokens do not change."""
         self._progress.text += text
         self._watch(self._progress, text)
 
 
-def generate(
+def watched(
     model: Any,
     tokenizer: Any,
     prompt: torch.Tensor,
     sampling: Sampling,
-    layout: Layout,
-    attachment: Attachment | None,
-    watch: Callable[[Progress, str], None],
+    config: CompressionConfig | None,
+    watch: Watch,
 ) -> Progress:
     """Generate for one prompt; Ctrl-C ends it early and is no error.
 
     Args:
-        model: with the attachment, or without for the full cache.
+        model: not attached to anything.
         tokenizer: turns tokens into text.
         prompt: [1, n] token ids.
         sampling: how tokens are chosen.
-        layout: the model's layers.
-        attachment: None for the full cache.
-        watch: called with the state and each new piece of text (it may be empty).
+        config: the budget, None for the full cache.
+        watch: see ``Watch``.
     """
-    cache = DynamicCache(config=model.config) if attachment is None else attachment.new_cache()
-    progress = Progress(layout, model.dtype.itemsize, int(prompt.shape[1]), cache)
-    meter = _Meter(tokenizer, progress, watch)
+    with contextlib.ExitStack() as stack:
+        attachment = None if config is None else stack.enter_context(attach_config(model, config))
+        cache = DynamicCache(config=model.config) if attachment is None else attachment.new_cache()
+        shapes = layer_shapes(text_config(model), model_name(model))
+        progress = Progress(config, shapes, model.dtype, int(prompt.shape[1]), cache, attachment)
+        _generate(model, _Meter(tokenizer, progress, watch), prompt.to(model.device), sampling)
+    return progress
+
+
+def _generate(model: Any, meter: _Meter, prompt: torch.Tensor, sampling: Sampling) -> None:
+    progress = meter._progress
     set_seed(sampling.seed)
-    prompt = prompt.to(model.device)
-    watch(progress, "")
+    meter._watch(progress, "")
     try:
         with warnings.catch_warnings(), quiet(), torch.inference_mode():
             warnings.simplefilter("ignore", CompressionNeverHappened)
             model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                **with_cache({}, cache),
+                **with_cache({}, progress.cache),
                 streamer=meter,
                 **sampling.arguments(),
             )
@@ -205,4 +220,3 @@ def generate(
     except KeyboardInterrupt:
         meter.end()  # type: ignore[no-untyped-call]
         progress.stopped = "interrupted"
-    return progress

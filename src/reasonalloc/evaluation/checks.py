@@ -1,14 +1,10 @@
-"""What ``reasonalloc eval`` refuses before anything runs."""
+"""What an evaluation refuses before anything runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from reasonalloc.errors import UsageError
-
-if TYPE_CHECKING:
-    from reasonalloc.evaluation.batch import Settings
-    from reasonalloc.evaluation.solver import Facts, ModelSpec
+from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.evaluation.batch import Settings
+from reasonalloc.evaluation.chunks import Facts, ModelSpec
 
 
 def check_parts(spec: ModelSpec, settings: Settings, remote: bool) -> None:
@@ -29,8 +25,6 @@ def check_parts(spec: ModelSpec, settings: Settings, remote: bool) -> None:
 
 def check_engine(spec: ModelSpec, settings: Settings) -> None:
     """Refuse what goes with one engine only."""
-    from reasonalloc.errors import unknown_name
-
     if spec.engine == "transformers":
         return
     if spec.engine != "vllm":

@@ -1,29 +1,43 @@
-"""Live progress of ``reasonalloc eval``: samples, tokens per second, time left."""
+"""Live progress on the terminal: what is going on, and samples with tokens per second."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
 from reasonalloc.cli import output
-from reasonalloc.evaluation.solver import Chunk
+from reasonalloc.evaluation.chunks import Chunk
+from reasonalloc.evaluation.progress import Observer
 
 #: Between two lines where there is no terminal for a bar, such as the log of a batch job.
 LOG_SECONDS = 60.0
 
 
-class Watcher:
-    """Shows progress on stderr; told by the runner.
+class Shown(Observer):
+    """Shows on stderr what is going on."""
 
-    Args:
-        max_new_tokens: bound of a sample's tokens.
-    """
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """See ``Observer``."""
+        return output.stderr().status(text)
 
-    def __init__(self, max_new_tokens: int) -> None:
+    def note(self, text: str) -> None:
+        """See ``Observer``."""
+        output.note(text)
+
+    def counted(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """See ``Observer``."""
+        return output.progress(title)
+
+
+class Watcher(Shown):
+    """Shows samples, tokens per second and the time left."""
+
+    def __init__(self) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -37,20 +51,24 @@ class Watcher:
             expand=True,
             transient=True,
         )
-        self._samples, self._max_new_tokens = 0, max_new_tokens
+        self._samples = self._max_new_tokens = 0
         self._task = self._progress.add_task("", info="")
         self._began = self._logged = time.monotonic()
         self._done = self._tokens = 0
         self._now: dict[int, tuple[Chunk, int]] = {}
 
     @contextmanager
-    def started(self, samples: int) -> Iterator[None]:
-        """Inside, so many samples are taken and the progress is shown."""
-        self._samples = samples
+    def started(self, samples: int, max_new_tokens: int) -> Iterator[None]:
+        """See ``Observer``."""
+        self._samples, self._max_new_tokens = samples, max_new_tokens
         self._began = self._logged = time.monotonic()
         self._progress.update(self._task, total=samples)
         with self._progress:
             yield
+
+    def note(self, text: str) -> None:
+        """See ``Observer``."""
+        self._progress.console.print(f"note: {text}", markup=False, soft_wrap=True)
 
     def stepped(self, worker: int, chunk: Chunk, steps: int) -> None:
         """See ``Observer``."""
@@ -60,15 +78,12 @@ class Watcher:
     def halved(self, chunk: Chunk, size: int, reason: str) -> None:
         """See ``Observer``."""
         self._forget(chunk)
-        self._note(
-            f"out of memory with {len(chunk.items)} sequences ({chunk.job}): it goes on in batches "
-            f"of {size}"
-        )
+        super().halved(chunk, size, reason)
 
     def died(self, worker: int, chunk: Chunk) -> None:
         """See ``Observer``."""
         self._forget(chunk)
-        self._note(f"worker {worker} died ({chunk.job}): another one takes its batch up again")
+        super().died(worker, chunk)
 
     def finished(self, chunk: Chunk, tokens: int) -> None:
         """See ``Observer``."""
@@ -80,9 +95,6 @@ class Watcher:
     def _forget(self, chunk: Chunk) -> None:
         self._now = {w: entry for w, entry in self._now.items() if entry[0] is not chunk}
 
-    def _note(self, text: str) -> None:
-        self._progress.console.print(f"note: {text}", markup=False, soft_wrap=True)
-
     def _completed(self) -> float:
         """Samples; those under way count as if they went to the limit: time is never underrated."""
         partial = sum(len(c.items) * s / self._max_new_tokens for c, s in self._now.values())
@@ -92,10 +104,10 @@ class Watcher:
         """Tokens per second and the time left."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         tokens = self._tokens + sum(steps * len(c.items) for c, steps in self._now.values())
-        found, completed = [f"{tokens / seconds:.0f} tok/s"], self._completed()
+        texts, completed = [f"{tokens / seconds:.0f} tok/s"], self._completed()
         if completed > 0 and seconds > 1:
-            found.append(f"{_clock(seconds * (self._samples - completed) / completed)} left")
-        return found
+            texts.append(f"{_clock(seconds * (self._samples - completed) / completed)} left")
+        return texts
 
     def _show(self) -> None:
         jobs = [f"{chunk.job}, {steps} tokens" for chunk, steps in self._now.values()]
@@ -108,7 +120,7 @@ class Watcher:
         now = time.monotonic()
         if not self._progress.console.is_terminal and now - self._logged >= LOG_SECONDS:
             self._logged = now
-            self._note(f"{self._done} of {self._samples} samples | {' | '.join(self._speed())}")
+            self.note(f"{self._done} of {self._samples} samples | {' | '.join(self._speed())}")
 
 
 def _clock(seconds: float) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tools.boxed.model import BOS, END_THINK, EOS, THINK, TOKENS
 from torch import Tensor
 
-from reasonalloc.boxed.model import BOS, END_THINK, EOS, THINK, TOKENS
 from reasonalloc.evaluation.tasks.chain import ChainProblem, generate
 
 #: Difficulties trained on; those below 8 are for learning the look-ups early.

@@ -1,4 +1,4 @@
-"""Make the boxed reasoner's profiles: ``python -m reasonalloc.boxed.calibrate``."""
+"""Make the boxed reasoner's profiles: ``python -m tools.boxed.calibrate``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.boxed.data import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reasonalloc.boxed.data import encode
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import Profile
+from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.calibration import attention_mass
 from reasonalloc.calibration.fisher import fisher
 from reasonalloc.evaluation.tasks.chain import generate
 from reasonalloc.texts import Trajectory
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parents[2] / "src" / "reasonalloc" / "boxed" / "checkpoint"
 # Solutions of 12 variables, 385 tokens after a prompt of 145; the demo's cadence.
 COST_PROBLEMS, COST_VARIABLES, COST_INTERVAL = 16, 12, 32
 COST_BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
@@ -26,7 +26,7 @@ COST_BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 PROBLEMS = ((0, 8), (1, 12), (2, 16), (3, 24), (4, 8), (5, 12), (6, 16), (7, 24))
 
 
-def calibrate(checkpoint: Path) -> Profile:
+def calibrate(checkpoint: Path) -> DemandProfile:
     """Attention-mass demand of a checkpoint on calibration problems, sampled every 64 tokens."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
@@ -50,13 +50,13 @@ def costs(checkpoint: Path) -> CostProfile:
     for seed in range(COST_PROBLEMS):
         ids, prompt = encode(generate(seed, COST_VARIABLES, "calibration"))
         texts.append(Trajectory(tuple(ids[:prompt]), tuple(ids[prompt:])))
-    found = fisher(model, texts, policies=["rkv"], budgets=COST_BUDGETS, interval=COST_INTERVAL)
-    return replace(found[0], model_id="the boxed reasoner")
+    profiles = fisher(model, texts, policies=["rkv"], budgets=COST_BUDGETS, interval=COST_INTERVAL)
+    return replace(profiles[0], model_id="the boxed reasoner")
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="reasonalloc.boxed.calibrate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools.boxed.calibrate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of both files")
     options = parser.parse_args()

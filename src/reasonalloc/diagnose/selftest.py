@@ -1,4 +1,4 @@
-"""The self-test of ``reasonalloc doctor``: a tiny random model, compressed against full."""
+"""A self-test: a tiny random model, compressed against full."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Check:
 
 
 def self_test(backend: str, device: str) -> list[Check]:
-    """A large budget equals the full cache; a small one compresses and takes the planned bytes."""
+    """Check that a large budget equals the full cache and a small one compresses as planned."""
     from reasonalloc.loading import quiet
 
     threads = torch.get_num_threads()
@@ -50,7 +50,7 @@ def self_test(backend: str, device: str) -> list[Check]:
 
 
 def step_test(step: str, device: str) -> list[Check]:
-    """Steps of this kind give the tokens of plain ones.
+    """Check that steps of a kind give the tokens of plain ones.
 
     Raises:
         UsageError, UnsupportedError: they cannot run here.
@@ -62,15 +62,15 @@ def step_test(step: str, device: str) -> list[Check]:
     with quiet(), torch.random.fork_rng():
         model = _model().to(device)
         prompt = torch.randint(2, 97, (2, _PROMPT), device="cpu").to(device)
-        found = []
+        texts = []
         for kind in ("eager", step):
             with attach(model, budget=16, interval=8, step=cast("Step", kind)):
                 try:
-                    found.append(_tokens(model, prompt).sequences)
+                    texts.append(_tokens(model, prompt).sequences)
                 except Exception as error:  # the point is to report whatever does not work here
                     return [Check(name, False, f"{type(error).__name__}: {error}")]
-    differ = int((found[0] != found[1]).sum())
-    detail = f"{differ} tokens differ" if differ else f"{found[0].numel()} tokens alike"
+    differ = int((texts[0] != texts[1]).sum())
+    detail = f"{differ} tokens differ" if differ else f"{texts[0].numel()} tokens alike"
     return [Check(name, not differ, detail)]
 
 

@@ -1,13 +1,17 @@
-"""What results of several arms say: rows with intervals, the best arm of each budget, a verdict."""
+"""What the demo says: rows with intervals, the best arm of each budget, a verdict, the page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reasonalloc.evaluation.arms import ArmResult
+from reasonalloc.calibrated.demand import load_profile
+from reasonalloc.evaluation.demo import DemoPlan, Recording
 from reasonalloc.evaluation.intervals import wilson
+from reasonalloc.report.curves import wave
+from reasonalloc.report.trace import telling_problem, trace
+from reasonalloc.version import __version__
 
 OURS = "reasonalloc"
 
@@ -23,7 +27,7 @@ class Row:
         low, high: 95 % Wilson interval of the share of right answers.
         kv_bytes: most bytes of keys and values per sequence.
         tokens_per_second: of the whole batch.
-        compressions: of layers.
+        compressions: of layers, in the batch.
         best: whether no arm at this budget has more right answers (ties are all best).
     """
 
@@ -65,9 +69,17 @@ class Row:
         }
 
 
-def summarise(results: Iterable[ArmResult]) -> list[Row]:
-    """Rows in the order full cache, then budgets from small to large, best arm first."""
-    rows = [_row(result) for result in results]
+def rank_arms(samples: Sequence[dict[str, Any]]) -> list[Row]:
+    """Return rows in the order full cache, then budgets from small to large, best arm first.
+
+    Args:
+        samples: rows of an ``EvaluationResult``, one sample per problem, one batch per arm and
+            budget.
+    """
+    parts: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for sample in samples:
+        parts.setdefault((sample["arm"], sample["budget"]), []).append(sample)
+    rows = [_row(arm, budget, own) for (arm, budget), own in parts.items()]
     rows.sort(key=lambda row: (row.budget is not None, row.budget or 0, -row.correct))
     most: dict[int | None, int] = {}
     for row in rows:
@@ -78,19 +90,21 @@ def summarise(results: Iterable[ArmResult]) -> list[Row]:
     ]
 
 
-def _row(result: ArmResult) -> Row:
-    correct, n = sum(result.correct), len(result.correct)
+def _row(arm: str, budget: int | None, samples: Sequence[dict[str, Any]]) -> Row:
+    correct, n = sum(sample["correct"] for sample in samples), len(samples)
     low, high = wilson(correct, n)
+    seconds = samples[0]["seconds"]
+    tokens = sum(sample["completion_tokens"] for sample in samples)
     return Row(
-        arm=result.job.arm,
-        budget=result.job.budget,
+        arm=arm,
+        budget=budget,
         correct=correct,
         n=n,
         low=low,
         high=high,
-        kv_bytes=result.kv_bytes,
-        tokens_per_second=result.tokens_per_second,
-        compressions=result.compressions,
+        kv_bytes=max(sample["kv_bytes"] for sample in samples),
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        compressions=max(sample["compressions"] for sample in samples),
     )
 
 
@@ -137,3 +151,61 @@ def _budgets(names: list[str]) -> str:
     if len(names) == 1:
         return f"budget {names[0]}"
     return f"budgets {', '.join(names[:-1])} and {names[-1]}"
+
+
+def page_data(
+    plan: DemoPlan,
+    samples: Sequence[dict[str, Any]],
+    recordings: Sequence[Recording],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Everything that the page shows, as plain JSON data.
+
+    Args:
+        plan: what was asked for.
+        samples: rows of the ``EvaluationResult``.
+        recordings: the traced runs.
+        tokenizer: the model's.
+    """
+    rows, problem = rank_arms(samples), plan.problems(1)[0]
+    return {
+        "version": __version__,
+        "count": plan.count,
+        "variables": plan.variables,
+        "interval": plan.settings.interval,
+        "window": plan.settings.window,
+        "prompt_tokens": samples[0]["prompt_tokens"],
+        "chain_tokens": problem.solution_tokens,
+        "arms": [arm for arm in plan.arms if any(row.arm == arm for row in rows)],
+        "budgets": sorted({row.budget for row in rows if row.budget is not None}),
+        "rows": [row.data() for row in rows],
+        "verdict": verdict(rows),
+        "missing": len(plan.jobs) - len(rows),
+        "left_out": plan.left_out,
+        "profile": None if plan.profile is None else wave(load_profile(plan.profile)),
+        "chain": _chain(plan, recordings, tokenizer),
+    }
+
+
+def _chain(
+    plan: DemoPlan, recordings: Sequence[Recording], tokenizer: Any
+) -> dict[str, Any] | None:
+    """The traced arms on the problem on which they disagree most; None if none was recorded."""
+    if not recordings:
+        return None
+    index = telling_problem(recordings)
+    problem = plan.problems()[index]
+    kv_heads = int(recordings[0].events[0].budgets.shape[1])
+    layers = 1 + max(event.layer for recording in recordings for event in recording.events)
+    arms = []
+    for recording in recordings:
+        ids = [*recording.prompts[index], *recording.completions[index]]
+        words = tokenizer.convert_ids_to_tokens(ids)
+        arms.append(trace(recording, index, problem, words, layers, kv_heads))
+    return {
+        "budget": recordings[0].job.budget,
+        "problem": index,
+        "answer": problem.answer,
+        "right": sum(recording.correct[index] for recording in recordings),
+        "arms": arms,
+    }

@@ -1,0 +1,150 @@
+"""What an evaluation found: samples, and one line per arm and budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from reasonalloc.evaluation.batch import Job
+from reasonalloc.evaluation.folder import SAMPLES, key_of
+from reasonalloc.evaluation.intervals import mean_interval
+from reasonalloc.evaluation.result import Result, budget_figure
+from reasonalloc.tables import Table, human
+
+#: What the numbers of the table are.
+LEGEND = (
+    "pass@1: share of right samples (avg@n), 95 % Wilson interval, clustered by problem; cap "
+    "hits: samples cut off at the token limit; means per sample: tokens, events (compressions "
+    "of a layer), KV bytes. Paired comparisons: reasonalloc report."
+)
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Result):
+    """Samples of arms on a task.
+
+    Attributes:
+        task: its name.
+        problems: ids of the problems that were asked for.
+        jobs: (arm, budget) in the order of the table; the budget is None for the full cache.
+        samples: per problem, as asked for.
+        folder: where the samples are; a folder that is gone if ``out`` was not given.
+        taken: what the summary needs of the samples that were asked for.
+    """
+
+    task: str
+    problems: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    samples: int
+    folder: Path
+    taken: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Samples with all fields of ``samples.jsonl``, texts included; read when first used.
+
+        Among them: ``arm``, ``budget``, ``problem``, ``sample``, ``prompt``, ``completion``,
+        ``answer``, ``gold``, ``correct``, ``prompt_tokens``, ``completion_tokens``, ``kv_bytes``.
+        """
+        wanted = {key_of(row) for row in self.taken}
+        if not wanted:
+            return []
+        with (self.folder / SAMPLES).open(encoding="utf-8") as file:
+            next(file)  # the manifest
+            rows = [json.loads(line) for line in file]
+        return [row for row in rows if key_of(row) in wanted]
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """Per arm and budget that has samples: accuracy with its interval, tokens, bytes.
+
+        Fields: ``arm``, ``budget``, ``n`` (samples), ``correct``, ``pass_at_1`` (0 to 1),
+        ``interval95`` [low, high], ``mean_tokens`` (generated), ``cap_hits``,
+        ``mean_layer_compressions``, ``mean_kv_bytes`` (per sequence), ``never_compressed``.
+        """
+        parts = [(job, self._of(job)) for job in self.jobs]
+        return [_line(job, rows) for job, rows in parts if rows]
+
+    def tables(self) -> list[Table]:
+        """See ``Result``."""
+        titles = ("arm", "budget", "n", "pass@1", "95 %", "tokens", "cap hits", "events", "KV")
+        heading = f"{self.task}, {len(self.problems)} problems"
+        columns = [(title, title != "arm") for title in titles]
+        return [Table(heading, columns, [_cells(item) for item in self.summary])]
+
+    def plot(self) -> Any:
+        """Return a figure of plotly: accuracy against the budget, with 95 % intervals.
+
+        Raises:
+            UsageError: plotly is not installed.
+        """
+        return budget_figure(self.summary, "pass_at_1", "interval95", "pass@1")
+
+    def notes(self) -> list[str]:
+        """Return the lines below the table."""
+        return [LEGEND, *self.never_compressed()]
+
+    def never_compressed(self) -> list[str]:
+        """Return a sentence for each arm that never compressed."""
+        return [
+            f"{item['arm']} at budget {item['budget']} was never compressed: no text outgrew "
+            "the budget at any boundary, so this is the full cache"
+            for item in self.summary
+            if item["never_compressed"]
+        ]
+
+    def _of(self, job: Job) -> list[dict[str, Any]]:
+        return [row for row in self.taken if (row["arm"], row["budget"]) == (job.arm, job.budget)]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during an evaluation; what was finished until then is in ``result``."""
+
+    def __init__(self, result: EvaluationResult) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+def _line(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    n, correct = len(rows), sum(row["correct"] for row in rows)
+    marks: dict[str, list[bool]] = {}
+    for row in rows:
+        marks.setdefault(row["problem"], []).append(row["correct"])
+    low, high = mean_interval([sum(own) / len(own) for own in marks.values()], n)
+
+    def mean(name: str) -> float:
+        return float(sum(row[name] for row in rows)) / n
+
+    return {
+        "arm": job.arm,
+        "budget": job.budget,
+        "n": n,
+        "correct": correct,
+        "pass_at_1": round(correct / n, 4),
+        "interval95": [round(low, 4), round(high, 4)],
+        "mean_tokens": round(mean("completion_tokens"), 1),
+        "cap_hits": sum(row["finish"] == "length" for row in rows),
+        "mean_layer_compressions": round(mean("compressions"), 1),
+        "mean_kv_bytes": round(mean("kv_bytes")),
+        "never_compressed": job.budget is not None and not any(r["compressions"] for r in rows),
+    }
+
+
+def _cells(item: dict[str, Any]) -> tuple[str, ...]:
+    low, high = item["interval95"]
+    full = item["budget"] is None
+    return (
+        item["arm"],
+        "-" if full else str(item["budget"]),
+        str(item["n"]),
+        f"{100 * item['pass_at_1']:.1f} %",
+        f"{100 * low:.0f}-{100 * high:.0f}",
+        f"{item['mean_tokens']:.0f}",
+        str(item["cap_hits"]),
+        "-" if full else f"{item['mean_layer_compressions']:.1f}",
+        human(item["mean_kv_bytes"]),
+    )

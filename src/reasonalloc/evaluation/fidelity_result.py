@@ -1,0 +1,191 @@
+"""What fidelity results say: means with intervals, by position and by kind of token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from reasonalloc.config import preset_name
+from reasonalloc.evaluation.intervals import bootstrap_ratio
+from reasonalloc.evaluation.result import Result, budget_figure
+from reasonalloc.tables import Table
+from reasonalloc.texts import Trajectory
+
+POSITIONS = 8
+
+
+@dataclass(frozen=True)
+class FidelityResult(Result):
+    """How far each arm moves the model's predictions on known texts.
+
+    Attributes:
+        model: its name.
+        texts: what was replayed.
+        jobs: (arm, budget) in the order of the table; ratios are to the first arm.
+        interval: generated tokens between two compressions.
+        measured: rows of these texts and jobs, and perhaps of others that ``out`` held.
+        tokenizer: says of which kind a token is.
+    """
+
+    model: str
+    texts: tuple[Trajectory, ...]
+    jobs: tuple[tuple[str, int], ...]
+    interval: int
+    measured: tuple[dict[str, Any], ...] = field(repr=False)
+    tokenizer: Any = field(repr=False)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One entry per text, arm and budget.
+
+        Fields: ``trajectory`` (fingerprint of the text), ``arm``, ``budget``; per predicted token
+        ``kl`` (nats), ``agree``, ``added_nll`` (nats); ``kv_bytes``, ``full_bytes``,
+        ``compressions`` (of layers), ``files``.
+        """
+        at = {(row["trajectory"], row["arm"], row["budget"]): row for row in self.measured}
+        return [at[text.key, arm, budget] for arm, budget in self.jobs for text in self.texts]
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """One entry per arm and budget, over all texts.
+
+        Means are per predicted token; intervals are 95 %, from a bootstrap over texts. The ratio
+        to the first arm of the same budget is paired: both arms of a draw see the same texts.
+
+        Fields: ``arm``, ``budget``, ``trajectories``, ``tokens``, ``kl`` (nats), ``top1``,
+        ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_ratio_to_first``,
+        ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``.
+        """
+        count, first = len(self.texts), self.jobs[0][0]
+        parts = {job: self.rows[i * count : (i + 1) * count] for i, job in enumerate(self.jobs)}
+        return [
+            {
+                "arm": arm,
+                "budget": budget,
+                **_line(own, parts[first, budget]),
+                "kl_by_position": _by_position(own),
+                "kl_by_kind": _by_kind(own, self.texts, self.tokenizer),
+                "kv_bytes": max(row["kv_bytes"] for row in own),
+                "full_bytes": max(row["full_bytes"] for row in own),
+                "compressions": sum(row["compressions"] for row in own),
+            }
+            for (arm, budget), own in parts.items()
+        ]
+
+    def tables(self) -> list[Table]:
+        """See ``Result``."""
+        titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL")
+        heading = (
+            f"Per token, {len(self.texts)} trajectories, compressed every {self.interval} tokens"
+        )
+        columns = [(title, title != "arm") for title in titles]
+        return [Table(heading, columns, [_cells(item) for item in self.summary])]
+
+    def frame_rows(self) -> list[dict[str, Any]]:
+        """Return means per predicted token of every text, arm and budget."""
+        return [
+            {
+                "trajectory": row["trajectory"],
+                "arm": row["arm"],
+                "budget": row["budget"],
+                "tokens": len(row["kl"]),
+                "kl": sum(row["kl"]) / len(row["kl"]),
+                "top1": sum(row["agree"]) / len(row["agree"]),
+                "added_nll": sum(row["added_nll"]) / len(row["added_nll"]),
+                "kv_bytes": row["kv_bytes"],
+                "full_bytes": row["full_bytes"],
+                "compressions": row["compressions"],
+            }
+            for row in self.rows
+        ]
+
+    def plot(self) -> Any:
+        """Return a figure of plotly: KL divergence against the budget, with 95 % intervals.
+
+        Raises:
+            UsageError: plotly is not installed.
+        """
+        named = [item | {"arm": preset_name(item["arm"])} for item in self.summary]
+        return budget_figure(named, "kl", "kl_interval", "KL(full || compressed), nats", log=True)
+
+    def notes(self) -> list[str]:
+        """Return the lines below the table."""
+        lines = [
+            f"{preset_name(item['arm'])} at budget {item['budget']}: never compressed, texts fit."
+            for item in self.summary
+            if not item["compressions"]
+        ]
+        few = ", which says little with so few." if len(self.texts) < 10 else "."
+        return [
+            *lines,
+            "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
+            f"Intervals: 95 %, bootstrap over trajectories{few}",
+        ]
+
+
+def kind(text: str) -> str:
+    """Kind of a token: ``number``, ``word``, ``space`` or ``symbol``."""
+    core = text.strip()
+    if not core:
+        return "space"
+    if any(c.isdigit() for c in core):
+        return "number"
+    return "word" if any(c.isalpha() for c in core) else "symbol"
+
+
+def _line(own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of an arm's rows, one per text; ``base`` are those of the first arm."""
+    tokens = [float(len(row["kl"])) for row in own]
+    sums = [sum(row["kl"]) for row in own]
+    base_sums = [max(sum(row["kl"]), 1e-12) for row in base]
+    low, high = bootstrap_ratio(sums, base_sums)
+    return {
+        "trajectories": len(own),
+        "tokens": int(sum(tokens)),
+        "kl": sum(sums) / sum(tokens),
+        "kl_interval": bootstrap_ratio(sums, tokens),
+        "kl_ratio_to_first": {"value": sum(sums) / sum(base_sums), "low": low, "high": high},
+        "top1": sum(sum(row["agree"]) for row in own) / sum(tokens),
+        "top1_interval": bootstrap_ratio([float(sum(r["agree"])) for r in own], tokens),
+        "added_nll": sum(sum(row["added_nll"]) for row in own) / sum(tokens),
+        "added_nll_interval": bootstrap_ratio([sum(r["added_nll"]) for r in own], tokens),
+    }
+
+
+def _cells(item: dict[str, Any]) -> tuple[str, ...]:
+    low, high = item["kl_interval"]
+    ratio = item["kl_ratio_to_first"]
+    return (
+        str(item["budget"]),
+        preset_name(item["arm"]),
+        f"{item['kl']:.4f}",
+        f"{low:.4f}-{high:.4f}",
+        f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+        f"{item['top1']:.3f}",
+        f"{item['added_nll']:+.3f}",
+    )
+
+
+def _by_position(rows: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Mean KL in equal parts of the completions, from their beginning to their end."""
+    parts: list[list[float]] = [[] for _ in range(POSITIONS)]
+    for row in rows:
+        for index, value in enumerate(row["kl"]):
+            parts[index * POSITIONS // len(row["kl"])].append(value)
+    return [sum(part) / len(part) if part else None for part in parts]
+
+
+def _by_kind(
+    rows: Sequence[dict[str, Any]], trajectories: Sequence[Trajectory], tokenizer: Any
+) -> dict[str, dict[str, float]]:
+    """Mean KL by the kind of the token that had to be predicted, with the number of tokens."""
+    kinds: dict[str, list[float]] = {}
+    for row, trajectory in zip(rows, trajectories, strict=True):
+        for token, value in zip(trajectory.completion_ids[1:], row["kl"], strict=True):
+            kinds.setdefault(kind(tokenizer.decode([token])), []).append(value)
+    return {
+        name: {"kl": sum(values) / len(values), "tokens": len(values)}
+        for name, values in sorted(kinds.items())
+    }

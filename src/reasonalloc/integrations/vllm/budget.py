@@ -1,0 +1,106 @@
+"""Budgets of a vLLM engine: the same division among layers and heads as on transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reasonalloc.config import CompressionConfig
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.vllm.layout import Layout, make_layouts
+from reasonalloc.integrations.vllm.settings import find_settings
+from reasonalloc.planning.budget import BudgetPlan
+from reasonalloc.planning.shapes import layer_shapes
+from reasonalloc.planning.sharding import HeadShard
+
+
+@dataclass(frozen=True, eq=False)
+class EngineBudget(BudgetPlan):
+    """A budget divided among the layers of a model that vLLM serves.
+
+    Attributes:
+        ranks: tensor-parallel processes.
+    """
+
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_layers()
+        super().__post_init__()
+        if self.policy.state_channels:
+            raise UnsupportedError(
+                f"policy={self.config.arm.policy!r} looks at the attention that every token "
+                "receives, which vLLM's kernels do not give: use a policy that scores by the "
+                "window's queries (rkv, snapkv, tova) or a cost profile that was calibrated with "
+                "one of them"
+            )
+
+    def _check_layers(self) -> None:
+        for index, shape in enumerate(self.shapes):
+            if not shape.compressible:
+                raise UnsupportedError(
+                    f"{self.name} cannot run under a KV budget in vLLM yet: layer {index} has a "
+                    "sliding window; run it on transformers"
+                )
+        if self.kv_heads % self.ranks:
+            raise UsageError(
+                f"tensor_parallel_size={self.ranks}: {self.kv_heads} KV heads cannot be divided "
+                "equally under a KV budget: give a number that divides them"
+            )
+
+    def shard(self, rank: int) -> HeadShard:
+        """Return the KV heads of one rank."""
+        return HeadShard(rank, self.ranks)
+
+    def layouts(self, block_size: int) -> tuple[Layout, ...]:
+        """Return the layouts of all ranks."""
+        totals = [
+            [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
+        ]
+        return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
+
+
+def _no_rope() -> Any:
+    raise UnsupportedError(
+        "policy='tri_attention' needs the model's rotary embedding, which it cannot get at inside "
+        "vLLM yet: use another policy"
+    )
+
+
+_budgets: dict[tuple[Any, ...], EngineBudget] = {}
+
+
+def find_budget(vllm_config: Any) -> EngineBudget | None:
+    """Return the budget of an engine, or None if it runs without one.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+
+    Raises:
+        UsageError, UnsupportedError: settings or a model that cannot work.
+    """
+    config = find_settings(vllm_config.additional_config)
+    model = vllm_config.model_config
+    if config is None or model is None:
+        return None
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    key = (config, model.model, str(model.hf_text_config), ranks)
+    if key not in _budgets:
+        _budgets[key] = make_budget(config, model.model, model.hf_text_config, ranks)
+    return _budgets[key]
+
+
+def make_budget(config: CompressionConfig, name: str, text_config: Any, ranks: int) -> EngineBudget:
+    """Return the budget of a model whose weights need not be loaded.
+
+    Args:
+        config: the settings.
+        name: of the model, for messages.
+        text_config: transformers' configuration of the decoder.
+        ranks: tensor-parallel processes.
+
+    Raises:
+        UsageError, UnsupportedError: settings or a model that cannot work.
+    """
+    shapes = layer_shapes(text_config, name)
+    return EngineBudget(config, shapes, text_config, name, load_rope=_no_rope, ranks=ranks)

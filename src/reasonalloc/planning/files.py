@@ -1,0 +1,83 @@
+"""The calibrated files that an arm reads: named in its parts, or given as the run's profile."""
+
+from __future__ import annotations
+
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator
+from reasonalloc.calibrated import ReadsCalibrated
+from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.errors import UsageError
+from reasonalloc.policies import POLICIES, Policy
+
+
+def readers(arm: Arm) -> dict[str, ReadsCalibrated]:
+    """Return the parts of an arm that read a file, by the name of the part."""
+    parts = {"policy": POLICIES.create(arm.policy), "layers": LAYER_ALLOCATORS.create(arm.layers)}
+    return {name: part for name, part in parts.items() if isinstance(part, ReadsCalibrated)}
+
+
+def files_missing(arm: Arm) -> dict[str, str]:
+    """Return the kind of file of every part that reads one and does not name it."""
+    return {name: part.reads for name, part in readers(arm).items() if not part.path}
+
+
+def files_read(config: CompressionConfig) -> list[str]:
+    """Return the paths of the files that the parts of an arm read."""
+    parts = (part.with_file(config.profile) for part in readers(config.arm).values())
+    return [part.path for part in parts if part.path]
+
+
+def make_policy(config: CompressionConfig) -> Policy:
+    """Return the policy of a run with its file, not yet bound to a model."""
+    policy = POLICIES.create(config.arm.policy)
+    return policy.with_file(config.profile) if isinstance(policy, ReadsCalibrated) else policy
+
+
+def make_layer_allocator(config: CompressionConfig) -> LayerAllocator:
+    """Return the layer allocator of a run with its file."""
+    layers = LAYER_ALLOCATORS.create(config.arm.layers)
+    return layers.with_file(config.profile) if isinstance(layers, ReadsCalibrated) else layers
+
+
+def check_profile(config: CompressionConfig) -> None:
+    """Refuse a profile that nothing reads, or that two parts would read as different files.
+
+    Raises:
+        UsageError: as said, or an unknown policy or layer allocator.
+    """
+    parts, arm = readers(config.arm), config.arm
+    kinds = {part.reads for part in parts.values() if not part.path}
+    if config.profile is None:
+        return
+    given = f"profile={str(config.profile)!r}"
+    if not kinds:
+        for name in parts:
+            raise UsageError(f"{given} and {name}={getattr(arm, name)!r} both name a file")
+        raise UsageError(
+            f"{given} has no effect with policy={arm.policy!r} and layers={arm.layers!r}: use a "
+            "part that reads a file (the presets 'best' and 'reasonalloc', or 'cake', "
+            "'tri_attention' and others), or leave the profile out"
+        )
+    if len(kinds) > 1:
+        raise UsageError(
+            f"{given}: policy={arm.policy!r} and layers={arm.layers!r} read different kinds of "
+            "files: name both in parentheses, as tri_attention(path=FILE) and profile(path=FILE)"
+        )
+
+
+def other_cadence(config: CompressionConfig) -> str | None:
+    """Return what to say if a cost profile has another cadence than the run, else None."""
+    run = {"interval": config.interval, "window": config.window}
+    for part in readers(config.arm).values():
+        path = part.with_file(config.profile).path
+        if part.reads != "cost profile" or not path:
+            continue
+        costs = load_costs(path)
+        if (costs.interval, costs.window) != (config.interval, config.window):
+            wanted = " and ".join(f"{name}={value}" for name, value in run.items())
+            return (
+                f"the cost profile {path!r} was measured at interval={costs.interval} and "
+                f"window={costs.window}, this run has {wanted}: its budgets may not be the best "
+                "ones, so use its cadence or calibrate again"
+            )
+    return None

@@ -1,0 +1,95 @@
+"""Tables of a budget's plan: bytes of the caches, and what every layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reasonalloc.planning.memory import MemoryPlan
+from reasonalloc.tables import Table, human
+
+
+def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
+    """Return shape, budget (tokens) and KV bytes of every layer after ``tokens`` tokens."""
+    totals = iter(plan.totals)
+    layers = []
+    for index, shape in enumerate(plan.shapes):
+        own = (next(totals),) if shape.compressible else ()
+        one = MemoryPlan((shape,), own, plan.batch, plan.interval, 0, plan.itemsize)
+        layers.append(
+            {
+                "layer": index,
+                "kv_heads": shape.kv_heads,
+                "head_dim": shape.head_dim,
+                "sliding_window": shape.sliding_window,
+                "budget_total": own[0] if own else None,
+                "budget_per_head": own[0] / shape.kv_heads if own else None,
+                "kv_bytes_full": one.full_bytes(tokens),
+                "kv_bytes_compressed": one.kv_bytes(tokens),
+            }
+        )
+    return layers
+
+
+def size_table(report: dict[str, Any]) -> Table:
+    """Return the bytes of the full and of the compressed cache."""
+    sizes = report["kv_bytes"]
+    full, compressed = sizes["full"], sizes["compressed"]
+    change = (
+        f"{full / compressed:.1f}x smaller"
+        if compressed <= full
+        else "larger: the budget exceeds this context"
+    )
+    rows = [
+        ("arm", f"{report['arm']}, budget {report['budget']}, interval {report['interval']}"),
+        ("cache", f"{report['dtype']}, batch {report['batch']}, {report['tokens']} tokens each"),
+        ("full cache", human(full)),
+        ("compressed", f"{human(compressed)} ({change})"),
+        ("  in use after a compression", human(sizes["after_compression"])),
+        ("  bookkeeping besides", human(report["bookkeeping_bytes"])),
+    ]
+    if report["memory"] is not None:
+        best = report["memory"]["largest_batch"]
+        rows.append(
+            (
+                f"largest batch in {human(report['memory']['bytes'])}",
+                f"{best['compressed']} compressed, {best['full']} full (weights not counted)",
+            )
+        )
+    return Table(f"KV cache of {report['model']}", [], rows)
+
+
+def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
+    """Return the budget and the bytes of each layer; equal neighbours share a row."""
+    columns = (
+        ("layer", False),
+        ("KV heads x dim", True),
+        ("tokens per head", True),
+        ("per layer", True),
+        ("compressed", True),
+        ("full", True),
+    )
+    return Table("Budget of each layer", columns, [_row(group) for group in _equal(layers)])
+
+
+def _equal(layers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        if groups and all(layer[key] == groups[-1][0][key] for key in layer if key != "layer"):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
+
+
+def _row(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    first, last = group[0], group[-1]
+    kept = first["budget_per_head"]
+    return (
+        str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']} (each)",
+        f"{first['kv_heads']} x {first['head_dim']}",
+        f"sliding, {first['sliding_window']}" if kept is None else f"{kept:g}",
+        "" if kept is None else str(first["budget_total"]),
+        human(first["kv_bytes_compressed"]),
+        human(first["kv_bytes_full"]),
+    )

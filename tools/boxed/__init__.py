@@ -1,0 +1,1 @@
+"""Training of the boxed reasoner, whose checkpoint comes with the package."""
