@@ -16,7 +16,6 @@ from torch import Tensor
 
 from reasonalloc.calibrated.demand import check_fingerprint
 from reasonalloc.calibrated.reading import check_texts, check_version
-from reasonalloc.calibrated.tables import statistics_table
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
 from reasonalloc.policies.rotary import Rope
@@ -83,7 +82,21 @@ class Statistics(Shown):
 
     def tables(self) -> list[Table]:
         """Return a row per layer."""
-        return [statistics_table(self)]
+        middle = len(self.tops) // 2
+        names = ("layer", "entropy", "variance", f"share of the top {self.tops[middle]}")
+        numbers = zip(
+            self.layers,
+            self.entropy.tolist(),
+            self.variance.tolist(),
+            self.top_share[middle].tolist(),
+            strict=True,
+        )
+        rows = [
+            (str(layer), f"{entropy:.4g}", f"{variance:.3g}", f"{share:.1%}")
+            for layer, entropy, variance, share in numbers
+        ]
+        title = f"Window attention of each layer, {len(self.prompt_hashes)} prompts"
+        return [Table(title, [(name, True) for name in names], rows)]
 
     def notes(self) -> list[str]:
         """Return why there are no query statistics, if there are none."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from reasonalloc.calibrated import CostProfile, DemandProfile
+from reasonalloc.calibrated.costs import joint_table
 from reasonalloc.calibrated.objectives import (
     OBJECTIVES,
     CalibrationConfig,
@@ -20,7 +21,7 @@ from reasonalloc.calibrated.objectives import (
     without_effect,
 )
 from reasonalloc.calibrated.statistics import Statistics
-from reasonalloc.calibrated.tables import cost_table, demand_table, joint_table, spaced
+from reasonalloc.calibrated.tables import spaced
 from reasonalloc.calibration import joint
 from reasonalloc.calibration.ablation import ablation
 from reasonalloc.calibration.ablation import estimate as estimate_ablation
@@ -100,9 +101,9 @@ class Measured:
         if isinstance(made, DemandProfile):
             prompts = len(made.prompt_hashes)
             title = f"Tokens for {made.rho:.0%} of the attention mass, {prompts} prompts"
-            return [demand_table(made, prompts=False, title=title)]
+            return [made.demand_table(prompts=False, title=title)]
         title = f"KL per token, one head at a budget, 1/1000 nat ({made.policy})"
-        tables = [cost_table(made, spaced(made.budgets), title=title)]
+        tables = [made.cost_table(spaced(made.budgets), title=title)]
         if made.joint:
             title = "KL per token, all heads at once, 1/1000 nat"
             tables.append(joint_table(self.candidates, title))
