@@ -9,6 +9,7 @@ from typing import Any
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.integrations.hf.attachment import refuse_attached
+from reasonalloc.planning.shapes import model_name
 
 
 def find_model(
@@ -49,8 +50,7 @@ def find_model(
         raise _no_effect("workers", workers)
     if ray_address is not None:
         raise _no_effect("ray_address", ray_address)
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return ModelSpec(name), (model, tokenizer)
+    return ModelSpec(model_name(model)), (model, tokenizer)
 
 
 def _no_effect(name: str, value: Any) -> UsageError:
