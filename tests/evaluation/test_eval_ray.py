@@ -22,7 +22,7 @@ from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import cluster
 from reasonalloc.evaluation.batch import Job
-from reasonalloc.evaluation.solver import Chunk, Item
+from reasonalloc.evaluation.chunks import Chunk, Item
 from tiny_boxed import save_tiny
 
 WORKERS = ("--workers", "2")
@@ -87,7 +87,7 @@ def test_mistakes_are_one_sentence(
 
 def dying(ray: Any) -> type[Any]:
     class Worker:
-        def __init__(self, arguments: Any, threads: Any, folder: Any) -> None: ...
+        def __init__(self, arguments: Any, parts: Any, threads: Any, folder: Any) -> None: ...
 
         def check(self, known: Any) -> None:
             os._exit(1)
