@@ -12,10 +12,10 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from models import prompt, tiny
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, solve
-from reasonalloc.evaluation.protocols import PROTOCOLS, Rules, find_rules
-from reasonalloc.evaluation.sampling import Sampling, SeededSampling, sample_seed
 from reasonalloc.evaluation.chunks import Chunk, Item, ModelSpec
 from reasonalloc.evaluation.facts import encode
+from reasonalloc.evaluation.protocols import PROTOCOLS, Rules, find_rules
+from reasonalloc.evaluation.sampling import Sampling, SeededSampling, sample_seed
 from reasonalloc.evaluation.solver import Solver
 from tiny_folder import save_tiny
 
