@@ -475,13 +475,14 @@ def test_demo(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     from reasonalloc.cli import demo_real
+    from reasonalloc.evaluation import demo_real as real
 
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     monkeypatch.setattr(demo_real, "fetch", lambda _: file)
-    monkeypatch.setattr(demo_real, "NEW_TOKENS", 100)
+    monkeypatch.setattr(real, "NEW_TOKENS", 100)
     data = run_json(call, "demo", "--real")
-    assert [r["arm"] for r in data["results"]] == list(demo_real.ARMS)
+    assert [r["arm"] for r in data["results"]] == list(real.ARMS)
     assert data["results"][0]["parts_from_full_at"] is None
     for result in data["results"]:
         assert result["kv_bytes"]["measured"] == result["kv_bytes"]["planned"]

@@ -16,13 +16,17 @@ pytest.importorskip("typer")
 pytest.importorskip("ray")
 
 import psutil
+import torch
 from test_eval import arguments, read, samples_in, start, wait_for
 
 from reasonalloc.cli.main import main
+from reasonalloc.config import Arm
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import cluster
 from reasonalloc.evaluation.batch import Job
-from reasonalloc.evaluation.solver import Chunk, Item
+from reasonalloc.evaluation.chunks import Chunk, Item
+from reasonalloc.evaluation.evaluate import evaluate
+from reasonalloc.policies import Candidates, Policy
 from tiny_boxed import save_tiny
 
 WORKERS = ("--workers", "2")
@@ -85,9 +89,26 @@ def test_mistakes_are_one_sentence(
     assert samples_in(tmp_path) == 0
 
 
+@pytest.mark.skipif(not two_cores(), reason="needs two cores")
+def test_own_parts_reach_the_workers(model: Path) -> None:
+    class Oldest(Policy):
+        def score(self, candidates: Candidates) -> torch.Tensor:
+            return -candidates.positions.float()
+
+    small: dict[str, Any] = {"budgets": 24, "limit": 2, "samples": 1, "max_new_tokens": 40}
+    small |= {"interval": 8, "window": 4, "temperature": 0.6, "progress": False}
+    arms = [Arm(Oldest())]
+    here, there = (
+        evaluate(str(model), "chain(variables=2)", arms=arms, workers=workers, **small).rows
+        for workers in (1, 2)
+    )
+    texts = [sorted((row["problem"], row["completion"]) for row in rows) for rows in (here, there)]
+    assert texts[0] == texts[1] and all(row["compressions"] for row in there)
+
+
 def dying(ray: Any) -> type[Any]:
     class Worker:
-        def __init__(self, arguments: Any, threads: Any, folder: Any) -> None: ...
+        def __init__(self, arguments: Any, parts: Any, threads: Any, folder: Any) -> None: ...
 
         def check(self, known: Any) -> None:
             os._exit(1)

@@ -23,8 +23,8 @@ import reasonalloc
 from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
+from reasonalloc.evaluation.chunks import Chunk, Item, Outcome
 from reasonalloc.evaluation.sharded import _joined
-from reasonalloc.evaluation.solver import Chunk, Item, Outcome
 from reasonalloc.integrations.hf.sharding import find_shard
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.sharding import HeadShard

@@ -190,6 +190,13 @@ def test_fidelity_is_the_commands(
     assert out.read_text() == written  # nothing was computed again
     assert json.loads(printed)["results"] == json.loads(json.dumps(result.summary))
     assert fidelity(str(model), file, **small).summary == result.summary
+    given = [texts[0], rows[1]]
+    assert fidelity(**loaded, texts=given, **small).summary == result.summary
+    alone = fidelity(loaded["model"], texts, **small)
+    assert alone.rows == result.rows and alone.summary[0]["kl_by_kind"] == {}
+    for mistake in (file, given):
+        with pytest.raises(UsageError, match="needs the model's tokenizer: add tokenizer="):
+            fidelity(loaded["model"], mistake, **small)
     for shown in (result.table(), str(result), result._repr_html_()):
         assert "top-1" in shown and "rkv" in shown
     pytest.importorskip("plotly")

@@ -12,9 +12,11 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from models import prompt, tiny
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, solve
+from reasonalloc.evaluation.chunks import Chunk, Item, ModelSpec
+from reasonalloc.evaluation.facts import encode
 from reasonalloc.evaluation.protocols import PROTOCOLS, Rules, find_rules
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling, sample_seed
-from reasonalloc.evaluation.solver import Chunk, Item, ModelSpec, Solver, encode
+from reasonalloc.evaluation.solver import Solver
 from tiny_folder import save_tiny
 
 SETTINGS = Settings(interval=8, window=4)

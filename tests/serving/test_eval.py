@@ -12,7 +12,7 @@ import torch
 from engines import decided
 
 from reasonalloc.cli.main import main
-from reasonalloc.evaluation.solver import encode
+from reasonalloc.evaluation.facts import encode
 from reasonalloc.evaluation.tasks.base import TASKS
 
 pytest.importorskip("math_verify")

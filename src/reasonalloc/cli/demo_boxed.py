@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -14,12 +13,18 @@ from reasonalloc.cli.watch import Watcher
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import demo as boxed
 from reasonalloc.evaluation.threads import idle_cores
-from reasonalloc.report.demo import Row, page_data, rank_arms, verdict
+from reasonalloc.report.demo import (
+    COLUMNS,
+    Row,
+    page_data,
+    rank_arms,
+    report_data,
+    table_cells,
+    verdict,
+)
 from reasonalloc.report.page import check_writable, render, require_report, write
 
 DEFAULT_PAGE = "reasonalloc-demo.html"
-_NUMBERS = ("budget", "right", "accuracy", "95 %", "KV/seq", "tok/s")
-_TITLES = ("budget", "arm", "right", "accuracy", "95 %", "KV/seq", "tok/s", "")
 
 
 def demo(
@@ -50,7 +55,8 @@ def demo(
     write(target, render(page_data(run.plan, run.samples, run.recordings, run.tokenizer)))
     seconds = time.monotonic() - began
     if as_json:
-        output.print_json(_data(run, rows, target, seconds))
+        data = report_data(run, rows, idle_cores(run.plan.workers))
+        output.print_json({**data, "seconds": round(seconds, 1), "page": str(target)})
     else:
         _print_table(run.plan, rows, target, seconds)
     if len(rows) < len(run.plan.jobs):
@@ -61,43 +67,17 @@ def demo(
         raise typer.Exit(130)
 
 
-def _data(run: boxed.DemoRun, rows: Sequence[Row], page: Path, seconds: float) -> dict[str, Any]:
-    """The result for ``--json``; sizes in bytes, times in seconds."""
-    plan = run.plan
-    return {
-        "model": "boxed reasoner",
-        "task": "chain",
-        "split": "test",
-        "variables": plan.variables,
-        "problems": plan.count,
-        "interval": plan.settings.interval,
-        "window": plan.settings.window,
-        "results": [row.data() for row in rows],
-        "verdict": verdict(rows),
-        "left_out": plan.left_out,
-        "missing_runs": len(plan.jobs) - len(rows),
-        "interrupted": run.interrupted,
-        "workers": idle_cores(plan.workers),
-        "seconds": round(seconds, 1),
-        "page": str(page),
-    }
-
-
 def _print_table(plan: boxed.DemoPlan, rows: Sequence[Row], page: Path, seconds: float) -> None:
     """The rows, grouped by budget, and what they say."""
-    cells: list[tuple[str, ...]] = []
-    for index, row in enumerate(rows):
-        again = index > 0 and rows[index - 1].budget == row.budget
-        if index and not again:
-            cells.append(("",) * len(_TITLES))
-        cells.append(_cells(row, again))
     console = output.stdout()
     console.print()
     title = (
         f"Boxed reasoner, {plan.count} unseen chain problems with {plan.variables} variables, "
         f"greedy, compressed every {plan.settings.interval} tokens"
     )
-    console.print(output.grid([(name, name in _NUMBERS) for name in _TITLES], cells, title))
+    green = {"best": "[green]best[/green]"}
+    cells = [(*row, green.get(mark, mark)) for *row, mark in table_cells(rows)]
+    console.print(output.grid(COLUMNS, cells, title))
     console.print()
     for sentence in verdict(rows):
         console.print(sentence)
@@ -107,19 +87,3 @@ def _print_table(plan: boxed.DemoPlan, rows: Sequence[Row], page: Path, seconds:
         style="dim",
     )
     console.print(f"Page: {page}", soft_wrap=True, markup=False)
-
-
-def _cells(row: Row, again: bool) -> tuple[str, ...]:
-    mark = "[green]best[/green]" if row.best else ""
-    if row.idle:
-        mark = "never compressed"
-    return (
-        "" if again else str(row.budget or "-"),
-        "full cache" if row.budget is None else row.arm,
-        f"{row.correct} of {row.n}",
-        f"{100 * row.accuracy:.0f} %",
-        f"{100 * row.low:.0f}-{100 * row.high:.0f} %",
-        output.human(row.kv_bytes),
-        f"{row.tokens_per_second:.0f}",
-        mark,
-    )

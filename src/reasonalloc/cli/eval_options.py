@@ -1,102 +1,73 @@
-"""Options of ``reasonalloc eval``."""
+"""Options of ``reasonalloc eval``, of which other commands share some."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any, Optional
 
 import typer
 
 from reasonalloc.cli import options as o
 
-_RUN, _SAMPLING, _SCALE = "Run", "Sampling", "Scale"
+_RUN, _SAMPLING, _BUDGET, _SCALE = "Run", "Sampling", "Budget", "Scale"
+_REQUIRED = inspect.Parameter.empty
 
 
-def _option(*names: str, panel: str, **keywords: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **keywords)
+def _option(
+    name: str, kind: Any, panel: str, text: str, default: Any = None, **keywords: Any
+) -> tuple[str, Any, Any]:
+    """An option as ``takes`` wants it; without a default it may be missing."""
+    shown = typer.Option(
+        f"--{name.replace('_', '-')}", rich_help_panel=panel, help=text, **keywords
+    )
+    return name, Annotated[kind | None if default is None else kind, shown], default
 
 
-TaskName = Annotated[
-    str, _option("--task", panel=_RUN, help="math500, aime24, aime25, gsm8k, chain.")
-]
-Arms = Annotated[str, _option("--arms", panel=_RUN, help="Arms, separated by commas.")]
-Budgets = Annotated[str, _option("--budgets", panel=_RUN, help="Budgets, separated by commas.")]
-Out = Annotated[
-    str, _option("--out", panel=_RUN, metavar="DIR", help="Results; a second run goes on.")
-]
-Data = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--data", panel=_RUN, metavar="FILE", help="Problems as JSON lines, not from the hub."),
-]
-Limit = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--limit", panel=_RUN, min=1, help="Only the first so many problems."),
-]
-ProtocolName = Annotated[
-    str, _option("--protocol", panel=_SAMPLING, help="paper, greedy or quick, as said above.")
-]
-Samples = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--samples", panel=_SAMPLING, min=1, help="Per problem; replaces the protocol's."),
-]
-MaxNewTokens = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--max-new-tokens", panel=_SAMPLING, min=1, help="Replaces the protocol's."),
-]
-Temperature = Annotated[
-    Optional[float],  # noqa: UP045
-    _option("--temperature", panel=_SAMPLING, help="Replaces the protocol's; 0: greedy."),
-]
-TopP = Annotated[
-    Optional[float],  # noqa: UP045
-    _option("--top-p", panel=_SAMPLING, help="Replaces the protocol's."),
-]
-TopK = Annotated[
-    Optional[int],  # noqa: UP045
-    _option("--top-k", panel=_SAMPLING, help="Replaces the protocol's; 0: all tokens."),
-]
-Seed = Annotated[int, _option("--seed", panel=_SAMPLING, help="Of all samples.")]
 Profiles = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    _option(
+    Optional[list[str]],  # noqa: UP045 (typer 0.16 on Python 3.10)
+    typer.Option(
         "--profile",
-        panel="Budget",
+        rich_help_panel=_BUDGET,
         metavar="FILE",
         help="Calibrated file for the arms that read one; again for another kind of file.",
     ),
 ]
-StepKind = Annotated[
-    str, _option("--step", panel="Budget", help=f"{o.STEPS} No effect on the arm full.")
-]
-Attention = Annotated[
-    str,
-    _option(
-        "--attention",
-        panel="Budget",
-        help="Attention backend, see 'reasonalloc ls'. No effect on the arm full.",
-    ),
-]
-BatchSize = Annotated[
-    int, _option("--batch-size", panel=_SCALE, min=1, help="Samples at a time; no result changes.")
-]
-Engine = Annotated[
-    str, _option("--engine", panel=_SCALE, help="transformers, or vllm: one engine per arm.")
-]
-DeviceMap = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--device-map", panel=_SCALE, help="Passed to from_pretrained: auto, balanced, ..."),
-]
-TpPlan = Annotated[
-    Optional[str],  # noqa: UP045
-    _option(
-        "--tp-plan",
-        panel=_SCALE,
-        help="Under torchrun: auto divides every layer's heads among GPUs.",
-    ),
-]
-Workers = Annotated[
-    int, _option("--workers", panel=_SCALE, min=1, help="With Ray, a GPU or CPU share each.")
-]
-RayAddress = Annotated[
-    Optional[str],  # noqa: UP045
-    _option("--ray-address", panel=_SCALE, help="Of a running cluster, such as auto."),
-]
+#: Cadence and files of arms, for ``evaluate`` and ``fidelity``.
+CADENCE = (
+    ("interval", o.Interval, 128),
+    ("window", o.Window, 8),
+    ("n_sink", o.Sinks, 0),
+    ("protect_prompt", o.ProtectPrompt, False),
+    ("profile", Profiles, None),
+)
+_NO_EFFECT = "No effect on the arm full."
+_ATTENTION = f"Attention backend, see 'reasonalloc ls'. {_NO_EFFECT}"
+_TASKS = "math500, aime24, aime25, gsm8k, chain."
+_PARTS = (
+    _option("task", str, _RUN, _TASKS, _REQUIRED),
+    _option("out", str, _RUN, "Results; a second run goes on.", _REQUIRED, metavar="DIR"),
+    _option("arms", str, _RUN, "Arms, separated by commas.", "full,rkv"),
+    _option("budgets", str, _RUN, "Budgets, separated by commas.", "1024"),
+    _option("data", str, _RUN, "Problems as JSON lines, not from the hub.", metavar="FILE"),
+    _option("limit", int, _RUN, "Only the first so many problems.", min=1),
+    _option("protocol", str, _SAMPLING, "paper, greedy or quick, as said above.", "paper"),
+    _option("samples", int, _SAMPLING, "Per problem; replaces the protocol's.", min=1),
+    _option("max_new_tokens", int, _SAMPLING, "Replaces the protocol's.", min=1),
+    _option("temperature", float, _SAMPLING, "Replaces the protocol's; 0: greedy."),
+    _option("top_p", float, _SAMPLING, "Replaces the protocol's."),
+    _option("top_k", int, _SAMPLING, "Replaces the protocol's; 0: all tokens."),
+    _option("seed", int, _SAMPLING, "Of all samples.", 0),
+    *CADENCE,
+    _option("attention", str, _BUDGET, _ATTENTION, "auto"),
+    _option("step", str, _BUDGET, f"{o.STEPS} {_NO_EFFECT}", "eager"),
+    _option("batch_size", int, _SCALE, "Samples at a time; no result changes.", 8, min=1),
+    _option("engine", str, _SCALE, "transformers, or vllm: one engine per arm.", "transformers"),
+    _option("device_map", str, _SCALE, "Passed to from_pretrained: auto, balanced, ..."),
+    _option("tp_plan", str, _SCALE, "Under torchrun: auto divides every layer's heads among GPUs."),
+    _option("workers", int, _SCALE, "With Ray, a GPU or CPU share each.", 1, min=1),
+    _option("ray_address", str, _SCALE, "Of a running cluster, such as auto."),
+)
+#: Everything but the model, as arguments of ``evaluate``; budgets are numbers already.
+EVALUATE = o.Options(
+    _PARTS, lambda _, given: given | {"budgets": o.parse_budgets(given["budgets"])}
+)

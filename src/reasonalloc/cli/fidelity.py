@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from dataclasses import asdict
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -33,52 +34,33 @@ Out = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--out", metavar="FILE", help="Results as JSON lines; a second run goes on."),
 ]
+_CADENCE = o.Options((*e.CADENCE, ("attention", o.Attention, "auto")), lambda _, given: given)
 
 
+@o.takes(model=o.MODEL, cadence=_CADENCE)
 def command(
+    *,
     texts: Texts,
-    model: o.ModelArgument = None,
-    model_option: o.ModelOption = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
+    model: o.ModelChoice,
     budgets: Budgets = "128",
     arms: Arms = "rkv,streaming_llm,random",
-    interval: o.Interval = 128,
-    window: o.Window = 8,
-    n_sink: o.Sinks = 0,
-    protect_prompt: o.ProtectPrompt = False,
-    profile: e.Profiles = None,
-    attention: o.Attention = "auto",
+    cadence: dict[str, Any],
     generate: Generate = None,
     out: Out = None,
     as_json: o.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and added NLL of arms, by exact replay of known texts."""
-    name = o.pick_model(model, model_option)
     from reasonalloc.cli.watch import Shown
-    from reasonalloc.evaluation import fidelity
+    from reasonalloc.evaluation.fidelity import fidelity
 
-    result = fidelity.fidelity(
-        name,
-        texts,
-        arms=arms,
-        budgets=o.parse_budgets(budgets),
-        out=out,
-        profile=profile,
-        interval=interval,
-        window=window,
-        n_sink=n_sink,
-        protect_prompt=protect_prompt,
-        attention=attention,
-        generate=generate,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        progress=Shown(),
+    loading = asdict(model)
+    name = loading.pop("name")
+    cadence |= {"budgets": o.parse_budgets(budgets), "arms": arms}
+    result = fidelity(
+        name, texts, generate=generate, out=out, **cadence, **loading, progress=Shown()
     )
     if as_json:
-        count = len(result.texts)
-        output.print_json({"model": name, "trajectories": count, "results": result.summary})
+        facts = {"model": name, "trajectories": len(result.texts)}
+        output.print_json({**facts, "results": result.summary})
     else:
         result.show()

@@ -51,25 +51,19 @@ def _report(
     folders: list[str], out: str | None, base: str | None, paper: bool, as_json: bool
 ) -> None:
     from reasonalloc.evaluation.samples import load_groups
-    from reasonalloc.report.page import check_writable, render, require_report, write
+    from reasonalloc.report.files import TABLES, write_all
+    from reasonalloc.report.page import check_writable, require_report
 
     require_report(("plotly", "jinja2", "scipy"))
     with output.stderr().status("Reading samples"):
         groups = load_groups(folders)
     page = check_writable(out if out is not None else Path(folders[0]).expanduser() / "report.html")
-    tables = [
-        check_writable(page.with_name(page.stem + end)) for end in (".md", ".csv", "-paired.csv")
-    ]
-    from reasonalloc.report.results import TEMPLATE, results
-    from reasonalloc.report.tables import cells_csv, markdown, paired_csv
+    tables = [check_writable(page.with_name(page.stem + end)) for end in TABLES]
+    from reasonalloc.report.results import results
 
     with output.stderr().status("Computing intervals"):
         data = results(groups, base, paper)
-        write(page, render(data, TEMPLATE))
-        for path, text in zip(
-            tables, (markdown(data), cells_csv(data), paired_csv(data)), strict=True
-        ):
-            write(path, text)
+        write_all(data, page, tables)
     if as_json:
         shown = [{k: v for k, v in g.items() if k not in _HIDDEN} for g in data["groups"]]
         files = [str(path) for path in (page, *tables)]
@@ -91,26 +85,11 @@ _HIDDEN = ("heads", "drilldown", "profile", "id", "paper", "manifests")
 
 
 def _show(group: dict[str, Any]) -> None:
-    from reasonalloc.report.tables import samples_text
+    from reasonalloc.report.tables import group_table
+    from reasonalloc.tables import show
 
-    rows = [
-        (
-            "full" if cell["budget"] is None else str(cell["budget"]),
-            cell["arm"],
-            f"{cell['problems']} x {samples_text(cell)}",
-            f"{100 * cell['accuracy']:.1f} %",
-            f"{100 * cell['interval95'][0]:.1f}-{100 * cell['interval95'][1]:.1f}",
-            f"{cell['tokens'][0]:.0f}",
-            str(cell["cap_hits"]),
-            output.human(cell["kv_bytes_per_sequence"]),
-        )
-        for cell in group["cells"]
-    ]
-    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cap hits", "KV")
+    show([group_table(group)])
     console = output.stdout()
-    console.print(
-        output.grid([(t, t != "arm") for t in titles], rows, f"{group['model']}, {group['task']}")
-    )
     for line in (*group["notices"], *(row["verdict"] for row in group["paired"])):
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print()

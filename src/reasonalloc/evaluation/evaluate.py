@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.config import Arm, Step
+from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import checks
 from reasonalloc.evaluation.arm_files import File, as_settings, choose_files, list_files
 from reasonalloc.evaluation.arms import check_decoding, read_arms
@@ -127,6 +128,8 @@ def evaluate(
     jobs = _jobs(names, [budgets] if isinstance(budgets, int) else list(budgets), settings)
     options = ModelSpec("", dtype, device, trust_remote_code, device_map, tp_plan, engine)
     source, loaded = find_model(model, tokenizer, options, workers, ray_address)
+    if loaded is not None and tokenizer is None:
+        raise UsageError("a loaded model needs its tokenizer: add tokenizer=")
     if kind.needs_math:
         from reasonalloc.evaluation.grading import require_math
 
@@ -207,10 +210,9 @@ def take_samples(
         follow(solver)
         return _result(spec, Path(), [])
     with ExitStack() as stack:
-        if out is None:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            path = out.expanduser()
+        kept = out is not None
+        temporary = "" if kept else stack.enter_context(tempfile.TemporaryDirectory())
+        path = (out or Path(temporary)).expanduser()
         folder = stack.enter_context(RunFolder(path))
         with observer.busy("Loading the model"):
             executor, facts = opened(spec, observer, stack)
@@ -222,20 +224,15 @@ def take_samples(
             _go_on(spec, folder, executor, observer)
         except KeyboardInterrupt:
             folder.read_again()
-            result = _result(spec, path, folder.rows)
-            if out is None:
-                _ = result.rows  # read before they are gone
-            else:
+            result = _finish(spec, folder, kept)
+            if kept:
                 observer.note(
                     f"interrupted: {len(result.taken)} of {spec.total} samples are in "
                     f"{str(path)!r}; the same command goes on from there"
                 )
             raise Interrupted(result) from None
         _say_given_up(spec.kind, observer)
-        result = _result(spec, path, folder.rows)
-        if out is None:
-            _ = result.rows
-        return result
+        return _finish(spec, folder, kept)
 
 
 def _go_on(spec: EvaluationSpec, folder: RunFolder, executor: Executor, observer: Observer) -> None:
@@ -247,6 +244,14 @@ def _go_on(spec: EvaluationSpec, folder: RunFolder, executor: Executor, observer
         )
     with observer.started(left, spec.rules.max_new_tokens):
         run(spec.task, spec.kind, spec.problems.chosen, chunks, folder, executor, observer)
+
+
+def _finish(spec: EvaluationSpec, folder: RunFolder, kept: bool) -> EvaluationResult:
+    """The samples of a folder; all their fields are read now if the folder is not kept."""
+    result = _result(spec, folder.path, folder.rows)
+    if not kept:
+        _ = result.rows
+    return result
 
 
 def _result(spec: EvaluationSpec, folder: Path, rows: Sequence[dict[str, Any]]) -> EvaluationResult:

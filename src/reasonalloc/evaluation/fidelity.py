@@ -32,12 +32,12 @@ from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
 from reasonalloc.planning.files import files_read
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.texts import Trajectory, load_trajectories
+from reasonalloc.texts import Trajectory, as_trajectory, load_trajectories
 
 
 def fidelity(
     model: Any,
-    texts: File | Iterable[Trajectory],
+    texts: File | Iterable[Any],
     *,
     arms: str | Arm | Iterable[str | Arm] = ("rkv", "streaming_llm", "random"),
     budgets: int | Iterable[int] = (128,),
@@ -61,11 +61,12 @@ def fidelity(
         model: hub name, folder or ``.gguf`` file; or a loaded transformers model, which must not
             be attached to anything.
         texts: JSON lines with ``prompt_ids``, ``prompt`` or ``messages``, and ``completion_ids``
-            or ``completion``; or trajectories.
+            or ``completion``; or a list of such objects, or of ``texts.Trajectory``.
         arms: presets, ``"policy/layers/heads"`` or ``Arm`` objects; texts may hold several,
             separated by commas. Ratios are to the first.
         budgets: mean tokens kept per layer and KV head, each arm at each.
-        tokenizer: of a loaded model.
+        tokenizer: of a loaded model; not needed for trajectories, but without it there is no
+            ``kl_by_kind``.
         out: a file for the results as JSON lines. The same call, or the command, goes on with it.
         profile: calibrated files for the arms that read one, of different kinds.
         interval: generated tokens between two compressions.
@@ -133,21 +134,35 @@ def _configs(
 def _load_texts(
     model: Any,
     tokenizer: Any,
-    texts: File | Iterable[Trajectory],
+    texts: File | Iterable[Any],
     generate: int | None,
     observer: Observer,
 ) -> list[Trajectory]:
+    """Texts with their completions.
+
+    Raises:
+        UsageError: none, one that cannot be read, or one that does not suit the model.
+    """
     if isinstance(texts, str | os.PathLike):
         name = f"trajectories={os.fspath(texts)!r}"
+        if tokenizer is None:
+            raise UsageError(f"{name} needs the model's tokenizer: add tokenizer=")
         trajectories = load_trajectories(os.fspath(texts), tokenizer)
     else:
-        name, trajectories = "texts", list(texts)
+        name = "texts"
+        trajectories = [_as_trajectory(i, text, tokenizer) for i, text in enumerate(texts)]
     if not trajectories:
         raise UsageError("texts is empty: give at least one trajectory")
     for trajectory in trajectories:
         check_text(model, trajectory)
     with observer.busy("Generating completions"):
         return complete_missing(model, trajectories, generate, name, observer.note)
+
+
+def _as_trajectory(index: int, text: Any, tokenizer: Any) -> Trajectory:
+    if tokenizer is None and not isinstance(text, Trajectory):
+        raise UsageError(f"texts, number {index}, needs the model's tokenizer: add tokenizer=")
+    return as_trajectory(text, tokenizer, f"texts, number {index}")[0]
 
 
 class _Results:

@@ -26,7 +26,7 @@ class FidelityResult(Result):
         jobs: (arm, budget) in the order of the table; ratios are to the first arm.
         interval: generated tokens between two compressions.
         measured: rows of these texts and jobs, and perhaps of others that ``out`` held.
-        tokenizer: says of which kind a token is.
+        tokenizer: says of which kind a token is; None: nothing does.
     """
 
     model: str
@@ -58,7 +58,7 @@ class FidelityResult(Result):
         ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_ratio_to_first``,
         ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``.
         """
-        count, first = len(self.texts), self.jobs[0][0]
+        count, first, words = len(self.texts), self.jobs[0][0], self.tokenizer
         parts = {job: self.rows[i * count : (i + 1) * count] for i, job in enumerate(self.jobs)}
         return [
             {
@@ -66,7 +66,7 @@ class FidelityResult(Result):
                 "budget": budget,
                 **_line(own, parts[first, budget]),
                 "kl_by_position": _by_position(own),
-                "kl_by_kind": _by_kind(own, self.texts, self.tokenizer),
+                "kl_by_kind": {} if words is None else _by_kind(own, self.texts, words),
                 "kv_bytes": max(row["kv_bytes"] for row in own),
                 "full_bytes": max(row["full_bytes"] for row in own),
                 "compressions": sum(row["compressions"] for row in own),

@@ -28,12 +28,12 @@ def last_box(text: str) -> str | None:
     A last box that was cut off (the completion reached its limit) is no answer, and neither is an
     earlier one then.
     """
-    found = None
+    last = None
     for match in _BOX.finditer(text):
-        found = match
-    if found is None:
+        last = match
+    if last is None:
         return None
-    depth, index = 1, found.end()
+    depth, index = 1, last.end()
     while index < len(text):
         char = text[index]
         if char == "\\":  # an escaped brace is text
@@ -41,7 +41,7 @@ def last_box(text: str) -> str | None:
             continue
         depth += (char == "{") - (char == "}")
         if depth == 0:
-            return text[found.end() : index].strip() or None
+            return text[last.end() : index].strip() or None
         index += 1
     return None
 
@@ -103,11 +103,11 @@ class MathGrader:
             if self._process is None or self._owner != os.getpid():
                 self._owner = os.getpid()
                 self.start()
-            found = self._ask(gold, answer, self._timeout)
-            if found is None:
+            equal = self._ask(gold, answer, self._timeout)
+            if equal is None:
                 self.given_up += 1
                 self.close()
-            return found is True
+            return equal is True
 
     def _ask(self, gold: str, answer: str, timeout: float) -> bool | None:
         process = self._process

@@ -9,6 +9,7 @@ from typing import Any
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.integrations.hf.attachment import refuse_attached
+from reasonalloc.planning.shapes import model_name
 
 
 def find_model(
@@ -22,13 +23,12 @@ def find_model(
 
     Args:
         model: a name, or a transformers model.
-        tokenizer: of a loaded model, else None.
+        tokenizer: of a loaded model, or None.
         options: how a name is loaded.
         workers, ray_address: who loads it.
 
     Raises:
-        UsageError: a loaded model that has a budget already or no tokenizer, or options that have
-            no effect on it.
+        UsageError: a loaded model that has a budget already, or options that have no effect on it.
     """
     if isinstance(model, str | os.PathLike):
         if tokenizer is not None:
@@ -38,8 +38,6 @@ def find_model(
             )
         return replace(options, name=os.fspath(model)), None
     refuse_attached(model)
-    if tokenizer is None:
-        raise UsageError("a loaded model needs its tokenizer: add tokenizer=")
     default = ModelSpec("")
     given = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "name"}
     for name, value in given.items():
@@ -49,8 +47,7 @@ def find_model(
         raise _no_effect("workers", workers)
     if ray_address is not None:
         raise _no_effect("ray_address", ray_address)
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return ModelSpec(name), (model, tokenizer)
+    return ModelSpec(model_name(model)), (model, tokenizer)
 
 
 def _no_effect(name: str, value: Any) -> UsageError:

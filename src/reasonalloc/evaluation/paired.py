@@ -122,7 +122,7 @@ def _sign_flips(gaps: Sequence[float]) -> float:
     moved = [gap for gap in gaps if gap != 0]  # flipping a 0 changes nothing
     if not moved:
         return 1.0
-    found = permutation_test(
+    permuted = permutation_test(
         (numpy.array(moved),),
         lambda x, axis: x.sum(axis=axis),
         permutation_type="samples",
@@ -130,7 +130,7 @@ def _sign_flips(gaps: Sequence[float]) -> float:
         n_resamples=9999,
         rng=0,
     )
-    return float(found.pvalue)
+    return float(permuted.pvalue)
 
 
 def _samples_needed(

@@ -83,10 +83,10 @@ class ResultFile:
                     self.rows.append(self._keep(json.loads(line)))
         return first, end
 
-    def _merge(self, found: Row, manifest: Row) -> Row:
-        merged = dict(found)
-        for name in sorted({*found, *manifest}):
-            old, new = found.get(name), manifest.get(name)
+    def _merge(self, stored: Row, manifest: Row) -> Row:
+        merged = dict(stored)
+        for name in sorted({*stored, *manifest}):
+            old, new = stored.get(name), manifest.get(name)
             if isinstance(old, dict) and isinstance(new, dict):
                 merged[name] = old | new
             else:

@@ -104,7 +104,7 @@ def load_groups(folders: Sequence[str]) -> list[Group]:
     Raises:
         UsageError: a folder without samples, or a file that is broken other than by a kill.
     """
-    found: dict[str, list[tuple[Path, dict[str, Any], list[Sample], bool]]] = {}
+    parts_by_key: dict[str, list[tuple[Path, dict[str, Any], list[Sample], bool]]] = {}
     titles: dict[str, tuple[str, str, dict[str, Any]]] = {}
     paths = {Path(name).expanduser().resolve(): name for name in reversed(folders)}
     read = [(Path(n).expanduser(), *_read(n, Path(n).expanduser())) for n in paths.values()]
@@ -123,8 +123,8 @@ def load_groups(folders: Sequence[str]) -> list[Group]:
         for task, samples in tasks.items():
             key = json.dumps([model, task, protocol], sort_keys=True)
             titles[key] = (model, task, protocol)
-            found.setdefault(key, []).append((folder, manifest, samples, cut))
-    return [_group(*titles[key], parts) for key, parts in found.items()]
+            parts_by_key.setdefault(key, []).append((folder, manifest, samples, cut))
+    return [_group(*titles[key], parts) for key, parts in parts_by_key.items()]
 
 
 def _model(manifest: dict[str, Any]) -> str:
@@ -133,8 +133,8 @@ def _model(manifest: dict[str, Any]) -> str:
 
 def _arm_files(manifest: dict[str, Any]) -> dict[str, str]:
     """Fingerprints of the calibrated files that arms read."""
-    found = manifest.get("arm_files")
-    return found if isinstance(found, dict) else {}
+    files = manifest.get("arm_files")
+    return files if isinstance(files, dict) else {}
 
 
 def _group(

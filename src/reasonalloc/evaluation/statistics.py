@@ -82,18 +82,18 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     """Samples of every problem, in the order in which problems first appear."""
-    found: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        found.setdefault(sample.problem, []).append(sample)
-    return found
+        groups.setdefault(sample.problem, []).append(sample)
+    return groups
 
 
 def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Sample]]:
     """Samples of every (arm, budget), in the order in which those first appear."""
-    found: dict[tuple[str, int | None], list[Sample]] = {}
+    groups: dict[tuple[str, int | None], list[Sample]] = {}
     for sample in samples:
-        found.setdefault((sample.arm, sample.budget), []).append(sample)
-    return found
+        groups.setdefault((sample.arm, sample.budget), []).append(sample)
+    return groups
 
 
 def make_cell(samples: Sequence[Sample]) -> Cell:

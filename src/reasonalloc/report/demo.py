@@ -7,13 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reasonalloc.calibrated.demand import load_profile
-from reasonalloc.evaluation.demo import DemoPlan, Recording
+from reasonalloc.evaluation.demo import DemoPlan, DemoRun, Recording
 from reasonalloc.evaluation.intervals import wilson
 from reasonalloc.report.curves import wave
 from reasonalloc.report.trace import telling_problem, trace
+from reasonalloc.tables import human
 from reasonalloc.version import __version__
 
 OURS = "reasonalloc"
+_NUMBERS = ("budget", "right", "accuracy", "95 %", "KV/seq", "tok/s")
+#: Columns of the demo's table, and whether they hold numbers.
+COLUMNS = [
+    (name, name in _NUMBERS)
+    for name in ("budget", "arm", "right", "accuracy", "95 %", "KV/seq", "tok/s", "")
+]
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,48 @@ def _budgets(names: list[str]) -> str:
     if len(names) == 1:
         return f"budget {names[0]}"
     return f"budgets {', '.join(names[:-1])} and {names[-1]}"
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the cells under ``COLUMNS``, grouped by budget with an empty line between."""
+    cells: list[tuple[str, ...]] = []
+    for index, row in enumerate(rows):
+        again = index > 0 and rows[index - 1].budget == row.budget
+        if index and not again:
+            cells.append(("",) * len(COLUMNS))
+        cells.append(
+            (
+                "" if again else str(row.budget or "-"),
+                "full cache" if row.budget is None else row.arm,
+                f"{row.correct} of {row.n}",
+                f"{100 * row.accuracy:.0f} %",
+                f"{100 * row.low:.0f}-{100 * row.high:.0f} %",
+                human(row.kv_bytes),
+                f"{row.tokens_per_second:.0f}",
+                "never compressed" if row.idle else "best" if row.best else "",
+            )
+        )
+    return cells
+
+
+def report_data(run: DemoRun, rows: Sequence[Row], workers: int) -> dict[str, Any]:
+    """Return the result for ``--json``, sizes in bytes; ``workers`` ran at a time."""
+    plan = run.plan
+    return {
+        "model": "boxed reasoner",
+        "task": "chain",
+        "split": "test",
+        "variables": plan.variables,
+        "problems": plan.count,
+        "interval": plan.settings.interval,
+        "window": plan.settings.window,
+        "results": [row.data() for row in rows],
+        "verdict": verdict(rows),
+        "left_out": plan.left_out,
+        "missing_runs": len(plan.jobs) - len(rows),
+        "interrupted": run.interrupted,
+        "workers": workers,
+    }
 
 
 def page_data(

@@ -35,8 +35,8 @@ def drilldown(
     split = [by_problem(cell) for cell in cells]
     rows: list[dict[str, Any]] = []
     for problem in problems:
-        found = [cell.get(problem, []) for cell in split]
-        counts = [[sum(s.correct for s in samples), len(samples)] for samples in found]
+        taken = [cell.get(problem, []) for cell in split]
+        counts = [[sum(s.correct for s in samples), len(samples)] for samples in taken]
         rows.append({"id": problem, "counts": counts, "chains": None})
     order = sorted(range(len(rows)), key=lambda i: -_disagreement(rows[i]["counts"]))
     shown = 0

@@ -20,7 +20,7 @@ def head_budgets(folders: Sequence[Path], arms: Sequence[str]) -> dict[str, Any]
         ``layers`` and ``budgets`` [boundaries][layers][heads] (null where a layer was not
         compressed); ``boundaries`` in all; ``left_out``: runs that are not shown.
     """
-    found: dict[tuple[str, int], dict[int, dict[int, list[int]]]] = {}
+    events: dict[tuple[str, int], dict[int, dict[int, list[int]]]] = {}
     named: dict[tuple[str, int], tuple[str, int]] = {}
     for folder in folders:
         for row in load_events(folder):
@@ -32,12 +32,12 @@ def head_budgets(folders: Sequence[Path], arms: Sequence[str]) -> dict[str, Any]
             except (KeyError, TypeError, ValueError):
                 continue  # as load_events: a damaged line costs a picture only
             if key[0] in arms and named.setdefault(key, run) == run:
-                found.setdefault(key, {}).setdefault(place[0], {})[place[1]] = kept
-    if not found:
+                events.setdefault(key, {}).setdefault(place[0], {})[place[1]] = kept
+    if not events:
         return None
-    keys = sorted(found, key=lambda key: (arms.index(key[0]), key[1]))
+    keys = sorted(events, key=lambda key: (arms.index(key[0]), key[1]))
     return {
-        "runs": [_run(key, named[key], found[key]) for key in keys[:RUNS]],
+        "runs": [_run(key, named[key], events[key]) for key in keys[:RUNS]],
         "left_out": max(0, len(keys) - RUNS),
     }
 

@@ -6,6 +6,8 @@ import csv
 import io
 from typing import Any
 
+from reasonalloc.tables import Table, human
+
 _PAIRED = [
     "arm",
     "budget",
@@ -40,6 +42,26 @@ def samples_text(cell: dict[str, Any]) -> str:
     """How many samples a problem has: ``8`` or ``3 to 8``."""
     least, most = cell["per_problem"]
     return str(least) if least == most else f"{least} to {most}"
+
+
+def group_table(group: dict[str, Any]) -> Table:
+    """Return the table that the command prints for a group of results."""
+    rows = [
+        (
+            "full" if cell["budget"] is None else str(cell["budget"]),
+            cell["arm"],
+            f"{cell['problems']} x {samples_text(cell)}",
+            f"{100 * cell['accuracy']:.1f} %",
+            f"{100 * cell['interval95'][0]:.1f}-{100 * cell['interval95'][1]:.1f}",
+            f"{cell['tokens'][0]:.0f}",
+            str(cell["cap_hits"]),
+            human(cell["kv_bytes_per_sequence"]),
+        )
+        for cell in group["cells"]
+    ]
+    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cap hits", "KV")
+    columns = [(title, title != "arm") for title in titles]
+    return Table(f"{group['model']}, {group['task']}", columns, rows)
 
 
 def markdown(data: dict[str, Any]) -> str:

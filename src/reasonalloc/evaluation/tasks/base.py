@@ -171,7 +171,7 @@ def _hub_rows(hub: Hub) -> Iterator[tuple[int, dict[str, Any]]]:
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = offline or not hub_reachable()
-        found = datasets.load_dataset(hub.name, hub.config, split=hub.split)
+        rows = datasets.load_dataset(hub.name, hub.config, split=hub.split)
     except Exception as error:  # from the network, the hub, the files
         lines = str(error).strip().splitlines() or [""]
         raise UsageError(
@@ -180,5 +180,5 @@ def _hub_rows(hub: Hub) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(rows, 1):
         yield number, dict(row)

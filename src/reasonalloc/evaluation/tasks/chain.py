@@ -175,8 +175,8 @@ def compute(first: int, op: str, second: int) -> int:
 def solve_prompt(prompt: str) -> tuple[str, int]:
     """Work out a prompt's goal and answer from its text alone."""
     head, _, rest = prompt.partition(" verify ")
-    found = _FIND.search(rest)
-    if found is None:
+    goal = _FIND.search(rest)
+    if goal is None:
         raise ValueError("the prompt names no goal")
     given_text, _, define_text = head.partition(" define ")
     values = {name: int(digit) for name, digit in _GIVEN.findall(given_text + " ")}
@@ -184,7 +184,7 @@ def solve_prompt(prompt: str) -> tuple[str, int]:
         name: Definition(name, first, op, second)
         for name, first, second, op in _DEFINITION.findall(define_text + " ")
     }
-    pending = [found.group(1)]
+    pending = [goal.group(1)]
     waiting: set[str] = set()
     while pending:
         name = pending[-1]
@@ -203,7 +203,7 @@ def solve_prompt(prompt: str) -> tuple[str, int]:
             continue
         values[name] = compute(values[item.first], item.op, values[item.second])
         pending.pop()
-    return found.group(1), values[found.group(1)]
+    return goal.group(1), values[goal.group(1)]
 
 
 def grade(prompt: str, completion: str) -> ChainGrade:

@@ -34,12 +34,12 @@ class Chain(Task):
         if data is not None:
             raise UsageError(f"data={data!r} has no effect with task chain: leave it out")
         count = DEFAULT_PROBLEMS if limit is None else limit
-        found = [
+        generated = [
             Problem(f"chain-{self.variables}-{item.seed}", item.prompt, item.answer)
             for item in problems(max(count, HASHED_PROBLEMS), self.variables, "test")
         ]
-        return Problems(tuple(found[:count]), data_hash(found[:HASHED_PROBLEMS]))
+        return Problems(tuple(generated[:count]), data_hash(generated[:HASHED_PROBLEMS]))
 
     def grade(self, problem: Problem, completion: str) -> Verdict:
-        found = grade(problem.prompt, completion)
-        return Verdict(found.found, found.correct)
+        mark = grade(problem.prompt, completion)
+        return Verdict(mark.found, mark.correct)
