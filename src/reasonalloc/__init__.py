@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from reasonalloc.config import Arm
 from reasonalloc.errors import (
     CompressionNeverHappened,
     OtherCadence,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from reasonalloc.integrations.hf import Attachment, BudgetCache, attach, detach
 
 __all__ = [
+    "Arm",
     "Attachment",
     "BudgetCache",
     "CompressionNeverHappened",

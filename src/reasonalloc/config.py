@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.whole import whole_number
@@ -15,11 +15,34 @@ Step = Literal["eager", "static", "graph", "compile"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One method: which tokens (``policy``), how many per layer, how many per KV head."""
+    """One method: which tokens (``policy``), how many per layer, how many per KV head.
+
+    Each is a name, ``"name(key=value)"``, or an object or a class of a ``Policy``, a
+    ``LayerAllocator`` and a ``HeadAllocator``, which becomes such a text.
+
+    Raises:
+        UsageError: another thing than these, or a class whose name is taken.
+    """
 
     policy: str = "rkv"
     layers: str = "uniform"
     heads: str = "uniform"
+
+    if TYPE_CHECKING:  # what it takes is more than what it holds
+
+        def __init__(self, policy: Any = "rkv", layers: Any = "uniform", heads: Any = "uniform"):
+            """Take names, objects or classes."""
+
+    def __post_init__(self) -> None:
+        if all(isinstance(part, str) for part in (self.policy, self.layers, self.heads)):
+            return
+        from reasonalloc.allocators.head import HEAD_ALLOCATORS
+        from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+        from reasonalloc.policies import POLICIES
+
+        object.__setattr__(self, "policy", POLICIES.specification(self.policy))
+        object.__setattr__(self, "layers", LAYER_ALLOCATORS.specification(self.layers))
+        object.__setattr__(self, "heads", HEAD_ALLOCATORS.specification(self.heads))
 
     def __str__(self) -> str:
         return f"{self.policy}/{self.layers}/{self.heads}"

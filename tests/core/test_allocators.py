@@ -19,9 +19,9 @@ from examples import examples
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.allocators.minimise import interpolate, minimise
-from reasonalloc.allocators.rounding import robustify
 from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.errors import UsageError
+from reasonalloc.ops import TORCH
 from reasonalloc.policies.rotary import Rope
 
 
@@ -39,7 +39,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[int], f
 @examples(200)
 def test_robustify(batch: list[tuple[list[float], int, list[int], list[int], float]]) -> None:
     for demand, total, lower, upper, exponent in batch:
-        budgets = robustify(
+        budgets = TORCH.robustify(
             torch.tensor([demand], dtype=torch.float64),
             torch.tensor([total]),
             torch.tensor([lower]),
@@ -56,7 +56,7 @@ def test_robustify(batch: list[tuple[list[float], int, list[int], list[int], flo
 @pytest.mark.parametrize("total", [40, 41, 77, 100, 160])
 def test_robustify_equals_bisection(demand: list[float], total: int) -> None:
     lower, upper = [4] * 4, [60, 30, 80, 40]
-    fast = robustify(
+    fast = TORCH.robustify(
         torch.tensor(demand), torch.tensor(total), torch.tensor(lower), torch.tensor(upper), 0.5
     )
     assert fast.tolist() == reference.robustify(demand, total, lower, upper, 0.5)

@@ -10,8 +10,8 @@ from made_statistics import ready
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
 from reasonalloc.attention import BACKENDS
 from reasonalloc.cache import Slab
-from reasonalloc.core.selection import select
 from reasonalloc.core.window import QueryWindow
+from reasonalloc.ops import TORCH
 from reasonalloc.policies import POLICIES, Candidates
 from reference import NAMED_BY_A_FILE
 
@@ -84,5 +84,5 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
             planned=torch.tensor([8, 10, 12]),
         )
         budgets = HEAD_ALLOCATORS.create(heads).allocate(query_)
-        keep = select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction, scores > 0)
+        keep = TORCH.select(scores, rows.lengths, budgets, WINDOW, made.recent_fraction, scores > 0)
         slab.rewrite(rows, keep, None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import reference
 from examples import examples
 from reasonalloc.cache import Rows, Slab
-from reasonalloc.core.selection import select
+from reasonalloc.ops import TORCH, choose_operations
 
 
 @given(
@@ -30,7 +30,7 @@ def test_select(
     # The first tokens are forced, as far as every budget has room for them.
     counts = [max(0, min(first, b - window)) for b in budgets]
     forced = (torch.arange(n) < torch.tensor(counts)[:, None])[None]
-    keep = select(
+    keep = TORCH.select(
         scores,
         torch.tensor([lengths]),
         torch.tensor([budgets]),
@@ -104,7 +104,7 @@ def test_slab_history(
         dtype=torch.float32,
         device=torch.device("cpu"),
         state_channels=2,
-        native=native,
+        ops=choose_operations(native),
     )
     assert slab.kv_bytes == 2 * batch * heads * (budget + interval) * 2 * 4
     seen = [0] * batch

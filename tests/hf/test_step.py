@@ -19,11 +19,10 @@ from reasonalloc.attention import choose_backend
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.cpu_step import compiled
+from reasonalloc.cpu_step import build, compiled
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf import BudgetCache
 from reasonalloc.integrations.hf import step as steps
-from reasonalloc.ops.native import build
 from reasonalloc.policies import POLICIES
 from reference import NAMED_BY_A_FILE
 
@@ -40,7 +39,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     check = steps.check_step
     monkeypatch.setattr(steps, "capture", recorded_graph.capture)
     monkeypatch.setattr(
-        sys.modules["reasonalloc.integrations.hf.attach"],  # the name alone is the function
+        sys.modules["reasonalloc.integrations.hf.attachment"],  # the name alone is the function
         "check_step",
         lambda step, *rest: check("static" if step == "graph" else step, *rest),
     )

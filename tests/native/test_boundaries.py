@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from reasonalloc.cpu_step import build as step_build
 from reasonalloc.cpu_step import compiled
+from reasonalloc.cpu_step import structs as step_structs
 from reasonalloc.cpu_step.program import LINE, Arena, Draft, Program
+from reasonalloc.cpu_step.structs import Operation
 from reasonalloc.ops.native import budgets, build, structs
 from reasonalloc.ops.native.check import address
 from reasonalloc.ops.native.rkv import rkv_scores
 from reasonalloc.ops.native.rows import move_rows
-from reasonalloc.ops.native.structs import Operation
 
 Change = Callable[[Tensor], Tensor]
 BATCH, HEADS, SLOTS, DIM, N = 2, 3, 12, 8, 4
@@ -313,16 +315,24 @@ def test_what_is_asked_for_is_named() -> None:
 def test_structures_are_compared_where_the_loops_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = build.library()
-    structs.check_layout(found)
+    def check(functions: Any) -> None:
+        step_structs.check_layout(functions)
+        structs.check_size(functions, "attend", structs.Attend)
+
+    step, attention = step_build.library(), build.library()
+    found = SimpleNamespace(
+        reasonalloc_bytes_of_operand=step.reasonalloc_bytes_of_operand,
+        reasonalloc_bytes_of_instruction=step.reasonalloc_bytes_of_instruction,
+        reasonalloc_operations=step.reasonalloc_operations,
+        reasonalloc_bytes_of_attend=attention.reasonalloc_bytes_of_attend,
+    )
+    check(found)
     for name, wrong, message in (
         ("bytes_of_attend", 8, "Attend has 8 bytes in C"),
         ("bytes_of_instruction", 8, "Instruction has 8 bytes in C"),
         ("operations", b"Copy", r"operations are \['Copy'\] in C"),
     ):
-        names = [f"reasonalloc_bytes_of_{s}" for s in ("operand", "instruction", "attend")]
-        names.append("reasonalloc_operations")
-        fake = SimpleNamespace(**{n: getattr(found, n) for n in names})
+        fake = SimpleNamespace(**vars(found))
         setattr(fake, f"reasonalloc_{name}", lambda wrong=wrong: wrong)
         with pytest.raises(RuntimeError, match=message):
-            structs.check_layout(fake)
+            check(fake)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,11 +13,9 @@ import reasonalloc
 from examples import examples
 from models import prompt, tiny
 from reasonalloc.allocators.head import HeadQuery
-from reasonalloc.allocators.rounding import robustify
 from reasonalloc.attention import BACKENDS, choose_backend
-from reasonalloc.core.selection import select
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.ops.native import budgets as native_budgets
+from reasonalloc.ops import TORCH, choose_operations
 from reasonalloc.ops.native import build
 from reasonalloc.ops.native.rows import move_rows
 from reasonalloc.policies import POLICIES, Candidates
@@ -102,8 +98,8 @@ def test_rkv_is_the_reference(
 ) -> None:
     candidates = scattered(seed, lengths, group, window, dim, softcap, dtype)
     policy = POLICIES.create(spec)
-    fast = policy.score(candidates)
-    slow = policy.score(dataclasses.replace(candidates, stored=None))
+    fast = choose_operations(native=True).score(policy, candidates)
+    slow = policy.score(candidates)
     evictable = candidates.evictable
     torch.testing.assert_close(fast[evictable], slow[evictable], rtol=1e-4, atol=1e-6)
     assert not bool(fast[~candidates.valid].any())
@@ -230,10 +226,8 @@ def test_budgets_are_the_reference(seed: int, batch: int, n: int, exponent: floa
     share = torch.rand(batch, generator=generator)
     total = lower.sum(1) + (share * (upper - lower).sum(1)).long()
     demand = integers(8, batch, n) * torch.rand(batch, n, generator=generator).round(decimals=1)
-    build.library()
-    fast = robustify(demand, total, lower, upper, exponent)
-    with slow_way():
-        assert torch.equal(fast, robustify(demand, total, lower, upper, exponent))
+    fast = choose_operations(native=True).robustify(demand, total, lower, upper, exponent)
+    assert torch.equal(fast, TORCH.robustify(demand, total, lower, upper, exponent))
 
 
 SCORES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 0.5, float("inf"), float("-inf"), 1e-30])
@@ -271,24 +265,13 @@ def test_selections_are_the_reference(
         first = (torch.arange(n) < 2) & (torch.arange(n) < (held - window)[..., None])
         budgets = budgets.maximum(first.sum(-1) + window).minimum(held)
     query = HeadQuery(scores, held, budgets.sum(1), 0, held[:, 0], window, shares=ties)
-    build.library()
-    found = [
-        select(scores, held, budgets, window, fraction, first),
-        *(query.pooled_counts(norm) for norm in ("length", "paper")),
-    ]
-    assert torch.equal(found[0].sum(-1), budgets)
-    with slow_way():
-        assert torch.equal(found[0], select(scores, held, budgets, window, fraction, first))
-        for norm, counts in zip(("length", "paper"), found[1:], strict=True):
-            assert torch.equal(counts, query.pooled_counts(norm))
-
-
-@contextmanager
-def slow_way() -> Iterator[None]:
-    """As before the loops were compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_budgets, "loaded", lambda: False)
-        yield
+    native = choose_operations(native=True)
+    fast = dataclasses.replace(query, ops=native)
+    keep = native.select(scores, held, budgets, window, fraction, first)
+    assert torch.equal(keep.sum(-1), budgets)
+    assert torch.equal(keep, TORCH.select(scores, held, budgets, window, fraction, first))
+    for norm in ("length", "paper"):
+        assert torch.equal(fast.pooled_counts(norm), query.pooled_counts(norm))
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from examples import examples
 from reasonalloc.cpu_step import compiled
 from reasonalloc.cpu_step.products import MOST_ROWS, most_rows
 from reasonalloc.cpu_step.program import Program, collapsed
+from reasonalloc.cpu_step.structs import Operation
 from reasonalloc.errors import UnsupportedError
-from reasonalloc.ops.native.structs import Operation
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LINEAR = torch.nn.functional.linear

@@ -47,7 +47,7 @@ class Backend(ABC):
     """Attention of one new query per sequence over the slab. Stateless."""
 
     native: ClassVar[bool] = False
-    """Whether scores and moves use the compiled loops of ``reasonalloc.native`` as well."""
+    """Whether everything else is to be computed by the loops in C++ as well (``ops.native``)."""
 
     def check(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Refuse a device, or an element type, that it cannot run on.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.cache.host import DeferredMax
+from reasonalloc.ops import TORCH, Operations
+from reasonalloc.ops.torch import take
 
 
 @dataclass
@@ -35,16 +37,8 @@ class Rows:
     def gather(self, flat: Tensor) -> Tensor:
         """[batch, m, ...] storage as [batch, kv_heads, n, ...] rows; padding repeats tokens."""
         batch, heads, n = self.index.shape
-        taken = _take(flat, self.index.reshape(batch, heads * n))
+        taken = take(flat, self.index.reshape(batch, heads * n))
         return taken.view(batch, heads, n, *flat.shape[2:])
-
-
-def _take(flat: Tensor, index: Tensor) -> Tensor:
-    """[batch, m, ...] at [batch, n]: whole rows are copied, several times faster than gather."""
-    batch, stored = flat.shape[:2]
-    start = torch.arange(batch, device=index.device)[:, None] * stored
-    taken = flat.reshape(batch * stored, *flat.shape[2:]).index_select(0, (index + start).flatten())
-    return taken.view(*index.shape, *flat.shape[2:])
 
 
 class Slab:
@@ -60,7 +54,7 @@ class Slab:
         slots: slots per sequence, at least ``kv_heads`` times the longest run in uniform use.
         head_dim, value_dim: widths of keys and values.
         state_channels: float32 numbers per slot that belong to the policy; zeros for a new token.
-        native: move tokens with the compiled loops of ``reasonalloc.native``, on a CPU.
+        ops: move tokens.
     """
 
     def __init__(
@@ -74,7 +68,7 @@ class Slab:
         dtype: torch.dtype,
         device: torch.device,
         state_channels: int = 0,
-        native: bool = False,
+        ops: Operations = TORCH,
     ) -> None:
         self.kv_heads = kv_heads
         self.slots = slots
@@ -89,7 +83,7 @@ class Slab:
         )
         self._offsets = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
-        self._native = native
+        self._ops = ops
         self._run = slots // kv_heads
         self._sequences = torch.arange(batch, device=device)[:, None]
         self.uniform_length: int | None = 0
@@ -338,15 +332,4 @@ class Slab:
         ]
         if self.state is not None and rows.state is not None:
             moved.append((self.state, rows.state))
-        if self._native:
-            from reasonalloc.ops.native.rows import move_rows
-
-            for own, flat in moved:
-                move_rows(own, flat, rows.index, keep, offsets)
-            return
-        target = (offsets[..., None] + keep.cumsum(dim=-1) - 1).masked_fill(~keep, self.slots)
-        target = target.flatten(1)  # what goes is sent to one slot too many
-        source = torch.zeros(self.batch, self.slots + 1, dtype=torch.int64, device=keep.device)
-        source = source.scatter_(1, target, rows.index.flatten(1))[:, :-1]
-        for own, flat in moved:
-            own.copy_(_take(flat, source))
+        self._ops.move(moved, rows.index, keep, offsets)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator, HeadQuery
 from reasonalloc.config import CompressionConfig
-from reasonalloc.core.selection import select
+from reasonalloc.ops import TORCH, Operations
 from reasonalloc.policies import Candidates, Policy
 
 
@@ -19,6 +19,7 @@ def decide(
     total: int,
     planned: Tensor | None,
     prompt: int | Tensor = 0,
+    ops: Operations = TORCH,
 ) -> tuple[Tensor, Tensor]:
     """Score, allocate, select.
 
@@ -29,12 +30,13 @@ def decide(
         total: tokens that the layer may keep, all its KV heads together.
         planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
         prompt: first tokens that must stay besides the sinks: one number, or [batch] int64.
+        ops: what it is computed with.
 
     Returns:
         Tokens that stay, [batch, kv_heads, n] bool, and how many that are, [batch, kv_heads] int64.
     """
     forced = _forced(candidates, config.n_sink, prompt)
-    scores = policy.score(candidates).float()
+    scores = ops.score(policy, candidates).float()
     scores = scores.clamp_min(torch.finfo(scores.dtype).min)
     if forced is not None:
         scores = scores.masked_fill(forced, torch.inf)
@@ -54,9 +56,11 @@ def decide(
             window,
             policy.sums_to_one,
             planned,
+            ops,
         )
     )
-    return select(scores, lengths, budgets, window, policy.recent_fraction, forced), budgets
+    keep = ops.select(scores, lengths, budgets, window, policy.recent_fraction, forced)
+    return keep, budgets
 
 
 def _forced(candidates: Candidates, n_sink: int, prompt: int | Tensor) -> Tensor | None:

@@ -15,7 +15,8 @@ from reasonalloc.attention.dense import attend, received_blocks
 from reasonalloc.cache import Rows, Slab
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.boundary import decide
-from reasonalloc.core.observation import observe_prefill, observe_step
+from reasonalloc.core.cadence import Cadence, most_held
+from reasonalloc.core.observation import observe_prefill
 from reasonalloc.core.prefill import (
     check_protected,
     joined_rows,
@@ -24,13 +25,13 @@ from reasonalloc.core.prefill import (
     new_tokens,
     over_past,
 )
+from reasonalloc.core.progress import Progress
 from reasonalloc.core.recorder import Recorder
+from reasonalloc.core.steps import EagerStep, FixedStep, Held
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
-from reasonalloc.planning.memory import slab_slots
+from reasonalloc.ops import choose_operations
 from reasonalloc.policies import Candidates, Policy
-
-_COUNTERS = ("columns", "since", "evicted_at", "prompt_columns")
 
 
 class LayerCompressor:
@@ -41,8 +42,14 @@ class LayerCompressor:
         total: tokens that all KV heads together keep after a compression.
         planned: tokens that each KV head was given beforehand, [kv_heads], or None.
         config: budget, cadence, options.
-        policy, heads, backend: which tokens, how many per head, how they are read.
+        policy, heads, backend: which tokens, how many per head, how they are read; the backend
+            says as well what boundaries, moves and fixed steps are computed with.
         recorder: takes note of every compression.
+
+    Attributes:
+        slab: the tokens; None before the first.
+        progress: the counters.
+        static: decode steps read nothing of the host, and leave its part to ``advance``.
     """
 
     def __init__(
@@ -64,23 +71,14 @@ class LayerCompressor:
         self._backend = backend
         self._recorder = recorder
         self._planned = planned
-        self._planned_tensor: Tensor | None = None
+        self._wanted: Tensor | None = None  # the same on the device, [kv_heads] int64
+        self._ops = ops = choose_operations(backend.native)
+        self._eager, self._fixed = EagerStep(policy, backend, ops), FixedStep(policy, backend, ops)
         self.slab: Slab | None = None
         self._queries: QueryWindow | None = None
-        self._columns = 0  # tokens per sequence so far, padding included
-        self._seen: int | Tensor = 0  # real tokens per sequence: one number, or [batch] int64
-        self._prompt: int | Tensor = 0  # real tokens of the first prefill
-        self._prompt_columns = 0
-        self._held = 0  # upper bound of the tokens held by a sequence, over all heads
-        self._since = 0  # decode steps since the last boundary
+        self.progress = Progress(Cadence(config.interval))
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
-        #: Columns at the latest compression that may have evicted tokens; 0 if none did.
-        self.evicted_at = 0
-        self._boundaries: list[int] = []  # columns at the boundaries since then, that one included
-        #: Whether decode steps leave the host's part to ``advance``.
         self.static = False
-        #: Whether a static step has run that ``advance`` has not been told of.
-        self.unsettled = False
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -116,8 +114,23 @@ class LayerCompressor:
         Returns:
             [batch, query_heads, q, value_dim].
         """
-        queries = query.shape[2]
         slab = self.slab if self.slab is not None else self._allocate(query, key, value)
+        self._check(slab, key)
+        # Under autocast keys and values come in different types.
+        key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
+        queries, progress = query.shape[2], self.progress
+        replayed = replay and progress.columns > 0
+        if replayed and queries > progress.until_boundary:
+            return self._in_pieces(query, key, value, mask, scaling, softcap)
+        valid = new_tokens(mask, queries)
+        if valid is not None:
+            progress.spread(slab.batch, key.device)
+        if queries == 1 and progress.columns > 0:
+            return self._decode(slab, query, key, value, valid, scaling, softcap)
+        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, replayed)
+
+    def _check(self, slab: Slab, key: Tensor) -> None:
+        """Refuse another batch size or type than the cache holds."""
         if key.shape[0] != slab.batch:
             raise UsageError(
                 f"the cache holds {slab.batch} sequences, the new tokens come in {key.shape[0]}: "
@@ -128,29 +141,24 @@ class LayerCompressor:
                 f"the cache holds {slab.keys.dtype}, the model computes in {key.dtype} now: start "
                 "with a new cache"
             )
-        # Under autocast keys and values come in different types.
-        key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
-        again = replay and self._columns > 0
-        if again and queries > self.until_boundary:
-            pieces, end = [], 0
-            while end < queries:
-                part = slice(end, end := min(end + self.until_boundary, queries))
-                own = None if mask is None else mask[..., part, part]
-                new = (query[:, :, part], key[:, :, part], value[:, :, part])
-                pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
-            return torch.cat(pieces, dim=2)
-        valid = new_tokens(mask, queries)
-        if valid is not None and isinstance(self._seen, int):
-            batch = slab.batch
-            self._seen = torch.full((batch,), self._seen, dtype=torch.int64, device=key.device)
-        if queries == 1 and self._columns > 0:
-            return self._decode(slab, query, key, value, valid, scaling, softcap)
-        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, not again)
 
-    @property
-    def until_boundary(self) -> int:
-        """Decode steps that are left before the next boundary."""
-        return self._config.interval - self._since
+    def _in_pieces(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Replay more decode steps than there are before the next boundary."""
+        pieces, end, queries = [], 0, query.shape[2]
+        while end < queries:
+            part = slice(end, end := min(end + self.progress.until_boundary, queries))
+            own = None if mask is None else mask[..., part, part]
+            new = (query[:, :, part], key[:, :, part], value[:, :, part])
+            pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
+        return torch.cat(pieces, dim=2)
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
         batch, kv_heads, _, head_dim = key.shape
@@ -158,18 +166,18 @@ class LayerCompressor:
         self.slab = Slab(
             batch,
             kv_heads,
-            slab_slots(self.total, kv_heads, self._config.interval),
+            most_held(self.total, kv_heads, self._config.interval),
             head_dim,
             value.shape[-1],
             dtype=key.dtype,
             device=key.device,
             state_channels=self._policy.state_channels,
-            native=self._backend.native,
+            ops=self._ops,
         )
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
         if self._planned is not None:
-            self._planned_tensor = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
+            self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
         return self.slab
 
     def _decode(
@@ -182,52 +190,39 @@ class LayerCompressor:
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        watching = self._policy.state_channels > 0
-        ring = None if self._queries is None else self._queries.ring
-        if (
-            self.static
-            and self._backend.native
-            and valid is None
-            and isinstance(self._seen, Tensor)
-            and (ring is None or ring.dtype == query.dtype)  # differ under autocast
-        ):
-            from reasonalloc.ops.native.attention import NewToken, step
-
-            new = NewToken(key, value, slab.positions, self._seen, slab.state, ring)
-            out, received = step(query, slab, new, scaling, softcap, watching)
-        else:
-            if self.static:
-                slab.store(key, value, self._seen, valid)
-            else:
-                slab.append(key, value, self._seen, valid)
-            if self._queries is not None:
-                self._queries.push(query, self._seen, valid)
-            out, received = self._backend.decode(query, slab, scaling, softcap, watching)
-        if received is not None:
-            group = query.shape[1] // slab.kv_heads
-            observe_step(self._policy, slab, received, group, self._seen, valid)
-        self._seen += 1 if valid is None else valid.squeeze(1).long()  # a tensor: where it lies
+        step = self._fixed if self.static else self._eager
+        held = Held(slab, self._queries, self.progress)
+        out = step.run(held, query, key, value, valid, scaling, softcap)
         self._logits = (scaling, softcap)
-        self.unsettled = True
         if not self.static:
             self._settle(slab)
         return out
 
-    def fix(self) -> None:
-        """Prepare static steps: their device part reads nothing that the host knows.
+    @property
+    def unsettled(self) -> bool:
+        """Whether a static step has run that ``advance`` has not been told of."""
+        return self.progress.unsettled
 
-        Lengths, offsets and positions are on the device, where they stay at one address, and so do
-        keys, values, queries and the policy's state: a captured step may be replayed.
-        """
-        if self.slab is None or self._columns == 0:
+    @unsettled.setter
+    def unsettled(self, value: bool) -> None:
+        self.progress.unsettled = value
+
+    def fix(self) -> None:
+        """Prepare static steps, see ``FixedStep``."""
+        if self.slab is None or self.progress.columns == 0:
             raise RuntimeError("a static step before the prompt")
         self.slab.make_ragged()
-        self._seen = _per_sequence(self._seen, self.slab)
+        self.progress.spread(self.slab.batch, self.slab.keys.device)
+
+    @property
+    def evicted_at(self) -> int:
+        """Columns at the latest compression that may have evicted tokens; 0 if none did."""
+        return self.progress.evicted_at
 
     @property
     def protected_columns(self) -> int:
         """Columns of the first prompt, if it is protected."""
-        return self._prompt_columns if self._config.protect_prompt else 0
+        return self.progress.prompt_columns if self._config.protect_prompt else 0
 
     @property
     def keeps_state(self) -> bool:
@@ -243,41 +238,19 @@ class LayerCompressor:
             columns: columns of the text; fewer than before if its end is taken back, which must
                 not lie before ``evicted_at``.
         """
-        slab, before = self.slab, self._seen
+        slab, progress = self.slab, self.progress
         if slab is None:
             return
+        before = progress.seen
         if self._queries is not None:
             self._queries.go_back(before, seen)
-        if isinstance(before, int) and slab.uniform_length is not None and columns < self._columns:
-            self._seen = before - (self._columns - columns)  # nothing is padding: all end alike
-            slab.shorten(before - self._seen)
-            self._held -= slab.kv_heads * (before - self._seen)
+        taken_back = progress.columns - columns
+        if isinstance(before, int) and slab.uniform_length is not None and taken_back > 0:
+            slab.shorten(taken_back)  # nothing is padding: all end alike
+            held = progress.held - slab.kv_heads * taken_back
+            progress.go_back(before - taken_back, held, columns)
         else:
-            self._held = slab.remove(gone)
-            if isinstance(before, Tensor):
-                before.copy_(seen)  # in place: a captured step reads it there
-            else:
-                self._seen = seen.clone()
-        if isinstance(self._prompt, Tensor) or isinstance(self._seen, Tensor):
-            prompt, now = (
-                torch.as_tensor(x, dtype=torch.int64, device=gone.device)
-                for x in (self._prompt, self._seen)
-            )
-            self._prompt = torch.minimum(prompt, now)
-        else:
-            self._prompt = min(self._prompt, self._seen)
-        if columns < self._columns:
-            self._columns = columns
-            self._since = self._steps_since_boundary(columns)
-
-    def _steps_since_boundary(self, columns: int) -> int:
-        """What ``_since`` was when the text had so many columns, or 0 if it was in a prefill."""
-        self._boundaries = [place for place in self._boundaries if place <= columns]
-        since = columns - self._boundaries[-1] if self._boundaries else self._config.interval
-        if since >= self._config.interval:
-            self._boundaries.append(columns)
-            return 0
-        return since
+            progress.go_back(seen, slab.remove(gone), columns)
 
     def clear(self) -> None:
         """Forget everything; the memory stays."""
@@ -285,22 +258,17 @@ class LayerCompressor:
             self.slab.clear()
         if self._queries is not None:
             self._queries.clear()
-        self._columns = self._held = self._since = self.evicted_at = 0
-        self._seen, self._prompt, self._boundaries = 0, 0, []
-        self._prompt_columns, self.unsettled = 0, False
+        self.progress.clear()
 
     def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> LayerCompressor:
         """The same content in memory of its own, with another recorder; see ``Slab.copy``."""
         twin = copy.copy(self)
-        twin._recorder, twin._boundaries = recorder, list(self._boundaries)
+        twin._recorder = recorder
         if sequences is not None and self.slab is not None:
             sequences = sequences.to(self.slab.keys.device)
         twin.slab = None if self.slab is None else self.slab.copy(sequences)
         twin._queries = None if self._queries is None else self._queries.copy(sequences)
-        for name in ("_seen", "_prompt"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                setattr(twin, name, value.clone() if sequences is None else value[sequences])
+        twin.progress = self.progress.copy(sequences)
         return twin
 
     def report_to(self, recorder: Recorder) -> None:
@@ -311,17 +279,8 @@ class LayerCompressor:
         """All that it holds, as tensors by name and as numbers that JSON can hold."""
         tensors = {} if self.slab is None else self.slab.content()
         tensors |= {} if self._queries is None else self._queries.content()
-        numbers: dict[str, Any] = {
-            "columns": self._columns,
-            "since": self._since,
-            "prompt_columns": self._prompt_columns,
-            "evicted_at": self.evicted_at,
-            "boundaries": self._boundaries,
-            "equal": self.slab is not None and self.slab.uniform_length is not None,
-        }
-        for name, value in (("seen", self._seen), ("prompt", self._prompt)):
-            numbers[name] = value.tolist() if isinstance(value, Tensor) else value
-        return tensors, numbers
+        equal = self.slab is not None and self.slab.uniform_length is not None
+        return tensors, {**self.progress.content(), "equal": equal}
 
     def fill(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], query_heads: int
@@ -336,17 +295,7 @@ class LayerCompressor:
         Raises:
             ValueError, KeyError, TypeError: something is missing or does not fit.
         """
-        counts = {name: int(numbers[name]) for name in _COUNTERS}
-        boundaries = [int(place) for place in numbers["boundaries"]]
-        if not 0 <= counts["since"] < self._config.interval or not (
-            0 <= counts["evicted_at"] <= counts["columns"]
-            and 0 <= counts["prompt_columns"] <= counts["columns"]
-        ):
-            raise ValueError(f"counters {counts} cannot be")
-        if boundaries != sorted(boundaries) or not all(
-            0 <= place <= counts["columns"] for place in boundaries
-        ):
-            raise ValueError(f"boundaries {boundaries} cannot be")
+        self.progress.check(numbers)
         if not tensors:
             return
         keys, values = tensors["keys"], tensors["values"]
@@ -357,16 +306,13 @@ class LayerCompressor:
             keys.new_empty(batch, kv_heads, 1, keys.shape[2]),
             values.new_empty(batch, kv_heads, 1, values.shape[2]),
         )
-        slab.fill(tensors, bool(numbers["equal"]), self._config.interval - counts["since"])
+        room = self._config.interval - int(numbers["since"])
+        slab.fill(tensors, bool(numbers["equal"]), room)
         if self._queries is not None:
             self._queries.fill(tensors)
-        self._seen = _count(numbers["seen"], batch, counts["columns"], keys.device)
-        self._prompt = _count(numbers["prompt"], batch, counts["columns"], keys.device)
-        _check_positions(slab, _per_sequence(self._seen, slab))
-        self._columns, self._since = counts["columns"], counts["since"]
-        self._prompt_columns = counts["prompt_columns"]
-        self.evicted_at, self._boundaries = counts["evicted_at"], boundaries
-        self._held = int(slab.lengths.sum(dim=1).max())
+        held = int(slab.lengths.sum(dim=1).max())
+        self.progress.fill(numbers, batch, held, keys.device)
+        _check_positions(slab, self.progress.per_sequence(batch, keys.device))
 
     def advance(self) -> None:
         """The host's part of a static step, after its device part was run or replayed."""
@@ -377,15 +323,8 @@ class LayerCompressor:
 
     def _settle(self, slab: Slab) -> None:
         """Count a decode step on the host; compress if it completes an interval."""
-        self.unsettled = False
-        self._columns += 1
-        self._held += slab.kv_heads
-        self._since += 1
-        if self._since == self._config.interval:
-            self._since = 0
-            self._boundaries.append(self._columns)
-            if self._held > self.total:
-                self._compress(slab, slab.as_rows(), *self._logits)
+        if self.progress.step(slab.kv_heads) and self.progress.held > self.total:
+            self._compress(slab, slab.as_rows(), *self._logits)
 
     def _prefill(
         self,
@@ -397,105 +336,97 @@ class LayerCompressor:
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        boundary: bool,
+        replayed: bool,
     ) -> Tensor:
-        heads, columns = key.shape[1:3]
-        past = slab.as_rows() if self._columns else None
+        progress, columns = self.progress, key.shape[2]
+        past = slab.as_rows() if progress.columns else None
+        if progress.columns == 0 and self._config.protect_prompt:
+            tokens = columns if valid is None else int(valid.sum(1).max())
+            kept = self.total // slab.kv_heads
+            check_protected(tokens, self.layer, kept, self._config.window)
+        out, rows = self._attend(past, query, key, value, mask, valid, scaling, softcap)
+        if self._queries is not None:
+            self._queries.push(query, progress.seen, valid)
+        held = slab.kv_heads * most_tokens(valid, columns)
+        if progress.prefill(columns, valid, held, replayed) and progress.held > self.total:
+            self._compress(slab, rows, scaling, softcap)
+            return out
+        longest = rows.index.shape[-1]
+        is_token = torch.arange(longest, device=key.device) < rows.lengths[..., None]
+        alike = isinstance(progress.seen, int) and slab.uniform_length is not None
+        slab.rewrite(rows, is_token, longest if alike else None)
+        return out
+
+    def _attend(
+        self,
+        past: Rows | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Rows]:
+        """Attend densely to the past and the new tokens; return what the layer holds then, too."""
         keys, values, visible = key, value, mask
         if past is not None:
             keys = torch.cat([past.gather(past.keys), key], dim=2)
             values = torch.cat([past.gather(past.values), value], dim=2)
-            visible = over_past(past, mask, columns, query.shape[1])
+            visible = over_past(past, mask, key.shape[2], query.shape[1])
         out = attend(query, keys, values, visible, scaling, softcap)
-        positions = new_positions(key, self._seen, valid)
+        positions = new_positions(key, self.progress.seen, valid)
         state = None
         if self._policy.state_channels:
             received = received_blocks(query, keys, visible, valid, scaling, softcap)
-            state = observe_prefill(self._policy, past, positions, heads, received)
-        if self._queries is not None:
-            self._queries.push(query, self._seen, valid)
-        rows = joined_rows(past, key, value, positions, valid, state)
-        if self._columns == 0:
-            self._prompt_columns = columns
-            self._prompt = columns if valid is None else valid.sum(dim=1)
-            if self._config.protect_prompt:
-                tokens = columns if valid is None else int(valid.sum(1).max())
-                check_protected(tokens, self.layer, self.total // heads, self._config.window)
-        self._seen = self._seen + (columns if valid is None else valid.sum(dim=1))
-        self._columns += columns
-        self._held += heads * most_tokens(valid, columns)
-        # A prefill ends with a boundary; replayed decode steps do if they complete the interval.
-        self._since = 0 if boundary else (self._since + columns) % self._config.interval
-        if self._since == 0:
-            self._boundaries.append(self._columns)
-        if self._held > self.total and self._since == 0:
-            self._compress(slab, rows, scaling, softcap)
-        else:
-            index = torch.arange(rows.index.shape[-1], device=key.device)
-            known = isinstance(self._seen, int) and slab.uniform_length is not None
-            slab.rewrite(
-                rows,
-                index < rows.lengths[..., None],
-                rows.index.shape[-1] if known else None,
-            )
-        return out
+            state = observe_prefill(self._policy, past, positions, key.shape[1], received)
+        return out, joined_rows(past, key, value, positions, valid, state)
 
     def _compress(self, slab: Slab, rows: Rows, scaling: float, softcap: float | None) -> None:
-        config = self._config
-        candidates = Candidates(
-            lengths=rows.lengths,
-            positions=rows.gather(rows.positions).long(),
-            load_keys=lambda: rows.gather(rows.keys),
-            load_values=lambda: rows.gather(rows.values),
-            queries=None if self._queries is None else self._queries.read(self._seen, slab),
-            query_positions=None if self._queries is None else self._queries.positions(self._seen),
-            state=None if rows.state is None else rows.gather(rows.state),
-            seen=_per_sequence(self._seen, slab),
-            window=config.window,
-            scaling=scaling,
-            softcap=softcap,
-            layer=self.layer,
-            seed=config.seed,
-            stored=(rows.keys, rows.index) if self._backend.native else None,
-        )
+        seen = self.progress.seen
         keep, budgets = decide(
-            candidates,
-            config,
+            self._candidates(slab, rows, scaling, softcap),
+            self._config,
             self._policy,
             self._heads,
             self.total,
-            self._planned_tensor,
-            self._prompt if config.protect_prompt else 0,
+            self._wanted,
+            self.progress.prompt if self._config.protect_prompt else 0,
+            self._ops,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
         equal = (
             self._heads.equal
             and self.total % slab.kv_heads == 0
-            and isinstance(self._seen, int)
+            and isinstance(seen, int)
             and slab.uniform_length is not None
         )
         slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
-        self.evicted_at, self._boundaries = self._columns, [self._columns]
-        self._held = min(self._held, self.total)
-        self._recorder.add(self._columns, self.layer, budgets, slab.positions, slab.offsets)
+        self.progress.compressed(self.total)
+        columns = self.progress.columns
+        self._recorder.add(columns, self.layer, budgets, slab.positions, slab.offsets)
 
-
-def _per_sequence(seen: int | Tensor, slab: Slab) -> Tensor:
-    if isinstance(seen, Tensor):
-        return seen
-    return torch.full((slab.batch,), seen, dtype=torch.int64, device=slab.keys.device)
-
-
-def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Tensor:
-    """A number of tokens, for all sequences or each, read from a file."""
-    numbers = value if isinstance(value, list) else [value]
-    if any(not isinstance(n, int) or not 0 <= n <= most for n in numbers):
-        raise ValueError(f"{value!r} is no number of tokens up to {most}")
-    if not isinstance(value, list):
-        return int(value)
-    if len(value) != batch:
-        raise ValueError(f"{len(value)} numbers of tokens for {batch} sequences")
-    return torch.tensor(value, dtype=torch.int64, device=device)
+    def _candidates(
+        self, slab: Slab, rows: Rows, scaling: float, softcap: float | None
+    ) -> Candidates:
+        """What the policy may know of the layer."""
+        config, queries, seen = self._config, self._queries, self.progress.seen
+        return Candidates(
+            lengths=rows.lengths,
+            positions=rows.gather(rows.positions).long(),
+            load_keys=lambda: rows.gather(rows.keys),
+            load_values=lambda: rows.gather(rows.values),
+            queries=None if queries is None else queries.read(seen, slab),
+            query_positions=None if queries is None else queries.positions(seen),
+            state=None if rows.state is None else rows.gather(rows.state),
+            seen=self.progress.per_sequence(slab.batch, slab.keys.device),
+            window=config.window,
+            scaling=scaling,
+            softcap=softcap,
+            layer=self.layer,
+            seed=config.seed,
+            stored=(rows.keys, rows.index),
+        )
 
 
 def _check_positions(slab: Slab, seen: Tensor) -> None:

@@ -3,6 +3,8 @@
 // Tensors have up to four dimensions with any strides; blocks of the innermost one are brought to
 // float, worked off in vectors and written in the type of the result.
 
+#include "../ops/native/lanes.h"
+
 extern "C" {
 
 struct Operand {

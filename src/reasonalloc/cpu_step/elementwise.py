@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonalloc.cpu_step import build
 from reasonalloc.cpu_step.program import Draft, collapsed, storage_of
-from reasonalloc.ops.native import build
-from reasonalloc.ops.native.structs import FLOATS, KINDS, Operation, Share
+from reasonalloc.cpu_step.structs import KINDS, Operation, Share
+from reasonalloc.ops.native.structs import FLOATS
 
 _ROWS_FROM = 2048  # elements from which threads divide an operation by sequences
 _BLOCKS_FROM = 65536  # and by blocks

@@ -5,6 +5,8 @@
 // first laid out as a panel, [width, rows], so that vectors hold one number of several rows and every
 // weight is multiplied with all of them.
 
+#include "../ops/native/lanes.h"
+
 namespace {
 
 constexpr int kNarrow = kLanes < 8 ? kLanes : 8;  // a panel's rows come in multiples of 8

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reasonalloc.cpu_step.elementwise import as_float_rows, known
 from reasonalloc.cpu_step.program import LINE, Draft, Strides, storage_of
-from reasonalloc.ops.native.structs import FLOATS, Operation, Share
+from reasonalloc.cpu_step.structs import Operation, Share
+from reasonalloc.ops.native.structs import FLOATS
 
 #: Rows up to which products with weights are our own.
 MOST_ROWS = 32

@@ -1,5 +1,9 @@
 // A decode step as a list of instructions, run by a team of threads in one go; see program.py.
 
+#include "../ops/native/attention.cpp"
+#include "elementwise.cpp"
+#include "products.cpp"
+
 namespace {
 
 // In the order of structs.py's `Operation`.

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.ops.native import build
-from reasonalloc.ops.native.check import check_draft, failure
-from reasonalloc.ops.native.structs import KINDS, Attend, Instruction, Operation, Share
+from reasonalloc.cpu_step import build
+from reasonalloc.cpu_step.check import check_draft
+from reasonalloc.cpu_step.structs import KINDS, Instruction, Operation, Share
+from reasonalloc.ops.native.check import failure
+from reasonalloc.ops.native.structs import Attend
 
 _ALIGNMENT = 64
 Strides = tuple[int, int, int, int]

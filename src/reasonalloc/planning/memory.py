@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reasonalloc.core.cadence import most_held
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -30,11 +32,6 @@ class LayerShape:
         """Bytes of keys and values that the model's own cache holds after ``tokens`` tokens."""
         kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
         return 2 * batch * self.kv_heads * kept * self.head_dim * itemsize
-
-
-def slab_slots(total: int, kv_heads: int, interval: int) -> int:
-    """Slots per sequence: the layer's budget and the growth of every head between compressions."""
-    return total + kv_heads * interval
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class MemoryPlan:
     def slab_bytes(self) -> int:
         """KV bytes of the slabs: allocated once, the same after any number of tokens."""
         return sum(
-            2 * self.batch * slab_slots(t, s.kv_heads, self.interval) * s.head_dim * self.itemsize
+            2 * self.batch * most_held(t, s.kv_heads, self.interval) * s.head_dim * self.itemsize
             for s, t in self._slabs
         )
 
@@ -84,7 +81,7 @@ class MemoryPlan:
         per_slot = 4 + 4 * self.state_channels  # position, state
         size = 0
         for shape, total in self._slabs:
-            size += self.batch * slab_slots(total, shape.kv_heads, self.interval) * per_slot
+            size += self.batch * most_held(total, shape.kv_heads, self.interval) * per_slot
             size += 2 * self.batch * shape.kv_heads * 8
             if self.keeps_queries:
                 size += (

@@ -39,9 +39,8 @@ class Candidates:
         softcap: soft-capping of the attention logits, or None.
         layer: index of the layer.
         seed: seed of the run.
-        stored: where the keys lie, if a policy may read them there with the compiled loops of
-            ``reasonalloc.native``: [batch, m, head_dim], and [batch, kv_heads, n] int64 places in
-            them; else None.
+        stored: where the keys lie, for loops that read them there: [batch, m, head_dim], and
+            [batch, kv_heads, n] int64 places in them; None if they lie in several places.
     """
 
     lengths: Tensor
@@ -91,7 +90,7 @@ class ModelFacts:
 
     Attributes:
         model_id: name of the model, for messages.
-        config_hash: fingerprint of its configuration (``profiles.config_hash``).
+        config_hash: fingerprint of its configuration (``calibrated.demand.config_hash``).
         layers: number of layers under a budget.
         query_heads: query heads per layer.
         head_dim: width of a query.
@@ -160,7 +159,9 @@ class Policy(ABC):
         raise RuntimeError(f"{type(self).__name__} has state_channels, but no observe")
 
 
-POLICIES: Registry[Policy] = Registry("policy", "reasonalloc.policies")
+POLICIES: Registry[Policy] = Registry(
+    "policy", "reasonalloc.policies", lambda: Policy, "reasonalloc.policies"
+)
 
 
 def kept_state(candidates: Candidates) -> Tensor:

@@ -33,18 +33,6 @@ class RKV(Policy):
             raise UsageError(f"rkv: threshold={self.threshold} must not be negative")
 
     def score(self, candidates: Candidates) -> Tensor:
-        if candidates.stored is not None and candidates.queries is not None:
-            from reasonalloc.ops.native.rkv import rkv_scores
-
-            return rkv_scores(
-                candidates.queries.float() * candidates.scaling,
-                *candidates.stored,
-                candidates.lengths,
-                lam=self.lam,
-                kernel=self.kernel,
-                threshold=self.threshold,
-                softcap=candidates.softcap,
-            )
         importance = self._importance(candidates)
         redundancy = _redundancy(candidates.keys, candidates.valid, self.threshold)
         return self.lam * importance - (1 - self.lam) * redundancy

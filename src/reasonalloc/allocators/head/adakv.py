@@ -10,7 +10,6 @@ from reasonalloc.allocators.head.base import (
     HeadQuery,
     check_score_norm,
 )
-from reasonalloc.allocators.rounding import robustify
 from reasonalloc.errors import UsageError
 
 
@@ -32,4 +31,4 @@ class AdaKV(HeadAllocator):
         even = query.total[:, None].double() / counts.shape[1]
         mixed = (1 - self.safeguard) * counts + self.safeguard * even
         lower = query.floor(0.0, 0)
-        return robustify(mixed, query.total, lower, query.lengths, exponent=1.0)
+        return query.divide(mixed, lower)

@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.ops.native import budgets
+from reasonalloc.ops import TORCH, Operations
 from reasonalloc.registry import Registry
 
 
@@ -27,6 +26,7 @@ class HeadQuery:
         window: always-kept recent tokens per head.
         shares: scores are shares of a head's own tokens (``Policy.sums_to_one``).
         planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
+        ops: what ``pooled_counts`` and ``divide`` compute with.
     """
 
     scores: Tensor
@@ -37,6 +37,7 @@ class HeadQuery:
     window: int
     shares: bool = False
     planned: Tensor | None = None
+    ops: Operations = TORCH
 
     def floor(self, share: float, margin: int) -> Tensor:
         """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
@@ -47,26 +48,24 @@ class HeadQuery:
         return floor[:, None].minimum(self.lengths)
 
     def pooled_counts(self, score_norm: str) -> Tensor:
-        """Candidates of each head among the layer's best: [batch, kv_heads] int64.
+        """Count the candidates of each head among the layer's best: [batch, kv_heads] int64.
 
-        ``k = total - kv_heads * window`` candidates are asked for over all heads, tau is the k-th
-        largest score, and every candidate with ``score >= tau`` counts (ties included).
         ``score_norm="length"`` first multiplies scores that are shares of a head's own tokens by
-        the head's number of candidates, which makes them comparable between heads.
+        the head's number of candidates, which makes them comparable between heads. See
+        ``Operations.pooled_counts``.
         """
-        batch, heads, n = self.scores.shape
-        scores = self.scores
         scaled = score_norm == "length" and self.shares
-        if budgets.usable(scores, self.lengths, self.total) and scores.dtype is torch.float32:
-            return budgets.pooled_counts(scores, self.lengths, self.total, self.window, scaled)
-        if scaled:
-            scores = scores * (self.lengths - self.window).clamp_min(1)[..., None]
-        flat = scores.reshape(batch, heads * n)
-        k = (self.total - heads * self.window).clamp_min(0)
-        ordered = flat.sort(dim=-1, descending=True).values
-        tau = ordered.gather(1, (k - 1).clamp(0, heads * n - 1)[:, None])
-        chosen = (scores >= tau[..., None]) & (scores > -torch.inf)
-        return chosen.sum(-1) * (k > 0).long()[:, None]
+        return self.ops.pooled_counts(self.scores, self.lengths, self.total, self.window, scaled)
+
+    def divide(self, demand: Tensor, lower: Tensor, exponent: float = 1.0) -> Tensor:
+        """Divide the total in proportion to a demand: [batch, kv_heads] int64, sums exact.
+
+        Args:
+            demand: [batch, kv_heads], non-negative.
+            lower: [batch, kv_heads] int64, what each head gets at least, see ``floor``.
+            exponent: flattens the demand (below 1).
+        """
+        return self.ops.robustify(demand, self.total, lower, self.lengths, exponent)
 
 
 def check_score_norm(owner: str, score_norm: str) -> None:
@@ -88,4 +87,9 @@ class HeadAllocator(ABC):
         """[batch, kv_heads] int64: sums to ``total``, at most ``lengths``, without host syncs."""
 
 
-HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.allocators.head")
+HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry(
+    "head allocator",
+    "reasonalloc.allocators.head",
+    lambda: HeadAllocator,
+    "reasonalloc.head_allocators",
+)

@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from reasonalloc.allocators.head.base import HEAD_ALLOCATORS, HeadAllocator, HeadQuery
-from reasonalloc.allocators.rounding import robustify
 
 
 @HEAD_ALLOCATORS.register("planned", source="ours: budgets per (layer, head) known beforehand")
@@ -21,4 +20,4 @@ class Planned(HeadAllocator):
             raise RuntimeError("heads='planned' without a plan")
         demand = query.planned.expand_as(query.lengths)
         lower = query.floor(0.0, 0)
-        return robustify(demand, query.total, lower, query.lengths, exponent=1.0)
+        return query.divide(demand, lower)

@@ -10,7 +10,6 @@ from reasonalloc.allocators.head.base import (
     HeadQuery,
     check_score_norm,
 )
-from reasonalloc.allocators.rounding import robustify
 from reasonalloc.errors import UsageError
 
 
@@ -36,4 +35,4 @@ class ReasonAllocHeads(HeadAllocator):
     def allocate(self, query: HeadQuery) -> Tensor:
         demand = query.pooled_counts(self.score_norm) + query.window
         lower = query.floor(self.mu, self.margin)
-        return robustify(demand, query.total, lower, query.lengths, self.beta)
+        return query.divide(demand, lower, self.beta)

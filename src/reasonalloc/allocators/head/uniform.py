@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from reasonalloc.allocators.head.base import HEAD_ALLOCATORS, HeadAllocator, HeadQuery
-from reasonalloc.allocators.rounding import robustify
 
 
 @HEAD_ALLOCATORS.register("uniform", source="the usual default; R-KV, SnapKV, H2O")
@@ -20,4 +19,4 @@ class Uniform(HeadAllocator):
     def allocate(self, query: HeadQuery) -> Tensor:
         demand = torch.ones_like(query.lengths)
         lower = torch.zeros_like(query.lengths)
-        return robustify(demand, query.total, lower, query.lengths, exponent=1.0)
+        return query.divide(demand, lower)

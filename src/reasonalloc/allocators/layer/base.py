@@ -19,7 +19,7 @@ class LayerQuery:
         window: always-kept recent tokens per head.
         n_sink: always-kept first tokens per head.
         model_id: name of the model, for messages.
-        config_hash: fingerprint of the model's configuration (see ``profiles.config_hash``).
+        config_hash: fingerprint of the model's configuration (``calibrated.demand.config_hash``).
     """
 
     layers: int
@@ -57,5 +57,8 @@ class LayerAllocator(ABC):
 
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry(
-    "layer allocator", "reasonalloc.allocators.layer"
+    "layer allocator",
+    "reasonalloc.allocators.layer",
+    lambda: LayerAllocator,
+    "reasonalloc.layer_allocators",
 )

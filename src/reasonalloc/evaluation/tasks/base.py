@@ -109,7 +109,9 @@ class Task(ABC):
         return Problems(tuple(problems[:limit]), data_hash(problems))
 
 
-TASKS: Registry[Task] = Registry("task", "reasonalloc.evaluation.tasks")
+TASKS: Registry[Task] = Registry(
+    "task", "reasonalloc.evaluation.tasks", lambda: Task, "reasonalloc.tasks"
+)
 
 
 def data_hash(problems: list[Problem]) -> str:

@@ -16,7 +16,7 @@ from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.versions import cache_name, given_cache, with_cache
 
 if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.attach import Attachment
+    from reasonalloc.integrations.hf.attachment import Attachment
 
 
 class CallCheck:

@@ -16,7 +16,7 @@ from reasonalloc.integrations.hf.versions import cache_name, given_cache
 from reasonalloc.planning.shapes import text_config
 
 if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.attach import Attachment
+    from reasonalloc.integrations.hf.attachment import Attachment
 
 # Arguments that change how the cache is used, and what they ask for.
 _REFUSED = {

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.cpu_step.compiled import compile_step
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import CallCheck
 from reasonalloc.integrations.hf.versions import given_cache
-from reasonalloc.ops.native.build import require
 from reasonalloc.planning.memory import LayerShape
 
 # Results that a replay would overwrite while somebody still holds them.
@@ -58,7 +56,9 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
-        require("step='compile'", "step='eager'", model.dtype)
+        from reasonalloc import cpu_step
+
+        cpu_step.check(model.dtype)
 
 
 def check_hooks(model: Any, step: str) -> None:
@@ -201,7 +201,9 @@ class StaticStep:
 
     def _capture(self) -> Callable[[], Any]:
         if self._step == "compile":
-            return compile_step(self._run, verify=True)
+            from reasonalloc import cpu_step
+
+            return cpu_step.compile_step(self._run, verify=True)
         try:
             return capture(self._run, self._device)
         except torch.OutOfMemoryError:

@@ -7,6 +7,8 @@
 // each query head of its group, the largest logit, the sum of the weights and the weighted sum of
 // the values; a second pass puts the chunks of a run together. Arithmetic is in float.
 
+#include "lanes.h"
+
 namespace {
 
 constexpr int kChunk = 256;  // most tokens of a run that one thread takes at a time

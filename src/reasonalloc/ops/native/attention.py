@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reasonalloc.attention.interface import SlabView
+from reasonalloc.ops.interface import Runs
 from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
 from reasonalloc.ops.native.structs import FLOATS, Attend
@@ -49,7 +49,7 @@ class NewToken(NamedTuple):
 
 
 def decode(
-    query: Tensor, slab: SlabView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor, slab: Runs, scaling: float, softcap: float | None, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See ``Backend.decode``; softmax and sums are in float32, an empty run gives zeros."""
     out, received = torch.ops.reasonalloc.ragged_decode(
@@ -61,7 +61,7 @@ def decode(
 
 def step(
     query: Tensor,
-    slab: SlabView,
+    slab: Runs,
     new: NewToken,
     scaling: float,
     softcap: float | None,

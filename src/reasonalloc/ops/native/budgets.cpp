@@ -1,5 +1,7 @@
 // What a boundary decides, on a CPU: how many tokens each head keeps, and which; see budgets.py.
 
+#include "lanes.h"
+
 namespace {
 
 // A score as a number whose order is that of PyTorch's sorting: not-a-number above all, 0 = -0.

@@ -1,7 +1,6 @@
 """``budgets.cpp``: what a boundary decides, without the dozens of small operations of PyTorch.
 
-The results are those of ``allocators.rounding``, ``allocators.head.base`` and ``selection``, which
-call these where the loops are compiled already.
+The results are those of ``ops.torch``.
 """
 
 from __future__ import annotations
@@ -9,21 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonalloc.ops.native.build import library, loaded
+from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
-
-
-def usable(*tensors: Tensor) -> bool:
-    """Whether the loops are compiled, and these lie where they can read them."""
-    return loaded() and all(
-        type(t) is Tensor and t.device.type == "cpu" and t.numel() > 0 for t in tensors
-    )
 
 
 def robustify(
     demand: Tensor, total: Tensor, lower: Tensor, upper: Tensor, exponent: float
 ) -> Tensor:
-    """See ``allocators.rounding.robustify``."""
+    """See ``Operations.robustify``."""
     shape = torch.broadcast_shapes(demand.shape, lower.shape, upper.shape)
     demand = demand.double().expand(shape).contiguous()
     lower, upper = (t.long().expand(shape).contiguous() for t in (lower, upper))
@@ -47,7 +39,7 @@ def robustify(
 def pooled_counts(
     scores: Tensor, lengths: Tensor, total: Tensor, window: int, scaled: bool
 ) -> Tensor:
-    """See ``HeadQuery.pooled_counts``; ``scaled``: by each head's number of candidates."""
+    """See ``Operations.pooled_counts``."""
     batch, heads, n = scores.shape
     scores = scores.contiguous()
     lengths, total = (t.long().contiguous() for t in (lengths, total))
@@ -77,7 +69,7 @@ def select(
     recent_fraction: float,
     forced: Tensor | None,
 ) -> Tensor:
-    """See ``selection.select``."""
+    """See ``Operations.select``."""
     *runs, n = scores.shape
     scores = scores.contiguous()
     lengths, budgets = (t.long().contiguous() for t in (lengths, budgets))

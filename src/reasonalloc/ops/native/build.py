@@ -4,49 +4,47 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.ops.native.structs import FLOATS, check_layout
+from reasonalloc.ops.native.structs import FLOATS, Attend, check_size
 
-_SOURCES = (
-    "ops/native/lanes.h",
-    "ops/native/attention.cpp",
-    "cpu_step/products.cpp",
-    "cpu_step/elementwise.cpp",
-    "cpu_step/program.cpp",
-    "ops/native/rkv.cpp",
-    "ops/native/rows.cpp",
-    "ops/native/budgets.cpp",
-)
+_SOURCES = ("lanes.h", "attention.cpp", "rkv.cpp", "rows.cpp", "budgets.cpp")
 _FLAGS: tuple[str, ...] = ("-ffp-contract=fast",)  # besides those of Inductor
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F, _D = ctypes.c_float, ctypes.c_double
-_ARGUMENTS = {
+#: Arguments and result of a function in C++.
+Signature = tuple[list[Any], Any]
+_FUNCTIONS: dict[str, Signature] = {
     "attend": ([_P, _N], _N),
-    "run": ([_P, _I, _N], _N),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
     "pooled_counts": ([_P] * 3 + [_I, _N] + [_I] * 3 + [_P, _N], _N),
     "select": ([_P] * 3 + [_I, _D, _P] + [_I] * 2 + [_P, _N], _N),
     "knows": ([_N], _N),
-    "bytes_of_operand": ([], _I),
-    "bytes_of_instruction": ([], _I),
     "bytes_of_attend": ([], _I),
-    "operations": ([], ctypes.c_char_p),
 }
+_OWN_INCLUDE = re.compile(r'^#(include "[^"]+"|pragma once)$', re.MULTILINE)
 
 
-def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None:
-    """Make sure that the functions of this folder can be had, and know an element type.
+def require(
+    option: str,
+    instead: str,
+    dtype: torch.dtype | None = None,
+    load: Callable[[], Any] | None = None,
+) -> None:
+    """Make sure that functions in C++ can be had, and know an element type.
 
     Args:
         option, instead: what was asked for, and what works without them, for the messages.
         dtype: of the model, if it is known.
+        load: compiles them; None: ``library``.
 
     Raises:
         UsageError: there is no compiler.
@@ -63,7 +61,7 @@ def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None
             f"environment variable CXX), or use {instead}"
         ) from error
     try:
-        found = library()
+        functions = (library if load is None else load)()
     except Exception as error:
         raise UnsupportedError(
             f"{option} cannot be compiled ({_compiler_message(error)}): use {instead}"
@@ -75,7 +73,7 @@ def require(option: str, instead: str, dtype: torch.dtype | None = None) -> None
         raise UnsupportedError(
             f"{option} computes in {known}, but the model is in {dtype}: use {instead}"
         )
-    if not found.reasonalloc_knows(FLOATS[dtype]):
+    if not functions.reasonalloc_knows(FLOATS[dtype]):
         raise UnsupportedError(
             f"{option}: this C++ compiler does not know {dtype} (g++ 12 does): use a newer one, or "
             f"{instead}"
@@ -91,19 +89,29 @@ def _compiler_message(error: Exception) -> str:
 
 @functools.cache
 def library() -> Any:
-    """The functions of this folder; PyTorch keeps the machine code on disk. See ``require``."""
+    """Return the functions of this folder, see ``require``; PyTorch keeps them on disk."""
+    functions = compiled([Path(__file__).with_name(name) for name in _SOURCES], _FUNCTIONS)
+    check_size(functions, "attend", Attend)
+    return functions
+
+
+def compiled(sources: Sequence[Path], functions: Mapping[str, Signature]) -> Any:
+    """Compile files as one, each after what it includes.
+
+    Args:
+        sources: files of this package; the lines that include one another are left out.
+        functions: what is in them, ``reasonalloc_`` left out.
+    """
     from torch._inductor.codecache import CppCodeCache
 
-    folder = Path(__file__).parents[2]
-    source = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
-    found = CppCodeCache.load(source, extra_flags=_FLAGS)
-    for name, (arguments, result) in _ARGUMENTS.items():
-        function = getattr(found, f"reasonalloc_{name}")
+    text = "\n".join(_OWN_INCLUDE.sub("", path.read_text(encoding="utf-8")) for path in sources)
+    loaded = CppCodeCache.load(text, extra_flags=_FLAGS)
+    for name, (arguments, result) in functions.items():
+        function = getattr(loaded, f"reasonalloc_{name}")
         function.argtypes, function.restype = arguments, result
-    check_layout(found)
-    return found
+    return loaded
 
 
-def loaded() -> bool:
-    """Whether ``library`` has been asked for, and found."""
-    return library.cache_info().currsize > 0
+def attention_sources() -> list[Path]:
+    """Return the files that attention needs, for who compiles more behind them."""
+    return [Path(__file__).with_name(name) for name in ("lanes.h", "attention.cpp")]

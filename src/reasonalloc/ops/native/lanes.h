@@ -1,6 +1,8 @@
 // Vectors of floats and what is done with them, for the files of this folder. Vector extensions of
 // GCC and Clang: the compiler divides them into registers of the machine.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -3,6 +3,8 @@
 // A run's keys are read once, normalised and turned so that a vector holds one channel of several
 // keys; everything else happens in that copy, which fits a core's cache for usual budgets.
 
+#include "lanes.h"
+
 namespace {
 
 constexpr int kRows = 4;           // rows of a tile of products

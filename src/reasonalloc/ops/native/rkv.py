@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
 from reasonalloc.ops.native.structs import FLOATS
+
+if TYPE_CHECKING:
+    from reasonalloc.policies import Candidates, Policy
+
+
+def score(policy: Policy, candidates: Candidates) -> Tensor | None:
+    """Return R-KV's scores; None for any other policy, or where no keys lie in one storage."""
+    from reasonalloc.policies.rkv import RKV
+
+    # A subclass may score in another way.
+    if type(policy) is not RKV or candidates.stored is None or candidates.queries is None:
+        return None
+    return rkv_scores(
+        candidates.queries.float() * candidates.scaling,
+        *candidates.stored,
+        candidates.lengths,
+        lam=policy.lam,
+        kernel=policy.kernel,
+        threshold=policy.threshold,
+        softcap=candidates.softcap,
+    )
 
 
 def rkv_scores(

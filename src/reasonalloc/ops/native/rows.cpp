@@ -1,5 +1,7 @@
 // Moving the rows that stay to their new places, on a CPU; see rows.py for the interface.
 
+#include "lanes.h"
+
 // Of every run the kept rows, in their order, go to [offset, offset + number) of the sequence's
 // storage. They may come from that same storage: a sequence is copied aside first, which fits a
 // core's cache for usual budgets. Returns 0, or 1 if a sequence was left as it was: a run

@@ -1,75 +1,15 @@
-"""What C++ and Python both read: structures, and numbers of operations and types."""
+"""What C++ and Python both read: numbers of types, and the arguments of attention."""
 
 from __future__ import annotations
 
 import ctypes
-from enum import IntEnum
 from typing import Any
 
 import torch
 
 #: Element types that the loops compute with, and their numbers there.
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: These, and those that the loops read besides.
-KINDS = {**FLOATS, torch.int64: 3, torch.int32: 4, torch.bool: 5}
 _I, _P, _TWO = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64 * 2
-
-
-class Operation(IntEnum):
-    """What an instruction does; the numbers of ``program.cpp``."""
-
-    COPY = 0
-    NEGATE = 1
-    COSINE = 2
-    SINE = 3
-    INVERSE_ROOT = 4
-    LOGISTIC = 5
-    SILU = 6
-    GELU = 7
-    GELU_TANH = 8
-    TANH = 9
-    EXP = 10
-    RELU = 11
-    SQUARE = 12
-    POWER = 13
-    ADD = 14
-    SUBTRACT = 15
-    MULTIPLY = 16
-    DIVIDE = 17
-    SUM = 18
-    COUNT = 19
-    EMBED = 20
-    PRODUCT = 21
-    ATTEND = 22
-    PANEL = 23
-
-
-class Share(IntEnum):
-    """How threads divide an instruction."""
-
-    NONE = 0
-    BLOCKS = 1
-    """Each has blocks of its own, in an order that only the loops know."""
-    ROWS = 2
-    """Each has its part of the first dimension."""
-
-
-class Operand(ctypes.Structure):
-    """A tensor of an instruction: address, kind, strides in elements."""
-
-    _fields_ = (("at", _I), ("kind", _I), ("strides", _I * 4))
-
-
-class Instruction(ctypes.Structure):
-    """See ``elementwise.cpp``."""
-
-    _fields_ = (
-        *((name, _I) for name in ("operation", "barrier", "share")),
-        ("sizes", _I * 4),
-        *((name, Operand) for name in ("out", "a", "b", "c")),
-        ("number", ctypes.c_double),
-        ("factor", ctypes.c_double),
-    )
 
 
 class Attend(ctypes.Structure):
@@ -103,17 +43,12 @@ class Attend(ctypes.Structure):
     )
 
 
-def check_layout(library: Any) -> None:
-    """Make sure that C++ reads the same structures, and numbers operations alike.
+def check_size(library: Any, name: str, structure: type[ctypes.Structure]) -> None:
+    """Make sure that C++ reads a structure of the same size.
 
     Raises:
-        RuntimeError: names what differs.
+        RuntimeError: it does not.
     """
-    for name, structure in (("operand", Operand), ("instruction", Instruction), ("attend", Attend)):
-        theirs, own = getattr(library, f"reasonalloc_bytes_of_{name}")(), ctypes.sizeof(structure)
-        if theirs != own:
-            raise RuntimeError(f"{structure.__name__} has {theirs} bytes in C++ and {own} here")
-    names = library.reasonalloc_operations().decode().split()
-    own_names = [operation.name.title().replace("_", "") for operation in Operation]
-    if names != own_names:
-        raise RuntimeError(f"operations are {names} in C++ and {own_names} here")
+    theirs, own = getattr(library, f"reasonalloc_bytes_of_{name}")(), ctypes.sizeof(structure)
+    if theirs != own:
+        raise RuntimeError(f"{structure.__name__} has {theirs} bytes in C++ and {own} here")

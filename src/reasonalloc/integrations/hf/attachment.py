@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
+from reasonalloc.allocators.layer import LayerAllocator
 from reasonalloc.attention import choose_backend
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, parse_arm
@@ -50,6 +51,7 @@ from reasonalloc.planning.budget import (
 )
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import text_config
+from reasonalloc.policies import Policy
 
 _HANDLE = "_reasonalloc"
 
@@ -339,10 +341,10 @@ def attach(
     model: Any,
     *,
     budget: int,
-    arm: str | None = None,
-    policy: str | None = None,
-    layers: str | None = None,
-    heads: str | None = None,
+    arm: str | Arm | None = None,
+    policy: str | Policy | type[Policy] | None = None,
+    layers: str | LayerAllocator | type[LayerAllocator] | None = None,
+    heads: str | HeadAllocator | type[HeadAllocator] | None = None,
     interval: int = 128,
     window: int = 8,
     n_sink: int = 0,
@@ -359,10 +361,12 @@ def attach(
         model: a decoder-only model from ``AutoModelForCausalLM``, or a PEFT model around one (the
             budget then belongs to the model inside).
         budget: mean retained tokens per (layer, KV head) right after a compression.
-        arm: a preset (``reasonalloc ls``) or ``policy/layers/heads``; instead of the next three.
-        policy: which tokens stay (default ``rkv``).
-        layers: how many per layer (default ``uniform``).
-        heads: how many per KV head (default ``uniform``).
+        arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
+            next three.
+        policy: which tokens stay (default ``rkv``): a name, ``"name(key=value)"``, an object or a
+            class, also one of your own.
+        layers: how many per layer (default ``uniform``), likewise.
+        heads: how many per KV head (default ``uniform``), likewise.
         interval, window, n_sink, protect_prompt, seed, profile, attention, step, record: see
             ``CompressionConfig``.
 
@@ -377,7 +381,7 @@ def attach(
         given = {"policy": policy, "layers": layers, "heads": heads}
         if clash := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"arm={arm!r} and {clash[0]}={given[clash[0]]!r}: give one of the two")
-        parsed = parse_arm(arm)
+        parsed = arm if isinstance(arm, Arm) else parse_arm(arm)
         if parsed is None:
             raise UsageError("arm='full' means no compression: do not attach anything")
     else:

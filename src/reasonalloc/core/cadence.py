@@ -1,0 +1,61 @@
+"""When a layer is compressed, and what it holds then: numbers that every engine derives alike.
+
+A boundary stands at the end of a prefill of ``start`` tokens and after every ``interval`` decode
+steps from there. At a boundary a layer is compressed that holds more than its total; from its first
+compression on it is, at every boundary. All of it follows from numbers of tokens alone, so a
+scheduler and its workers know it without telling each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """The boundaries of a sequence.
+
+    Attributes:
+        interval: decode steps between two boundaries, at least 1.
+    """
+
+    interval: int
+
+    def boundary(self, start: int, tokens: int) -> int:
+        """Return the first boundary at or after ``tokens`` tokens, of a prefill of ``start``."""
+        over = max(tokens - start, 0)
+        return start + -(-over // self.interval) * self.interval
+
+    def compressions(self, start: int, tokens: int, overflow: int) -> range:
+        """Return the tokens of a sequence at each compression up to ``tokens`` tokens.
+
+        In a batch the same events happen to a sequence, besides some that leave it as it is.
+
+        Args:
+            start: tokens of the prefill.
+            tokens: tokens so far.
+            overflow: tokens at which the layer is over its budget, see ``overflow``.
+        """
+        return range(self.boundary(start, overflow), tokens + 1, self.interval)
+
+    def since(self, start: int, tokens: int) -> int:
+        """Return the decode steps since the latest boundary, ``tokens >= start``."""
+        return (tokens - start) % self.interval
+
+
+def overflow(total: int, kv_heads: int) -> int:
+    """Return the least tokens of a sequence at which a layer holds more than it may keep.
+
+    Args:
+        total: tokens that the layer keeps after a compression, all its KV heads together.
+        kv_heads: KV heads of the layer.
+    """
+    return total // kv_heads + 1
+
+
+def most_held(total: int, kv_heads: int, interval: int) -> int:
+    """Return the most tokens that a layer holds once it was compressed, all KV heads together.
+
+    That is its total and the growth of every head up to the next boundary.
+    """
+    return total + kv_heads * interval
