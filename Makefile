@@ -122,7 +122,8 @@ $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	touch $@
 
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving \
+		tests/house/test_examples.py::test_serve_and_call
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
