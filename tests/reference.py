@@ -344,3 +344,27 @@ def select(
     rest = [i for i in range(length) if i not in claims]
     claims += sorted(rest, key=lambda i: (-scores[i], i))
     return sorted(claims[:budget])
+
+
+def compression_points(
+    total: int, kv_heads: int, interval: int, prompt: int, steps: int
+) -> list[int]:
+    """Tokens at each compression of one sequence, boundary by boundary.
+
+    Args:
+        total: tokens that the layer keeps after a compression, all KV heads together.
+        kv_heads: KV heads of the layer.
+        interval: decode steps between two boundaries.
+        prompt: tokens of the prompt.
+        steps: decode steps after it; the last generated token is not among them.
+
+    Returns:
+        Tokens of the sequence at each compression, rising.
+    """
+    points, held = [], 0
+    for seen in range(prompt, prompt + steps + 1, interval):
+        held += kv_heads * (prompt if seen == prompt else interval)
+        if held > total:
+            points.append(seen)
+            held = total
+    return points

@@ -224,7 +224,7 @@ def test_plain_forward_calls_and_padding_in_mid_decode() -> None:
 def boundary(cache: Any) -> None:
     """Let the next boundary come now: the steps in which this sequence was masked count too."""
     for layer in cache.layers:
-        layer.compressor._since = 0
+        layer.compressor.progress._since = 0
         layer.compressor._compress(
             layer.compressor.slab, layer.compressor.slab.as_rows(), 8**-0.5, None
         )

@@ -12,7 +12,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.checks import check_prompt, check_version
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.settings import VARIABLE, find_settings
-from reasonalloc.planning.budget import compression_points
+from reference import compression_points
 
 
 @st.composite

@@ -11,12 +11,13 @@ import torch
 
 from reasonalloc.calibration.observe import model_name
 from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.fidelity import check_text
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
-from reasonalloc.planning.budget import bound_policy, compression_points
+from reasonalloc.planning.budget import bound_policy
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import POLICIES, Policy
 from reasonalloc.texts import Trajectory

@@ -12,9 +12,9 @@ from torch import Tensor
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.attention import choose_backend
 from reasonalloc.config import CompressionConfig
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.planning.budget import compression_points
 from reasonalloc.policies import Policy
 
 

@@ -34,13 +34,41 @@ class Cadence:
         Args:
             start: tokens of the prefill.
             tokens: tokens so far.
-            overflow: tokens at which the layer is over its budget, see ``overflow``.
+            overflow: tokens from which on the layer is over its budget, see ``overflow``.
         """
         return range(self.boundary(start, overflow), tokens + 1, self.interval)
 
-    def since(self, start: int, tokens: int) -> int:
-        """Return the decode steps since the latest boundary, ``tokens >= start``."""
-        return (tokens - start) % self.interval
+    def held(self, start: int, tokens: int, total: int, kv_heads: int) -> int:
+        """Return the tokens that a layer holds of a sequence, all its KV heads together.
+
+        Args:
+            start: tokens of the prefill.
+            tokens: tokens so far.
+            total: tokens that the layer keeps after a compression.
+            kv_heads: its KV heads.
+        """
+        first = self.boundary(start, overflow(total, kv_heads))
+        if tokens < first:
+            return kv_heads * tokens
+        return total + kv_heads * ((tokens - first) % self.interval)
+
+
+def compression_points(
+    total: int, kv_heads: int, interval: int, prompt: int, steps: int
+) -> list[int]:
+    """Return when a layer is compressed while one sequence is prefilled and decoded alone.
+
+    Args:
+        total: tokens that the layer keeps after a compression, all KV heads together.
+        kv_heads: KV heads of the layer.
+        interval: decode steps between two boundaries.
+        prompt: tokens of the prompt.
+        steps: decode steps after it; the last generated token is not among them.
+
+    Returns:
+        Tokens of the sequence at each compression, rising.
+    """
+    return [*Cadence(interval).compressions(prompt, prompt + steps, overflow(total, kv_heads))]
 
 
 def overflow(total: int, kv_heads: int) -> int:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.parts import adopt_parts, own_parts
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.batch import Job, Settings
@@ -152,7 +153,8 @@ class Cluster:
         """A worker; its first call loads the model."""
         threads = None if "num_gpus" in self._options else self._options["num_cpus"]
         remote = self._ray.remote(concurrency_groups={"watch": 1})(_worker_class(self._ray))
-        return remote.options(**self._options).remote(self._arguments, threads, str(Path.cwd()))
+        start = (self._arguments, own_parts(), threads, str(Path.cwd()))
+        return remote.options(**self._options).remote(*start)
 
     def _result(self, reference: Any) -> Any:
         """The worker's result; its mistakes as they were there, without Ray's trace."""
@@ -188,10 +190,11 @@ def _worker_class(ray: Any) -> type[Any]:
     class Worker:
         """A solver that loads on its first call and tells how far it is."""
 
-        def __init__(self, arguments: Any, threads: int | None, folder: str) -> None:
+        def __init__(self, arguments: Any, parts: Any, threads: int | None, folder: str) -> None:
             # A cluster's workers start where the cluster was started: paths mean ours.
             with contextlib.suppress(OSError):
                 os.chdir(folder)
+            adopt_parts(parts)
             self._arguments, self._threads = arguments, threads
             self._solver: Any = None
             self._facts: Any = None

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import CompressionNeverHappened, UsageError
 from reasonalloc.evaluation.batch import BatchResult, Job, Settings, Watch, attach_job, solve
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.loading import load_model, quiet
-from reasonalloc.planning.budget import compression_points
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import layer_shapes, text_config
 

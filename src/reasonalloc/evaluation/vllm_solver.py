@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reasonalloc.config import CompressionConfig
+from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
 from reasonalloc.evaluation.sampling import Sampling
@@ -20,7 +21,6 @@ from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.plan import EnginePlan, make_plan
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.loading import load_model
-from reasonalloc.planning.budget import compression_points
 from reasonalloc.planning.shapes import text_config
 
 

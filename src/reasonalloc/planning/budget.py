@@ -202,32 +202,6 @@ def _layer_query(
     )
 
 
-def compression_points(
-    total: int, kv_heads: int, interval: int, prompt: int, steps: int
-) -> list[int]:
-    """When a layer is compressed while one sequence is prefilled and then decoded alone.
-
-    In a batch the same events happen to a sequence, besides some that leave it as it is.
-
-    Args:
-        total: tokens that the layer keeps after a compression, all KV heads together.
-        kv_heads: KV heads of the layer.
-        interval: decode steps between two boundaries.
-        prompt: tokens of the prompt.
-        steps: decode steps after it; the last generated token is not among them.
-
-    Returns:
-        Tokens of the sequence at each compression, rising.
-    """
-    points, held = [], 0
-    for seen in range(prompt, prompt + steps + 1, interval):
-        held += kv_heads * (prompt if seen == prompt else interval)
-        if held > total:
-            points.append(seen)
-            held = total
-    return points
-
-
 def plan_memory(
     config: CompressionConfig,
     shapes: tuple[LayerShape, ...],

@@ -78,15 +78,11 @@ class Accounting:
             generated: its tokens; the last one was never fed and is not in the cache.
         """
         tokens = prompt + max(generated, 1) - 1
-        kept = 0
-        for layout in self.layouts:
-            for layer, total in enumerate(layout.totals):
-                first = layout.first_due(layer, prompt)
-                if tokens < first:
-                    kept += layout.kv_heads * tokens
-                else:
-                    since = (tokens - first) % layout.reserve.interval
-                    kept += total + layout.kv_heads * since
+        kept = sum(
+            layout.reserve.cadence.held(prompt, tokens, total, layout.kv_heads)
+            for layout in self.layouts
+            for total in layout.totals
+        )
         reserve = self.layouts[0].reserve
         compressed = tokens >= reserve.first_event(prompt)
         plain = -(-tokens // self.block_size)

@@ -153,9 +153,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
 
     def _boundary(self, request: Tracked, tokens: int) -> int:
         """The first boundary at or after ``tokens`` tokens."""
-        over = max(tokens - request.start, 0)
-        interval = self.runs.layout.reserve.interval
-        return request.start + -(-over // interval) * interval
+        return self.runs.layout.reserve.cadence.boundary(request.start, tokens)
 
     def build(
         self,

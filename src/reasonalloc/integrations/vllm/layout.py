@@ -11,10 +11,11 @@ without telling each other.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
+from reasonalloc.core.cadence import Cadence, most_held, overflow
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Reserve:
     overflow: int
     blocks: int
 
+    @property
+    def cadence(self) -> Cadence:
+        """The boundaries of a request."""
+        return Cadence(self.interval)
+
     def first_event(self, start: int) -> int:
         """Tokens at the first compression of a request whose prefill has ``start`` tokens."""
-        if start >= self.overflow:
-            return start
-        return start + -(-(self.overflow - start) // self.interval) * self.interval
+        return self.cadence.boundary(start, self.overflow)
 
     def needed(self, start: int, tokens: int) -> int:
         """Blocks that must be there for a step that ends with ``tokens`` tokens in the cache."""
@@ -53,8 +57,7 @@ class Reserve:
 
     def compressions(self, start: int, tokens: int) -> int:
         """Boundaries up to ``tokens`` tokens at which some layer was compressed."""
-        first = self.first_event(start)
-        return 0 if tokens < first else (tokens - first) // self.interval + 1
+        return len(self.cadence.compressions(start, tokens, self.overflow))
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,16 @@ class Layout:
 
     def is_due(self, layer: int, tokens: int) -> bool:
         """Whether a boundary at ``tokens`` tokens compresses the layer; once so, always so."""
-        return self.kv_heads * tokens > self.totals[layer]
+        return tokens >= overflow(self.totals[layer], self.kv_heads)
 
     def first_due(self, layer: int, start: int) -> int:
         """Tokens at the first boundary that compresses the layer."""
-        least = self.totals[layer] // self.kv_heads + 1
-        return dataclasses.replace(self.reserve, overflow=least).first_event(start)
+        return self.reserve.cadence.boundary(start, overflow(self.totals[layer], self.kv_heads))
 
 
 def _pages(total: int, kv_heads: int, interval: int, block_size: int) -> int:
     """Enough for any division of ``total`` among the heads, each growing by ``interval``."""
-    return (total + kv_heads * (interval + block_size - 1)) // block_size
+    return (most_held(total, kv_heads, interval) + kv_heads * (block_size - 1)) // block_size
 
 
 def make_layouts(
@@ -117,7 +119,7 @@ def make_layouts(
     reserve = Reserve(
         block_size=block_size,
         interval=interval,
-        overflow=min(total for layers in totals for total in layers) // kv_heads + 1,
+        overflow=overflow(min(total for layers in totals for total in layers), kv_heads),
         blocks=-(-max(whole) // per_block),
     )
     return tuple(Layout(reserve, tuple(layers), kv_heads) for layers in totals)
