@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", default="costs.json")
     parser.add_argument("--prompt", default="Prove that the square root of 2 is irrational.")
     parser.add_argument("--budget", type=int, default=256, help="tokens kept per layer and KV head")
+    parser.add_argument("--interval", type=int, default=128, help="tokens between compressions")
     parser.add_argument("--tokens", type=int, default=512, help="length of calibration texts")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     options = parser.parse_args()
@@ -40,10 +41,12 @@ def main() -> None:
         [{"prompt": prompt} for prompt in PROMPTS],
         objective="fisher",
         generate=options.tokens,  # completed by the model itself, with its full cache
+        interval=options.interval,  # costs are measured for one cadence
         out=options.out,
     )
     costs.show()
-    settings = {"budget": options.budget, "arm": "best", "profile": options.out}
+    settings = {"budget": options.budget, "interval": options.interval}
+    settings |= {"arm": "best", "profile": options.out}
     reasonalloc.plan(model, **settings).show()
     inputs = tokenizer(options.prompt, return_tensors="pt")
     with reasonalloc.attach(model, **settings):

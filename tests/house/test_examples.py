@@ -16,11 +16,15 @@ from typing import Any
 
 import pytest
 
+import reasonalloc
 from reasonalloc.policies import POLICIES
 from tiny_folder import save_tiny
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 Run = Callable[..., str]
+api = pytest.mark.skipif(
+    not hasattr(reasonalloc, "evaluate"), reason="needs plan, calibrate, fidelity and evaluate"
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,34 @@ def test_serve_and_call(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     counted = {m.partition("{")[0]: float(m.split()[-1]) for m in metrics}
     assert counted["reasonalloc:kv_bytes_per_sequence"] > 0
     assert len(counted) == 6
+
+
+@api
+def test_calibrate_then_best(run: Run, chatty: Path) -> None:
+    sizes = ("--budget", 24, "--tokens", 100, "--max-new-tokens", 40, "--interval", 16)
+    out = run("calibrate_then_best.py", "--model", chatty, *sizes)
+    assert "budget" in out and Path("costs.json").is_file()
+
+
+@api
+def test_the_notebook_runs_from_top_to_bottom(
+    chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    source = Path(__file__).parents[2] / "src"
+    settings = {"REASONALLOC_MODEL": chatty, "REASONALLOC_TOKENS": 64, "HF_HUB_OFFLINE": 1}
+    for name, value in {**settings, "PYTHONPATH": source}.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = nbformat.read(_EXAMPLES / "notebook.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "clear outputs before a commit"
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    shown = [
+        output["data"].get("text/html", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "execute_result"
+    ]
+    assert len(shown) == 4 and all("<table" in html for html in shown)
+    assert (tmp_path / "costs.json").is_file() and (tmp_path / "results/samples.jsonl").is_file()
