@@ -11,8 +11,8 @@ KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint fuzz sanitize sanitize-fast test-oldest test-newest test-random \
-	test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+.PHONY: setup demo check lint format docs test suite coverage fuzz sanitize sanitize-fast \
+	test-oldest test-newest test-random test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -25,15 +25,42 @@ $(VENV)/.ready: pyproject.toml src/reasonalloc/version.py
 demo: setup
 	$(BIN)/reasonalloc demo
 
+# Before a commit: lint, and tests of what breaks most easily. CONTRIBUTING.md says how long it takes.
+FAST_TESTS := tests/house/test_imports.py tests/house/test_workflows.py tests/house/test_dashboard.py \
+	tests/core/test_policies.py tests/core/test_allocators.py tests/hf/test_refusals.py
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(FAST_TESTS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+CPP = $$(git ls-files '*.cpp' '*.h')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The site in site/: a link that leads nowhere or a name without a docstring stops it.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 # The newest transformers runs everything, the oldest one that is declared what touches it. Tests
 # with random examples try the same ones every time; others: make test-random.
-test: lint test-oldest
+test: lint test-oldest suite
+
+suite: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Lines and branches that the suite runs, below the tests' results and in coverage.xml.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered \
+		--cov-report=xml
 
 # The loops in C++ with AddressSanitizer and UndefinedBehaviorSanitizer: three minutes of one core.
 # The short one takes half of that.
@@ -95,7 +122,8 @@ $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	touch $@
 
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving \
+		tests/house/test_examples.py::test_serve_and_call
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
@@ -172,4 +200,4 @@ bench-gpu: setup
 		--out bench-gpu-full.json
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site coverage.xml .coverage .import_linter_cache

@@ -40,9 +40,8 @@ inline float read_any(const char* at, int64_t kind, int64_t index) {
     case 5: return at[index] ? 1.0f : 0.0f;
   }
   float value = 0.0f;
-  by_kind(int(kind), [&](auto zero) {
-    value = read(reinterpret_cast<const decltype(zero)*>(at) + index);
-  });
+  by_kind(int(kind),
+          [&](auto zero) { value = read(reinterpret_cast<const decltype(zero)*>(at) + index); });
   return value;
 }
 

@@ -1,9 +1,9 @@
 // Products of a few rows with a weight matrix, [rows, width] times [outputs, width] transposed.
 //
-// The weights are read once, in the order in which they lie; tiles of outputs and rows are summed in
-// registers, in float. Of up to four rows each output is a dot product along the width. More rows are
-// first laid out as a panel, [width, rows], so that vectors hold one number of several rows and every
-// weight is multiplied with all of them.
+// The weights are read once, in the order in which they lie; tiles of outputs and rows are summed
+// in registers, in float. Of up to four rows each output is a dot product along the width. More
+// rows are first laid out as a panel, [width, rows], so that vectors hold one number of several
+// rows and every weight is multiplied with all of them.
 
 #include "../ops/native/lanes.h"
 
@@ -22,8 +22,8 @@ struct Product {
   int64_t out_stride;
 };
 
-// How far ahead weights are fetched, in elements: where the same row of the next tile begins; if that
-// is far, a little ahead in this one.
+// How far ahead weights are fetched, in elements: where the same row of the next tile begins; if
+// that is far, a little ahead in this one.
 template <typename W>
 int64_t ahead(const Product& p, int64_t outputs) {
   const int64_t tile = outputs * p.weight_stride, size = int64_t(sizeof(W));
@@ -161,8 +161,8 @@ void multiply(const Product& p, const W* weights, int64_t outputs, int64_t rows,
   strips_of(std::integral_constant<int, 1>{}, whole, end);
 }
 
-// Rows [count, width] as a panel [width, padded], in which the last row is repeated; the share of one
-// thread.
+// Rows [count, width] as a panel [width, padded], in which the last row is repeated; the share of
+// one thread.
 template <typename X>
 void lay_out(const X* rows, int64_t stride, int64_t count, int64_t width, float* panel,
              int64_t padded, int64_t thread, int64_t threads) {

@@ -7,10 +7,12 @@
 namespace {
 
 // In the order of structs.py's `Operation`.
+// clang-format off
 #define REASONALLOC_OPERATIONS(X)                                                            \
   X(Copy) X(Negate) X(Cosine) X(Sine) X(InverseRoot) X(Logistic) X(Silu) X(Gelu) X(GeluTanh) \
   X(Tanh) X(Exp) X(Relu) X(Square) X(Power) X(Add) X(Subtract) X(Multiply) X(Divide) X(Sum)  \
   X(Count) X(Embed) X(Product) X(Attend) X(Panel)
+// clang-format on
 
 #define REASONALLOC_NUMBER(name) k##name,
 enum Operation { REASONALLOC_OPERATIONS(REASONALLOC_NUMBER) };
@@ -19,8 +21,9 @@ enum Operation { REASONALLOC_OPERATIONS(REASONALLOC_NUMBER) };
 void product(const Instruction& i, int64_t thread, int64_t threads) {
   const int64_t rows = i.sizes[0], outputs = i.sizes[1];
   const bool panel = i.sizes[3] != 0;
-  const Product p = {reinterpret_cast<const float*>(i.a.at), i.a.strides[0], i.b.strides[0],
-                     i.sizes[2], reinterpret_cast<const float*>(i.c.at), i.out.strides[0]};
+  const Product p = {
+      reinterpret_cast<const float*>(i.a.at), i.a.strides[0],  i.b.strides[0], i.sizes[2],
+      reinterpret_cast<const float*>(i.c.at), i.out.strides[0]};
   by_kind(int(i.b.kind), [&](auto weight) {
     by_kind(int(i.out.kind), [&](auto zero) {
       using W = decltype(weight);
@@ -34,8 +37,8 @@ void product(const Instruction& i, int64_t thread, int64_t threads) {
 // a[rows, width] as a panel.
 void panel(const Instruction& i, int64_t thread, int64_t threads) {
   by_kind(int(i.a.kind), [&](auto zero) {
-    lay_out(reinterpret_cast<const decltype(zero)*>(i.a.at), i.a.strides[0], i.sizes[0],
-            i.sizes[1], reinterpret_cast<float*>(i.out.at), i.out.strides[0], thread, threads);
+    lay_out(reinterpret_cast<const decltype(zero)*>(i.a.at), i.a.strides[0], i.sizes[0], i.sizes[1],
+            reinterpret_cast<float*>(i.out.at), i.out.strides[0], thread, threads);
   });
 }
 
@@ -69,9 +72,7 @@ void run(const Instruction& i, int64_t thread, int64_t threads, Plan& plan, int*
     case kGelu:
       return single([](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); });
     case kGeluTanh:  // 0.5 (1 + tanh y) is the logistic function of 2y
-      return each([](Lanes x) {
-        return x * logistic(1.59576912f * (x + 0.044715f * x * x * x));
-      });
+      return each([](Lanes x) { return x * logistic(1.59576912f * (x + 0.044715f * x * x * x)); });
     case kTanh: return single([](float x) { return std::tanh(x); });
     case kExp: return single([](float x) { return std::exp(x); });
     case kRelu: return each([](Lanes x) { return x < 0.0f ? Lanes{} : x; });

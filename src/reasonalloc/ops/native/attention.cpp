@@ -294,9 +294,8 @@ void attend(const Attend& a, Plan& plan, int* failed) {
   }
 #pragma omp for schedule(static)
   for (int64_t run = 0; run < runs; ++run)
-    by_kind(int(a.value_kind), [&](auto zero) {
-      join_chunks<decltype(zero)>(a, plan, run, scratch);
-    });
+    by_kind(int(a.value_kind),
+            [&](auto zero) { join_chunks<decltype(zero)>(a, plan, run, scratch); });
 }
 
 }  // namespace

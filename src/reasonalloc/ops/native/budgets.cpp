@@ -130,11 +130,11 @@ extern "C" int reasonalloc_select(const float* scores, const int64_t* lengths,
       float score = scores[run * n + j];
       if (forced && forced[run * n + j]) score = std::numeric_limits<float>::infinity();
       // As `clamp_min`: the lowest number, but not-a-number stays.
-      if (score < std::numeric_limits<float>::lowest()) score = std::numeric_limits<float>::lowest();
+      if (score < std::numeric_limits<float>::lowest())
+        score = std::numeric_limits<float>::lowest();
       order.push_back({order_of(score), int32_t(j)});
     }
-    if (best > 0 && best < open)
-      std::nth_element(order.begin(), order.begin() + best, order.end());
+    if (best > 0 && best < open) std::nth_element(order.begin(), order.begin() + best, order.end());
     bool* own = keep + run * n;
     std::memset(own, 0, size_t(n));
     for (int64_t j = 0; j < best; ++j) own[order[j].place] = true;

@@ -109,7 +109,8 @@ inline void hold(Vector& x) {
 
 inline Lanes splat(float x) { return x - Lanes{}; }
 
-// One number of all lanes: `f` of two vectors of four, until one is left, then of pairs of its lanes.
+// One number of all lanes: `f` of two vectors of four, until one is left, then of pairs of its
+// lanes.
 template <typename Vector, typename F>
 inline auto folded(Vector x, F f) {
   typedef std::remove_reference_t<decltype(x[0])> Element;

@@ -39,7 +39,7 @@ inline bool any_above(const Lanes products[kRows][2], float threshold) {
 
 struct Run {
   int64_t length;
-  int64_t padded;      // to a multiple of kTile
+  int64_t padded;  // to a multiple of kTile
   int64_t width;
   const float* units;  // [width, padded]: keys of length 1, zeros behind the last one
 };
@@ -116,7 +116,8 @@ void latest_similar(const Run& run, float threshold, int threads, int32_t* lates
   }
 }
 
-// Mean cosine of keys to the others, the latest similar ones not counted; `cosine` is that of two keys.
+// Mean cosine of keys to the others, the latest similar ones not counted; `cosine` is that of two
+// keys.
 template <typename Cosine>
 void redundancy_of(const Run& run, float threshold, int threads, std::vector<int32_t>& latest,
                    float* out, Cosine cosine) {
@@ -252,9 +253,9 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
 
 template <typename T>
 int rkv_scores(const float* queries, const T* keys, const int64_t* index, const int64_t* lengths,
-                float* scores, int64_t batch, int64_t kv_heads, int64_t group, int64_t window,
-                int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam,
-                float threshold, float softcap, int threads) {
+               float* scores, int64_t batch, int64_t kv_heads, int64_t group, int64_t window,
+               int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam, float threshold,
+               float softcap, int threads) {
   const int64_t runs = batch * kv_heads;
   auto score = [&](int64_t run, int shared_by) {
     static thread_local RkvMemory memory;
@@ -269,23 +270,25 @@ int rkv_scores(const float* queries, const T* keys, const int64_t* index, const 
     if (memory.units.size() > kKept) memory = {};  // of a long prompt
   };
   const bool shared = runs < threads;  // threads share a run
-  return for_rows(runs, shared ? 1 : threads, [&](int64_t run) { score(run, shared ? threads : 1); });
+  return for_rows(runs, shared ? 1 : threads,
+                  [&](int64_t run) { score(run, shared ? threads : 1); });
 }
 
 }  // namespace
 
 // queries are scaled.
-extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys,
-                                       const int64_t* index, const int64_t* lengths, float* scores,
-                                       int64_t batch, int64_t kv_heads, int64_t group,
-                                       int64_t window, int64_t stored, int64_t n, int64_t width,
-                                       int64_t kernel, float lam, float threshold, float softcap,
-                                       int kind, int threads) {
+extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys, const int64_t* index,
+                                      const int64_t* lengths, float* scores, int64_t batch,
+                                      int64_t kv_heads, int64_t group, int64_t window,
+                                      int64_t stored, int64_t n, int64_t width, int64_t kernel,
+                                      float lam, float threshold, float softcap, int kind,
+                                      int threads) {
   int failed = kDone;
   by_kind(kind, [&](auto zero) {
     using T = decltype(zero);
-    failed = rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
-                        group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
+    failed =
+        rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
+                   group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
   });
   return failed;
 }
