@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-CPP = $$(git ls-files '*.cpp' '*.h')
+CPP = $$(find src -name '*.cpp' -o -name '*.h')
 
 format: setup
 	$(BIN)/ruff check --fix .
