@@ -27,10 +27,11 @@ demo: setup
 
 # Before a commit: lint, and tests of what breaks most easily. CONTRIBUTING.md says how long it takes.
 FAST_TESTS := tests/house/test_imports.py tests/house/test_workflows.py tests/house/test_dashboard.py \
-	tests/core/test_policies.py tests/core/test_allocators.py tests/hf/test_refusals.py
+	tests/house/test_docs.py tests/core/test_policies.py tests/core/test_allocators.py \
+	tests/hf/test_refusals.py
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(FAST_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FAST_TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,7 +40,7 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-CPP = $$(git ls-files '*.cpp' '*.h')
+CPP = $$(find src -name '*.cpp' -o -name '*.h')
 
 format: setup
 	$(BIN)/ruff check --fix .
