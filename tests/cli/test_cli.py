@@ -184,6 +184,23 @@ def test_interrupt_json(endless: list[str]) -> None:
         assert json.loads(out)["stopped"] == "interrupted"
 
 
+def test_interrupt_while_torch_is_imported() -> None:
+    """An exception inside of its C++ initialisation would abort the process."""
+    code = """
+import os, signal, sys
+from reasonalloc.cli import main
+
+def find_spec(name, path=None, target=None):
+    if name == "torch._tensor":  # in the middle of it
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, type("Finder", (), {"find_spec": staticmethod(find_spec)}))
+sys.exit(main.main(["ls"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 def test_broken_pipe(folder: str) -> None:
     process = shell("run", folder, "--prompt", PROMPT, *SMALL[:4], "--max-new-tokens", "400")
     assert process.stdout is not None and process.stderr is not None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from reasonalloc.errors import OtherCadence, UnsupportedError, UsageError
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait. On a machine that does anything else besides, decoding
     # with spinning threads measured 8 to 18 times slower. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     said: set[str] = set()
     show = warnings.showwarning
 
@@ -66,6 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         warnings.showwarning = show
     return code if isinstance(code, int) else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. PyTorch aborts the process if its import is broken off: leave in our own way."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        os.write(2, b"error: interrupted\n")
+        os._exit(INTERRUPTED)
+    signal.default_int_handler(number, frame)
 
 
 def _explain(error: Any, arguments: Sequence[str]) -> str:
