@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the place of ``path`` if nothing is raised.
+    """Give a file beside ``path`` to write to, which replaces ``path`` if nothing is raised.
 
     Else it is removed: half a page on a full disk helps nobody.
     """

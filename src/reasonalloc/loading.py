@@ -44,7 +44,7 @@ class Source:
     path: Path | None = None
 
     def arguments(self) -> tuple[str, dict[str, Any]]:
-        """First argument and keywords of transformers' ``from_pretrained``."""
+        """Return the first argument and the keywords of transformers' ``from_pretrained``."""
         if self.path is None:
             return self.name, {"local_files_only": not hub_reachable()}
         if self.kind == "gguf":
@@ -185,7 +185,7 @@ def _sentence(source: Source, error: Exception) -> str:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's configuration, without its weights.
+    """Return a model's configuration, without its weights.
 
     Args:
         name: hub name, folder or ``.gguf`` file.
@@ -206,7 +206,7 @@ def _load_config(source: Source, trust_remote_code: bool) -> Any:
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: Any) -> torch.dtype:
-    """The dtype that a model is loaded with; ``auto`` is the checkpoint's own, else float32.
+    """Return the dtype that a model is loaded with; ``auto`` is the checkpoint's own, else float32.
 
     Raises:
         UsageError: an unknown name.
@@ -224,7 +224,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: Any) -> torch.dtype:
 
 
 def available_devices() -> list[str]:
-    """Devices that a model can be put on here, the best one first."""
+    """Return devices that a model can be put on here, the best one first."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -232,7 +232,7 @@ def available_devices() -> list[str]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the best device here.
+    """Return a device; ``auto`` is the best one here.
 
     Raises:
         UsageError: no such device here.
@@ -256,7 +256,7 @@ def load_model(
     device_map: str | None = None,
     tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """Return a causal language model in evaluation mode, and its tokenizer.
 
     Args:
         name: hub name, folder or ``.gguf`` file (its weights are dequantised).
@@ -300,7 +300,7 @@ def load_model(
 
 
 def _spread(device: str, device_map: str | None, tp_plan: str | None) -> dict[str, str]:
-    """Arguments of ``from_pretrained`` that divide a model among devices; none if it is not."""
+    """Return the arguments of ``from_pretrained`` that divide a model among devices, or none."""
     wanted = {"device_map": device_map, "tp_plan": tp_plan}
     spread = {name: value for name, value in wanted.items() if value is not None}
     given = ({} if device == "auto" else {"device": device}) | spread

@@ -58,7 +58,7 @@ def load_trajectories(path: str, tokenizer: Any, name: str = "trajectories") -> 
 
 
 def load_kinds(path: str, name: str = "trajectories") -> list[str]:
-    """The label ``kind`` of every text in such a file, "" where there is none.
+    """Return the label ``kind`` of every text in such a file, "" where there is none.
 
     Raises:
         UsageError: as ``load_trajectories``, or a label that is no text.

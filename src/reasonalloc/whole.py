@@ -10,7 +10,7 @@ from reasonalloc.errors import UsageError
 
 
 def whole_number(name: str, value: Any, least: int | None = None, unit: str = "") -> int:
-    """A value as a plain ``int``: Python's, numpy's, or a tensor of one whole number; no bool.
+    """Return a value as a plain ``int``: Python's, numpy's, or a tensor of one number; no bool.
 
     Args:
         name: of the argument, for messages.
@@ -25,23 +25,23 @@ def whole_number(name: str, value: Any, least: int | None = None, unit: str = ""
     try:
         if "bool" in kind or getattr(value, "ndim", 0) > 0:
             raise TypeError
-        found = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         counted = f"a whole number of {unit}" if unit else "a whole number"
         raise UsageError(f"{name}={value!r} must be {counted}") from None
-    if least is not None and found < least:
-        raise UsageError(f"{name}={found} is too small: give at least {least}")
-    return found
+    if least is not None and number < least:
+        raise UsageError(f"{name}={number} is too small: give at least {least}")
+    return number
 
 
 def whole_numbers(name: str, values: Iterable[Any], least: int | None = None) -> list[int]:
-    """Several of them, as plain ints.
+    """Return several values as plain ints.
 
     Raises:
         UsageError: as ``whole_number``, or no sequence.
     """
     try:
-        found = list(values)
+        listed = list(values)
     except TypeError:
         raise UsageError(f"{name}={values!r} must be whole numbers, as [64, 128]") from None
-    return [whole_number(name, value, least) for value in found]
+    return [whole_number(name, value, least) for value in listed]

@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("scipy")
 
+import made_statistics
+from models import tiny
 from reasonalloc.calibrated.costs import CostProfile, load_costs
 from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.report import curves
@@ -191,6 +193,22 @@ def test_show(call: Call, tmp_path: Path) -> None:
     assert code == 0 and len([r for r in text.splitlines() if r.strip()[:1].isdigit()]) == 6
     code, text, _ = call("profile", "show", path, "--json")
     assert json.loads(text)["costs"][0][1] == pytest.approx([0.1375, 0.0275])
+
+
+def test_statistics_are_shown(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    made_statistics.of_model(tiny("llama")).save(path)
+    code, text, err = call("profile", "show", path)
+    assert code == 0 and "entropy" in text, err
+    assert json.loads(call("profile", "show", path, "--json")[1])["layers"] == [0, 1, 2]
+    for arguments, message in (
+        (["show", path, "--heads"], "--heads: statistics have no heads"),
+        (["show", path, "--budget", 9], "--budget has no effect with statistics"),
+        (["show", path, "--plot", tmp_path / "p.html"], "--plot: statistics have no page"),
+        (["compare", path, path], "holds statistics, which have no curves to compare"),
+    ):
+        code, text, err = call("profile", *arguments)
+        assert (code, text) == (2, "") and message in err
 
 
 def test_compare(call: Call, tmp_path: Path) -> None:

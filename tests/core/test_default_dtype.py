@@ -48,7 +48,7 @@ def model() -> Any:
 def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of every kind that policies and allocators read, by what they say they read."""
     folder = tmp_path_factory.mktemp("files")
-    found = {kind: folder / f"{kind} file" for kind in ("statistics", "cost profile", "")}
+    found = {kind: folder / f"{kind} file" for kind in ("statistics", "cost profile", "profile")}
     made_statistics.of_model(model).save(found["statistics"])
     made_costs.of_model(model).save(found["cost profile"])
     demand = [30.0, 10.0, 20.0]
@@ -61,7 +61,7 @@ def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         demand_mean=demand,
         demand_max=demand,
         curves=[demand],
-    ).save(found[""])
+    ).save(found["profile"])
     return found
 
 
@@ -198,7 +198,7 @@ def run(layer: LayerCompressor) -> torch.Tensor:
 @pytest.mark.parametrize("layers", sorted(LAYER_ALLOCATORS.entries()))
 def test_plans_are_the_same(layers: str, model: Any, files: dict[str, Path]) -> None:
     cls = LAYER_ALLOCATORS.entries()[layers].cls
-    profile = files[getattr(cls, "reads", "")] if hasattr(cls, "path") else None
+    profile = files[cls.reads] if hasattr(cls, "path") else None
     heads = "planned" if layers == "cost" else "uniform"
     found = []
     for others in (False, True):

@@ -56,11 +56,11 @@ def minimise(curves: Tensor, points: Tensor, total: int, lower: int, upper: int)
     else:
         for _ in range(_STEPS):
             price = (dear + cheap) / 2
-            found = taken(price)
-            if int(found.sum()) <= total:
-                dear, few = price, found
+            sizes_now = taken(price)
+            if int(sizes_now.sum()) <= total:
+                dear, few = price, sizes_now
             else:
-                cheap, many = price, found
+                cheap, many = price, sizes_now
     room = (many - few).clamp_min(0)
     before = room.cumsum(0) - room
     return few + (total - int(few.sum()) - before).clamp_min(0).minimum(room)

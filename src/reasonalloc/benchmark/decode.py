@@ -107,7 +107,7 @@ def _now(device: torch.device) -> float:
 
 @contextmanager
 def opened(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) -> Iterator[Any]:
-    """The contender's cache for a prompt and so many new tokens, ready for calls of the model."""
+    """Return the contender's cache for a prompt and so many new tokens, ready to be used."""
     from transformers import DynamicCache, StaticCache
 
     if contender.config is not None:
@@ -122,7 +122,7 @@ def opened(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) ->
 
 
 def weight_products(model: Any, batch: int, repeats: int = 10) -> list[float]:
-    """Seconds that the products of one step with all weights take alone, several times."""
+    """Return seconds that the products of one step with all weights take alone, several times."""
     run = products_alone(model, batch)
     seconds = []
     for _ in range(repeats + 1):
@@ -133,7 +133,7 @@ def weight_products(model: Any, batch: int, repeats: int = 10) -> list[float]:
 
 
 def products_alone(model: Any, batch: int) -> Callable[[], None]:
-    """What does the products of one step with all weights, and nothing else.
+    """Return a function that does the products of one step with all weights, and nothing else.
 
     What no cache can go below: each ``Linear`` is applied to a [batch, 1, inputs] tensor.
     """
@@ -153,7 +153,7 @@ def products_alone(model: Any, batch: int) -> Callable[[], None]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median, upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

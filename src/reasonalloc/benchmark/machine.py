@@ -12,7 +12,7 @@ import transformers
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Return what the numbers depend on besides the code."""
     device = model.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_shape(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of a shape with random weights, in evaluation mode.
+    """Return a model of a shape with random weights, in evaluation mode.
 
     Args:
         name: a key of ``SHAPES``.
@@ -82,7 +82,7 @@ def build_shape(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where nobody says."""
+    """Return bytes that are free on a device; None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

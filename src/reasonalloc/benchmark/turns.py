@@ -17,7 +17,7 @@ from reasonalloc.benchmark.decode import Contender, one_step, opened
 def decoder(
     stack: ExitStack, model: Any, contender: Contender, ids: Tensor, tokens: int = 0
 ) -> Callable[[], None]:
-    """A cache of its own, filled with prompts and so many new tokens.
+    """Return a step on a cache of its own, filled with prompts and so many new tokens.
 
     Args:
         stack: keeps what the cache needs until it is left.
@@ -47,7 +47,7 @@ def in_turns(
     count: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of ``count`` steps of each side; nobody always comes first."""
+    """Return seconds of ``count`` steps of each side; nobody always comes first."""
     seconds: list[list[float]] = [[] for _ in sides]
     places = list(range(len(sides)))
     for turn in range(count):

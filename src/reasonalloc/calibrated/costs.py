@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
+from reasonalloc.calibrated.cost_schema import REMEDY, SCHEMA_VERSION, check_costs
 from reasonalloc.calibrated.demand import check_fingerprint
-from reasonalloc.calibrated.reading import (
-    check_choice,
-    check_fields,
-    check_object,
-    check_texts,
-    check_version,
-    is_number,
-    read_json,
-)
-from reasonalloc.calibrated.tables import cost_notes, cost_table, joint_table, spaced
+from reasonalloc.calibrated.reading import read_json
+from reasonalloc.calibrated.tables import milli, spaced
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
-from reasonalloc.tables import Shown, Table
-
-#: Version 1 had no ``layer_costs``; it is still read.
-SCHEMA_VERSION = 2
-#: How costs were measured: one head compressed at a time and replayed, or estimated to second
-#: order from gradients (see ``calibration``).
-OBJECTIVES = ("kl", "fisher")
-_REMEDY = "make one with 'reasonalloc calibrate --objective fisher'"
+from reasonalloc.tables import Column, Shown, Table
 
 
 @dataclass(frozen=True)
@@ -91,14 +77,43 @@ class CostProfile(Shown):
 
     def tables(self) -> list[Table]:
         """Return costs of each layer, and the check of all heads at once if there is one."""
-        return [cost_table(self, spaced(self.budgets)), *([joint_table([self])] * bool(self.joint))]
+        costs = self.cost_table(spaced(self.budgets))
+        return [costs, joint_table([self])] if self.joint else [costs]
 
     def notes(self) -> list[str]:
         """Return the unit, and the budgets that the table leaves out."""
-        return cost_notes(self, spaced(self.budgets))
+        return self.table_notes(spaced(self.budgets))
+
+    def cost_table(self, budgets: Sequence[int], heads: bool = False, title: str = "") -> Table:
+        """Return a row per layer or head, in 1/1000 nat per token.
+
+        Args:
+            budgets: some of the profile's, a column each.
+            heads: a row per head; else per layer, summed over its heads.
+            title: of the table.
+        """
+        points = [self.budgets.index(size) for size in budgets]
+        columns: list[Column] = [("layer", True), ("head" if heads else "costliest head", True)]
+        columns += [(f"budget {size}", True) for size in budgets]
+        rows: list[tuple[str, ...]] = []
+        for index, layer in enumerate(self.curves()):
+            if heads:
+                for number, head in enumerate(layer):
+                    rows.append((str(index), str(number), *(milli(head[p]) for p in points)))
+            else:
+                worst = max(range(len(layer)), key=lambda h: layer[h][points[0]])
+                sums = [milli(sum(head[p] for head in layer)) for p in points]
+                rows.append((str(index), str(worst), *sums))
+        return Table(title, columns, rows)
+
+    def table_notes(self, shown: Sequence[int], how: str = "") -> list[str]:
+        """Return the unit of ``cost_table``, the budgets that it leaves out and how to see them."""
+        left = [str(size) for size in self.budgets if size not in shown]
+        also = [f"Also measured at {', '.join(left)}{how}."] if left else []
+        return [*also, "Costs in 1/1000 nat per token; of a layer: summed over its heads."]
 
     def curves(self, texts: list[int] | None = None) -> list[list[list[float]]]:
-        """[layers][kv_heads][points] nats per token, mean over texts weighted by their tokens.
+        """Return [layers][kv_heads][points] nats per token, a mean over the texts' tokens.
 
         Args:
             texts: indices of the texts to use; None for all.
@@ -110,7 +125,7 @@ class CostProfile(Shown):
         ]
 
     def layer_curves(self, texts: list[int] | None = None) -> list[list[float]]:
-        """[layers][points], as ``curves``, of whole layers.
+        """Return [layers][points], as ``curves``, of whole layers.
 
         Raises:
             UsageError: the file has none.
@@ -126,7 +141,7 @@ class CostProfile(Shown):
         ]
 
     def _mean(self, curves: list[list[float]], texts: list[int] | None) -> list[float]:
-        """[points] from [texts][points]."""
+        """Return [points] from [texts][points]."""
         used = range(len(self.tokens)) if texts is None else texts
         total = sum(self.tokens[t] for t in used)
         return [
@@ -166,92 +181,24 @@ def load_costs(path: str | os.PathLike[str]) -> CostProfile:
     Raises:
         UsageError: the file is missing, is no JSON or breaks the schema; says what and where.
     """
-    data = read_json(path, "cost profile", _REMEDY)
+    data = read_json(path, "cost profile", REMEDY)
     try:
-        return _validated(data)
+        return CostProfile(**check_costs(data, [field.name for field in fields(CostProfile)]))
     except UsageError as error:
         raise UsageError(f"cost profile {str(path)!r} is broken: {error}") from None
 
 
-def _validated(data: Any) -> CostProfile:
-    check_object(data)
-    if data.get("kind") != "cost":
-        raise UsageError(f"it is another kind of file: {_REMEDY}")
-    if data.get("version") == 1 and "layer_costs" not in data:
-        data = {**data, "layer_costs": [], "version": SCHEMA_VERSION}
-    check_version(data, SCHEMA_VERSION)
-    check_fields(data, CostProfile)
-    check_choice(data, "objective", OBJECTIVES)
-    check_texts(data, ("model_id", "config_hash", "policy"))
-    _check_settings(data)
-    texts = _list("text_hashes", data["text_hashes"], None, str)
-    _list("kinds", data["kinds"], texts, str)
-    _list("tokens", data["tokens"], texts, int)
-    if min(data["tokens"]) < 1:
-        raise UsageError("tokens must be positive")
-    points = len(data["budgets"])
-    layers = _check_costs(data["costs"], texts, points)
-    _check_layer_costs(data["layer_costs"], texts, layers, points)
-    for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
-        wanted = {"budget", "predicted", "measured", "uniform"}
-        if not isinstance(entry, dict) or set(entry) != wanted:
-            raise UsageError(f"joint must be a list of objects with {', '.join(sorted(wanted))}")
-    return CostProfile(**data)
-
-
-def _check_settings(data: dict[str, Any]) -> None:
-    for name, least in (("interval", 1), ("window", 1), ("samples", 0)):
-        if type(data[name]) is not int or data[name] < least:
-            raise UsageError(f"{name}={data[name]!r} must be a whole number >= {least}")
-    budgets = data["budgets"]
-    if (
-        not isinstance(budgets, list)
-        or len(budgets) < 2
-        or not all(type(b) is int and b > 0 for b in budgets)
-        or sorted(set(budgets)) != budgets
-    ):
-        raise UsageError("budgets must be at least two positive whole numbers, rising")
-
-
-def _list(name: str, values: Any, length: int | None, kind: type) -> int:
-    if not isinstance(values, list) or not values or any(type(v) is not kind for v in values):
-        raise UsageError(f"{name} must be a list with an entry per text")
-    if length is not None and len(values) != length:
-        raise UsageError(f"{name} has {len(values)} entries, text_hashes has {length}")
-    return len(values)
-
-
-def _check_costs(costs: Any, texts: int, points: int) -> int:
-    """The number of layers, if all is well."""
-    if not isinstance(costs, list) or len(costs) != texts:
-        raise UsageError("costs must hold an entry per text")
-    shape: tuple[int, int] | None = None
-    for index, text in enumerate(costs):
-        if not isinstance(text, list) or not text or not isinstance(text[0], list) or not text[0]:
-            raise UsageError(f"costs[{index}] must be [layers][kv_heads][points]")
-        shape = shape or (len(text), len(text[0]))
-        heads = [head for layer in text for head in (layer if isinstance(layer, list) else [None])]
-        if len(text) != shape[0] or len(heads) != shape[0] * shape[1]:
-            raise UsageError(f"costs[{index}] must have {shape[0]} layers of {shape[1]} KV heads")
-        for head in heads:
-            if not isinstance(head, list) or len(head) != points or not all(map(_is_cost, head)):
-                raise UsageError(
-                    f"costs[{index}]: every head needs {points} numbers >= 0, one per budget"
-                )
-    return len(costs[0])
-
-
-def _check_layer_costs(costs: Any, texts: int, layers: int, points: int) -> None:
-    shape = f"layer_costs must be [], or {texts} texts x {layers} layers x {points} numbers >= 0"
-    if not isinstance(costs, list) or len(costs) not in (0, texts):
-        raise UsageError(shape)
-    for text in costs:
-        if not isinstance(text, list) or len(text) != layers:
-            raise UsageError(shape)
-        for curve in text:
-            if not isinstance(curve, list) or len(curve) != points or not all(map(_is_cost, curve)):
-                raise UsageError(shape)
-
-
-def _is_cost(value: Any) -> bool:
-    return is_number(value) and bool(value >= 0)
+def joint_table(profiles: Sequence[CostProfile], title: str = "All heads at once") -> Table:
+    """Return a row per profile and checked budget, in 1/1000 nat per token."""
+    names = ("predicted", "measured", "equal budgets")
+    columns: list[Column] = [("policy", False), ("budget", True), *((name, True) for name in names)]
+    rows = [
+        (
+            profile.policy,
+            f"{entry['budget']:.0f}",
+            *(milli(entry[name]) for name in ("predicted", "measured", "uniform")),
+        )
+        for profile in profiles
+        for entry in profile.joint
+    ]
+    return Table(title, columns, rows)

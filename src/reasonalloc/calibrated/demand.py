@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +18,9 @@ from reasonalloc.calibrated.reading import (
     is_number,
     read_json,
 )
-from reasonalloc.calibrated.tables import demand_table
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
-from reasonalloc.tables import Shown, Table
+from reasonalloc.tables import Column, Shown, Table
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("attention-mass",)
@@ -40,7 +39,7 @@ _ARCHITECTURE = (
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Fingerprint of a model's architecture (from ``config.to_dict()``): 16 hex digits."""
+    """Return the fingerprint of an architecture (of ``config.to_dict()``): 16 hex digits."""
     kept = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -107,7 +106,28 @@ class DemandProfile(Shown):
 
     def tables(self) -> list[Table]:
         """Return a row per layer."""
-        return [demand_table(self)]
+        return [self.demand_table()]
+
+    def demand_table(
+        self, budgets: dict[int, list[int]] | None = None, prompts: bool = True, title: str = ""
+    ) -> Table:
+        """Return a row per layer: demand, and what it gets of each budget.
+
+        Args:
+            budgets: tokens per head of each layer, by budget.
+            prompts: show the range over prompts as well.
+            title: of the table.
+        """
+        columns: list[Column] = [("layer", True), ("mean over heads", True), ("largest head", True)]
+        columns += [("prompts", True)] * prompts
+        columns += [(f"budget {size}", True) for size in budgets or {}]
+        rows: list[tuple[str, ...]] = []
+        for index, mean in enumerate(self.demand_mean):
+            each = [curve[index] for curve in self.curves] or [mean]
+            cells = [str(index), f"{mean:.1f}", f"{self.demand_max[index]:.1f}"]
+            cells += [f"{min(each):.1f}-{max(each):.1f}"] * prompts
+            rows.append((*cells, *(str(layers[index]) for layers in (budgets or {}).values())))
+        return Table(title, columns, rows)
 
     def check_model(self, model_id: str, fingerprint: str, layers: int) -> None:
         """Refuse a profile of another model.
@@ -144,7 +164,7 @@ def load_profile(path: str | os.PathLike[str]) -> DemandProfile:
 def _validated(data: Any) -> DemandProfile:
     check_object(data)
     check_version(data, SCHEMA_VERSION)
-    check_fields(data, DemandProfile)
+    check_fields(data, [field.name for field in fields(DemandProfile)])
     check_choice(data, "objective", OBJECTIVES)
     check_texts(data, ("model_id", "config_hash"))
     if not is_number(data["rho"]) or not 0 < data["rho"] < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -46,12 +45,11 @@ def check_version(data: dict[str, Any], expected: int) -> None:
         raise UsageError(f"version={data.get('version')!r}, expected {expected}")
 
 
-def check_fields(data: dict[str, Any], cls: type[Any]) -> None:
-    """Refuse an object whose fields are not those of a dataclass."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    if missing := sorted(names - set(data)):
+def check_fields(data: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse an object whose fields are not these."""
+    if missing := sorted(set(names) - set(data)):
         raise UsageError(f"missing {', '.join(missing)}")
-    if extra := sorted(set(data) - names):
+    if extra := sorted(set(data) - set(names)):
         raise UsageError(f"unknown field {', '.join(extra)}")
 
 

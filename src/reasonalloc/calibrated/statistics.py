@@ -16,7 +16,6 @@ from torch import Tensor
 
 from reasonalloc.calibrated.demand import check_fingerprint
 from reasonalloc.calibrated.reading import check_texts, check_version
-from reasonalloc.calibrated.tables import statistics_table
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
 from reasonalloc.policies.rotary import Rope
@@ -83,7 +82,21 @@ class Statistics(Shown):
 
     def tables(self) -> list[Table]:
         """Return a row per layer."""
-        return [statistics_table(self)]
+        middle = len(self.tops) // 2
+        names = ("layer", "entropy", "variance", f"share of the top {self.tops[middle]}")
+        numbers = zip(
+            self.layers,
+            self.entropy.tolist(),
+            self.variance.tolist(),
+            self.top_share[middle].tolist(),
+            strict=True,
+        )
+        rows = [
+            (str(layer), f"{entropy:.4g}", f"{variance:.3g}", f"{share:.1%}")
+            for layer, entropy, variance, share in numbers
+        ]
+        title = f"Window attention of each layer, {len(self.prompt_hashes)} prompts"
+        return [Table(title, [(name, True) for name in names], rows)]
 
     def notes(self) -> list[str]:
         """Return why there are no query statistics, if there are none."""
@@ -197,7 +210,7 @@ def _validated(header: Any, tensors: dict[str, Tensor]) -> Statistics:
 
 
 def _counts(values: Any, least: int) -> bool:
-    """A non-empty, strictly rising list of whole numbers, the first at least ``least``."""
+    """Return whether values are a strictly rising list of whole numbers, at least ``least``."""
     if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
         return False
     return values[0] >= least and all(a < b for a, b in itertools.pairwise(values))
@@ -226,7 +239,7 @@ def _queries(
 def _tensor(
     tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], positive: bool = True
 ) -> Tensor:
-    """A finite tensor of this shape (-1: any size), not negative if ``positive``."""
+    """Return a finite tensor of this shape (-1: any size), not negative if ``positive``."""
     if name not in tensors:
         raise UsageError(f"missing {name}")
     tensor = tensors[name]

@@ -11,14 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.objectives import CalibrationConfig
-from reasonalloc.calibration.checks import Estimate, checked, now
+from reasonalloc.calibration.checks import (
+    Checked,
+    Estimate,
+    checked,
+    cost_profile,
+    counter,
+    now,
+)
 from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import CompressionConfig
-from reasonalloc.planning.shapes import model_name, text_config
+from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -75,48 +81,48 @@ def ablation(
     """
     settings = checked(model, texts, kinds, [policy], budgets, interval, window)
     stride = whole_number("stride", stride, 1)
-    layers, config, bound = settings.layers, settings.configs[0], settings.policies[0]
+    advance = counter(on_progress, len(texts) * len(settings.layers))
     costs: list[list[list[list[float]]]] = []
-    layer_costs: list[list[list[float]]] = []
-    measured: list[int] = []
-    total = len(texts) * len(layers)
-    with SuffixRunner(model, layers) as runner:
-        for trajectory in texts:
+    tokens: list[int] = []
+    with SuffixRunner(model, settings.layers) as runner:
+        for index, trajectory in enumerate(texts):
             text = _prepared(model, trajectory, stride)
             full = runner.full(text.ids, text.positions)[0].float().log_softmax(-1)
-            if not costs and runner.resumes:
+            if index == 0 and runner.resumes:
                 runner.resumes = _resumes(runner, text, full, model.dtype)
-            costs.append([])
-            layer_costs.append([])
-            for layer in layers:
-                seen = runner.seen[layer]
-                rows = outputs_under_budgets(seen, text.prompt, config, bound, settings.budgets)
-                *heads, whole = _costs(model, runner, text, full, layer, rows)
-                costs[-1].append(heads)
-                layer_costs[-1].append(whole)
-                if on_progress is not None:
-                    on_progress((len(costs) - 1) * len(layers) + len(costs[-1]), total)
-            measured.append(len(text.positions))
-    return CostProfile(
-        objective="kl",
-        model_id=model_name(model),
-        config_hash=config_hash(text_config(model).to_dict()),
-        policy=policy,
-        interval=config.interval,
-        window=config.window,
+            costs.append(_text_costs(model, runner, text, full, settings, advance))
+            tokens.append(len(text.positions))
+    return cost_profile(
+        model,
+        "kl",
+        texts,
+        kinds,
+        settings.configs[0],
         samples=0,
         budgets=settings.budgets,
-        text_hashes=[
-            fingerprint(
-                torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
-            )
-            for t in texts
-        ],
-        kinds=[""] * len(texts) if kinds is None else list(kinds),
-        tokens=measured,
-        costs=costs,
-        layer_costs=layer_costs,
+        tokens=tokens,
+        costs=[[heads for *heads, _ in layers] for layers in costs],
+        layer_costs=[[whole for *_, whole in layers] for layers in costs],
     )
+
+
+def _text_costs(
+    model: Any,
+    runner: SuffixRunner,
+    text: _Text,
+    full: Tensor,
+    settings: Checked,
+    advance: Callable[[], None],
+) -> list[list[list[float]]]:
+    """Return [layers][kv_heads + 1][budgets] nats per token, after the full pass."""
+    costs = []
+    config, policy = settings.configs[0], settings.policies[0]
+    for layer in settings.layers:
+        seen = runner.seen[layer]
+        rows = outputs_under_budgets(seen, text.prompt, config, policy, settings.budgets)
+        costs.append(_costs(model, runner, text, full, layer, rows))
+        advance()
+    return costs
 
 
 @torch.no_grad()
@@ -130,7 +136,7 @@ def estimate(
     window: int = CompressionConfig.window,
     stride: int = CalibrationConfig.stride,
 ) -> Estimate:
-    """What ``ablation`` will take, from two timed passes over the first text.
+    """Return what ``ablation`` will take, from two timed passes over the first text.
 
     Arguments and errors are those of ``ablation``.
     """
@@ -173,7 +179,7 @@ def _costs(
     layer: int,
     rows: Sequence[Tensor | None],
 ) -> list[list[float]]:
-    """Mean KL of one layer, [kv_heads + 1][budgets]: of each head, then of all of them.
+    """Return the mean KL of one layer, [kv_heads + 1][budgets]: of each head, then of all of them.
 
     Several ablations run as one batch.
     """
@@ -197,14 +203,14 @@ def _costs(
 
 
 def _kl(full: Tensor, logits: Tensor) -> float:
-    """Mean KL per position; full: [m, vocabulary] log-probabilities, logits: [m, vocabulary]."""
+    """Return the mean KL per position; both [m, vocabulary], ``full`` log-probabilities."""
     ours = logits.float().log_softmax(-1)
     each = F.kl_div(ours, full, reduction="none", log_target=True).sum(-1)
     return float(each.clamp_min(0).double().mean())
 
 
 def _row_bytes(model: Any, text: _Text) -> int:
-    """Memory of one ablation in a batch: a layer's activations, and logits in three forms."""
+    """Return the bytes of one ablation: a layer's activations, and logits in three forms."""
     config = text_config(model)
     width = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 0)
     numbers: int = text.ids.shape[1] * width

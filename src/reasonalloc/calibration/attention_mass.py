@@ -19,7 +19,7 @@ from reasonalloc.whole import whole_number
 
 
 def demand(weights: Tensor, rho: float) -> Tensor:
-    """Fewest keys whose attention masses sum to at least ``rho``, per KV head.
+    """Return the fewest keys whose attention masses sum to at least ``rho``, per KV head.
 
     The masses are averaged over the window's queries and over the query heads of the group.
 

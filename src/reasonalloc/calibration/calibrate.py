@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from reasonalloc.calibrated import CostProfile, DemandProfile
+from reasonalloc.calibrated.costs import joint_table
 from reasonalloc.calibrated.objectives import (
     OBJECTIVES,
     CalibrationConfig,
@@ -20,6 +21,7 @@ from reasonalloc.calibrated.objectives import (
     without_effect,
 )
 from reasonalloc.calibrated.statistics import Statistics
+from reasonalloc.calibrated.tables import spaced
 from reasonalloc.calibration import joint
 from reasonalloc.calibration.ablation import ablation
 from reasonalloc.calibration.ablation import estimate as estimate_ablation
@@ -31,6 +33,7 @@ from reasonalloc.calibration.statistics import statistics
 from reasonalloc.config import split_arms
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.completions import complete_missing
+from reasonalloc.tables import Table
 from reasonalloc.texts import (
     Trajectory,
     as_messages,
@@ -65,6 +68,46 @@ class Measured:
             worse = ", ".join(f"{size:.0f}" for size in self.calibrated.no_better())
             return f"At budget {worse} equal budgets measured no worse" if worse else ""
         return "".join(self.calibrated.notes())
+
+    @property
+    def use(self) -> str:
+        """What uses the file, without its name: options of ``run``, or a command."""
+        made = self.calibrated
+        if isinstance(made, DemandProfile):
+            return "--arm reasonalloc --profile"
+        if isinstance(made, CostProfile):
+            return "'reasonalloc profile show' or --arm best --profile"
+        return f"--arm {'rkv' if made.no_queries else 'tri_attention'}/cake/uniform --profile"
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON values."""
+        made = self.calibrated
+        if isinstance(made, Statistics):
+            return made.summary()
+        if isinstance(made, DemandProfile):
+            return {"demand_mean": made.demand_mean}
+        return {
+            "policy": made.policy,
+            "budgets": made.budgets,
+            "costs": made.curves(),
+            "joint": {profile.policy: profile.joint for profile in self.candidates},
+        }
+
+    def tables(self) -> list[Table]:
+        """Return what was measured, and how all candidates did in the check."""
+        made = self.calibrated
+        if isinstance(made, Statistics):
+            return made.tables()
+        if isinstance(made, DemandProfile):
+            prompts = len(made.prompt_hashes)
+            title = f"Tokens for {made.rho:.0%} of the attention mass, {prompts} prompts"
+            return [made.demand_table(prompts=False, title=title)]
+        title = f"KL per token, one head at a budget, 1/1000 nat ({made.policy})"
+        tables = [made.cost_table(spaced(made.budgets), title=title)]
+        if made.joint:
+            title = "KL per token, all heads at once, 1/1000 nat"
+            tables.append(joint_table(self.candidates, title))
+        return tables
 
 
 class Job(ABC):

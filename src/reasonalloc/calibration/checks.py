@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from reasonalloc.calibrated import ReadsCalibrated
+from reasonalloc.calibrated import CostProfile, ReadsCalibrated
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
@@ -139,6 +141,51 @@ def _plan(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...])
     )
 
 
+def cost_profile(
+    model: Any,
+    objective: str,
+    texts: Sequence[Trajectory],
+    kinds: Sequence[str] | None,
+    config: CompressionConfig,
+    **measured: Any,
+) -> CostProfile:
+    """Return what was measured of a policy as a cost profile.
+
+    Args:
+        model, texts, kinds: as for ``checked``.
+        objective: how it was measured.
+        config: policy and cadence.
+        measured: the other fields of ``CostProfile``.
+    """
+    tokens = [[*text.prompt_ids, *text.completion_ids] for text in texts]
+    return CostProfile(
+        objective=objective,
+        model_id=model_name(model),
+        config_hash=config_hash(text_config(model).to_dict()),
+        policy=config.arm.policy,
+        interval=config.interval,
+        window=config.window,
+        text_hashes=[
+            fingerprint(torch.tensor([ids], dtype=torch.int64, device="cpu")) for ids in tokens
+        ],
+        kinds=[""] * len(texts) if kinds is None else list(kinds),
+        **measured,
+    )
+
+
+def counter(on_progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """Return what counts a finished step of ``total`` when it is called."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return advance
+
+
 def evicts(text: Trajectory, budget: int, interval: int) -> bool:
     """Whether a text loses tokens at a budget per head, and any token comes after that."""
     prompt, steps = len(text.prompt_ids), len(text.completion_ids) - 2
@@ -146,7 +193,7 @@ def evicts(text: Trajectory, budget: int, interval: int) -> bool:
 
 
 def now(model: Any) -> float:
-    """Seconds on a clock, read once the model's device has finished its work."""
+    """Return seconds on a clock, read once the model's device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

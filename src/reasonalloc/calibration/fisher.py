@@ -19,14 +19,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.objectives import CalibrationConfig
-from reasonalloc.calibration.checks import Estimate, checked, now
+from reasonalloc.calibration.checks import (
+    Checked,
+    Estimate,
+    checked,
+    cost_profile,
+    counter,
+    now,
+)
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
-from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.planning.shapes import model_name, text_config
+from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -103,58 +108,50 @@ def fisher(
     """
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed)
     samples = whole_number("samples", samples, 1)
-    layers, configs, bound = settings.layers, settings.configs, settings.policies
-    steps, done = len(texts) * (samples + len(layers) * len(bound)), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, steps)
-
-    generator = torch.Generator(device=model.device).manual_seed(configs[0].seed)
-    costs: list[list[list[list[list[float]]]]] = [[] for _ in bound]
-    layer_costs: list[list[list[list[float]]]] = [[] for _ in bound]
-    tape = _Tape(layers)
+    steps = samples + len(settings.layers) * len(settings.policies)
+    advance = counter(on_progress, len(texts) * steps)
+    generator = torch.Generator(device=model.device).manual_seed(settings.configs[0].seed)
+    tape = _Tape(settings.layers)
+    costs: list[list[Tensor]] = []
     with _taping(model, tape):
-        for trajectory in texts:
-            gradients = _gradients(model, tape, trajectory, samples, generator, advance)
-            prompt = len(trajectory.prompt_ids)
-            tokens = len(trajectory.completion_ids) - 1
-            rows: list[list[Tensor]] = [[] for _ in bound]
-            for layer, directions in zip(layers, gradients, strict=True):
-                seen = tape.seen.pop(layer)
-                for policy, own, row in zip(bound, configs, rows, strict=True):
-                    outputs = outputs_under_budgets(seen, prompt, own, policy, settings.budgets)
-                    row.append(_cost(outputs, seen, directions) / tokens)
-                    advance()
-            for of_heads, of_layers, row in zip(costs, layer_costs, rows, strict=True):
-                of_text = torch.stack(row)
-                of_heads.append(of_text[:, :-1].tolist())
-                of_layers.append(of_text[:, -1].tolist())
+        for text in texts:
+            gradients = _gradients(model, tape, text, samples, generator, advance)
+            costs.append(_text_costs(tape, text, gradients, settings, advance))
     return [
-        CostProfile(
-            objective="fisher",
-            model_id=model_name(model),
-            config_hash=config_hash(text_config(model).to_dict()),
-            policy=own.arm.policy,
-            interval=own.interval,
-            window=own.window,
+        cost_profile(
+            model,
+            "fisher",
+            texts,
+            kinds,
+            config,
             samples=samples,
             budgets=settings.budgets,
-            text_hashes=[
-                fingerprint(
-                    torch.tensor([t.prompt_ids + t.completion_ids], dtype=torch.int64, device="cpu")
-                )
-                for t in texts
-            ],
-            kinds=list(kinds) if kinds is not None else [""] * len(texts),
-            tokens=[len(trajectory.completion_ids) - 1 for trajectory in texts],
-            costs=of_heads,
-            layer_costs=of_layers,
+            tokens=[len(text.completion_ids) - 1 for text in texts],
+            costs=[policies[number][:, :-1].tolist() for policies in costs],
+            layer_costs=[policies[number][:, -1].tolist() for policies in costs],
         )
-        for own, of_heads, of_layers in zip(configs, costs, layer_costs, strict=True)
+        for number, config in enumerate(settings.configs)
     ]
+
+
+def _text_costs(
+    tape: _Tape,
+    text: Trajectory,
+    gradients: Sequence[Tensor],
+    settings: Checked,
+    advance: Callable[[], None],
+) -> list[Tensor]:
+    """Return [layers, kv_heads + 1, budgets] nats per token, of every policy."""
+    tokens = len(text.completion_ids) - 1
+    rows: list[list[Tensor]] = [[] for _ in settings.policies]
+    for layer, directions in zip(settings.layers, gradients, strict=True):
+        seen = tape.seen.pop(layer)
+        for config, policy, row in zip(settings.configs, settings.policies, rows, strict=True):
+            prompt = len(text.prompt_ids)
+            outputs = outputs_under_budgets(seen, prompt, config, policy, settings.budgets)
+            row.append(_cost(outputs, seen, directions) / tokens)
+            advance()
+    return [torch.stack(row) for row in rows]
 
 
 def estimate(
@@ -167,7 +164,7 @@ def estimate(
     window: int = CompressionConfig.window,
     samples: int = CalibrationConfig.samples,
 ) -> Estimate:
-    """What ``fisher`` will take, from a forward and a backward pass and a layer of the first text.
+    """Return what ``fisher`` will take, from two passes and one layer of the first text.
 
     Arguments and errors are those of ``fisher``.
     """
@@ -223,7 +220,7 @@ def _gradients(
     generator: torch.Generator,
     advance: Callable[[], None],
 ) -> list[Tensor]:
-    """Per layer, [samples, tokens, query_heads, value_dim]: random roots of the Fisher matrix."""
+    """Return random roots of the Fisher matrix, [samples, tokens, query_heads, value_dim] each."""
     ids = torch.tensor(
         [(*trajectory.prompt_ids, *trajectory.completion_ids)],
         dtype=torch.int64,
@@ -248,7 +245,7 @@ def _gradients(
 
 
 def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:
-    """Summed cost over the text, of each head and of all of them: [kv_heads + 1, budgets].
+    """Return the summed cost of each head and of all of them: [kv_heads + 1, budgets].
 
     Args:
         rows: per budget [tokens, query_heads, value_dim], or None where nothing is evicted.

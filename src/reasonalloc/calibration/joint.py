@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.minimise import interpolate
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibration.checks import Estimate, evicts, now
+from reasonalloc.calibration.checks import Estimate, counter, evicts, now
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
@@ -28,13 +28,18 @@ from reasonalloc.whole import whole_number, whole_numbers
 BUDGETS = (64, 128)
 #: Texts that are replayed, from the first.
 TEXTS = 3
+_ENTRY = ("budget", "predicted", "measured", "uniform")
 _LEAST_KL = 1e-12  # nats; keeps the logarithm of a cost finite
+
+
+#: A run with budgets of its own, and one with equal budgets.
+Pair = tuple[CompressionConfig, CompressionConfig]
 
 
 def budgets_to_check(
     texts: Sequence[Trajectory], wanted: Sequence[int] | None, interval: int, window: int
 ) -> list[int]:
-    """Mean budgets at which something is evicted from a replayed text.
+    """Return mean budgets at which something is evicted from a replayed text.
 
     Args:
         texts: calibration texts.
@@ -66,14 +71,14 @@ def budgets_to_check(
 
 
 def steps(texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]) -> int:
-    """Passes over a text that ``joint_costs`` makes."""
+    """Return the passes over a text that ``joint_costs`` makes."""
     return len(texts[:TEXTS]) * (1 + 2 * profiles * len(budgets)) if budgets else 0
 
 
 def estimate(
     model: Any, texts: Sequence[Trajectory], profiles: int, budgets: Sequence[int]
 ) -> Estimate:
-    """What ``joint_costs`` will take, from a timed pass with the full cache."""
+    """Return what ``joint_costs`` will take, from a timed pass with the full cache."""
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS]]
     passes = steps(texts, profiles, budgets) // len(lengths)
     if not passes:
@@ -109,58 +114,60 @@ def joint_costs(
     cadences = {(profile.interval, profile.window) for profile in profiles}
     if len(cadences) > 1:
         raise UsageError("profiles: they were made for several cadences: give those of one")
-    total, done = steps(texts, len(profiles), budgets), 0
+    total = steps(texts, len(profiles), budgets)
     if not total or not profiles:
         return list(profiles)
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-
+    advance = counter(on_progress, total)
     with tempfile.TemporaryDirectory() as folder:
-        arms: list[tuple[CompressionConfig, CompressionConfig]] = []
-        for number, profile in enumerate(profiles):
-            path = Path(folder) / f"{number}.json"
-            profile.save(path)
-            for size in budgets:
-                equal = CompressionConfig(
-                    size, Arm(profile.policy), interval=profile.interval, window=profile.window
-                )
-                own = Arm(profile.policy, "cost", "planned")
-                arms.append((replace(equal, arm=own, profile=path), equal))
-        predicted = [
-            _predicted(model, profile, arms[number * len(budgets) + point][0], len(texts[:TEXTS]))
+        pairs = [
+            [_arms(profile, Path(folder) / f"{number}.json", size) for size in budgets]
             for number, profile in enumerate(profiles)
-            for point in range(len(budgets))
         ]
-        divergences: list[tuple[list[float], list[float]]] = [([], []) for _ in arms]
-        for text in texts[:TEXTS]:
-            full = full_logits(model, text)
-            advance()
-            for pair, measured in zip(arms, divergences, strict=True):
-                for config, kl in zip(pair, measured, strict=True):
-                    kl += measure_fidelity(model, text, full, config).kl
-                    advance()
-    entries = [
-        {
-            "budget": float(pair[0].budget),
-            "predicted": expected,
-            "measured": sum(measured) / len(measured),
-            "uniform": sum(uniform) / len(uniform),
-        }
-        for pair, expected, (measured, uniform) in zip(arms, predicted, divergences, strict=True)
-    ]
-    count = len(budgets)
+        predicted = [
+            [_predicted(model, profile, own, len(texts[:TEXTS])) for own, _ in arms]
+            for profile, arms in zip(profiles, pairs, strict=True)
+        ]
+        measured = _measured(model, texts[:TEXTS], [p for arms in pairs for p in arms], advance)
+    numbers = iter(measured)
     return [
-        replace(profile, joint=entries[number * count : (number + 1) * count])
-        for number, profile in enumerate(profiles)
+        replace(
+            profile,
+            joint=[
+                dict(zip(_ENTRY, (float(size), costs, *next(numbers)), strict=True))
+                for size, costs in zip(budgets, expected, strict=True)
+            ],
+        )
+        for profile, expected in zip(profiles, predicted, strict=True)
     ]
+
+
+def _arms(profile: CostProfile, path: Path, budget: int) -> Pair:
+    """Return the settings of a run with a profile's budgets, and with equal ones."""
+    if not path.exists():
+        profile.save(path)
+    equal = CompressionConfig(
+        budget, Arm(profile.policy), interval=profile.interval, window=profile.window
+    )
+    return replace(equal, arm=Arm(profile.policy, "cost", "planned"), profile=path), equal
+
+
+def _measured(
+    model: Any, texts: Sequence[Trajectory], pairs: Sequence[Pair], advance: Callable[[], None]
+) -> list[tuple[float, float]]:
+    """Return the mean KL per token under both settings of every pair."""
+    divergences: list[tuple[list[float], list[float]]] = [([], []) for _ in pairs]
+    for text in texts:
+        full = full_logits(model, text)
+        advance()
+        for pair, both in zip(pairs, divergences, strict=True):
+            for config, kl in zip(pair, both, strict=True):
+                kl += measure_fidelity(model, text, full, config).kl
+                advance()
+    return [(sum(own) / len(own), sum(equal) / len(equal)) for own, equal in divergences]
 
 
 def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
-    """The profile with the least measured joint KL, geometric mean over budgets.
+    """Return the profile with the least measured joint KL, geometric mean over budgets.
 
     With an arithmetic mean the smallest budget alone would decide.
 
@@ -174,7 +181,7 @@ def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
 
 
 def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
-    """Summed costs of the budgets that a profile gives, over the texts that are replayed."""
+    """Return the summed costs of a profile's budgets over the texts that are replayed."""
     plan = BudgetPlan(config, check_model(model), text_config(model), model_name(model))
     sizes = torch.tensor(plan.planned, dtype=torch.float64, device="cpu").flatten()
     curves = torch.tensor(

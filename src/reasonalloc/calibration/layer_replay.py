@@ -47,7 +47,7 @@ def outputs_under_budgets(
     policy: Policy,
     budgets: Sequence[int],
 ) -> list[Tensor | None]:
-    """Attention outputs of a layer, each head held to the same number of tokens.
+    """Return the attention outputs of a layer, each head held to the same number of tokens.
 
     The text goes through ``LayerCompressor`` as in decoding: the prompt, a boundary, then
     ``interval`` tokens at a time. Heads with equal budgets do not influence one another, so every
@@ -64,27 +64,32 @@ def outputs_under_budgets(
         Per budget a tensor [n, query_heads, value_dim]; None where nothing is evicted before the
         last token, so that the output is the full pass's.
     """
-    tokens, kv_heads = seen.key.shape[2], seen.key.shape[1]
-    found: list[Tensor | None] = []
-    for budget in budgets:
+    last = seen.key.shape[2] - prompt - 1
+    return [
         # What a boundary after the last token evicts is not missed any more.
-        if not compression_points(budget, 1, config.interval, prompt, tokens - prompt - 1):
-            found.append(None)
-            continue
-        layer = LayerCompressor(
-            seen.layer,
-            budget * kv_heads,
-            replace(config, budget=budget, record="off"),
-            policy,
-            HEAD_ALLOCATORS.create("uniform"),
-            choose_backend(config.attention),
-            Recorder("off"),
-        )
-        pieces = []
-        for start, stop in pairwise([0, *range(prompt, tokens, config.interval), tokens]):
-            parts = (seen.query, seen.key, seen.value)
-            query, key, value = (part[:, :, start:stop] for part in parts)
-            out = layer.forward(query, key, value, None, seen.scaling, seen.softcap, replay=True)
-            pieces.append(out[0].transpose(0, 1))
-        found.append(torch.cat(pieces))
-    return found
+        _replay(seen, prompt, replace(config, budget=budget, record="off"), policy)
+        if compression_points(budget, 1, config.interval, prompt, last)
+        else None
+        for budget in budgets
+    ]
+
+
+def _replay(seen: Seen, prompt: int, config: CompressionConfig, policy: Policy) -> Tensor:
+    """Return the layer's output [n, query_heads, value_dim] with equal budgets for its heads."""
+    tokens, kv_heads = seen.key.shape[2], seen.key.shape[1]
+    layer = LayerCompressor(
+        seen.layer,
+        config.budget * kv_heads,
+        config,
+        policy,
+        HEAD_ALLOCATORS.create("uniform"),
+        choose_backend(config.attention),
+        Recorder("off"),
+    )
+    pieces = []
+    for start, stop in pairwise([0, *range(prompt, tokens, config.interval), tokens]):
+        parts = (seen.query, seen.key, seen.value)
+        query, key, value = (part[:, :, start:stop] for part in parts)
+        out = layer.forward(query, key, value, None, seen.scaling, seen.softcap, replay=True)
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)

@@ -21,7 +21,7 @@ _IMPLEMENTATION = "reasonalloc-calibration"
 def window_attention(
     queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention weights of the last queries over all keys, causal: [kv_heads, group, window, n].
+    """Return causal attention of the last queries to all keys: [kv_heads, group, window, n].
 
     Args:
         queries: [query_heads, window, head_dim], of the last ``window`` tokens, oldest first.
@@ -60,15 +60,15 @@ class Observer(ABC):
         self.sampled: set[int] = set()
 
     def start(self) -> None:
-        """A new prompt begins."""
+        """Begin a new prompt."""
         self._queries, self._steps, self._seen, self.sampled = {}, {}, {}, set()
 
     def on_queries(self, layer: int, query: Tensor, first: int) -> None:  # noqa: B027 (optional)
-        """New queries after RoPE, [query_heads, q, head_dim], of positions from ``first`` on."""
+        """Take queries after RoPE, [query_heads, q, head_dim], of positions from ``first`` on."""
 
     @abstractmethod
     def on_sample(self, layer: int, weights: Tensor) -> None:
-        """``window_attention`` of a layer, after every ``every``-th generated token."""
+        """Take ``window_attention`` of a layer, after every ``every``-th generated token."""
 
     def __call__(
         self,
@@ -81,7 +81,7 @@ class Observer(ABC):
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """The attention function."""
+        """Attend, and show what is seen."""
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         layer = module.layer_idx
@@ -148,6 +148,6 @@ def observe(
 
 
 def fingerprint(ids: Tensor) -> str:
-    """SHA-256 of a prompt's token ids."""
+    """Return the SHA-256 of a prompt's token ids."""
     text = ",".join(str(int(token)) for token in ids.flatten())
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,7 +25,7 @@ KERNEL = 7  # of DynamicKV's pooling, as in its code
 
 
 def spread(weights: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """CAKE's entropy and variance of a layer's window attention to the keys before the window.
+    """Return CAKE's entropy and variance of a layer's attention to the keys before the window.
 
     Args:
         weights: [kv_heads, group, window, n].
@@ -41,13 +41,13 @@ def spread(weights: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def pooled(weights: Tensor, window: int) -> Tensor:
-    """DynamicKV's attention per key before the window: [query_heads, n - window] float32."""
+    """Return DynamicKV's attention per key before the window: [query_heads, n - window] float32."""
     received = weights[..., : weights.shape[-1] - window].sum(dim=2).flatten(0, 1)
     return F.avg_pool1d(received[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
 
 
 def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[float]]:
-    """Share of the highest attentions, pooled over layers and heads, that each layer holds.
+    """Return each layer's share of the highest attentions, pooled over layers and heads.
 
     Args:
         attention: [query_heads, n] of each layer.
@@ -99,8 +99,13 @@ class _Statistics(Observer):
         self.queries += query.shape[1] if layer == self.layers[0] else 0
 
     def mean(self, sums: dict[int, Tensor]) -> Tensor:
-        """[layers, query_heads, features] of sums over all queries."""
+        """Return [layers, query_heads, features] of sums over all queries."""
         return torch.stack([sums[layer].cpu() for layer in self.layers]) / self.queries
+
+    def mean_spreads(self) -> Tensor:
+        """Return [layers, 2]: entropy and variance, mean over the samples of a prompt."""
+        means = [torch.stack(self.spreads[layer]).mean(dim=0).cpu() for layer in self.layers]
+        return torch.stack(means)
 
     def on_sample(self, layer: int, weights: Tensor) -> None:
         self.spreads[layer].append(torch.stack(spread(weights, self.window)))
@@ -145,18 +150,12 @@ def statistics(
     if window < 2:
         raise UsageError(f"window={window}: a variance over queries needs at least 2")
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
-    rope, reason = None, ""
-    try:
-        rope = read_rope(model)
-        check_rotation(model, rope, int(prompts[0][0, -1]) if prompts else 0)
-    except UnsupportedError as error:
-        rope, reason = None, str(error)
+    rope, reason = _rope(model, prompts)
     observer = _Statistics(budgeted, every, window, rope)
     spreads: list[Tensor] = []
     shares: dict[int, list[Tensor]] = {}
     for index in observe(model, prompts, observer, max_new_tokens):
-        means = [torch.stack(observer.spreads[layer]).mean(dim=0).cpu() for layer in budgeted]
-        spreads.append(torch.stack(means))
+        spreads.append(observer.mean_spreads())
         for top, samples in observer.shares.items():
             shares.setdefault(top, []).append(
                 torch.tensor(samples, dtype=torch.float64, device="cpu").mean(dim=0)
@@ -180,3 +179,13 @@ def statistics(
         query_norm=None if rope is None else observer.mean(observer.sizes).float(),
         no_queries=reason,
     )
+
+
+def _rope(model: Any, prompts: Sequence[Tensor]) -> tuple[Rope | None, str]:
+    """Return the model's rotary embedding, or None and why queries cannot be averaged under it."""
+    try:
+        rope = read_rope(model)
+        check_rotation(model, rope, int(prompts[0][0, -1]) if prompts else 0)
+    except UnsupportedError as error:
+        return None, str(error)
+    return rope, ""

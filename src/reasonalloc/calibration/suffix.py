@@ -57,7 +57,7 @@ class SuffixRunner:
         self.seen, self._hidden, self._replaced = {}, {}, None
 
     def full(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The full pass, which everything is captured from.
+        """Run the full pass, which everything is captured from.
 
         Args:
             ids: [1, n] int64 token ids.
@@ -80,7 +80,7 @@ class SuffixRunner:
                 hook.remove()
 
     def run(self, ids: Tensor, positions: Tensor, layer: int, outputs: Tensor) -> Tensor:
-        """Runs with the attention of ``layer`` replaced, after ``full`` on the same text.
+        """Run with the attention of ``layer`` replaced, after ``full`` on the same text.
 
         Args:
             ids, positions: as for ``full``.
@@ -145,7 +145,7 @@ class SuffixRunner:
 
 
 def _decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers in order, or none where they are not found."""
+    """Return the decoder's layers in order, or none where they are not found."""
     layers = getattr(model.get_decoder(), "layers", None)
     wanted = text_config(model).num_hidden_layers
     if isinstance(layers, nn.ModuleList) and len(layers) == wanted:

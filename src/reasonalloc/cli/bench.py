@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -17,7 +16,6 @@ from reasonalloc.errors import UsageError
 if TYPE_CHECKING:
     from reasonalloc.benchmark.decode import Contender
     from reasonalloc.benchmark.run import Bench
-    from reasonalloc.config import Arm, Step
 
 Shape = Annotated[
     Optional[str],  # noqa: UP045
@@ -73,7 +71,9 @@ def command(
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
     settings = {name: options[name] for name in _SETTINGS}
     budgets = list(dict.fromkeys(o.parse_budgets(options["budget"], "budget")))
-    contenders = _contenders(
+    from reasonalloc.benchmark.contenders import make_contenders
+
+    contenders = make_contenders(
         arms, options["profile"] or [], budgets, _several(options["step"]), **settings
     )
     _check_effect(context, arms, contenders)
@@ -121,34 +121,6 @@ def _check_effect(context: typer.Context, arms: str, contenders: list[Contender]
                 f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "
                 "or add an arm that compresses"
             )
-
-
-def _contenders(
-    arms: str, paths: list[str], budgets: list[int], steps: list[str], **settings: Any
-) -> list[Contender]:
-    from reasonalloc.benchmark.decode import STATIC, Contender
-    from reasonalloc.config import parse_arm, split_arms
-    from reasonalloc.evaluation.arm_files import as_settings, choose_files
-    from reasonalloc.evaluation.arms import check_names
-    from reasonalloc.evaluation.batch import Job, Settings
-
-    names = list(dict.fromkeys(split_arms(arms)))
-    compressing = [n for n in names if n != STATIC and parse_arm(n) is not None]
-    for name in compressing:
-        check_names(cast("Arm", parse_arm(name)))
-    shared = {**as_settings(choose_files(compressing, paths)), **settings}
-    contenders = []
-    for name in names:
-        if name not in compressing:
-            contenders.append(Contender(name))
-            continue
-        for budget, step in itertools.product(budgets, steps):
-            config = Settings(**shared, step=cast("Step", step)).config(Job(name, budget))
-            sized = name if len(budgets) == 1 else f"{name} at {budget}"
-            contenders.append(Contender(sized if len(steps) == 1 else f"{sized}, {step}", config))
-    if not contenders:
-        raise UsageError("arms is empty: name at least one, as full,rkv")
-    return contenders
 
 
 def _load(model: o.ModelChoice, shape: str | None) -> tuple[str, Any]:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from reasonalloc.calibrated.objectives import CalibrationConfig, check_target, without_effect
-from reasonalloc.calibrated.tables import cost_table, demand_table, joint_table, spaced
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
-
-if TYPE_CHECKING:
-    from reasonalloc.calibration.calibrate import Measured
-    from reasonalloc.tables import Table
 
 _PROMPTS, _TEXTS = "attention-mass, statistics", "kl, fisher"
 
@@ -109,53 +104,11 @@ def command(
         measured = job.run(tell)
     measured.calibrated.save(target)
     if as_json:
-        output.print_json({"profile": str(target), **_data(measured)})
+        output.print_json({"profile": str(target), **measured.summary()})
         return
-    for table in _tables(measured):
+    for table in measured.tables():
         output.stdout().print(table.rich())
     if measured.note:
         output.note(measured.note)
-    use = f"{_use(measured.calibrated)} {target}"
+    use = f"{measured.use} {target}"
     output.stdout().print(f"Written to {target}; use it with {use}")
-
-
-def _data(measured: Measured) -> dict[str, Any]:
-    made: Any = measured.calibrated
-    if made.kind == "demand":
-        return {"demand_mean": made.demand_mean}
-    if made.kind == "cost":
-        return {
-            "policy": made.policy,
-            "budgets": made.budgets,
-            "costs": made.curves(),
-            "joint": {profile.policy: profile.joint for profile in measured.candidates},
-        }
-    summary: dict[str, Any] = made.summary()
-    return summary
-
-
-def _tables(measured: Measured) -> list[Table]:
-    made: Any = measured.calibrated
-    if made.kind == "demand":
-        prompts = len(made.prompt_hashes)
-        title = f"Tokens for {made.rho:.0%} of the attention mass, {prompts} prompts"
-        return [demand_table(made, prompts=False, title=title)]
-    if made.kind == "cost":
-        title = f"KL per token, one head at a budget, 1/1000 nat ({made.policy})"
-        tables = [cost_table(made, spaced(made.budgets), title=title)]
-        if made.joint:
-            title = "KL per token, all heads at once, 1/1000 nat"
-            tables.append(joint_table(measured.candidates, title))
-        return tables
-    tables = made.tables()
-    return list(tables)
-
-
-def _use(made: Any) -> str:
-    """Return what uses the file: options of ``run``, or a command."""
-    if made.kind == "demand":
-        return "--arm reasonalloc --profile"
-    if made.kind == "cost":
-        return "'reasonalloc profile show' or --arm best --profile"
-    policy = "rkv" if made.no_queries else "tri_attention"
-    return f"--arm {policy}/cake/uniform --profile"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
-from reasonalloc.config import PRESETS
-from reasonalloc.registry import Registry
 
 _TITLES = {
     "policies": "Policies: which tokens stay",
@@ -21,21 +18,19 @@ _TITLES = {
 
 def command(as_json: o.Json = False) -> None:
     """List policies, allocators, attention backends, tasks and presets with their parameters."""
-    sections = _sections()
-    presets = [
-        {"name": name, "arm": str(p.arm) if p.arm else None, "summary": p.summary}
-        for name, p in PRESETS.items()
-    ]
+    from reasonalloc.diagnose.known import known
+
+    sections = known()
     if as_json:
-        output.print_json({**sections, "presets": presets})
+        output.print_json(sections)
         return
     console = output.stdout()
-    for key, entries in sections.items():
-        rows = [(e["name"], _described(e), e["source"]) for e in entries]
+    for key, title in _TITLES.items():
+        rows = [(e["name"], _described(e), e["source"]) for e in sections[key]]
         columns = (("name", False), ("what it does", False), ("source", False))
-        console.print(output.grid(columns, rows, _TITLES[key]))
+        console.print(output.grid(columns, rows, title))
         console.print()
-    rows = [(str(p["name"]), p["arm"] or "-", str(p["summary"])) for p in presets]
+    rows = [(p["name"], p["arm"] or "-", p["summary"]) for p in sections["presets"]]
     columns = (("name", False), ("arm", False), ("what it is", False))
     console.print(output.grid(columns, rows, "Presets"))
     console.print(
@@ -43,41 +38,6 @@ def command(as_json: o.Json = False) -> None:
         "'rkv(lam=0.2)/pyramid/adakv'.",
         markup=False,
     )
-
-
-def _sections() -> dict[str, list[dict[str, Any]]]:
-    from reasonalloc.allocators.head import HEAD_ALLOCATORS
-    from reasonalloc.allocators.layer import LAYER_ALLOCATORS
-    from reasonalloc.attention.interface import BACKENDS
-    from reasonalloc.evaluation.tasks.base import TASKS
-    from reasonalloc.policies import POLICIES
-
-    return {
-        "policies": _entries(POLICIES),
-        "layers": _entries(LAYER_ALLOCATORS),
-        "heads": _entries(HEAD_ALLOCATORS),
-        "attention": _entries(BACKENDS),
-        "tasks": _entries(TASKS),
-    }
-
-
-def _entries(registry: Registry[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": entry.name,
-            "summary": entry.summary.replace("``", ""),
-            "source": entry.source,
-            "parameters": _parameters(entry.cls),
-        }
-        for entry in registry.entries().values()
-    ]
-
-
-def _parameters(cls: type[Any]) -> dict[str, Any]:
-    """Default of each parameter."""
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
 
 
 def _described(entry: dict[str, Any]) -> str:

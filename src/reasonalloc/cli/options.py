@@ -216,7 +216,7 @@ def _seed(context: typer.Context) -> dict[str, int]:
 
 
 def parse_budgets(text: str, name: str = "budgets") -> list[int]:
-    """Budgets that are separated by commas; ``name`` is the option.
+    """Return budgets that were separated by commas; ``name`` is the option.
 
     Raises:
         UsageError: something else.
@@ -228,7 +228,7 @@ def parse_budgets(text: str, name: str = "budgets") -> list[int]:
 
 
 def pick_model(argument: str | None, option: str | None) -> str:
-    """The one model that was named.
+    """Return the one model that was named.
 
     Raises:
         UsageError: none, or two.
@@ -248,7 +248,7 @@ def given(context: typer.Context, name: str) -> bool:
 
 
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
-    """Settings of the cache; None means the full cache.
+    """Return the settings of the cache; None means the full cache.
 
     Raises:
         UsageError: a wrong setting, an unknown name, or a setting that would have no effect.

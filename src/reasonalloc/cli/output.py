@@ -20,7 +20,7 @@ _STEPS = "KMGT"
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``24GiB``, ``24G`` (both powers of 1024), ``24GB`` (of 1000) or a plain number.
+    """Return bytes of ``24GiB`` or ``24G`` (powers of 1024), ``24GB`` (of 1000) or a number.
 
     Raises:
         UsageError: it cannot be read, or is not positive.
@@ -38,18 +38,18 @@ def parse_size(text: str) -> int:
 
 
 def stderr() -> Console:
-    """Console for everything that is not the result."""
+    """Return a console for everything that is not the result."""
     return Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """One line on stderr that the user should know."""
+    """Print one line on stderr that the user should know."""
     stderr().print(f"note: {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """How far it is: call what comes with (done, total).
+    """Show how far it is: call what comes with (done, total).
 
     A bar on stderr; where that is no terminal, a line at every tenth.
     """
@@ -72,5 +72,5 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     print(json.dumps(data, indent=1))

@@ -93,28 +93,28 @@ def _check_plot(plot: str, kind: str) -> Path:
 def _costs(
     profile: CostProfile, budgets: list[int] | None, heads: bool
 ) -> tuple[list[Table], list[str], dict[str, Any]]:
-    from reasonalloc.calibrated.tables import cost_notes, cost_table, joint_table, spaced
+    from reasonalloc.calibrated.costs import joint_table
+    from reasonalloc.calibrated.tables import spaced
     from reasonalloc.report.profiles import measured_budget
 
     used = [measured_budget(profile, b) for b in budgets] if budgets else spaced(profile.budgets)
-    tables = [cost_table(profile, used, heads)]
+    tables = [profile.cost_table(used, heads)]
     if profile.joint:
         tables.append(joint_table([profile]))
     data: dict[str, Any] = {"budgets": profile.budgets, "costs": profile.curves()}
     data |= {"objective": profile.objective, "policy": profile.policy, "joint": profile.joint}
-    return tables, cost_notes(profile, used, ": see --budget"), data
+    return tables, profile.table_notes(used, ": see --budget"), data
 
 
 def _demand(
     file: str, profile: DemandProfile, sizes: list[int]
 ) -> tuple[list[Table], list[str], dict[str, Any]]:
-    from reasonalloc.calibrated.tables import demand_table
     from reasonalloc.report.profiles import divided
 
     budgets = {size: divided(file, profile, size) for size in sizes}
     data = {"demand_mean": profile.demand_mean, "demand_max": profile.demand_max}
     return (
-        [demand_table(profile, budgets)],
+        [profile.demand_table(budgets)],
         [],
         {**data, "objective": profile.objective, "budgets": budgets},
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_messages(prompt: str | None, prompt_file: str | None, chat: str | None) -> Messages:
-    """The one prompt that was given, as a conversation.
+    """Return the one prompt that was given, as a conversation.
 
     Raises:
         UsageError: none, or several, or one that cannot be read.
@@ -76,7 +76,7 @@ def encode(tokenizer: Any, messages: Messages, is_chat: bool, use_template: bool
 
 
 def fit_length(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:
-    """New tokens that the model has positions for; says so if that is fewer than asked for.
+    """Return how many new tokens fit the model's positions; say so if not all that were asked for.
 
     Raises:
         UsageError: the prompt alone does not fit.

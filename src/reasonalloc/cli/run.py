@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -11,9 +11,6 @@ from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-
-if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.watch import Progress
 
 
 def _prompt(*names: str, **keywords: Any) -> Any:
@@ -105,11 +102,13 @@ def command(
         )
     if not as_json and not sys.stdout.isatty() and not result.text.endswith("\n"):
         print(flush=True)
-    report = _report(result, model.name, str(config.arm) if config else "full")
     if as_json:
-        output.print_json(report)
+        output.print_json({"model": model.name, **result.report()})
     else:
-        _summary(result, report)
+        from reasonalloc.integrations.hf.watch_table import watch_table
+
+        output.stderr().print()
+        output.stderr().print(watch_table(result).rich())
     if result.stopped == "interrupted":
         raise typer.Exit(130)
 
@@ -125,83 +124,3 @@ def _load(model: o.ModelChoice, config: CompressionConfig | None) -> tuple[Any, 
     else:
         plan_config(model_config, config, name=model.name)
     return model.load(model_config)
-
-
-def _report(result: Progress, model: str, arm: str) -> dict[str, Any]:
-    config = result.config
-    return {
-        "model": model,
-        "arm": arm,
-        "budget": config.budget if config else None,
-        "interval": config.interval if config else None,
-        "window": config.window if config else None,
-        "text": result.text,
-        "tokens": result.tokens,
-        "stopped": result.stopped,
-        "prompt_tokens": result.prompt_tokens,
-        "generated_tokens": len(result.tokens),
-        "prefill_seconds": round(result.prefill_seconds, 4),
-        "decode_seconds": round(result.decode_seconds, 4),
-        "tokens_per_second": round(result.speed, 2),
-        "cached_tokens": result.cached_tokens,
-        "kv_bytes": {
-            "now": result.kv_bytes,
-            "planned": result.planned_bytes,
-            "full": result.full_bytes,
-            "saved": result.full_bytes - result.kv_bytes,
-        },
-        "bookkeeping_bytes": result.bookkeeping_bytes,
-        "layers": result.layers,
-        "layer_compressions": result.layer_compressions,
-        "compressed": result.layer_compressions > 0,
-    }
-
-
-def _summary(result: Progress, report: dict[str, Any]) -> None:
-    sizes, config = report["kv_bytes"], result.config
-    stopped = {"end": "", "length": ", stopped at --max-new-tokens", "interrupted": ", interrupted"}
-    rows = [
-        ("prompt", f"{result.prompt_tokens} tokens, read in {result.prefill_seconds:.2f} s"),
-        ("generated", f"{len(result.tokens)} tokens{stopped[result.stopped]}"),
-        ("speed", f"{result.speed:.1f} tok/s"),
-        ("KV cache now", output.human(sizes["now"])),
-        ("planned", f"{output.human(sizes['planned'])}{_match(result, sizes)}"),
-    ]
-    if config is not None:
-        rows.append(("full cache would take", f"{output.human(sizes['full'])}{_saved(sizes)}"))
-        rows.append(("compressions", _compressions(result)))
-    console = output.stderr()
-    console.print()
-    console.print(output.pairs(rows, title=f"{report['arm']}{_cadence(report)}"))
-
-
-def _cadence(report: dict[str, Any]) -> str:
-    if report["budget"] is None:
-        return ""
-    return f", budget {report['budget']}, every {report['interval']} tokens"
-
-
-def _match(result: Progress, sizes: dict[str, int]) -> str:
-    if result.stopped == "interrupted":  # perhaps in the middle of a step, between two layers
-        return ""
-    return " (exactly)" if sizes["planned"] == sizes["now"] else " (differs: please report this)"
-
-
-def _saved(sizes: dict[str, int]) -> str:
-    if sizes["saved"] > 0:
-        return f" ({output.human(sizes['saved'])} saved)"
-    return (
-        " (less: the compressed cache has its full size from the start and pays off once the text "
-        "is longer than budget and interval together)"
-    )
-
-
-def _compressions(result: Progress) -> str:
-    count, config = result.layer_compressions, result.config
-    if count:
-        return f"{count} over {result.layers} layers"
-    budget = config.budget if config else 0
-    return (
-        f"none: {result.cached_tokens} tokens never exceeded the budget of {budget} at a boundary, "
-        "so the text is that of the full cache"
-    )

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -14,9 +14,6 @@ from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-
-if TYPE_CHECKING:
-    from reasonalloc.integrations.vllm.accounting import Accounting
 
 
 def _server(*names: str, **keywords: Any) -> Any:
@@ -81,7 +78,7 @@ def command(
     if memory is not None:
         arguments += ["--kv-cache-memory-bytes", str(memory)]
     if config is not None:
-        from reasonalloc.integrations.vllm.accounting import Accounting
+        from reasonalloc.integrations.vllm.accounting import Accounting, accounting_table
         from reasonalloc.integrations.vllm.budget import make_budget
         from reasonalloc.integrations.vllm.checks import default_block_size
         from reasonalloc.integrations.vllm.settings import as_json
@@ -91,7 +88,8 @@ def command(
         budget = make_budget(config, model.name, text, tensor_parallel_size)
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
-        _show(model.name, config, Accounting(budget, block_size, kind.itemsize), last, memory)
+        sizes = Accounting(budget, block_size, kind.itemsize)
+        output.stderr().print(accounting_table(sizes, last, memory).rich())
         arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(config)})]
     if block_size is not None:
         arguments += ["--block-size", str(block_size)]
@@ -132,29 +130,3 @@ def _require_vllm() -> None:
     from reasonalloc.integrations.vllm.patches import version
 
     check_version(version())
-
-
-def _show(
-    name: str, settings: CompressionConfig, sizes: Accounting, last: int, memory: int | None
-) -> None:
-    per_gpu = sizes.block_bytes // sizes.plan.ranks
-    blocks = sizes.layouts[0].reserve.peak(1, last)
-    plain = -(-last // sizes.block_size)
-    rows = [
-        ("arm", f"{settings.arm}, budget {settings.budget}, interval {settings.interval}"),
-        (
-            "a sequence",
-            f"{blocks} blocks of {sizes.block_size} tokens, {output.human(blocks * per_gpu)}",
-        ),
-        (f"  without a budget, {last} tokens", f"{plain} blocks, {output.human(plain * per_gpu)}"),
-    ]
-    if memory is not None:
-        pool = max(memory // per_gpu - 1, 0)
-        rows.append(
-            (
-                f"sequences in {output.human(memory)}",
-                f"{sizes.fits(memory, last)}, without a budget {pool // plain} of that length",
-            )
-        )
-    title = f"KV cache of {name}" + (", of each GPU" if sizes.plan.ranks > 1 else "")
-    output.stderr().print(output.pairs(rows, title=title))

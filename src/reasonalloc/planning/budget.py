@@ -111,7 +111,7 @@ class BudgetPlan(Shown):
         )
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """Return KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
+        """Return the KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
         return sum(shape.full_bytes(batch, tokens, itemsize) for shape in self.shapes)
 
     def parts(self, shard: HeadShard) -> list[tuple[int, Sequence[int] | None]]:
@@ -300,7 +300,7 @@ def plan_config(
     dtype: str | torch.dtype = "auto",
     name: str | None = None,
 ) -> BudgetPlan:
-    """``plan`` with settings that are put together; ``model`` has a configuration or is one."""
+    """Return what ``plan`` does of settings; ``model`` has a configuration or is one."""
     from reasonalloc.loading import resolve_dtype
 
     name = model_name(model) if name is None else name

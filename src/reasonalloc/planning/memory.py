@@ -29,7 +29,7 @@ class LayerShape:
         return self.sliding_window is None
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """Bytes of keys and values that the model's own cache holds after ``tokens`` tokens."""
+        """Return the bytes of keys and values in the model's own cache after ``tokens`` tokens."""
         kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
         return 2 * batch * self.kv_heads * kept * self.head_dim * itemsize
 
@@ -90,7 +90,7 @@ class MemoryPlan:
         return size
 
     def sliding_bytes(self, tokens: int) -> int:
-        """KV bytes of the layers with a sliding window after ``tokens`` tokens."""
+        """Return the KV bytes of the layers with a sliding window after ``tokens`` tokens."""
         return sum(
             s.full_bytes(self.batch, tokens, self.itemsize)
             for s in self.shapes
@@ -98,9 +98,9 @@ class MemoryPlan:
         )
 
     def kv_bytes(self, tokens: int) -> int:
-        """KV bytes of the whole cache after ``tokens`` tokens per sequence."""
+        """Return the KV bytes of the whole cache after ``tokens`` tokens per sequence."""
         return self.slab_bytes + self.sliding_bytes(tokens)
 
     def full_bytes(self, tokens: int) -> int:
-        """KV bytes of the model's own full cache after ``tokens`` tokens per sequence."""
+        """Return the KV bytes of the full cache after ``tokens`` tokens per sequence."""
         return sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)

@@ -9,7 +9,7 @@ from reasonalloc.planning.memory import LayerShape
 
 
 def text_config(model: Any) -> Any:
-    """The decoder's text configuration of a model or of a configuration."""
+    """Return the decoder's text configuration of a model or of a configuration."""
     config = getattr(model, "config", model)
     return config.get_text_config(decoder=True)
 
@@ -20,7 +20,7 @@ def model_name(model: Any) -> str:
 
 
 def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
-    """Shapes of all attention layers, read from a model's (text) configuration.
+    """Return the shapes of all attention layers, read from a model's (text) configuration.
 
     Raises:
         UnsupportedError: an encoder-decoder, latent attention (MLA), shared or linear layers, or

@@ -20,7 +20,7 @@ class HeadShard:
     size: int = 1
 
     def shape(self, shape: LayerShape) -> LayerShape:
-        """A layer as this process sees it."""
+        """Return a layer as this process sees it."""
         return dataclasses.replace(
             shape,
             kv_heads=shape.kv_heads // self.size,
@@ -28,7 +28,7 @@ class HeadShard:
         )
 
     def total(self, total: int, planned: Sequence[int] | None, kv_heads: int) -> int:
-        """This process's part of a layer's retained tokens; over all processes exactly ``total``.
+        """Return this process's part of a layer's retained tokens; all parts sum to ``total``.
 
         Args:
             total: of the layer.
@@ -41,6 +41,6 @@ class HeadShard:
         return sum(self.heads([equal + (head < rest) for head in range(kv_heads)]))
 
     def heads(self, values: Sequence[int]) -> Sequence[int]:
-        """The entries of this process's heads."""
+        """Return the entries of this process's heads."""
         own = len(values) // self.size
         return values[self.rank * own : (self.rank + 1) * own]

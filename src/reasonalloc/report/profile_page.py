@@ -13,7 +13,7 @@ TEMPLATE = "profile.html.j2"
 
 
 def render_profile(profile: AnyProfile) -> str:
-    """The page's HTML; the plot library is inside, nothing is loaded."""
+    """Return the page's HTML; the plot library is inside, nothing is loaded."""
     data = _costs(profile) if isinstance(profile, CostProfile) else _demand(profile)
     return render(data, TEMPLATE)
 
@@ -28,7 +28,7 @@ def _demand(profile: DemandProfile) -> dict[str, Any]:
 
 
 def _costs(profile: CostProfile) -> dict[str, Any]:
-    """Costs in 1/1000 nat per token: ``layers`` [budgets][layers], ``heads``
+    """Return costs in 1/1000 nat per token: ``layers`` [budgets][layers], ``heads``
     [budgets][kv_heads][layers]."""
     curves = profile.curves()
     points = range(len(profile.budgets))

@@ -49,7 +49,7 @@ class LayerAllocator(ABC):
         """Return ``layers`` integers >= ``query.least`` that sum to ``query.total``."""
 
     def plan_heads(self, query: LayerQuery) -> list[list[int]] | None:
-        """Tokens of every head, [layers][kv_heads], for the head allocator ``planned``.
+        """Return tokens of every head, [layers][kv_heads], for the head allocator ``planned``.
 
         None if it plans layers alone; otherwise rows sum to what ``allocate`` returns.
         """

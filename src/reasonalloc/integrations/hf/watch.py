@@ -126,6 +126,35 @@ class Progress:
         """Compressions, every layer counted."""
         return 0 if self.config is None else int(self.cache.recorder.compressions)
 
+    def report(self) -> dict[str, Any]:
+        """Return text, tokens, times in seconds and sizes in bytes as plain JSON values."""
+        config = self.config
+        return {
+            "arm": str(config.arm) if config else "full",
+            "budget": config.budget if config else None,
+            "interval": config.interval if config else None,
+            "window": config.window if config else None,
+            "text": self.text,
+            "tokens": self.tokens,
+            "stopped": self.stopped,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": len(self.tokens),
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "tokens_per_second": round(self.speed, 2),
+            "cached_tokens": self.cached_tokens,
+            "kv_bytes": {
+                "now": self.kv_bytes,
+                "planned": self.planned_bytes,
+                "full": self.full_bytes,
+                "saved": self.full_bytes - self.kv_bytes,
+            },
+            "bookkeeping_bytes": self.bookkeeping_bytes,
+            "layers": self.layers,
+            "layer_compressions": self.layer_compressions,
+            "compressed": self.layer_compressions > 0,
+        }
+
     def line(self) -> str:
         """Return the state in one line."""
         if not self.tokens:

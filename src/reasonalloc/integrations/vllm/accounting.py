@@ -7,6 +7,7 @@ from functools import cached_property
 
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.layout import Layout
+from reasonalloc.tables import Table, human
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,31 @@ class Accounting:
             held_bytes=held * self.block_bytes,
             full_bytes=plain * self.block_bytes,
         )
+
+
+def accounting_table(sizes: Accounting, last: int, memory: int | None) -> Table:
+    """Return the blocks and the bytes of a sequence, beside those without a budget.
+
+    Args:
+        sizes: of the engine.
+        last: most tokens of a sequence.
+        memory: bytes for the KV cache of one GPU, to say how many sequences fit; or None.
+    """
+    config, per_gpu = sizes.plan.config, sizes.block_bytes // sizes.plan.ranks
+    blocks = sizes.layouts[0].reserve.peak(1, last)
+    plain = -(-last // sizes.block_size)
+    rows = [
+        ("arm", f"{config.arm}, budget {config.budget}, interval {config.interval}"),
+        ("a sequence", f"{blocks} blocks of {sizes.block_size} tokens, {human(blocks * per_gpu)}"),
+        (f"  without a budget, {last} tokens", f"{plain} blocks, {human(plain * per_gpu)}"),
+    ]
+    if memory is not None:
+        pool = max(memory // per_gpu - 1, 0)
+        rows.append(
+            (
+                f"sequences in {human(memory)}",
+                f"{sizes.fits(memory, last)}, without a budget {pool // plain} of that length",
+            )
+        )
+    title = f"KV cache of {sizes.plan.name}"
+    return Table(title + (", of each GPU" if sizes.plan.ranks > 1 else ""), [], rows)

@@ -1,0 +1,103 @@
+"""``calibrate``: every objective from Python, as the command measures it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import prompt
+from reasonalloc import UsageError
+from reasonalloc.calibrated import open_calibrated
+from reasonalloc.calibrated.objectives import OBJECTIVES, CalibrationConfig
+from reasonalloc.calibration import calibrate
+from reasonalloc.loading import load_model
+from reasonalloc.texts import Trajectory
+
+TEXT = Trajectory(tuple(range(10, 35)), tuple(range(40, 75)))
+COSTS = {"budgets": (8, 16), "interval": 8, "window": 4, "policy": "rkv", "check": ()}
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return load_model(str(folder), "float32", "cpu")
+
+
+def silent(done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(loaded: tuple[Any, Any], objective: str, tmp_path: Path) -> None:
+    reads_texts = OBJECTIVES[objective].reads_texts
+    texts: Any = [TEXT] if reads_texts else ["w1 w2 w3", torch.tensor([[5, 6, 7]])]
+    options = COSTS if reads_texts else {"max_new_tokens": 20, "every": 8}
+    out, said = tmp_path / f"o{OBJECTIVES[objective].suffix or '.json'}", []
+    made = calibrate(
+        *loaded, texts, objective=objective, out=out, progress=silent, tell=said.append, **options
+    )
+    assert open_calibrated(out).table() == made.table()
+    assert any("tokens will run" in text for text in said) == reads_texts
+    made.show()
+
+
+def test_texts_come_from_a_file_or_as_its_lines(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": "w1 w2 w3", "completion": "w4 w5 " * 20, "kind": "up"}]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings: Any = {"objective": "fisher", "progress": silent, "samples": 1, **COSTS}
+    one, two = (calibrate(*loaded, texts, **settings) for texts in (path, rows))
+    assert one == two and one.kinds == ["up"] and one.interval == 8
+    prompts = calibrate(*loaded, ["w1 w2"], generate=30, **settings)
+    assert prompts.tokens == [29]
+
+
+def test_the_bar_is_tqdms(loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate(*loaded, [TEXT], objective="kl", **COSTS)
+    err = capsys.readouterr().err
+    assert "Calibrating" in err and "note: " in err
+
+
+def test_defaults_are_said_once() -> None:
+    from inspect import signature
+
+    from reasonalloc.calibration import ablation, attention_mass, fisher, statistics
+
+    for measure in (ablation, attention_mass, fisher, statistics):
+        for name, parameter in signature(measure).parameters.items():
+            if name in CalibrationConfig.__dataclass_fields__ and name not in ("policy", "budgets"):
+                assert parameter.default == getattr(CalibrationConfig, name), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "guess"}, "unknown objective 'guess'"),
+        ({"rho": 0.5, "objective": "statistics"}, "rho has no effect with objective='statistics'"),
+        ({"out": "/no/folder/x.json"}, "cannot be written"),
+        ({"out": "x.txt", "objective": "kl"}, "ends in .json"),
+        ({"texts": [" "]}, r"texts\[0\] has none of prompt"),
+        ({"texts": ["x"], "objective": "kl"}, "texts has prompts without a completion"),
+        ({"texts": [{"prompt": 3}], "objective": "kl"}, r"texts\[0\]: prompt must be text"),
+        ({"texts": "/no/file"}, "texts='/no/file' cannot be read"),
+    ],
+)
+def test_refusals(loaded: tuple[Any, Any], options: dict[str, Any], message: str) -> None:
+    texts = options.pop("texts", [prompt(5)])
+    with pytest.raises(UsageError, match=message):
+        calibrate(*loaded, texts, **options)
+
+
+def test_calibrated_before_a_broken_run_stays(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    out.write_text("old")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(*loaded, [TEXT], objective="kl", out=out, progress=stop, tell=print, **COSTS)
+    assert out.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["costs.json"]
