@@ -91,13 +91,13 @@ def test_mistakes_are_one_sentence(
 
 @pytest.mark.skipif(not two_cores(), reason="needs two cores")
 def test_own_parts_reach_the_workers(model: Path) -> None:
-    class Oldest(Policy):
+    class Earliest(Policy):
         def score(self, candidates: Candidates) -> torch.Tensor:
             return -candidates.positions.float()
 
     small: dict[str, Any] = {"budgets": 24, "limit": 2, "samples": 1, "max_new_tokens": 40}
     small |= {"interval": 8, "window": 4, "temperature": 0.6, "progress": False}
-    arms = [Arm(Oldest())]
+    arms = [Arm(Earliest())]
     here, there = (
         evaluate(str(model), "chain(variables=2)", arms=arms, workers=workers, **small).rows
         for workers in (1, 2)

@@ -176,7 +176,9 @@ def test_fidelity_is_the_commands(
         Trajectory(tuple(range(40, 60)), tuple(range(10, 50))),
     ]
     file, out = tmp_path / "texts.jsonl", tmp_path / "results.jsonl"
-    rows = [{"prompt_ids": t.prompt_ids, "completion_ids": t.completion_ids} for t in texts]
+    rows = [
+        {"prompt_ids": list(t.prompt_ids), "completion_ids": list(t.completion_ids)} for t in texts
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     small: dict[str, Any] = {"arms": "rkv,random", "budgets": [12, 16], "progress": False}
     small |= {"interval": 8, "window": 4}
