@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import reasonalloc
 from tiny_boxed import save_tiny
 
 # As a user's script: nothing of it is inside of the package, or importable by a worker.
@@ -90,15 +92,14 @@ main(*sys.argv[1:])
 def test_evaluated_in_this_process_on_ray_and_replayed(tmp_path: Path) -> None:
     model, script = save_tiny(tmp_path / "model"), tmp_path / "script.py"
     script.write_text(SCRIPT, "utf-8")
-    source = Path(__file__).parents[2] / "src"
-    code = f"import sys; sys.path.insert(0, {str(source)!r}); sys.argv = sys.argv[1:]\n"
-    code += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(script), str(model), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    source = str(Path(reasonalloc.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, *sys.path])}
+    command = [sys.executable, str(script), str(model), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     own = "every_other(step=3)/later_more/first_head_most"
     assert found["evaluate 1"] == found["evaluate 2"]
     assert {row[0] for row in found["evaluate 1"]} == {own, "rkv"}
     assert all(row[3] > 0 for row in found["evaluate 1"])
-    assert found["fidelity"] == [own, "rkv"]
+    assert found["fidelity"] == [own, "rkv/uniform/uniform"]
