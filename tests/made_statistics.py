@@ -12,8 +12,8 @@ from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import POLICIES, Policy
-from reasonalloc.policies.rotary import Rope
 from reasonalloc.policies.tri_attention import TriAttention
+from reasonalloc.rotary import Rope
 
 
 def make(

@@ -22,7 +22,7 @@ from reasonalloc.allocators.minimise import interpolate, minimise
 from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import TORCH
-from reasonalloc.policies.rotary import Rope
+from reasonalloc.rotary import Rope
 
 
 @st.composite

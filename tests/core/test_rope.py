@@ -18,7 +18,7 @@ from transformers import (
 from models import COMMON, FACTORIES, tiny
 from reasonalloc import UnsupportedError
 from reasonalloc.integrations.hf.rope import check_rotation, read_rope
-from reasonalloc.policies.rotary import Rope, from_features, to_features, turns
+from reasonalloc.rotary import Rope, from_features, to_features, turns
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 

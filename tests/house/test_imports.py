@@ -6,16 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-# To be mended: groups may only become smaller.
-_KNOWN: list[set[str]] = [
-    {"reasonalloc.cli.demo_boxed", "reasonalloc.cli.demo_page", "reasonalloc.cli.demo_table"},
-    {"reasonalloc.cpu_step.check", "reasonalloc.cpu_step.program"},
-    {"reasonalloc.evaluation.solver", "reasonalloc.evaluation.vllm_solver"},
-    {
-        f"reasonalloc.integrations.hf.{name}"
-        for name in ("attachment", "calls", "chat", "generation", "step")
-    },
-]
 _SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -85,8 +75,7 @@ def test_circles_are_seen() -> None:
 def test_no_circle_of_files() -> None:
     edges = graph()
     assert len(edges) > 200
-    new = [group for group in circles(edges) if not any(group <= known for known in _KNOWN)]
-    assert new == []
+    assert circles(edges) == []
 
 
 def test_nothing_but_the_entry_point_imports_the_command_line() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from reasonalloc.cpu_step import build as step_build
 from reasonalloc.cpu_step import compiled
 from reasonalloc.cpu_step import structs as step_structs
-from reasonalloc.cpu_step.program import LINE, Arena, Draft, Program
+from reasonalloc.cpu_step.draft import LINE, Draft
+from reasonalloc.cpu_step.program import Arena, Program
 from reasonalloc.cpu_step.structs import Operation
 from reasonalloc.ops.native import budgets, build, structs
 from reasonalloc.ops.native.check import address

@@ -18,7 +18,7 @@ from reasonalloc.calibrated.demand import check_fingerprint
 from reasonalloc.calibrated.reading import check_texts, check_version
 from reasonalloc.errors import UsageError
 from reasonalloc.files import replacing
-from reasonalloc.policies.rotary import Rope
+from reasonalloc.rotary import Rope
 from reasonalloc.tables import Shown, Table
 
 SCHEMA_VERSION = 1

@@ -18,7 +18,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import check_rotation, read_rope
 from reasonalloc.planning.shapes import model_name, text_config
-from reasonalloc.policies.rotary import Rope, to_features, turns
+from reasonalloc.rotary import Rope, to_features, turns
 from reasonalloc.whole import whole_number
 
 KERNEL = 7  # of DynamicKV's pooling, as in its code

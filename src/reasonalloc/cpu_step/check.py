@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from reasonalloc.cpu_step.draft import Draft
 from reasonalloc.cpu_step.structs import KINDS, Operation
 from reasonalloc.ops.native.structs import FLOATS
-
-if TYPE_CHECKING:
-    from reasonalloc.cpu_step.program import Draft
 
 
 def check_draft(draft: Draft) -> None:

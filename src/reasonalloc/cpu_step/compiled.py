@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from reasonalloc.cpu_step.draft import Draft, storage_of
 from reasonalloc.cpu_step.lowering import Call, drafts_of
 from reasonalloc.cpu_step.noted import check_same
 from reasonalloc.cpu_step.products import one_panel_each
-from reasonalloc.cpu_step.program import Arena, Draft, Program, storage_of
+from reasonalloc.cpu_step.program import Arena, Program
 from reasonalloc.errors import UnsupportedError
 
 _aten = torch.ops.aten

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.cpu_step import build
-from reasonalloc.cpu_step.program import Draft, collapsed, storage_of
+from reasonalloc.cpu_step.draft import Draft, storage_of
+from reasonalloc.cpu_step.program import collapsed
 from reasonalloc.cpu_step.structs import KINDS, Operation, Share
 from reasonalloc.ops.native.structs import FLOATS
 

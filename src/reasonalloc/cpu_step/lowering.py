@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from reasonalloc.cpu_step.draft import LINE, Draft
 from reasonalloc.cpu_step.elementwise import elementwise, loops_of
 from reasonalloc.cpu_step.products import product
-from reasonalloc.cpu_step.program import LINE, Draft
 from reasonalloc.cpu_step.structs import KINDS, Operation, Share
 from reasonalloc.ops.native.attention import NewToken, arguments_of
 from reasonalloc.ops.native.structs import FLOATS, Attend

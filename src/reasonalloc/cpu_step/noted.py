@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from reasonalloc.cpu_step.draft import storage_of
 from reasonalloc.cpu_step.lowering import Call
-from reasonalloc.cpu_step.program import storage_of
 from reasonalloc.errors import UnsupportedError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonalloc.cpu_step.draft import LINE, Draft, Strides, storage_of
 from reasonalloc.cpu_step.elementwise import as_float_rows, known
-from reasonalloc.cpu_step.program import LINE, Draft, Strides, storage_of
 from reasonalloc.cpu_step.structs import Operation, Share
 from reasonalloc.ops.native.structs import FLOATS
 

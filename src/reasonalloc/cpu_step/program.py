@@ -8,7 +8,7 @@ and a barrier is put before every instruction that meets what other threads may 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,52 +17,11 @@ from torch import Tensor
 
 from reasonalloc.cpu_step import build
 from reasonalloc.cpu_step.check import check_draft
-from reasonalloc.cpu_step.structs import KINDS, Instruction, Operation, Share
+from reasonalloc.cpu_step.draft import Draft, storage_of
+from reasonalloc.cpu_step.structs import KINDS, Instruction, Share
 from reasonalloc.ops.native.check import failure
-from reasonalloc.ops.native.structs import Attend
 
 _ALIGNMENT = 64
-Strides = tuple[int, int, int, int]
-#: Of what lies in one line.
-LINE: Strides = (0, 0, 0, 1)
-
-
-@dataclass
-class Draft:
-    """An instruction whose tensors have no place yet.
-
-    Attributes:
-        operation, sizes, share, number, factor: see ``program.cpp``.
-        out, a, b, c: tensors with their strides over ``sizes``, in elements.
-        reads, writes: tensors besides these that ``attend`` touches.
-        attend: gives the arguments of ATTEND once told where each tensor lies.
-        temporary: storages that were made for the draft.
-    """
-
-    operation: Operation
-    sizes: Strides
-    out: tuple[Tensor, Strides] | None = None
-    a: tuple[Tensor, Strides] | None = None
-    b: tuple[Tensor, Strides] | None = None
-    c: tuple[Tensor, Strides] | None = None
-    share: Share = Share.NONE
-    number: float = 0.0
-    factor: float = 1.0
-    reads: Sequence[Tensor] = ()
-    writes: Sequence[Tensor] = ()
-    attend: Callable[[Callable[[Tensor], Tensor]], Attend] | None = None
-    temporary: set[int] = field(default_factory=set)
-
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What it reads, and what it writes."""
-        inputs = [operand[0] for operand in (self.a, self.b, self.c) if operand is not None]
-        outputs = [] if self.out is None else [self.out[0]]
-        return [*inputs, *self.reads], [*outputs, *self.writes]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tensors over the same memory have in common."""
-    return int(tensor.untyped_storage().data_ptr())
 
 
 class Arena:

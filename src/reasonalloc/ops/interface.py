@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from reasonalloc.policies import Candidates, Policy
+
+class Scorer(Protocol):
+    """What scores candidates: a policy (``reasonalloc.policies``).
+
+    Attributes:
+        loop: name of the loop in C++ that computes the same scores, or None.
+    """
+
+    @property
+    def loop(self) -> str | None:
+        """See above."""
+        ...
+
+    def score(self, candidates: Any) -> Tensor:
+        """[batch, kv_heads, n] float32."""
+        ...
 
 
 class Runs(Protocol):
@@ -48,7 +62,7 @@ class Storage(Runs, Protocol):
 class Operations(ABC):
     """One implementation of all of them. Stateless."""
 
-    def score(self, policy: Policy, candidates: Candidates) -> Tensor:
+    def score(self, policy: Scorer, candidates: Any) -> Tensor:
         """Return ``policy.score(candidates)``, or the same from a faster loop."""
         return policy.score(candidates)
 

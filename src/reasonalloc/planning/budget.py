@@ -28,7 +28,7 @@ from reasonalloc.planning.shapes import layer_shapes, model_name, text_config
 from reasonalloc.planning.sharding import HeadShard
 from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
 from reasonalloc.policies import ModelFacts, Policy
-from reasonalloc.policies.rotary import Rope
+from reasonalloc.rotary import Rope
 from reasonalloc.tables import Shown, Table, show
 from reasonalloc.whole import whole_number
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.rotary import Rope
 from reasonalloc.registry import Registry
+from reasonalloc.rotary import Rope
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ class Policy(ABC):
     """Scores are shares of a head's own tokens, so that they shrink as the head grows."""
     recent_fraction: ClassVar[float] = 0.0
     """Share of a head's budget that goes to its most recent tokens, whatever their scores."""
+
+    loop: ClassVar[str | None] = None
+    """Name of a loop in C++ (``ops.native``) that computes the same scores; not inherited."""
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:

@@ -24,6 +24,7 @@ class RKV(Policy):
     threshold: float = 0.5
     needs_queries: ClassVar[bool] = True
     sums_to_one: ClassVar[bool] = True
+    loop: ClassVar[str | None] = "rkv"
 
     def __post_init__(self) -> None:
         check_kernel("rkv", self.kernel)

@@ -11,7 +11,7 @@ from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.calibrated.statistics import Statistics, load_statistics
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
-from reasonalloc.policies.rotary import Rope, from_features, to_features, turns
+from reasonalloc.rotary import Rope, from_features, to_features, turns
 
 
 class _Layer(NamedTuple):

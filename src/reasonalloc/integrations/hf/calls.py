@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.attention import IMPLEMENTATION, check_gradients
+from reasonalloc.integrations.hf.budgeted import Budgeted
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.versions import cache_name, given_cache, with_cache
-
-if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.attachment import Attachment
 
 
 class CallCheck:
@@ -27,7 +25,7 @@ class CallCheck:
         inner: whether the hook sits on the decoder inside the attached model.
     """
 
-    def __init__(self, attachment: Attachment, inner: bool) -> None:
+    def __init__(self, attachment: Budgeted, inner: bool) -> None:
         self._attachment = attachment
         self._inner = inner
 
@@ -99,7 +97,7 @@ def _two_dimensional(mask: Tensor, cache: BudgetCache, batch: int, columns: int)
     return torch.cat([past, mask[:, 0, -1].expand(batch, -1)], dim=1)
 
 
-def check_attention(attachment: Attachment) -> None:
+def check_attention(attachment: Budgeted) -> None:
     """Refuse a model whose attention was changed since it was attached.
 
     Raises:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from reasonalloc.errors import UsageError
+from reasonalloc.integrations.hf.budgeted import Budgeted
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.versions import with_cache
-
-if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.attachment import Attachment
 
 
 class Chat:
@@ -33,7 +31,7 @@ class Chat:
         prefilled: tokens that the latest turn had to read, its answer not counted.
     """
 
-    def __init__(self, attachment: Attachment, tokenizer: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, attachment: Budgeted, tokenizer: Any, settings: dict[str, Any]) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this tokenizer has no chat template: give one that has")
         for name in ("past_key_values", "cache", "input_ids", "inputs", "attention_mask"):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.budgeted import Budgeted
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import check_attention, check_checkpointing
 from reasonalloc.integrations.hf.model import check_adapter
 from reasonalloc.integrations.hf.versions import cache_name, given_cache
 from reasonalloc.planning.shapes import text_config
-
-if TYPE_CHECKING:
-    from reasonalloc.integrations.hf.attachment import Attachment
 
 # Arguments that change how the cache is used, and what they ask for.
 _REFUSED = {
@@ -45,7 +43,7 @@ NOT_HERE = {
 
 
 def check_generate(
-    model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, attachment: Budgeted, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> BudgetCache:
     """Refuse what cannot work; return the cache to use: the caller's own or a new one.
 
@@ -112,7 +110,7 @@ def check_generate(
 
 def _check_text(
     model: Any,
-    attachment: Attachment,
+    attachment: Budgeted,
     cache: BudgetCache,
     call: dict[str, Any],
     given: Callable[[str], Any],
@@ -227,7 +225,7 @@ def _prompt_shape(call: dict[str, Any]) -> tuple[int, int] | None:
 
 def _check_prompt(
     model: Any,
-    attachment: Attachment,
+    attachment: Budgeted,
     seen: int,
     prompt: tuple[int, int],
     given: Callable[[str], Any],
@@ -263,7 +261,7 @@ def _check_prompt(
             )
 
 
-def _budget_for(attachment: Attachment, least: int) -> int | None:
+def _budget_for(attachment: Budgeted, least: int) -> int | None:
     """A budget at which every layer keeps ``least`` tokens; None if 64 times the budget do not do.
 
     With equal layers the smallest one; with unequal layers it may be a little more.

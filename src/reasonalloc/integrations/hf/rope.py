@@ -13,7 +13,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.policies.rotary import Rope, from_features, to_features, turns
+from reasonalloc.rotary import Rope, from_features, to_features, turns
 
 # Those whose frequencies stay the same however long the text gets.
 _FIXED = ("default", "linear", "yarn", "llama3", "proportional")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
-from reasonalloc.ops.interface import Operations, Storage
+from reasonalloc.ops.interface import Operations, Scorer, Storage
 from reasonalloc.ops.native import rkv
 from reasonalloc.ops.native.attention import NewToken, step
 from reasonalloc.ops.native.budgets import pooled_counts, robustify, select
 from reasonalloc.ops.native.rows import move_rows
 
-if TYPE_CHECKING:
-    from reasonalloc.policies import Candidates, Policy
-
 
 class NativeOperations(Operations):
     """Loops for tensors on a CPU; see ``ops.native.build`` for when they are compiled."""
 
-    def score(self, policy: Policy, candidates: Candidates) -> Tensor:
+    def score(self, policy: Scorer, candidates: Any) -> Tensor:
         """See ``Operations.score``; R-KV's have a loop."""
         scores = rkv.score(policy, candidates)
         return policy.score(candidates) if scores is None else scores

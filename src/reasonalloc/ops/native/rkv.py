@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,23 @@ from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
 from reasonalloc.ops.native.structs import FLOATS
 
-if TYPE_CHECKING:
-    from reasonalloc.policies import Candidates, Policy
 
+def score(policy: Any, candidates: Any) -> Tensor | None:
+    """Return R-KV's scores; None for any other policy, or where no keys lie in one storage.
 
-def score(policy: Policy, candidates: Candidates) -> Tensor | None:
-    """Return R-KV's scores; None for any other policy, or where no keys lie in one storage."""
-    from reasonalloc.policies.rkv import RKV
-
-    # A subclass may score in another way.
-    if type(policy) is not RKV or candidates.stored is None or candidates.queries is None:
+    Args:
+        policy, candidates: of ``reasonalloc.policies``.
+    """
+    # Of the class itself: a subclass may score in another way.
+    if vars(type(policy)).get("loop") != "rkv":
         return None
+    if candidates.stored is None or candidates.queries is None:
+        return None
+    keys, index = candidates.stored
     return rkv_scores(
         candidates.queries.float() * candidates.scaling,
-        *candidates.stored,
+        keys,
+        index,
         candidates.lengths,
         lam=policy.lam,
         kernel=policy.kernel,
