@@ -147,6 +147,10 @@ def test_an_interrupted_call_keeps_what_is_there(
         ({"arms": "rvk"}, "did you mean 'rkv'"),
         ({"budgets": 3}, "give a budget of at least 4"),
         ({"task": "chian"}, "did you mean 'chain'"),
+        ({"budgets": []}, "budgets is empty"),
+        ({"budgets": 24.5}, "budget=24.5 must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"limit": 0}, "limit=0"),
     ],
 )
 def test_refusals(loaded: dict[str, Any], change: dict[str, Any], message: str) -> None:

@@ -31,7 +31,9 @@ def command(*, model: o.ModelChoice, options: dict[str, Any], as_json: o.Json = 
         result = evaluate(loading.pop("name"), **options, **loading, progress=watcher)
     except Interrupted:  # the watcher said it
         raise typer.Exit(130) from None
-    if not first_rank():  # it helped the first process of a torchrun
+    if (
+        options["tp_plan"] is not None and not first_rank()
+    ):  # it helped the first process of a torchrun
         return
     if as_json:
         facts = {"task": result.task, "problems": len(result.problems)}

@@ -7,6 +7,7 @@ from typing import get_args
 
 from reasonalloc.config import Arm, Step, parse_arm, preset_name, split_arms
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.whole import whole_number
 
 
 def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
@@ -28,6 +29,18 @@ def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
     if not names:
         raise UsageError("arms is empty: name at least one, as rkv,snapkv")
     return list(dict.fromkeys(names))
+
+
+def list_budgets(given: int | Iterable[int]) -> list[int]:
+    """Return budgets, given as one or several, none twice.
+
+    Raises:
+        UsageError: none, or something else than whole numbers.
+    """
+    several = list(given) if isinstance(given, Iterable) else [given]
+    if not several:
+        raise UsageError("budgets is empty: give at least one, as (64, 128)")
+    return list(dict.fromkeys(whole_number("budget", size) for size in several))
 
 
 def check_names(arm: Arm) -> None:

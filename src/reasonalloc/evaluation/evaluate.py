@@ -12,7 +12,7 @@ from reasonalloc.config import Arm, Step
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import checks
 from reasonalloc.evaluation.arm_files import File, as_settings, choose_files, list_files
-from reasonalloc.evaluation.arms import check_decoding, read_arms
+from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import Job, Settings
 from reasonalloc.evaluation.chunks import Facts, ModelSpec
 from reasonalloc.evaluation.engines import make_solver
@@ -26,6 +26,7 @@ from reasonalloc.evaluation.runner import Executor, InProcess, make_jobs, run
 from reasonalloc.evaluation.sharded import Leader, first_rank, follow
 from reasonalloc.evaluation.spec import EvaluationSpec
 from reasonalloc.evaluation.tasks.base import TASKS, Task
+from reasonalloc.whole import whole_number
 
 #: Makes what completes chunks, and says what the model is; what it opens ends with the stack.
 OpenExecutor = Callable[[EvaluationSpec, Observer, ExitStack], tuple[Executor, Facts]]
@@ -125,7 +126,10 @@ def evaluate(
         step=step,
         **as_settings(files),
     )
-    jobs = _jobs(names, [budgets] if isinstance(budgets, int) else list(budgets), settings)
+    jobs = _jobs(names, list_budgets(budgets), settings)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    workers = whole_number("workers", workers, 1)
+    limit = None if limit is None else whole_number("limit", limit, 1)
     options = ModelSpec("", dtype, device, trust_remote_code, device_map, tp_plan, engine)
     source, loaded = find_model(model, tokenizer, options, workers, ray_address)
     if loaded is not None and tokenizer is None:
@@ -166,7 +170,7 @@ def find_task(task: str | Task) -> tuple[str, Task]:
 
 
 def _jobs(names: list[str], budgets: Sequence[int], settings: Settings) -> list[Job]:
-    jobs = make_jobs(names, list(dict.fromkeys(budgets)))
+    jobs = make_jobs(names, budgets)
     for job in jobs:
         if job.budget is not None:
             settings.config(job)  # refuses a budget that cannot be

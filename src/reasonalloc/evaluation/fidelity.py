@@ -18,7 +18,7 @@ from reasonalloc.evaluation.arm_files import (
     files_digest,
     list_files,
 )
-from reasonalloc.evaluation.arms import check_decoding, read_arms
+from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import FULL, Job, Settings
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.evaluation.completions import complete_missing
@@ -33,6 +33,7 @@ from reasonalloc.loading import load_model
 from reasonalloc.planning.files import files_read
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory, as_trajectory, load_trajectories
+from reasonalloc.whole import whole_number
 
 
 def fidelity(
@@ -94,8 +95,8 @@ def fidelity(
         "protect_prompt": protect_prompt,
         "attention": attention,
     }
-    sizes = [budgets] if isinstance(budgets, int) else list(dict.fromkeys(budgets))
-    configs = _configs(read_arms(arms), sizes, list_files(profile), shared)
+    configs = _configs(read_arms(arms), list_budgets(budgets), list_files(profile), shared)
+    generate = None if generate is None else whole_number("generate", generate, 2)
     options = ModelSpec("", dtype, device, trust_remote_code)
     source, loaded = find_model(model, tokenizer, options)
     with observer.busy("Loading the model"):
