@@ -26,7 +26,7 @@ from reasonalloc.evaluation import cluster
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.chunks import Chunk, Item
 from reasonalloc.evaluation.evaluate import evaluate
-from reasonalloc.policies import Candidates, Policy
+from reasonalloc.policies import POLICIES, Candidates, Policy
 from tiny_boxed import save_tiny
 
 WORKERS = ("--workers", "2")
@@ -90,7 +90,10 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.skipif(not two_cores(), reason="needs two cores")
-def test_own_parts_reach_the_workers(model: Path) -> None:
+def test_own_parts_reach_the_workers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES, "_entries", POLICIES.entries())  # forgotten after it
+    monkeypatch.setattr(POLICIES, "_objects", {})
+
     class Earliest(Policy):
         def score(self, candidates: Candidates) -> torch.Tensor:
             return -candidates.positions.float()

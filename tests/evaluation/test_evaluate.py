@@ -16,6 +16,8 @@ pytest.importorskip("typer")
 from test_eval import arguments, read
 
 import reasonalloc
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.config import Arm
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.evaluate import evaluate
@@ -24,7 +26,7 @@ from reasonalloc.evaluation.fidelity import fidelity
 from reasonalloc.evaluation.progress import Observer
 from reasonalloc.evaluation.tasks.chain_task import Chain
 from reasonalloc.loading import load_model
-from reasonalloc.policies import Candidates, Policy
+from reasonalloc.policies import POLICIES, Candidates, Policy
 from reasonalloc.policies.rkv import RKV
 from reasonalloc.texts import Trajectory
 from tiny_boxed import save_tiny
@@ -52,6 +54,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(model: Path) -> dict[str, Any]:
     network, tokenizer = load_model(str(model), "auto", "cpu")
     return {"model": network, "tokenizer": tokenizer}
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test makes known is unknown after it."""
+    for registry in (POLICIES, HEAD_ALLOCATORS, LAYER_ALLOCATORS):
+        monkeypatch.setattr(registry, "_entries", registry.entries())
+        monkeypatch.setattr(registry, "_objects", {})
 
 
 @dataclass(frozen=True)
