@@ -14,6 +14,7 @@ import torch
 import reasonalloc
 from made_candidates import ragged
 from models import prompt, tiny
+from reasonalloc import api
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.config import PRESETS
@@ -88,3 +89,16 @@ def test_the_recipe_of_a_reference_equals_its_policy(made: dict[str, Any]) -> No
             head = SimpleNamespace(values=candidates.values[b, h, :n])
             slow = made["score_value_norm"](head, p)
             torch.testing.assert_close(scores[b, h, :n], torch.tensor(slow))
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in reasonalloc.__all__:
+        value = getattr(reasonalloc, name)
+        if isinstance(value, type) or callable(value):
+            assert len(value.__doc__ or "") > 20, name
+
+
+def test_the_api_and_the_package_offer_the_same() -> None:
+    errors = {name for name in vars(reasonalloc.errors) if name[0].isupper()}
+    own = set(reasonalloc.__all__) - errors - {"__version__"}
+    assert own == set(api.__all__)

@@ -165,6 +165,7 @@ class Policy(ABC):
 POLICIES: Registry[Policy] = Registry(
     "policy", "reasonalloc.policies", lambda: Policy, "reasonalloc.policies"
 )
+"""Policies by name: the library's, those of packages and your own."""
 
 
 def kept_state(candidates: Candidates) -> Tensor:

@@ -93,3 +93,4 @@ HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry(
     lambda: HeadAllocator,
     "reasonalloc.head_allocators",
 )
+"""Head allocators by name: the library's, those of packages and your own."""

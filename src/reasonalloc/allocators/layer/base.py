@@ -62,3 +62,4 @@ LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry(
     lambda: LayerAllocator,
     "reasonalloc.layer_allocators",
 )
+"""Layer allocators by name: the library's, those of packages and your own."""
