@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from reasonalloc.cli.selftest import self_test
 from transformers import DynamicCache
 
 import reasonalloc
 from models import prompt, tiny
 from reasonalloc.benchmark.decode import one_step
+from reasonalloc.diagnose.selftest import self_test
 from reasonalloc.errors import UntestedVersion, UsageError
 from reasonalloc.integrations.hf import BudgetCache, step, versions
 from reasonalloc.integrations.hf.replay import replay_logits

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tools.boxed import attention
 from tools.boxed.data import IGNORED, Batch, largest_level, make_batch
 from tools.boxed.model import TOKENS, build_config, build_model, save_checkpoint
 from tools.boxed.state import load_state, save_state
@@ -26,7 +27,6 @@ from torch.nn import functional
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import Qwen3ForCausalLM
 
-from reasonalloc.boxed import attention
 from reasonalloc.evaluation.tasks.chain import DIGITS
 
 try:

@@ -46,6 +46,7 @@ from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies import Policy
+from reasonalloc.whole import whole_number
 
 _HANDLE = "_reasonalloc"
 
@@ -102,7 +103,8 @@ class Attachment:
 
     def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
         """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
-        return self._plan.memory(batch, (dtype or self._model.dtype).itemsize)
+        count = whole_number("batch", batch, 1)
+        return self._plan.memory(count, (dtype or self._model.dtype).itemsize)
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """``totals`` as they would be under another budget."""
