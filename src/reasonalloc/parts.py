@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+from reasonalloc.config import Arm
 from reasonalloc.policies import POLICIES
 from reasonalloc.registry import Registry
 
@@ -30,3 +34,23 @@ def adopt_parts(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
     """Make known what ``own_parts`` returned in another process."""
     for kind, (classes, objects) in parts.items():
         _REGISTRIES[kind].adopt(classes, objects)
+
+
+def code_of(arm: Arm) -> str:
+    """Return the code of the user's own classes in an arm: other code is another method.
+
+    Nothing of the library's classes; the source of each own class, or its byte code where there is
+    no source, such as in an interpreter.
+    """
+    specs = {"policies": arm.policy, "layers": arm.layers, "heads": arm.heads}
+    own = (_REGISTRIES[kind].own_class(spec) for kind, spec in specs.items())
+    return "".join(_source(cls) for cls in own if cls is not None)
+
+
+def _source(cls: type[Any]) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        functions = [f for f in vars(cls).values() if isinstance(f, FunctionType)]
+        codes = [(f.__code__.co_code, f.__code__.co_names) for f in functions]
+        return hashlib.sha256(repr(codes).encode()).hexdigest()

@@ -198,6 +198,13 @@ class Registry(Generic[T]):
         }
         return classes, dict(self._objects)
 
+    def own_class(self, spec: str) -> type[T] | None:
+        """The class of a specification, if it is not the library's."""
+        name = next(
+            (n for n in self.own()[0] if spec == n or spec.startswith((f"{n}(", f"{n}-"))), ""
+        )
+        return self._entries[name].cls if name else None
+
     def adopt(self, entries: Mapping[str, Entry[T]], objects: Mapping[str, T]) -> None:
         """Take over what ``own`` said in another process."""
         self.entries()

@@ -13,6 +13,7 @@ from models import prompt, tiny
 from reasonalloc import Arm, UsageError
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator, HeadQuery
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
+from reasonalloc.parts import code_of
 from reasonalloc.policies import POLICIES, Candidates, Policy
 from reasonalloc.policies.rkv import RKV
 
@@ -167,3 +168,16 @@ def test_a_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LAYER_ALLOCATORS.create("uniform").allocate(LayerQuery(1, 1, 8, 2)) == [8]
     with pytest.raises(UsageError, match="repair or uninstall that package"):
         LAYER_ALLOCATORS.create("theirs")
+
+
+def test_other_code_is_another_method() -> None:
+    arm = Arm(EveryOther(3), LaterMore, FirstHeadMost)
+    code = code_of(arm)
+    assert all(text in code for text in ("% self.step", "totals[-1] +=", "demand[:, 0]"))
+    assert code_of(Arm("rkv", "pyramid", "adakv")) == ""
+    namespace: dict[str, Any] = {"Policy": Policy, "__name__": "nowhere"}
+    digests = []
+    for sign in ("", "-"):  # in an interpreter there is no source
+        exec(f"class Typed(Policy):\n    def score(self, c): return {sign}c.positions", namespace)
+        digests.append(code_of(Arm(namespace["Typed"])))
+    assert len(set(digests)) == 2

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.calibrated import file_kind
-from reasonalloc.config import parse_arm
+from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
+from reasonalloc.parts import code_of
 from reasonalloc.planning.files import files_missing, files_read
 
 if TYPE_CHECKING:
@@ -81,21 +82,29 @@ def as_settings(files: dict[str, str]) -> dict[str, Any]:
 
 
 def fingerprints(jobs: Sequence[Job], settings: Settings) -> dict[str, str]:
-    """Of every arm that reads files, what they hold: another content is another setting."""
+    """Return the fingerprint of every arm that reads files or has classes of the user's own."""
     digests: dict[str, str] = {}
     for job in jobs:
         if job.budget is not None and job.arm not in digests:
-            digest = files_digest(files_read(settings.config(job)))
+            digest = arm_digest(settings.config(job))
             digests |= {} if digest is None else {job.arm: digest}
     return digests
 
 
-def files_digest(paths: Sequence[str | os.PathLike[str]]) -> str | None:
-    """Fingerprint of calibrated files: another content under the same name is another setting."""
+def arm_digest(config: CompressionConfig) -> str | None:
+    """Fingerprint of an arm's calibrated files and of its own classes; None if it has none.
+
+    Another content under the same name is another setting.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    paths, code = files_read(config), code_of(config.arm)
     digest = hashlib.sha256()
     for path in paths:
         try:
             digest.update(Path(path).read_bytes())
         except OSError as error:
             raise UsageError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16] if paths else None
+    digest.update(code.encode())
+    return digest.hexdigest()[:16] if paths or code else None

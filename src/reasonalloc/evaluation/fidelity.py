@@ -13,9 +13,9 @@ from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.arm_files import (
     File,
+    arm_digest,
     as_settings,
     choose_files,
-    files_digest,
     list_files,
 )
 from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
@@ -30,7 +30,6 @@ from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
-from reasonalloc.planning.files import files_read
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory, as_trajectory, load_trajectories
 from reasonalloc.whole import whole_number
@@ -178,7 +177,7 @@ class _Results:
             free = ("attention",)  # results depend on it by rounding alone
             self._file = ResultFile(path, manifest, free=free)
         # Another content of a file under the same name is another arm.
-        self._digests = {str(c.arm): files_digest(files_read(c)) for c in configs}
+        self._digests = {str(c.arm): arm_digest(c) for c in configs}
         old = [] if self._file is None else self._file.rows
         # A row whose arm read files of another content stays in the file and is not looked at.
         self.rows = [r for r in old if r["files"] == self._digests.get(r["arm"], r["files"])]
