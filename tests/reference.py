@@ -230,7 +230,7 @@ SHARES = ("rkv", "snapkv", "tova")  # policies whose scores are shares of a head
 def robustify(
     demand: list[float], total: int, lower: list[int], upper: list[int], exponent: float
 ) -> list[int]:
-    """METHOD.md: bisection on the scale, then largest-remainder rounding."""
+    """Bisection on the scale, then largest-remainder rounding."""
     weights = [max(d, 1e-12) ** exponent for d in demand]
 
     def clipped(scale: float) -> list[float]:

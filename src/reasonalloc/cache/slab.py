@@ -1,4 +1,4 @@
-"""The slab: ragged storage of one layer, allocated once (DESIGN: "Storage")."""
+"""The slab: ragged storage of one layer, allocated once."""
 
 from __future__ import annotations
 
@@ -276,14 +276,14 @@ class Slab:
 
     def content(self) -> dict[str, Tensor]:
         """All that it holds, by name; with tables of runs, whatever they are now."""
-        found = {
+        tensors = {
             "keys": self.keys,
             "values": self.values,
             "positions": self.positions,
             "offsets": self.offsets,
             "lengths": self.lengths,
         }
-        return found if self.state is None else {**found, "state": self.state}
+        return tensors if self.state is None else {**tensors, "state": self.state}
 
     def fill(self, content: Mapping[str, Tensor], equal: bool, room: int) -> None:
         """Take over what another slab of the same shape held.
@@ -300,8 +300,8 @@ class Slab:
         for name, tensor in own.items():
             given = content.get(name)
             if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                found = None if given is None else (tuple(given.shape), given.dtype)
-                raise ValueError(f"{name} is {found}, not {(tuple(tensor.shape), tensor.dtype)}")
+                theirs = None if given is None else (tuple(given.shape), given.dtype)
+                raise ValueError(f"{name} is {theirs}, not {(tuple(tensor.shape), tensor.dtype)}")
         offsets, lengths = content["offsets"], content["lengths"]
         ends = torch.cat([offsets[:, 1:], torch.full_like(offsets[:, :1], self.slots)], dim=1)
         fits = (offsets >= 0) & (lengths >= 0) & (offsets + lengths + room <= ends)

@@ -136,17 +136,17 @@ def compile_step(run: Callable[[], Any], verify: bool = False) -> Callable[[], A
 
     def replay() -> Any:
         nonlocal started
-        found = leaves
+        results = leaves
         with torch.inference_mode(False), torch.no_grad():
             if started and first:
                 again = _noted(run)
                 check_same(*first.pop(), *again)
-                found = tree_leaves(again[0])
+                results = tree_leaves(again[0])
             elif started:
                 for step in steps:
                     step()
             started = True
-            fresh = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in found]
+            fresh = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in results]
         return tree_unflatten(fresh, spec)
 
     return replay
@@ -202,7 +202,7 @@ def _shape_depends(call: Call) -> bool:
 
 
 def _repetition(call: Call) -> Callable[[], None]:
-    """Do it again by PyTorch, with results where they were."""
+    """Return what repeats an operation by PyTorch, into the tensors that it wrote."""
     into = _INTO.get(call.func)
     if into is not None:
         return lambda: into(*call.args, **call.kwargs, out=call.result)
@@ -214,9 +214,9 @@ def _repetition(call: Call) -> Callable[[], None]:
     ]
 
     def repeat() -> None:
-        found = call.func(*call.args, **call.kwargs)
+        result = call.func(*call.args, **call.kwargs)
         if targets:
-            leaves = tree_leaves(found)
+            leaves = tree_leaves(result)
             for i, target in targets:
                 if leaves[i].shape != target.shape:
                     raise UnsupportedError(

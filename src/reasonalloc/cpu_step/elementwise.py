@@ -52,15 +52,15 @@ def loops_of(
 ) -> tuple[Any, list[Any], Share] | None:
     """Sizes of ``most`` loops, each tensor's strides, and how threads divide them."""
     if len(shape) > 1 and shape[0] > 1 and elements >= _ROWS_FROM:
-        found = collapsed(shape[1:], [s[1:] for s in strides], most - 1)
-        if found is not None:
-            sizes, steps = found
+        layout = collapsed(shape[1:], [s[1:] for s in strides], most - 1)
+        if layout is not None:
+            sizes, steps = layout
             first = [(s[0], *t) for s, t in zip(strides, steps, strict=True)]
             return (shape[0], *sizes), first, Share.ROWS
-    found = collapsed(shape, strides, most)
-    if found is None:
+    layout = collapsed(shape, strides, most)
+    if layout is None:
         return None
-    sizes, steps = found
+    sizes, steps = layout
     share = Share.BLOCKS if elements >= _BLOCKS_FROM else Share.NONE
     return tuple(sizes), [tuple(t) for t in steps], share
 

@@ -123,10 +123,10 @@ def _cat(call: Call) -> list[Draft] | None:
             continue
         own = call.result.narrow(dim, start, part.shape[dim])
         start += part.shape[dim]
-        found = elementwise(Operation.COPY, own, part)
-        if found is None:
+        copies = elementwise(Operation.COPY, own, part)
+        if copies is None:
             return None
-        drafts += found
+        drafts += copies
     return drafts
 
 

@@ -103,7 +103,7 @@ def one_panel_each(drafts: Sequence[Draft]) -> list[Draft]:
     """The same without panels of rows that are laid out already, and have not changed since."""
     panels: dict[int, dict[tuple[int, ...], Tensor]] = {}  # of a storage: of places in it
     instead: dict[int, tuple[Tensor, Strides]] = {}  # of a storage
-    found = []
+    kept = []
     for draft in drafts:
         if draft.operation is Operation.PANEL and draft.out and draft.a:
             (panel, strides), (x, _) = draft.out, draft.a
@@ -116,5 +116,5 @@ def one_panel_each(drafts: Sequence[Draft]) -> list[Draft]:
             draft.a = instead[storage_of(draft.a[0])]
         for tensor in draft.tensors()[1]:
             panels.pop(storage_of(tensor), None)
-        found.append(draft)
-    return found
+        kept.append(draft)
+    return kept

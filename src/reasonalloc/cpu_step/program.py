@@ -175,7 +175,7 @@ class Program:
         self._kept += [t for group in draft.tensors() for t in group if not arena.holds(t)]
 
     def run(self) -> None:
-        """Do it.
+        """Run all instructions once, on the memory that they were made for.
 
         Raises:
             MemoryError, IndexError, RuntimeError: see ``check.failure``.

@@ -108,17 +108,17 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
             return super()._model_generate(context, *args, **kwargs)  # type: ignore[no-any-return]
         with warnings.catch_warnings(), attach_config(self._inner, self.kv_config) as attached:
             warnings.simplefilter("ignore", CompressionNeverHappened)  # said once, at the end
-            found: Tensor = super()._model_generate(context, *args, **kwargs)
+            output: Tensor = super()._model_generate(context, *args, **kwargs)
             if attached.recorder is not None:
                 self.kv_compressions += attached.recorder.compressions
-        return found
+        return output
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """See lm-eval; says if nothing was ever compressed."""
         before = self.kv_compressions
-        found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        output: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._say(before, len(requests))
-        return found
+        return output
 
     def _say(self, before: int, requests: int) -> None:
         if self.kv_config is None:
@@ -138,10 +138,10 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if self.kv_config is None:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+            output: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, disable_tqdm=disable_tqdm, override_bs=override_bs
             )
-            return found
+            return output
         before, answers = self.kv_compressions, []
         with torch.inference_mode(), attach_config(self._inner, self.kv_config) as attached:
             for texts, context, continuation in tqdm(requests, disable=disable_tqdm):

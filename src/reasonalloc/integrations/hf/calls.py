@@ -103,11 +103,11 @@ def check_attention(attachment: Budgeted) -> None:
     Raises:
         UsageError: says what to do.
     """
-    found = attachment.implementation
-    if found != IMPLEMENTATION:
+    implementation = attachment.implementation
+    if implementation != IMPLEMENTATION:
         raise UsageError(
-            f"the model's attention was set to {found!r} after attach(), so no budget is kept: "
-            "detach, set it, then attach again"
+            f"the model's attention was set to {implementation!r} after attach(), so no budget "
+            "is kept: detach, set it, then attach again"
         )
 
 

@@ -28,7 +28,7 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
     Raises:
         UnsupportedError: a layer's output projection cannot be read, or is divided.
     """
-    shapes, found = check_model(model), {}
+    shapes, metrics = check_model(model), {}
     shard = find_shard(model, shapes)
     if shard.size > 1:
         raise UnsupportedError(
@@ -51,8 +51,8 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
             )
         heads = weight.float().unflatten(1, (shape.query_heads, -1))
         metric = torch.einsum("ohd,ohe->hde", heads, heads)
-        found[layer] = metric.unflatten(0, (shape.kv_heads, -1)).mean(dim=1).cpu()
-    return found
+        metrics[layer] = metric.unflatten(0, (shape.kv_heads, -1)).mean(dim=1).cpu()
+    return metrics
 
 
 def _of(module: Any) -> Tensor | None:

@@ -87,10 +87,10 @@ def check_rotation(model: Any, rope: Rope, token: int) -> None:
 
 def _queries(model: Any, token: int, position: int) -> dict[int, Tensor]:
     """Queries of every layer after RoPE, [query_heads, head_dim], of a text of one token."""
-    found: dict[int, Tensor] = {}
+    queries: dict[int, Tensor] = {}
 
     def note(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        found[module.layer_idx] = query[0, :, 0].float().cpu()
+        queries[module.layer_idx] = query[0, :, 0].float().cpu()
         return attention_forward(module, query, *args, **kwargs)
 
     original = model.config._attn_implementation
@@ -102,4 +102,4 @@ def _queries(model: Any, token: int, position: int) -> dict[int, Tensor]:
         model(ids, position_ids=torch.full_like(ids, position), use_cache=False)
     finally:
         model.set_attn_implementation(original)
-    return found
+    return queries

@@ -94,10 +94,10 @@ class SeenText:
 
     def content(self) -> dict[str, Tensor]:
         """All that it holds, by name."""
-        found = {"ids": self.ids}
+        tensors = {"ids": self.ids}
         if self._places is not None:
-            found["places"] = self.places(len(found["ids"]), self._places.device)
-        return found
+            tensors["places"] = self.places(len(tensors["ids"]), self._places.device)
+        return tensors
 
     def fill(self, content: Mapping[str, Tensor]) -> None:
         """Take over what another text held.

@@ -69,10 +69,10 @@ class SlabLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
-        found = (key_states.shape[1], key_states.shape[3])
-        if found != (self._shape.kv_heads, self._shape.head_dim):
+        shape = (key_states.shape[1], key_states.shape[3])
+        if shape != (self._shape.kv_heads, self._shape.head_dim):
             raise UnsupportedError(
-                f"layer {self.compressor.layer} has {found[0]} KV heads of width {found[1]}, but "
+                f"layer {self.compressor.layer} has {shape[0]} KV heads of width {shape[1]}, but "
                 f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
                 "its memory cannot be planned"
             )

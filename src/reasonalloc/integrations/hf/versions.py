@@ -32,10 +32,10 @@ def given_cache(call: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: two caches.
     """
-    found = [call[name] for name in _NAMES if call.get(name) is not None]
-    if len(found) == 2 and found[0] is not found[1]:
+    caches = [call[name] for name in _NAMES if call.get(name) is not None]
+    if len(caches) == 2 and caches[0] is not caches[1]:
         raise UsageError(f"{_NAMES[0]} and {_NAMES[1]} are two caches: pass one of them")
-    return found[0] if found else None
+    return caches[0] if caches else None
 
 
 def with_cache(call: Mapping[str, Any], cache: Any) -> dict[str, Any]:

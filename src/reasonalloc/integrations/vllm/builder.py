@@ -247,10 +247,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
                 places.append(position % window)
         if not tokens:
             return None
-        found = [
+        tensors = [
             torch.tensor(x, dtype=torch.int64, device=self.device) for x in (tokens, rows, places)
         ]
-        return found[0], found[1], found[2]
+        return tensors[0], tensors[1], tensors[2]
 
     def finish(self) -> None:
         """Compress what reached a boundary; after the forward pass of a step."""

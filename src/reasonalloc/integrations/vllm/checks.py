@@ -21,10 +21,10 @@ def check_version(version: str) -> None:
     """
     low, high = (".".join(map(str, v)) for v in VERSIONS)
     try:
-        found = tuple(int(part) for part in version.split(".")[:2])
+        installed = tuple(int(part) for part in version.split(".")[:2])
     except ValueError:
-        found = (0, 0)
-    if not VERSIONS[0] <= found < VERSIONS[1]:
+        installed = (0, 0)
+    if not VERSIONS[0] <= installed < VERSIONS[1]:
         raise UnsupportedError(
             f"vLLM {version} was not tested with ReasonAlloc: install vllm>={low},<{high}"
         )

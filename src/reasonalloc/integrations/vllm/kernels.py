@@ -100,8 +100,8 @@ def joined(caches: Sequence[Tensor]) -> Tensor:
     base = first.storage_offset()
     for layer, cache in enumerate(caches):
         expected = first.shape, base + layer * size, first.untyped_storage().data_ptr()
-        found = cache.shape, cache.storage_offset(), cache.untyped_storage().data_ptr()
-        if found != expected or not cache.is_contiguous():
+        actual = cache.shape, cache.storage_offset(), cache.untyped_storage().data_ptr()
+        if actual != expected or not cache.is_contiguous():
             raise UnsupportedError(
                 "vLLM laid out the KV cache in an unexpected way, so that pages cannot be shared "
                 "among layers and heads: unset VLLM_KV_CACHE_LAYOUT"
@@ -148,7 +148,7 @@ class CpuKernel:
         slots = torch.arange(block_size, device="cpu")
         one = raw[:1]
         self._write(one, probe, probe, slots)
-        found = []
+        pages = []
         for part in (0, 1):
             plain = raw[:, part]
             turned = plain.view(-1, self._head_dim, block_size).transpose(1, 2)
@@ -158,9 +158,9 @@ class CpuKernel:
                     "vLLM's CPU attention stores keys in an order that is not known here, so they "
                     "cannot be moved: use a block size that is a multiple of 32"
                 )
-            found.append(views[0])
+            pages.append(views[0])
         one.zero_()
-        return found[0], found[1]
+        return pages[0], pages[1]
 
     def store(self, pages: Pages, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """See ``Kernel``."""

@@ -86,13 +86,13 @@ class BudgetMetrics(AggregateStatLoggerBase):
         if iteration_stats is None:
             return
         for request in iteration_stats.finished_requests:
-            found = accounting.account(request.num_prompt_tokens, request.num_generation_tokens)
-            saved = max(found.full_bytes - found.held_bytes, 0)
+            account = accounting.account(request.num_prompt_tokens, request.num_generation_tokens)
+            saved = max(account.full_bytes - account.held_bytes, 0)
             for name, value in (
-                ("kv_tokens_kept", found.kept),
-                ("kv_tokens_evicted", found.evicted),
+                ("kv_tokens_kept", account.kept),
+                ("kv_tokens_evicted", account.evicted),
                 ("kv_bytes_saved", saved),
-                ("compressions", found.compressions),
+                ("compressions", account.compressions),
             ):
                 self._counters[name].labels(*labels).inc(value)
 

@@ -45,8 +45,8 @@ class Patch:
             raise UnsupportedError(f"this vLLM has no {self.where}: install a supported version")
         if getattr(original, _MARK, False):
             return
-        found = inspect.signature(original).parameters
-        if missing := [needed for needed in self.needs if needed not in found]:
+        parameters = inspect.signature(original).parameters
+        if missing := [needed for needed in self.needs if needed not in parameters]:
             raise UnsupportedError(
                 f"{self.where} of this vLLM has no parameter {missing[0]!r}: install a supported "
                 "version"

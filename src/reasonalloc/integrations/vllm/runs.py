@@ -110,14 +110,14 @@ class Runs:
 
     def track(self, request: str, start: int | None) -> Tracked:
         """The request's entry; a new or reset one if ``start`` says that it begins now."""
-        found = self._tracked.get(request)
+        tracked = self._tracked.get(request)
         if start is not None:
-            slot = self._take_slot() if found is None else found.slot
+            slot = self._take_slot() if tracked is None else tracked.slot
             self._reset(slot)
-            found = self._tracked[request] = Tracked(slot, start)
-        if found is None:
+            tracked = self._tracked[request] = Tracked(slot, start)
+        if tracked is None:
             raise RuntimeError(f"request {request!r} goes on, but was never begun")
-        return found
+        return tracked
 
     def forget_others(self, alive: Collection[str]) -> list[Tracked]:
         """Drop requests that are not alive; returns them."""
@@ -226,5 +226,5 @@ class QueryRows:
 
     def read(self, layer: int, rows: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
         """[rows, kv_heads, group, window, head_dim]; positions [rows, window], oldest first."""
-        found = self._rows[layer][rows[:, None], positions % self.window]
-        return found.transpose(1, 2).unflatten(1, (kv_heads, -1))
+        queries = self._rows[layer][rows[:, None], positions % self.window]
+        return queries.transpose(1, 2).unflatten(1, (kv_heads, -1))

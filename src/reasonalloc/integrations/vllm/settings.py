@@ -64,8 +64,8 @@ def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:
 def as_json(config: CompressionConfig) -> dict[str, Any]:
     """What ``find_settings`` reads back as these settings, from any folder."""
     arm = config.arm
-    found = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
-    found |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
+    values = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
+    values |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
     if config.profile is not None:
-        found["profile"] = str(Path(config.profile).resolve())
-    return found
+        values["profile"] = str(Path(config.profile).resolve())
+    return values
