@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -21,13 +21,17 @@ _REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
-def own_parts() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Return what this process knows besides the library's, to be sent to another one.
+def own_parts(arms: Iterable[Arm]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return what arms are made of besides the library's, to be sent to another process.
 
     Classes that were defined in a notebook or a script need a pickler that writes them by value,
     such as Ray's.
     """
-    return {kind: registry.own() for kind, registry in _REGISTRIES.items()}
+    known = list(arms)
+    return {
+        kind: registry.own(_parts(arm)[kind] for arm in known)
+        for kind, registry in _REGISTRIES.items()
+    }
 
 
 def adopt_parts(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
@@ -42,9 +46,12 @@ def code_of(arm: Arm) -> str:
     Nothing of the library's classes; the source of each own class, or its byte code where there is
     no source, such as in an interpreter.
     """
-    specs = {"policies": arm.policy, "layers": arm.layers, "heads": arm.heads}
-    own = (_REGISTRIES[kind].own_class(spec) for kind, spec in specs.items())
+    own = (_REGISTRIES[kind].own_class(spec) for kind, spec in _parts(arm).items())
     return "".join(_source(cls) for cls in own if cls is not None)
+
+
+def _parts(arm: Arm) -> dict[str, str]:
+    return {"policies": arm.policy, "layers": arm.layers, "heads": arm.heads}
 
 
 def _source(cls: type[Any]) -> str:

@@ -13,7 +13,7 @@ import math
 import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -190,20 +190,20 @@ class Registry(Generic[T]):
         self.register(name, source=f"{cls.__module__}.{cls.__qualname__}")(cls)
         return name
 
-    def own(self) -> tuple[dict[str, Entry[T]], dict[str, T]]:
-        """Classes and objects that another process has to be told of, see ``adopt``."""
-        inside = self._package.split(".")[0] + "."
-        classes = {
-            n: e for n, e in self._entries.items() if not e.cls.__module__.startswith(inside)
-        }
-        return classes, dict(self._objects)
-
     def own_class(self, spec: str) -> type[T] | None:
-        """The class of a specification, if it is not the library's."""
-        name = next(
-            (n for n in self.own()[0] if spec == n or spec.startswith((f"{n}(", f"{n}-"))), ""
-        )
-        return self._entries[name].cls if name else None
+        """Return the class of a specification, if it is not the library's."""
+        inside = self._package.split(".")[0] + "."
+        for name, entry in self._entries.items():
+            if spec == name or spec.startswith((f"{name}(", f"{name}-")):
+                return None if entry.cls.__module__.startswith(inside) else entry.cls
+        return None
+
+    def own(self, specs: Iterable[str]) -> tuple[dict[str, Entry[T]], dict[str, T]]:
+        """Return what another process has to be told of to ``create`` these, see ``adopt``."""
+        known = list(specs)
+        classes = {self.own_class(spec) for spec in known}
+        entries = {name: entry for name, entry in self._entries.items() if entry.cls in classes}
+        return entries, {spec: self._objects[spec] for spec in known if spec in self._objects}
 
     def adopt(self, entries: Mapping[str, Entry[T]], objects: Mapping[str, T]) -> None:
         """Take over what ``own`` said in another process."""

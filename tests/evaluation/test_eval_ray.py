@@ -111,7 +111,7 @@ def test_own_parts_reach_the_workers(model: Path, monkeypatch: pytest.MonkeyPatc
 
 def dying(ray: Any) -> type[Any]:
     class Worker:
-        def __init__(self, arguments: Any, parts: Any, threads: Any, folder: Any) -> None: ...
+        def __init__(self, arguments: Any, threads: Any, folder: Any) -> None: ...
 
         def check(self, known: Any) -> None:
             os._exit(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from reasonalloc.config import parse_arm
 from reasonalloc.errors import UsageError
 from reasonalloc.parts import adopt_parts, own_parts
 
@@ -52,7 +53,7 @@ class Cluster:
 
         self._ray: Any = ray
         self._arguments, self._observer = arguments, observer
-        self._known: Any = None  # jobs and prompts, in Ray's store
+        self._known: Any = None  # jobs, prompts and own parts, in Ray's store
         self._start(address)
         try:
             self._options = self._share(workers)
@@ -78,7 +79,8 @@ class Cluster:
         Raises:
             UsageError: as there, or workers die while they load the model.
         """
-        self._known = self._ray.put((list(jobs), list(prompts)))
+        arms = [arm for job in jobs if (arm := parse_arm(job.arm)) is not None]
+        self._known = self._ray.put((list(jobs), list(prompts), own_parts(arms)))
         for _ in range(_TRIES):
             try:
                 facts: Facts = self._result(self._actors[0].check.remote(self._known))
@@ -153,7 +155,7 @@ class Cluster:
         """A worker; its first call loads the model."""
         threads = None if "num_gpus" in self._options else self._options["num_cpus"]
         remote = self._ray.remote(concurrency_groups={"watch": 1})(_worker_class(self._ray))
-        start = (self._arguments, own_parts(), threads, str(Path.cwd()))
+        start = (self._arguments, threads, str(Path.cwd()))
         return remote.options(**self._options).remote(*start)
 
     def _result(self, reference: Any) -> Any:
@@ -190,17 +192,18 @@ def _worker_class(ray: Any) -> type[Any]:
     class Worker:
         """A solver that loads on its first call and tells how far it is."""
 
-        def __init__(self, arguments: Any, parts: Any, threads: int | None, folder: str) -> None:
+        def __init__(self, arguments: Any, threads: int | None, folder: str) -> None:
             # A cluster's workers start where the cluster was started: paths mean ours.
             with contextlib.suppress(OSError):
                 os.chdir(folder)
-            adopt_parts(parts)
             self._arguments, self._threads = arguments, threads
             self._solver: Any = None
             self._facts: Any = None
             self._steps = 0
 
         def check(self, known: Any) -> Any:
+            jobs, prompts, parts = known
+            adopt_parts(parts)
             if self._solver is None:
                 import torch
 
@@ -213,7 +216,7 @@ def _worker_class(ray: Any) -> type[Any]:
                     torch.set_num_threads(self._threads)
                 self._solver = make_solver(*self._arguments)
             if self._facts is None:
-                self._facts = self._solver.check(*known)
+                self._facts = self._solver.check(jobs, prompts)
             return self._facts
 
         def solve(self, chunk: Any, known: Any) -> Any:
