@@ -11,6 +11,10 @@ import pytest
 
 import examples  # noqa: F401 (loads the profile)
 import sanitized
+from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.allocators.layer import LAYER_ALLOCATORS
+from reasonalloc.evaluation.tasks.base import TASKS
+from reasonalloc.policies import POLICIES
 from tiny_folder import save_tiny
 
 # A shell that starts pytest in the background has it, and all it starts, ignore Ctrl-C.
@@ -20,6 +24,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 if os.environ.get("REASONALLOC_SANITIZE"):
     sanitized.prepare()
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies, allocators and tasks that a test makes known are unknown after it."""
+    for registry in (POLICIES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, TASKS):
+        monkeypatch.setattr(registry, "_entries", registry.entries())
+        monkeypatch.setattr(registry, "_objects", {})
 
 
 @pytest.fixture

@@ -58,14 +58,6 @@ class Remembered(Policy):
         return torch.isin(candidates.positions, self.favourite).float()
 
 
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test makes known is unknown after it."""
-    for registry in (POLICIES, HEAD_ALLOCATORS, LAYER_ALLOCATORS):
-        monkeypatch.setattr(registry, "_entries", registry.entries())
-        monkeypatch.setattr(registry, "_objects", {})
-
-
 def kept(**arm: Any) -> tuple[list[list[int]], str]:
     """Positions that the heads of the first layer kept at its last compression; the arm."""
     model = tiny("llama")

@@ -78,13 +78,14 @@ class Attachment:
                 "this model shares its configuration with a model that has a KV budget: give it a "
                 "copy of the configuration, or detach the other one"
             )
+        weak = weakref.ref(model)  # a plan that somebody keeps must not keep the model
         self._plan = BudgetPlan(
             config,
             self.shapes,
             self._text_config,
             model_name(model),
-            load_rope=lambda: read_rope(model),
-            load_output_metrics=lambda: output_metrics(model),
+            load_rope=lambda: read_rope(weak()),
+            load_output_metrics=lambda: output_metrics(weak()),
         )
         self.totals, self.planned = self._plan.totals, self._plan.planned
         if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) == "statistics":
