@@ -1,7 +1,9 @@
 """Accuracy against memory on the demo's problems; needs matplotlib.
 
-reasonalloc demo --json > demo.json
-python benchmarks/demo/plot.py demo.json docs/images
+    reasonalloc demo --json > demo.json
+    python benchmarks/demo/plot.py demo.json docs/images
+
+``results.json`` is the table of the run in docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "reasonalloc"
 from matplotlib import pyplot as plt  # noqa: E402
 
+BYTES = "kv_bytes_per_sequence"
 ARMS = ("best", "rkv", "reasonalloc", "snapkv", "h2o", "random")
 
 
@@ -26,8 +29,8 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     full = next(row for row in rows if row["arm"] == "full")
     axes.axhline(100 * full["accuracy"], color="0.5", linestyle=":", label="full cache")
     for arm in ARMS:
-        own = sorted((r for r in rows if r["arm"] == arm), key=lambda row: row["kv_bytes"])
-        share = [100 * row["kv_bytes"] / full["kv_bytes"] for row in own]
+        own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["budget"])
+        share = [100 * row[BYTES] / full[BYTES] for row in own]
         right = [100 * row["accuracy"] for row in own]
         low = [100 * (row["accuracy"] - row["interval95"][0]) for row in own]
         high = [100 * (row["interval95"][1] - row["accuracy"]) for row in own]
@@ -46,7 +49,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     """Read what the demo printed, and draw it."""
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    plot(json.loads(source.read_text("utf-8"))["rows"], out)
+    plot(json.loads(source.read_text("utf-8"))["results"], out)
 
 
 if __name__ == "__main__":
