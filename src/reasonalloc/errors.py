@@ -33,6 +33,6 @@ class OtherCadence(UserWarning):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Error for an unknown ``name`` that suggests the nearest of the ``known`` ones."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UsageError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(names)}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Iterable, Mapping
-from types import FunctionType
 from typing import Any
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.config import Arm
+from reasonalloc.fingerprint import fingerprint
 from reasonalloc.policies import POLICIES
 from reasonalloc.registry import Registry
 
@@ -41,23 +39,18 @@ def adopt_parts(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def code_of(arm: Arm) -> str:
-    """Return the code of the user's own classes in an arm: other code is another method.
+    """Return a fingerprint of the user's own parts of an arm: other code is another method.
 
-    Nothing of the library's classes; the source of each own class, or its byte code where there is
-    no source, such as in an interpreter.
+    Nothing if all parts are the library's; see ``fingerprint`` for what counts.
     """
-    own = (_REGISTRIES[kind].own_class(spec) for kind, spec in _parts(arm).items())
-    return "".join(_source(cls) for cls in own if cls is not None)
+    texts = []
+    for kind, spec in _parts(arm).items():
+        registry = _REGISTRIES[kind]
+        cls, held = registry.own_class(spec), registry.held(spec)
+        texts += [] if cls is None else [fingerprint(cls)]
+        texts += [] if held is None else [fingerprint(held)]
+    return " ".join(texts)
 
 
 def _parts(arm: Arm) -> dict[str, str]:
     return {"policies": arm.policy, "layers": arm.layers, "heads": arm.heads}
-
-
-def _source(cls: type[Any]) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        functions = [f for f in vars(cls).values() if isinstance(f, FunctionType)]
-        codes = [(f.__code__.co_code, f.__code__.co_names) for f in functions]
-        return hashlib.sha256(repr(codes).encode()).hexdigest()

@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.fingerprint import fingerprint
 
 T = TypeVar("T")
 _NONE = (dataclasses.MISSING, inspect.Parameter.empty)  # a parameter without a default
@@ -77,9 +78,11 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             if not _NAME.fullmatch(name):
                 raise UsageError(f"{self.kind} {name!r}: use letters, digits, _ and - alone")
+            if not self._is_own(cls):
+                raise UsageError(f"{self.kind} {name!r}: {cls!r} is no class that can be made")
             old = self._entries.get(name)
             # A cell of a notebook that is run again defines its class anew.
-            if old is not None and _place(old.cls) != _place(cls):
+            if old is not None and not _replaces(cls, old.cls):
                 raise UsageError(f"{self.kind} {name!r} is registered twice: rename one of the two")
             self._entries[name] = Entry(name, cls, source)
             return cls
@@ -127,6 +130,8 @@ class Registry(Generic[T]):
         Raises:
             UsageError: unknown name or parameter, or a value of the wrong type.
         """
+        if not isinstance(spec, str):
+            raise UsageError(f"{self.kind} {spec!r} cannot be read: write name or name(key=value)")
         if spec in self._objects:
             return self._objects[spec]
         match = _SPEC.match(spec)
@@ -139,7 +144,13 @@ class Registry(Generic[T]):
         if name not in entries:
             raise unknown_name(self.kind, name, entries)
         cls = entries[name].cls
-        return cls(**_arguments(f"{self.kind} {name!r}", cls, arguments or ""))
+        values = _arguments(f"{self.kind} {name!r}", cls, arguments or "")
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{self.kind} {spec!r} cannot be made: {error}") from error
 
     def specification(self, value: str | T | type[T]) -> str:
         """The text that ``create`` makes an equal object of.
@@ -170,7 +181,9 @@ class Registry(Generic[T]):
             self._objects.pop(spec, None)
             return spec
         spec, number = name, 1
-        while type(self._objects.get(spec, None)) is cls and self._objects[spec] is not value:
+        while type(old := self._objects.get(spec)) is cls and fingerprint(old) != fingerprint(
+            value
+        ):
             number += 1
             spec = f"{name}-{number}"
         self._objects[spec] = value
@@ -182,7 +195,7 @@ class Registry(Generic[T]):
             if entry.cls is cls:
                 return name
         name = _small(cls.__name__)
-        if name in entries and _place(entries[name].cls) != _place(cls):
+        if name in entries and not _replaces(cls, entries[name].cls):
             raise UsageError(
                 f"{self.kind} {cls.__qualname__}: {name!r} is another one's name: rename the "
                 "class, or register it under a name of its own"
@@ -192,11 +205,16 @@ class Registry(Generic[T]):
 
     def own_class(self, spec: str) -> type[T] | None:
         """Return the class of a specification, if it is not the library's."""
+        held = self._objects.get(spec)
+        match = _SPEC.match(spec)
+        entry = self._entries.get(match.group(1)) if match else None
+        cls = type(held) if held is not None else entry.cls if entry else None
         inside = self._package.split(".")[0] + "."
-        for name, entry in self._entries.items():
-            if spec == name or spec.startswith((f"{name}(", f"{name}-")):
-                return None if entry.cls.__module__.startswith(inside) else entry.cls
-        return None
+        return None if cls is None or cls.__module__.startswith(inside) else cls
+
+    def held(self, spec: str) -> T | None:
+        """Return the object that a specification stands for, if text cannot describe it."""
+        return self._objects.get(spec)
 
     def own(self, specs: Iterable[str]) -> tuple[dict[str, Entry[T]], dict[str, T]]:
         """Return what another process has to be told of to ``create`` these, see ``adopt``."""
@@ -215,6 +233,17 @@ class Registry(Generic[T]):
 def _small(name: str) -> str:
     """``MyPolicy`` as ``my_policy``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _replaces(new: type[Any], old: type[Any]) -> bool:
+    """Whether a class is an older one that was defined anew.
+
+    A cell of a notebook that is run again does so. A function that makes classes makes several: of
+    these each must have a name of its own.
+    """
+    if _place(new) != _place(old):
+        return False
+    return "<locals>" not in new.__qualname__ or fingerprint(new) == fingerprint(old)
 
 
 def _place(cls: type[Any]) -> tuple[str, str]:
@@ -242,6 +271,10 @@ def _parameters_of(value: Any) -> str | None:
     """The parameters in parentheses that differ from the defaults; None if text cannot say them."""
     if not dataclasses.is_dataclass(value):
         return "" if not vars(value) and type(value).__init__ is object.__init__ else None
+    if set(vars(value)) - {f.name for f in dataclasses.fields(value)} or "InitVar" in repr(
+        getattr(type(value), "__annotations__", {})
+    ):
+        return None
     shown = []
     for name, default in _fields(type(value)).items():
         text = _as_text(getattr(value, name), type(default))

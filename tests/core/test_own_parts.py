@@ -101,17 +101,33 @@ def test_objects_that_no_text_describes() -> None:
     assert kept(arm="remembered/uniform/uniform")[0] == kept(policy=first)[0]
 
 
+CELL = """
+class Own(Policy):
+    def score(self, candidates):
+        return (candidates.positions == {favourite}).float()
+"""
+
+
 def test_a_cell_that_is_run_again_replaces_its_class() -> None:
-    def cell(favourite: int) -> type[Policy]:
+    namespace: dict[str, Any] = {"Policy": Policy, "__name__": "__main__"}
+    for favourite in (3, 8):
+        exec(CELL.format(favourite=favourite), namespace)
+        heads, arm = kept(policy=namespace["Own"]())
+        assert arm == "own/uniform/uniform" and all(favourite in p for p in heads)
+
+
+def test_classes_of_one_function_have_names_of_their_own() -> None:
+    def made(favourite: int) -> type[Policy]:
         class Own(Policy):
             def score(self, candidates: Candidates) -> torch.Tensor:
                 return (candidates.positions == favourite).float()
 
         return Own
 
-    for favourite in (3, 8):
-        heads, arm = kept(policy=cell(favourite)())
-        assert arm == "own/uniform/uniform" and all(favourite in p for p in heads)
+    Arm(made(3))
+    assert Arm(made(3)).policy == "own"
+    with pytest.raises(UsageError, match="'own' is another one's name: rename the class"):
+        Arm(made(8))
 
 
 def test_what_is_no_policy_is_refused_in_one_line() -> None:
@@ -162,14 +178,90 @@ def test_a_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         LAYER_ALLOCATORS.create("theirs")
 
 
-def test_other_code_is_another_method() -> None:
-    arm = Arm(EveryOther(3), LaterMore, FirstHeadMost)
-    code = code_of(arm)
-    assert all(text in code for text in ("% self.step", "totals[-1] +=", "demand[:, 0]"))
+TYPED = """
+{helper}
+class Typed({base}):
+    {attribute}
+    def score(self, c, power={default}):
+        return {sign}c.positions * 2.0 ** power + helper()
+"""
+DEFAULTS = {
+    "helper": "def helper(): return 1",
+    "base": "Policy",
+    "attribute": "recent_fraction = 0.0",
+    "default": "1",
+    "sign": "",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"helper": "def helper(): return 2"},
+        {"helper": "SCALE = 1\ndef helper(): return SCALE"},
+        {"helper": "def helper(): return 1\nclass Base(Policy): pass", "base": "Base"},
+        {"attribute": "recent_fraction = 0.5"},
+        {"default": "3"},
+        {"sign": "-"},
+    ],
+)
+def test_other_code_is_another_method(change: dict[str, str]) -> None:
+    def code(**parts: str) -> str:
+        namespace: dict[str, Any] = {"Policy": Policy, "__name__": "__main__"}
+        exec(TYPED.format(**{**DEFAULTS, **parts}), namespace)  # no source, as in an interpreter
+        return code_of(Arm(namespace["Typed"]))
+
+    assert code() == code() != code(**change)
+
+
+def test_what_an_object_holds_is_part_of_its_method() -> None:
+    one, same, other = (Arm(Remembered(torch.tensor([n]))) for n in (1, 1, 2))
+    assert one == same != other and code_of(one) == code_of(same) != code_of(other)
     assert code_of(Arm("rkv", "pyramid", "adakv")) == ""
-    namespace: dict[str, Any] = {"Policy": Policy, "__name__": "nowhere"}
-    digests = []
-    for sign in ("", "-"):  # in an interpreter there is no source
-        exec(f"class Typed(Policy):\n    def score(self, c): return {sign}c.positions", namespace)
-        digests.append(code_of(Arm(namespace["Typed"])))
-    assert len(set(digests)) == 2
+    POLICIES.register("rkv-mine", source="me")(EveryOther)
+    assert code_of(Arm("rkv-mine")) != ""
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda q: None, "returned a NoneType: return int64 of shape"),
+        (lambda q: q.lengths.float(), r"returned torch\.float32 of shape"),
+        (lambda q: q.lengths - q.lengths.sum(), "must lie between"),
+        (lambda q: q.lengths // 4, "must sum to"),
+    ],
+)
+def test_budgets_of_an_own_allocator_are_checked(returned: Any, message: str) -> None:
+    class Wrong(HeadAllocator):
+        def allocate(self, query: HeadQuery) -> Any:
+            return returned(query)
+
+    with pytest.raises(UsageError, match=f"head allocator 'Wrong': .*{message}"):
+        kept(heads=Wrong())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda c: None, "returned a NoneType: return a tensor of shape"),
+        (lambda c: c.positions[0].float(), r"of shape \[3, 20\]: return a tensor"),
+        (lambda c: c.positions * torch.nan, "returned NaN"),
+    ],
+)
+def test_scores_of_an_own_policy_are_checked(returned: Any, message: str) -> None:
+    class Wrong(Policy):
+        def score(self, candidates: Candidates) -> Any:
+            return returned(candidates)
+
+    with pytest.raises(UsageError, match=f"policy 'Wrong': .*{message}"):
+        kept(policy=Wrong())
+
+
+@pytest.mark.parametrize("totals", [None, [1.5], [36], [100, 8, 0, 36], "36"])
+def test_totals_of_an_own_allocator_are_checked(totals: Any) -> None:
+    class Wrong(LayerAllocator):
+        def allocate(self, query: LayerQuery) -> Any:
+            return totals
+
+    with pytest.raises(UsageError, match=r"layers='wrong': what allocate\(\) returned"):
+        kept(layers=Wrong())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator, HeadQuery
 from reasonalloc.config import CompressionConfig
+from reasonalloc.core.contracts import check_budgets, check_scores, is_own
 from reasonalloc.ops import TORCH, Operations
 from reasonalloc.policies import Candidates, Policy
 
@@ -36,7 +37,10 @@ def decide(
         Tokens that stay, [batch, kv_heads, n] bool, and how many that are, [batch, kv_heads] int64.
     """
     forced = _forced(candidates, config.n_sink, prompt)
-    scores = ops.score(policy, candidates).float()
+    scores = ops.score(policy, candidates)
+    if is_own(policy):
+        check_scores(policy, scores, candidates.positions.shape)
+    scores = scores.float()
     scores = scores.clamp_min(torch.finfo(scores.dtype).min)
     if forced is not None:
         scores = scores.masked_fill(forced, torch.inf)
@@ -46,19 +50,20 @@ def decide(
     least = torch.full_like(held, window)
     if forced is not None:
         least = least + forced.sum(dim=-1).amax(dim=1)
-    budgets = heads.allocate(
-        HeadQuery(
-            scores,
-            lengths,
-            held.clamp_max(total),
-            total,
-            least,
-            window,
-            policy.sums_to_one,
-            planned,
-            ops,
-        )
+    query = HeadQuery(
+        scores,
+        lengths,
+        held.clamp_max(total),
+        total,
+        least,
+        window,
+        policy.sums_to_one,
+        planned,
+        ops,
     )
+    budgets = heads.allocate(query)
+    if is_own(heads):
+        check_budgets(heads, budgets, query)
     keep = ops.select(scores, lengths, budgets, window, policy.recent_fraction, forced)
     return keep, budgets
 

@@ -30,7 +30,7 @@ from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
 from reasonalloc.policies import ModelFacts, Policy
 from reasonalloc.rotary import Rope
 from reasonalloc.tables import Shown, Table, show
-from reasonalloc.whole import whole_number
+from reasonalloc.whole import whole_number, whole_numbers
 
 #: Context length at which a plan compares the caches unless another one is given, in tokens.
 TOKENS = 32768
@@ -82,10 +82,13 @@ class BudgetPlan(Shown):
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """Return ``totals`` as they would be under another budget."""
         query = self._query(budget)
-        totals = make_layer_allocator(self.config).allocate(query)
+        given = make_layer_allocator(self.config).allocate(query)
+        name = f"layers={self.config.arm.layers!r}: what allocate() returned"
+        totals = whole_numbers(name, given)
         if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
-            raise RuntimeError(
-                f"layer allocator {self.config.arm.layers!r} broke its contract: {totals}"
+            raise UsageError(
+                f"{name}, {totals}, must be {query.layers} numbers of at least {query.least} that "
+                f"sum to {query.total}"
             )
         return tuple(totals)
 
@@ -214,7 +217,18 @@ class BudgetPlan(Shown):
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
         )
-        return make_policy(self.config).bind(facts)
+        policy: Any = make_policy(self.config).bind(facts)
+        name = f"policy={self.config.arm.policy!r}"
+        if not isinstance(policy, Policy):
+            raise UsageError(f"{name}: bind() returned {policy!r}: return a policy, such as self")
+        channels = whole_number(f"{name}: state_channels", policy.state_channels, 0)
+        if channels and type(policy).observe is Policy.observe:
+            raise UsageError(f"{name} has state_channels, but no observe(): define it")
+        if not 0 <= policy.recent_fraction <= 1:
+            raise UsageError(
+                f"{name}: recent_fraction={policy.recent_fraction!r} must lie between 0 and 1"
+            )
+        return policy
 
     def _plan_heads(self) -> tuple[tuple[int, ...], ...] | None:
         arm = self.config.arm
@@ -226,7 +240,17 @@ class BudgetPlan(Shown):
                 f"heads={arm.heads!r} needs budgets per head, which layers="
                 f"{arm.layers!r} does not plan: use layers='cost' or another head allocator"
             )
-        return tuple(tuple(layer) for layer in heads)
+        name = f"layers={arm.layers!r}: what plan_heads() returned"
+        rows = tuple(tuple(whole_numbers(name, layer, 0)) for layer in heads)
+        for row, total in zip(rows, self.totals, strict=False):
+            if len(row) != self.kv_heads or sum(row) != total:
+                raise UsageError(
+                    f"{name} for a layer, {list(row)}, must be {self.kv_heads} numbers that sum "
+                    f"to its total of {total}"
+                )
+        if len(rows) != len(self.totals):
+            raise UsageError(f"{name} has {len(rows)} rows for {len(self.totals)} layers")
+        return rows
 
     def _query(self, budget: int) -> LayerQuery:
         config = dataclasses.replace(self.config, budget=budget)
