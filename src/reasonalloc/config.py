@@ -81,6 +81,10 @@ def parse_arm(text: str) -> Arm | None:
     Raises:
         UsageError: neither a preset nor three parts. Names inside are checked when used.
     """
+    if not isinstance(text, str):
+        raise UsageError(
+            f"arm={text!r} must be a preset's name, policy/layers/heads or an Arm object"
+        )
     if text in PRESETS:
         return PRESETS[text].arm
     depth, parts, current = 0, [], ""
@@ -201,12 +205,14 @@ class CompressionConfig:
             number = whole_number(name, getattr(self, name), least, "tokens")
             object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON
         object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        if not isinstance(self.protect_prompt, bool):
+            raise UsageError(f"protect_prompt={self.protect_prompt!r} must be True or False")
         if self.budget < self.window + self.n_sink:
             raise UsageError(
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
                 f"sinks ({self.n_sink}): give a budget of at least {self.window + self.n_sink}"
             )
-        if self.step not in get_args(Step):
+        if not isinstance(self.step, str) or self.step not in get_args(Step):
             raise unknown_name("step", str(self.step), get_args(Step))
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))

@@ -52,12 +52,15 @@ class Source:
         return str(self.path), {}
 
 
-def find_source(name: str) -> Source:
+def find_source(name: str | os.PathLike[str]) -> Source:
     """Tell a folder, a ``.gguf`` file and a hub name apart.
 
     Raises:
         UsageError: nothing is there, or it is no model.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise UsageError(f"model={name!r} is no name: give a hub name, a folder or a .gguf file")
+    name = os.fspath(name)
     if not name.strip():
         raise UsageError("model='' is empty: give a hub name, a folder or a .gguf file")
     path = Path(name).expanduser()
@@ -218,8 +221,8 @@ def resolve_dtype(dtype: str | torch.dtype, config: Any) -> torch.dtype:
         own = getattr(config.get_text_config(decoder=True), "dtype", None) if own is None else own
         own = getattr(torch, own, None) if isinstance(own, str) else own
         return own if isinstance(own, torch.dtype) else torch.float32
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise unknown_name("dtype", str(dtype), ["auto", *DTYPES])
     return DTYPES[dtype]
 
 

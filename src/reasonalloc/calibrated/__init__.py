@@ -14,6 +14,7 @@ from reasonalloc.calibrated.costs import CostProfile, load_costs
 from reasonalloc.calibrated.demand import DemandProfile, load_profile
 from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
+from reasonalloc.files import as_path
 
 if TYPE_CHECKING:
     from reasonalloc.calibrated.statistics import Statistics
@@ -42,7 +43,7 @@ def open_calibrated(path: str | os.PathLike[str]) -> DemandProfile | CostProfile
     Raises:
         UsageError: it cannot be read, is none of them, or is broken; says what.
     """
-    path = Path(path).expanduser()
+    path = as_path("path", path)
     kind = file_kind(path)
     if kind == "cost profile":
         return load_costs(path)

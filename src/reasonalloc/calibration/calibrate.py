@@ -237,7 +237,7 @@ def calibrate(
     *,
     objective: str = "attention-mass",
     out: str | os.PathLike[str] | None = None,
-    progress: OnProgress | None = None,
+    progress: OnProgress | bool | None = None,
     tell: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Calibrated:
@@ -253,7 +253,7 @@ def calibrate(
         objective: ``attention-mass`` (a demand profile), ``statistics``, or what holding a head to
             a budget costs: ``fisher`` (estimated from gradients) or ``kl`` (exact, slow).
         out: file to write; it is replaced once everything is measured.
-        progress: called with finished and all steps; None: a bar of tqdm.
+        progress: called with finished and all steps; None, True: a bar of tqdm; False: nothing.
         tell: called with what the measurement will take; None: it is printed on stderr.
         options: of the objective, see ``CalibrationConfig``.
 
@@ -268,12 +268,15 @@ def calibrate(
     for name in without_effect(objective):
         if name in options:
             raise UsageError(f"{name} has no effect with objective={objective!r}: leave it out")
+    if progress not in (None, True, False) and not callable(progress):
+        raise UsageError(f"progress={progress!r} must be True, False, None or a function")
+    watch: OnProgress = progress if callable(progress) else lambda done, total: None
     target = None if out is None else check_target(out, objective)
     tell = _print if tell is None else tell
     job = prepare(model, tokenizer, texts, CalibrationConfig(objective, **options), tell=tell)
     if announced := job.announce():
         tell(announced)
-    with _bar() if progress is None else contextlib.nullcontext(progress) as advance:
+    with _bar() if progress in (None, True) else contextlib.nullcontext(watch) as advance:
         measured = job.run(advance)
     if measured.note:
         tell(measured.note)

@@ -19,8 +19,12 @@ def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
     Raises:
         UsageError: none, or an unknown one.
     """
+    if not isinstance(given, Iterable) and not isinstance(given, Arm):
+        raise UsageError(f"arms={given!r} must be names or Arm objects, as ['full', 'rkv']")
     names = []
     for item in [given] if isinstance(given, str | Arm) else given:
+        if not isinstance(item, str | Arm):
+            raise UsageError(f"arms: {item!r} is neither a name nor an Arm object")
         for name in [str(item)] if isinstance(item, Arm) else split_arms(item):
             arm = parse_arm(name)
             names.append(name if arm is None else preset_name(arm))

@@ -26,6 +26,7 @@ from reasonalloc.evaluation.runner import Executor, InProcess, make_jobs, run
 from reasonalloc.evaluation.sharded import Leader, first_rank, follow
 from reasonalloc.evaluation.spec import EvaluationSpec
 from reasonalloc.evaluation.tasks.base import TASKS, Task
+from reasonalloc.files import as_path
 from reasonalloc.whole import whole_number
 
 #: Makes what completes chunks, and says what the model is; what it opens ends with the stack.
@@ -155,7 +156,7 @@ def evaluate(
     )
     checks.check_engine(spec.model, settings)
     checks.check_parts(spec.model, settings, spec.remote)
-    return take_samples(spec, None if out is None else Path(out), make_observer(progress))
+    return take_samples(spec, None if out is None else as_path("out", out), make_observer(progress))
 
 
 def find_task(task: str | Task) -> tuple[str, Task]:

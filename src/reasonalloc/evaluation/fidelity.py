@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from reasonalloc.calibrated.demand import config_hash
@@ -27,6 +26,7 @@ from reasonalloc.evaluation.loaded import find_model
 from reasonalloc.evaluation.progress import Observer, make_observer
 from reasonalloc.evaluation.records import ResultFile
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
+from reasonalloc.files import as_path
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
@@ -173,7 +173,7 @@ class _Results:
     ) -> None:
         self._file = None
         if out is not None:
-            path = Path(out).expanduser()
+            path = as_path("out", out)
             free = ("attention",)  # results depend on it by rounding alone
             self._file = ResultFile(path, manifest, free=free)
         # Another content of a file under the same name is another arm.

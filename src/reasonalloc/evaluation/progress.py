@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import Chunk
 
 
@@ -98,4 +99,6 @@ def make_observer(progress: Observer | bool | None) -> Observer:
     """Return what watches a run: the given observer, a bar (None, True), or none (False)."""
     if isinstance(progress, Observer):
         return progress
+    if progress not in (None, True, False):
+        raise UsageError(f"progress={progress!r} must be True, False, None or an Observer")
     return Observer() if progress is False else Bar()

@@ -53,8 +53,8 @@ def find_rules(
     Raises:
         UsageError: an unknown protocol, or values that make no sense.
     """
-    if protocol not in PROTOCOLS:
-        raise unknown_name("protocol", protocol, PROTOCOLS)
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise unknown_name("protocol", str(protocol), PROTOCOLS)
     rules = PROTOCOLS[protocol]
     old = rules.sampling
     sampling = replace(

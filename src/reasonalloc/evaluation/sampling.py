@@ -31,6 +31,10 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise UsageError(f"{name}={value!r} must be a number")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reasonalloc.core.cadence import most_held
+from reasonalloc.whole import whole_number
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ class MemoryPlan:
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the KV bytes of the whole cache after ``tokens`` tokens per sequence."""
-        return self.slab_bytes + self.sliding_bytes(tokens)
+        return self.slab_bytes + self.sliding_bytes(whole_number("tokens", tokens, 0))
 
     def full_bytes(self, tokens: int) -> int:
         """Return the KV bytes of the full cache after ``tokens`` tokens per sequence."""
+        tokens = whole_number("tokens", tokens, 0)
         return sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)

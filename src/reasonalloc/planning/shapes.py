@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.planning.memory import LayerShape
 
 
 def text_config(model: Any) -> Any:
-    """Return the decoder's text configuration of a model or of a configuration."""
+    """Return the decoder's text configuration of a model or of a configuration.
+
+    Raises:
+        UsageError: it is neither.
+    """
     config = getattr(model, "config", model)
+    if not hasattr(config, "get_text_config"):
+        raise UsageError(
+            f"model={model!r} is no transformers model: give one, its configuration, or a name"
+        )
     return config.get_text_config(decoder=True)
 
 

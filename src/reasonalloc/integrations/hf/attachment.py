@@ -105,7 +105,7 @@ class Attachment:
     def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
         """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
         count = whole_number("batch", batch, 1)
-        return self._plan.memory(count, (dtype or self._model.dtype).itemsize)
+        return self._plan.memory(count, (dtype or self._require_model().dtype).itemsize)
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """``totals`` as they would be under another budget."""
@@ -317,6 +317,7 @@ class Attachment:
         raise UsageError("an attachment cannot be pickled: save the model, and attach() again")
 
     def __enter__(self) -> Attachment:
+        self._require_model()
         return self
 
     def __exit__(

@@ -1,0 +1,71 @@
+"""Wrong arguments of the Python API: one line that names the field, never a trace from inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reasonalloc
+from models import tiny
+from reasonalloc import UsageError
+from reasonalloc.texts import Trajectory
+
+TEXT = Trajectory(tuple(range(5, 15)), tuple(range(20, 30)))
+
+
+def evaluate(**changes: Any) -> Any:
+    return reasonalloc.evaluate("nowhere", **{"task": "chain", "progress": False, **changes})
+
+
+def fidelity(**changes: Any) -> Any:
+    given = {"texts": [TEXT], "arms": "rkv", "budgets": 8, "progress": False, **changes}
+    return reasonalloc.fidelity(tiny("llama"), **given)
+
+
+def plan(**changes: Any) -> Any:
+    return reasonalloc.plan(**{"model": tiny("llama").config, "budget": 12, **changes})
+
+
+def attach(**changes: Any) -> Any:
+    return reasonalloc.attach(tiny("llama"), **{"budget": 12, **changes})
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "out=''": lambda: evaluate(out="", arms="rkv"),
+    "out=3": lambda: fidelity(out=3),
+    "arms=3": lambda: evaluate(arms=3),
+    "arms: None": lambda: evaluate(arms=[None]),
+    "protocol": lambda: evaluate(protocol=["paper"]),
+    "temperature": lambda: evaluate(temperature="hot"),
+    "step": lambda: evaluate(step=3),
+    "progress": lambda: evaluate(progress="yes"),
+    "task": lambda: evaluate(task=3),
+    "arm=3": lambda: attach(arm=3),
+    "arm=<class": lambda: attach(arm=reasonalloc.Arm),
+    "protect_prompt": lambda: attach(protect_prompt="no"),
+    "dtype": lambda: plan(dtype=3),
+    "model=3": lambda: plan(model=3),
+    "model=None": lambda: reasonalloc.load_model(None),  # type: ignore[arg-type]
+    "path=3": lambda: reasonalloc.open_calibrated(3),  # type: ignore[arg-type]
+    "tokens": lambda: plan().memory(1).kv_bytes(-1),
+}
+
+
+@pytest.mark.parametrize("field", CALLS)
+def test_wrong_arguments(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        CALLS[field]()
+    assert field in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_detached_handle() -> None:
+    handle = attach()
+    handle.detach()
+    for use in (handle.plan, handle.__enter__, handle.new_cache):
+        with pytest.raises(UsageError, match="was detached: call attach"):
+            use()
