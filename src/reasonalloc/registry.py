@@ -78,7 +78,7 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             if not _NAME.fullmatch(name):
                 raise UsageError(f"{self.kind} {name!r}: use letters, digits, _ and - alone")
-            if not self._is_own(cls):
+            if not self._is_kind(cls):
                 raise UsageError(f"{self.kind} {name!r}: {cls!r} is no class that can be made")
             old = self._entries.get(name)
             # A cell of a notebook that is run again defines its class anew.
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
             except Exception as error:  # whatever another package's code raises
                 self._refuse(point.name, f"{of} cannot be imported ({error!r})")
                 continue
-            if not self._is_own(cls):
+            if not self._is_kind(cls):
                 self._refuse(point.name, f"{of} is no {self.kind}, but {cls!r}")
             elif point.name not in self._entries:  # it may have registered itself
                 self.register(point.name, source=package)(cls)
@@ -118,7 +118,7 @@ class Registry(Generic[T]):
         self._broken[name] = f"{reason}: repair or uninstall that package"
         warnings.warn(self._broken[name], stacklevel=2)
 
-    def _is_own(self, value: Any) -> bool:
+    def _is_kind(self, value: Any) -> bool:
         """Whether a value is a class of this kind that can be made."""
         base = None if self._base is None else self._base()
         is_class = isinstance(value, type) and not inspect.isabstract(value)
@@ -130,11 +130,9 @@ class Registry(Generic[T]):
         Raises:
             UsageError: unknown name or parameter, or a value of the wrong type.
         """
-        if not isinstance(spec, str):
-            raise UsageError(f"{self.kind} {spec!r} cannot be read: write name or name(key=value)")
-        if spec in self._objects:
+        match = _SPEC.match(spec) if isinstance(spec, str) else None
+        if match is not None and spec in self._objects:
             return self._objects[spec]
-        match = _SPEC.match(spec)
         if match is None:
             raise UsageError(f"{self.kind} {spec!r} cannot be read: write name or name(key=value)")
         name, arguments = match.group(1), match.group(2)
@@ -166,7 +164,7 @@ class Registry(Generic[T]):
         if isinstance(value, str):
             return value
         cls = value if isinstance(value, type) else type(value)
-        if not self._is_own(cls):
+        if not self._is_kind(cls):
             base = "the base class" if self._base is None else self._base().__name__
             raise UsageError(
                 f"{value!r} is no {self.kind}: give a name (see 'reasonalloc ls'), or an object or "
@@ -180,10 +178,8 @@ class Registry(Generic[T]):
             spec = f"{name}({shown})" if shown else name
             self._objects.pop(spec, None)
             return spec
-        spec, number = name, 1
-        while type(old := self._objects.get(spec)) is cls and fingerprint(old) != fingerprint(
-            value
-        ):
+        spec, number, state = name, 1, fingerprint(value)
+        while type(old := self._objects.get(spec)) is cls and fingerprint(old) != state:
             number += 1
             spec = f"{name}-{number}"
         self._objects[spec] = value
@@ -209,8 +205,7 @@ class Registry(Generic[T]):
         match = _SPEC.match(spec)
         entry = self._entries.get(match.group(1)) if match else None
         cls = type(held) if held is not None else entry.cls if entry else None
-        inside = self._package.split(".")[0] + "."
-        return None if cls is None or cls.__module__.startswith(inside) else cls
+        return None if cls is None or is_builtin(cls) else cls
 
     def held(self, spec: str) -> T | None:
         """Return the object that a specification stands for, if text cannot describe it."""
@@ -228,6 +223,11 @@ class Registry(Generic[T]):
         self.entries()
         self._entries.update(entries)
         self._objects.update(objects)
+
+
+def is_builtin(cls: type[Any]) -> bool:
+    """Whether a class is the library's own."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _small(name: str) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("typer")
+
+from interrupting import interrupt_calibration
 
 from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.cli.main import main
@@ -145,22 +143,7 @@ def test_wrong_calibrations(
 def test_ctrl_c_leaves_the_old_file(folder: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     out.write_text("old")
-    run = "import sys; from reasonalloc.cli.main import main; sys.exit(main())"
-    arguments = ["calibrate", folder, "--objective", "fisher", "--texts", texts, "-o", out]
-    process = subprocess.Popen(
-        [sys.executable, "-c", run, *map(str, arguments), "--interval", "1", "--samples", "20000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    while "will run" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=600)
-    *progress, last = err.strip().splitlines()
-    assert process.returncode == 130 and last == "error: interrupted"
-    assert all(line.startswith("note: Calibrating: ") for line in progress)
+    options = ("--objective", "fisher", "--interval", "1", "--samples", "20000")
+    interrupt_calibration(folder, "--texts", texts, "-o", out, *options)
     assert out.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["costs.json", "texts.jsonl"]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +13,8 @@ import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("scipy")
+
+from interrupting import interrupt_calibration
 
 import made_statistics
 from models import tiny
@@ -148,23 +146,8 @@ def test_bad_texts(call: Call, folder: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c(folder: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
-    run = "import sys; from reasonalloc.cli.main import main; sys.exit(main())"
-    arguments = ["calibrate", folder, "--objective", "kl", "--texts", texts, "-o", out]
-    process = subprocess.Popen(
-        [sys.executable, "-c", run, *map(str, arguments), "--interval", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    while "will run" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=600)
-    *progress, last = err.strip().splitlines()
-    assert process.returncode == 130 and last == "error: interrupted"
-    assert all(line.startswith("note: Calibrating: ") for line in progress)
+    options = ("--objective", "kl", "--interval", "1")
+    interrupt_calibration(folder, "--texts", texts, "-o", out, *options)
     assert [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
 
 

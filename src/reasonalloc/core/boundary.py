@@ -7,9 +7,10 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator, HeadQuery
 from reasonalloc.config import CompressionConfig
-from reasonalloc.core.contracts import check_budgets, check_scores, is_own
+from reasonalloc.core.contracts import check_budgets, check_scores
 from reasonalloc.ops import TORCH, Operations
 from reasonalloc.policies import Candidates, Policy
+from reasonalloc.registry import is_builtin
 
 
 def decide(
@@ -38,7 +39,7 @@ def decide(
     """
     forced = _forced(candidates, config.n_sink, prompt)
     scores = ops.score(policy, candidates)
-    if is_own(policy):
+    if not is_builtin(type(policy)):
         check_scores(policy, scores, candidates.positions.shape)
     scores = scores.float()
     scores = scores.clamp_min(torch.finfo(scores.dtype).min)
@@ -62,7 +63,7 @@ def decide(
         ops,
     )
     budgets = heads.allocate(query)
-    if is_own(heads):
+    if not is_builtin(type(heads)):
         check_budgets(heads, budgets, query)
     keep = ops.select(scores, lengths, budgets, window, policy.recent_fraction, forced)
     return keep, budgets

@@ -27,7 +27,7 @@ from reasonalloc.core.prefill import (
 )
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.core.steps import EagerStep, FixedStep, Held
+from reasonalloc.core.steps import EagerStep, FixedStep, Held, StepInput
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
@@ -192,7 +192,7 @@ class LayerCompressor:
     ) -> Tensor:
         step = self._fixed if self.static else self._eager
         held = Held(slab, self._queries, self.progress)
-        out = step.run(held, query, key, value, valid, scaling, softcap)
+        out = step.run(held, StepInput(query, key, value, valid, scaling, softcap))
         self._logits = (scaling, softcap)
         if not self.static:
             self._settle(slab)

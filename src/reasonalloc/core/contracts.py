@@ -12,11 +12,6 @@ from reasonalloc.errors import UsageError
 from reasonalloc.policies import Policy
 
 
-def is_own(part: Any) -> bool:
-    """Whether somebody else than the library wrote a part."""
-    return not type(part).__module__.startswith("reasonalloc.")
-
-
 def check_scores(policy: Policy, scores: Any, shape: torch.Size) -> None:
     """Refuse scores that say nothing about some token.
 

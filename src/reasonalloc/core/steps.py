@@ -25,6 +25,25 @@ class Held:
     progress: Progress
 
 
+@dataclass
+class StepInput:
+    """What a decode step brings.
+
+    Attributes:
+        query: [batch, query_heads, 1, head_dim].
+        key, value: [batch, kv_heads, 1, dim], in the types of the slab.
+        valid: [batch, 1] bool, false where the token is padding; None if all are real.
+        scaling, softcap: of the attention logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor | None
+    scaling: float
+    softcap: float | None
+
+
 class Step(ABC):
     """How a decode step runs.
 
@@ -34,73 +53,39 @@ class Step(ABC):
 
     def __init__(self, policy: Policy, backend: Backend, ops: Operations) -> None:
         self._policy, self._backend, self._ops = policy, backend, ops
+        self._watching = policy.state_channels > 0
 
-    def run(
-        self,
-        held: Held,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """Do the device's part of a step.
-
-        Args:
-            held: changed in place.
-            query: [batch, query_heads, 1, head_dim].
-            key, value: [batch, kv_heads, 1, dim], in the types of the slab.
-            valid: [batch, 1] bool, false where the token is padding; None if all are real.
-            scaling, softcap: of the attention logits.
+    def run(self, held: Held, new: StepInput) -> Tensor:
+        """Do the device's part of a step; ``held`` is changed in place.
 
         Returns:
             [batch, query_heads, 1, value_dim].
         """
-        out, received = self._attend(held, query, key, value, valid, scaling, softcap)
+        out, received = self._attend(held, new)
         slab, progress = held.slab, held.progress
         if received is not None:
-            group = query.shape[1] // slab.kv_heads
-            observe_step(self._policy, slab, received, group, progress.seen, valid)
-        progress.note(valid)
+            group = new.query.shape[1] // slab.kv_heads
+            observe_step(self._policy, slab, received, group, progress.seen, new.valid)
+        progress.note(new.valid)
         return out
 
-    @property
-    def _watching(self) -> bool:
-        return self._policy.state_channels > 0
-
     @abstractmethod
-    def _attend(
-        self,
-        held: Held,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
         """Store, note and attend; as ``Backend.decode``."""
+
+    def _read(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
+        """Note the query of a token that is stored, and attend."""
+        if held.queries is not None:
+            held.queries.push(new.query, held.progress.seen, new.valid)
+        return self._backend.decode(new.query, held.slab, new.scaling, new.softcap, self._watching)
 
 
 class EagerStep(Step):
     """Reads lengths and positions where they are: on the host while sequences are alike."""
 
-    def _attend(
-        self,
-        held: Held,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        slab, seen = held.slab, held.progress.seen
-        slab.append(key, value, seen, valid)
-        if held.queries is not None:
-            held.queries.push(query, seen, valid)
-        return self._backend.decode(query, slab, scaling, softcap, self._watching)
+    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
+        held.slab.append(new.key, new.value, held.progress.seen, new.valid)
+        return self._read(held, new)
 
 
 class FixedStep(Step):
@@ -110,26 +95,14 @@ class FixedStep(Step):
     keys, values, queries and the policy's state.
     """
 
-    def _attend(
-        self,
-        held: Held,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        slab, queries = held.slab, held.queries
-        seen = held.progress.spread(slab.batch, key.device)
-        if valid is None:
-            ring = None if queries is None else queries.ring
-            result = self._ops.step(
-                query, key, value, seen, slab, ring, scaling, softcap, self._watching
-            )
+    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
+        slab = held.slab
+        seen = held.progress.spread(slab.batch, new.key.device)
+        if new.valid is None:
+            ring = None if held.queries is None else held.queries.ring
+            token = (new.query, new.key, new.value, seen)
+            result = self._ops.step(*token, slab, ring, new.scaling, new.softcap, self._watching)
             if result is not None:
                 return result
-        slab.store(key, value, seen, valid)
-        if queries is not None:
-            queries.push(query, seen, valid)
-        return self._backend.decode(query, slab, scaling, softcap, self._watching)
+        slab.store(new.key, new.value, seen, new.valid)
+        return self._read(held, new)
