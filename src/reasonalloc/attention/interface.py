@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from reasonalloc.attention.coded import CodedView, decode_coded
 from reasonalloc.errors import UsageError
 from reasonalloc.registry import Registry
 
@@ -80,6 +81,17 @@ class Backend(ABC):
             Output [batch, query_heads, 1, value_dim] and, if asked for, weights [batch, slots]
             float32 summed over the query heads of each slot's KV head.
         """
+
+    def decode_coded(
+        self,
+        query: Tensor,
+        slab: CodedView,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same over a slab whose older tokens are coded; slots are those of ``CodedView``."""
+        return decode_coded(query, slab, scaling, softcap, need_weights)
 
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attention.backends")
