@@ -227,10 +227,10 @@ def rotated(x: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def _hadamard(size: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
+        matrix: Tensor = torch.ones(1, 1, dtype=torch.float32, device=device)
         while len(matrix) < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-        return matrix / size**0.5
+        return matrix.div_(size**0.5)
 
 
 def _encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
