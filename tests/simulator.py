@@ -33,6 +33,7 @@ class Simulator:
         seed: int = 0,
         statistics: Any = None,
         planned: Sequence[Sequence[int]] | None = None,
+        pin: bool = False,
     ) -> None:
         self.model = model
         self.policy, _, parameters = policy.rstrip(")").partition("(")
@@ -46,6 +47,7 @@ class Simulator:
         self.planned = planned
         self.interval, self.window = interval, window
         self.n_sink, self.protect_prompt, self.seed = n_sink, protect_prompt, seed
+        self.pin = pin
         self.kept: dict[int, list[list[int]]] = {}
         self.received: dict[int, list[dict[int, list[tuple[int, float]]]]] = {}
         self.queries: dict[int, list[torch.Tensor]] = {}
@@ -107,9 +109,15 @@ class Simulator:
         self.since[layer] += 1
         if first or columns > 1 or self.since[layer] == self.interval:
             self.since[layer] = 0
-            if sum(len(row) for row in self.kept[layer]) > self.totals[layer]:
+            pinned = heads * self.pinned
+            if sum(len(row) for row in self.kept[layer]) - pinned > self.totals[layer]:
                 self.compress(module, key, value, scaling, end)
         return out.transpose(1, 2).contiguous(), None
+
+    @property
+    def pinned(self) -> int:
+        """First positions that every head keeps on top of the budget."""
+        return self.prompt if self.pin else 0
 
     def compress(
         self, module: Any, key: torch.Tensor, value: torch.Tensor, scaling: float, end: int
@@ -138,12 +146,12 @@ class Simulator:
                 .unflatten(1, (heads * group, -1))[:, h * group : (h + 1) * group]
                 .transpose(0, 1),
             )
-            row = SCORES[self.policy](head, **self.parameters)[: len(kept) - window]
-            forced = [p < first for p in kept[: len(kept) - window]]
+            row = SCORES[self.policy](head, **self.parameters)[self.pinned : len(kept) - window]
+            forced = [p < first for p in kept[self.pinned : len(kept) - window]]
             least = max(least, window + sum(forced))
             forced_sets.append({i for i, f in enumerate(forced) if f})
             scores.append([math.inf if f else s for s, f in zip(row, forced, strict=True)])
-        lengths = [len(row) for row in self.kept[layer]]
+        lengths = [len(row) - self.pinned for row in self.kept[layer]]
         shares = self.policy in SHARES
         budgets = head_budgets(
             self.heads,
@@ -164,4 +172,5 @@ class Simulator:
                 RECENT_FRACTION.get(self.policy, 0.0),
                 forced_sets[h],
             )
-            self.kept[layer][h] = [self.kept[layer][h][i] for i in stay]
+            row, first = self.kept[layer][h], self.pinned
+            self.kept[layer][h] = row[:first] + [row[first + i] for i in stay]

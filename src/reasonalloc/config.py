@@ -11,6 +11,8 @@ from reasonalloc.whole import whole_number
 
 RecordLevel = Literal["off", "budgets", "tokens"]
 Step = Literal["eager", "static", "graph", "compile"]
+Prompt = Literal["evict", "protect", "pin"]
+PinOverflow = Literal["refuse", "evict"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,13 @@ class CompressionConfig:
         interval: generated tokens between two compressions; a head grows by so many meanwhile.
         window: most recent tokens that are always kept and whose queries are observed.
         n_sink: first tokens of each sequence that are always kept (0: none).
-        protect_prompt: keep every token of the first prompt.
+        prompt: what happens to the first prompt: ``evict``, it competes like everything else;
+            ``protect``, every token of it stays, inside the budget; ``pin``, every layer and head
+            keeps the whole of it on top of the budget, for which what comes later competes.
+        pin_turns: pin what every later call with several tokens brings, too: turns of a chat.
+        pin_limit: longest prompt that is pinned, in tokens; None: any.
+        pin_overflow: what happens to a longer one: ``refuse`` it, or let it compete (``evict``).
+        protect_prompt: another name of ``prompt="protect"``.
         seed: seed of the ``random`` policy.
         profile: path of a calibrated file, for the policy or layer allocator that reads one and has
             no path of its own.
@@ -181,9 +189,28 @@ class CompressionConfig:
     )
     window: int = field(default=8, metadata={"help": "Most recent tokens that are always kept."})
     n_sink: int = field(default=0, metadata={"help": "First tokens that are always kept."})
-    protect_prompt: bool = field(
-        default=False, metadata={"help": "Keep every token of the prompt."}
+    prompt: Prompt = field(
+        default="evict",
+        metadata={
+            "help": "The prompt: evict (competes), protect (stays, inside the budget), pin (stays "
+            "on top of it)."
+        },
     )
+    pin_turns: bool = field(
+        default=False, metadata={"help": "With --prompt pin: pin later turns as well."}
+    )
+    pin_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --prompt pin: longest prompt that is pinned, in tokens.",
+            "option": {"min": 1},
+        },
+    )
+    pin_overflow: PinOverflow = field(
+        default="refuse",
+        metadata={"help": "With --pin-limit: refuse longer prompts, or evict from them."},
+    )
+    protect_prompt: bool = field(default=False, metadata={"help": "The same as --prompt protect."})
     seed: int = 0
     profile: str | os.PathLike[str] | None = field(
         default=None,
@@ -205,8 +232,7 @@ class CompressionConfig:
             number = whole_number(name, getattr(self, name), least, "tokens")
             object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON
         object.__setattr__(self, "seed", whole_number("seed", self.seed))
-        if not isinstance(self.protect_prompt, bool):
-            raise UsageError(f"protect_prompt={self.protect_prompt!r} must be True or False")
+        self._check_prompt()
         if self.budget < self.window + self.n_sink:
             raise UsageError(
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
@@ -216,3 +242,51 @@ class CompressionConfig:
             raise unknown_name("step", str(self.step), get_args(Step))
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))
+
+    def pinned(self, prompt_tokens: int) -> int:
+        """Return how many tokens of a first prompt are kept on top of the budget.
+
+        Args:
+            prompt_tokens: of the prompt.
+
+        Raises:
+            UsageError: a prompt that is too long to be pinned, and is to be refused then.
+        """
+        tokens = whole_number("prompt_tokens", prompt_tokens, 0, "tokens")
+        if self.prompt != "pin":
+            return 0
+        if self.pin_limit is None or tokens <= self.pin_limit:
+            return tokens
+        if self.pin_overflow == "evict":
+            return 0
+        raise UsageError(
+            f"the prompt has {tokens} tokens, more than pin_limit={self.pin_limit}: raise it, "
+            "shorten the prompt, or give pin_overflow='evict'"
+        )
+
+    def _check_prompt(self) -> None:
+        for name in ("protect_prompt", "pin_turns"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not isinstance(self.prompt, str) or self.prompt not in get_args(Prompt):
+            raise unknown_name("prompt", self.prompt, get_args(Prompt))
+        if self.pin_overflow not in get_args(PinOverflow):
+            raise unknown_name("pin_overflow", self.pin_overflow, get_args(PinOverflow))
+        if self.protect_prompt and self.prompt == "pin":
+            raise UsageError("protect_prompt=True and prompt='pin': give one of the two")
+        if self.protect_prompt:
+            object.__setattr__(self, "prompt", "protect")
+        object.__setattr__(self, "protect_prompt", self.prompt == "protect")
+        if self.pin_limit is not None:
+            limit = whole_number("pin_limit", self.pin_limit, 1, "tokens")
+            object.__setattr__(self, "pin_limit", limit)
+        for name, none in (("pin_turns", False), ("pin_limit", None)):
+            if self.prompt != "pin" and getattr(self, name) != none:
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} has no effect with prompt={self.prompt!r}: "
+                    "leave it out, or give prompt='pin'"
+                )
+        if self.pin_overflow != "refuse" and self.pin_limit is None:
+            raise UsageError(
+                f"pin_overflow={self.pin_overflow!r} has no effect without pin_limit: leave it out"
+            )

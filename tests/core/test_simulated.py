@@ -58,6 +58,7 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
         config.seed,
         statistics if policy.startswith("tri_attention") else None,
         planned,
+        config.prompt == "pin",
     )
     assert slow.generate(ids, tokens) == fast[0, length:].tolist()
     for layer in range(len(totals)):
@@ -65,7 +66,7 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
         after = event.step  # tokens appended since then are in the simulation's lists as well
         kept = [[p for p in row if p < after] for row in slow.kept[layer]]
         assert [event.kept(0, h) for h in range(len(kept))] == kept
-        assert sum(map(len, kept)) == totals[layer]
+        assert sum(map(len, kept)) == totals[layer] + len(kept) * slow.pinned
     assert not torch.equal(full, fast) or config.budget > 30, "compression changed nothing"
 
 
@@ -120,6 +121,15 @@ def test_forced_tokens(policy: str, options: dict[str, int], tmp_path: Path) -> 
     for heads, layers in (("uniform", "uniform"), ("reasonalloc", "uniform"), planned):
         settings = with_file(policy, layers, tmp_path) | options
         compare("qwen2", 22, 50, budget=30, heads=heads, interval=8, window=4, **settings)
+
+
+@pytest.mark.parametrize("policy", sorted(SCORES))
+def test_pinned_prompts(policy: str, tmp_path: Path) -> None:
+    for heads, layers in (("uniform", "uniform"), ("reasonalloc", "pyramid"), ("planned", "cost")):
+        settings = with_file(policy, layers, tmp_path)
+        compare(
+            "qwen2", 37, 50, budget=20, heads=heads, interval=8, window=4, prompt="pin", **settings
+        )
 
 
 def test_the_policy_of_a_cost_profile(tmp_path: Path) -> None:

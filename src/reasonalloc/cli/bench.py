@@ -36,19 +36,23 @@ Out = Annotated[
 ]
 
 
-_SETTINGS = ("interval", "window", "n_sink", "protect_prompt", "attention")
+_PROMPT = ("prompt", "pin_limit", "pin_overflow", "protect_prompt")
+_SETTINGS = ("interval", "window", "n_sink", *_PROMPT, "attention")
 _BUDGET = o.Options(
     (
         ("budget", o.BudgetList, "128"),
         ("interval", o.Interval, 64),
         ("window", o.Window, 8),
         ("n_sink", o.Sinks, 0),
+        ("prompt_mode", o.PromptModeAlone, "evict"),
+        ("pin_limit", o.PinLimit, None),
+        ("pin_overflow", o.PinOverflow, "refuse"),
         ("protect_prompt", o.ProtectPrompt, False),
         ("profile", e.Profiles, None),
         ("attention", o.Attention, "auto"),
         ("step", o.StepKinds, "eager"),
     ),
-    lambda _, values: values,
+    lambda _, values: o.with_prompt(values),
 )
 
 
@@ -115,7 +119,8 @@ def _several(text: str) -> list[str]:
 def _check_effect(context: typer.Context, arms: str, contenders: list[Contender]) -> None:
     if any(contender.config is not None for contender in contenders):
         return
-    for option in ("budget", "window", "n_sink", "protect_prompt", "attention", "step"):
+    own = ("prompt_mode", "pin_limit", "pin_overflow", "protect_prompt")
+    for option in ("budget", "window", "n_sink", *own, "attention", "step"):
         if o.given(context, option):
             raise UsageError(
                 f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "

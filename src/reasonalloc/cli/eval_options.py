@@ -37,6 +37,9 @@ CADENCE = (
     ("interval", o.Interval, 128),
     ("window", o.Window, 8),
     ("n_sink", o.Sinks, 0),
+    ("prompt_mode", o.PromptMode, "evict"),
+    ("pin_limit", o.PinLimit, None),
+    ("pin_overflow", o.PinOverflow, "refuse"),
     ("protect_prompt", o.ProtectPrompt, False),
     ("profile", Profiles, None),
 )
@@ -69,5 +72,6 @@ _PARTS = (
 )
 #: Everything but the model, as arguments of ``evaluate``; budgets are numbers already.
 EVALUATE = o.Options(
-    _PARTS, lambda _, given: given | {"budgets": o.parse_budgets(given["budgets"])}
+    _PARTS,
+    lambda _, given: o.with_prompt(given) | {"budgets": o.parse_budgets(given["budgets"])},
 )

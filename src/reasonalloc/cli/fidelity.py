@@ -34,7 +34,9 @@ Out = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--out", metavar="FILE", help="Results as JSON lines; a second run goes on."),
 ]
-_CADENCE = o.Options((*e.CADENCE, ("attention", o.Attention, "auto")), lambda _, given: given)
+_CADENCE = o.Options(
+    (*e.CADENCE, ("attention", o.Attention, "auto")), lambda _, given: o.with_prompt(given)
+)
 
 
 @o.takes(model=o.MODEL, cadence=_CADENCE)

@@ -16,7 +16,7 @@ def command(context: typer.Context) -> None:
 
     Example: reasonalloc lm-eval --model_args pretrained=Qwen/Qwen3-0.6B,budget=512,arm=rkv --tasks
     gsm8k --batch_size 8. Model arguments are those of lm-eval's model 'hf' (peft=ADAPTER and so on)
-    and budget, arm, interval, window, n_sink, protect_prompt, profile, seed, attention and step
+    and budget, arm, interval, window, n_sink, prompt, profile, seed, attention and step
     (step=compile: faster on a CPU, step=graph: on a GPU). All options: lm_eval run --help.
     """
     for package in ("lm_eval", "accelerate"):

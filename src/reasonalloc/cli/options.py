@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -18,7 +18,9 @@ DEFAULT_BUDGET = 1024
 _BUDGET, _MODEL = "Budget", "Model"
 
 
-def setting(name: str, of: type[Any], panel: str, more: str = "", **keywords: Any) -> Any:
+def setting(
+    name: str, of: type[Any], panel: str, more: str = "", names: Sequence[str] = (), **keywords: Any
+) -> Any:
     """Return the option of a configuration's field.
 
     Args:
@@ -26,11 +28,13 @@ def setting(name: str, of: type[Any], panel: str, more: str = "", **keywords: An
         of: the configuration, a dataclass.
         panel: of the help page.
         more: is added to the help text.
+        names: of the option; none: the field's.
         keywords: other arguments of ``typer.Option``.
     """
     metadata = of.__dataclass_fields__[name].metadata
     keywords = {"help": metadata["help"] + more, **metadata.get("option", {}), **keywords}
-    return typer.Option(f"--{name.replace('_', '-')}", rich_help_panel=panel, **keywords)
+    names = names or (f"--{name.replace('_', '-')}",)
+    return typer.Option(*names, rich_help_panel=panel, **keywords)
 
 
 def _budget(name: str, more: str = "", **keywords: Any) -> Any:
@@ -73,6 +77,12 @@ ArmName = Annotated[str, _budget("arm")]
 Interval = Annotated[int, _budget("interval")]
 Window = Annotated[int, _budget("window")]
 Sinks = Annotated[int, _budget("n_sink")]
+#: Commands with a ``--prompt`` of their own have the long name alone.
+PromptMode = Annotated[str, _budget("prompt", names=("--prompt-mode", "--prompt"))]
+PromptModeAlone = Annotated[str, _budget("prompt", names=("--prompt-mode",))]
+PinTurns = Annotated[bool, _budget("pin_turns")]
+PinLimit = Annotated[Optional[int], _budget("pin_limit")]  # noqa: UP045
+PinOverflow = Annotated[str, _budget("pin_overflow")]
 ProtectPrompt = Annotated[bool, _budget("protect_prompt")]
 ProfileFile = Annotated[
     Optional[str],  # noqa: UP045
@@ -168,6 +178,10 @@ _BUDGET_OPTIONS = {
     "interval": Interval,
     "window": Window,
     "n_sink": Sinks,
+    "prompt_mode": PromptMode,
+    "pin_turns": PinTurns,
+    "pin_limit": PinLimit,
+    "pin_overflow": PinOverflow,
     "protect_prompt": ProtectPrompt,
     "profile": ProfileFile,
     "attention": Attention,
@@ -192,18 +206,19 @@ MODEL_CONFIG = Options(tuple(p for p in _MODEL_OPTIONS if p[0] != "device"), _ch
 ANY_MODEL = Options(_MODEL_OPTIONS, _choose_any)
 
 
-def compression_options(*left_out: str) -> Options:
+def compression_options(*left_out: str, **others: Any) -> Options:
     """Return the options of ``CompressionConfig`` as a group; the argument is None for ``full``.
 
     A command's own option ``--seed`` is the run's seed as well.
 
     Args:
         left_out: fields that the command has no option for.
+        others: other annotations, by name.
     """
-    own = {"budget": DEFAULT_BUDGET, "arm": "rkv"}
+    own = {"budget": DEFAULT_BUDGET, "arm": "rkv", "prompt_mode": "evict"}
     parameters = tuple(
         (name, annotation, own.get(name, getattr(CompressionConfig, name, None)))
-        for name, annotation in _BUDGET_OPTIONS.items()
+        for name, annotation in {**_BUDGET_OPTIONS, **others}.items()
         if name not in left_out
     )
     return Options(
@@ -247,6 +262,11 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def with_prompt(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the field that ``--prompt-mode`` stands for under its own name."""
+    return {{"prompt_mode": "prompt"}.get(name, name): v for name, v in settings.items()}
+
+
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
     """Return the settings of the cache; None means the full cache.
 
@@ -266,7 +286,7 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
     from reasonalloc.attention import choose_backend
     from reasonalloc.planning.files import check_profile
 
-    config = CompressionConfig(arm=parsed, **settings)
+    config = CompressionConfig(arm=parsed, **with_prompt(settings))
     check_profile(config)
     HEAD_ALLOCATORS.create(parsed.heads)
     choose_backend(config.attention)

@@ -15,6 +15,14 @@ Batch = Annotated[int, typer.Option("--batch", help="Sequences.", min=1)]
 Tokens = Annotated[
     int, typer.Option("--tokens", help="Context length to compare at, in tokens.", min=1)
 ]
+PromptTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens",
+        help="Tokens of the prompt, which --prompt pin keeps on top of the budget.",
+        min=0,
+    ),
+]
 Memory = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -25,13 +33,14 @@ Memory = Annotated[
 ]
 
 
-@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("protect_prompt", "attention", "step"))
+@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("attention", "step"))
 def command(
     context: typer.Context,
     model: o.ModelChoice,
     config: CompressionConfig | None,
     batch: Batch = 1,
     tokens: Tokens = 32768,
+    prompt_tokens: PromptTokens = 0,
     memory: Memory = None,
     as_json: o.Json = False,
 ) -> None:
@@ -47,7 +56,14 @@ def command(
         )
     from reasonalloc.planning.budget import plan_config
 
-    plan = plan_config(model.load_config(), config, batch, tokens, model.dtype, name=model.name)
+    if (config.prompt == "pin") != (prompt_tokens > 0):
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens} with --prompt {config.prompt}: give the tokens of "
+            "the prompt with --prompt pin, and only then"
+        )
+    plan = plan_config(
+        model.load_config(), config, batch, tokens, model.dtype, model.name, prompt_tokens
+    )
     limit = getattr(plan.text_config, "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:
         output.note(f"--tokens {tokens} is more than the {limit} positions that the model has")

@@ -60,7 +60,7 @@ Seed = Annotated[
 ]
 
 
-@o.takes(model=o.MODEL, config=o.compression_options())
+@o.takes(model=o.MODEL, config=o.compression_options(prompt_mode=o.PromptModeAlone))
 def command(
     *,
     model: o.ModelChoice,

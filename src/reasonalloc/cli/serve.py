@@ -45,7 +45,7 @@ BlockSize = Annotated[
 ]
 
 
-@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("protect_prompt", "attention", "step"))
+@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("pin_turns", "attention", "step"))
 def command(
     context: typer.Context,
     model: o.ModelChoice,

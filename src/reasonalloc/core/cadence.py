@@ -54,7 +54,7 @@ class Cadence:
 
 
 def compression_points(
-    total: int, kv_heads: int, interval: int, prompt: int, steps: int
+    total: int, kv_heads: int, interval: int, prompt: int, steps: int, pinned: int = 0
 ) -> list[int]:
     """Return when a layer is compressed while one sequence is prefilled and decoded alone.
 
@@ -64,11 +64,13 @@ def compression_points(
         interval: decode steps between two boundaries.
         prompt: tokens of the prompt.
         steps: decode steps after it; the last generated token is not among them.
+        pinned: tokens of the prompt that are kept on top of the total.
 
     Returns:
         Tokens of the sequence at each compression, rising.
     """
-    return [*Cadence(interval).compressions(prompt, prompt + steps, overflow(total, kv_heads))]
+    least = overflow(total, kv_heads) + pinned
+    return [*Cadence(interval).compressions(prompt, prompt + steps, least)]
 
 
 def overflow(total: int, kv_heads: int) -> int:
@@ -81,9 +83,10 @@ def overflow(total: int, kv_heads: int) -> int:
     return total // kv_heads + 1
 
 
-def most_held(total: int, kv_heads: int, interval: int) -> int:
+def most_held(total: int, kv_heads: int, interval: int, pinned: int = 0) -> int:
     """Return the most tokens that a layer holds once it was compressed, all KV heads together.
 
-    That is its total and the growth of every head up to the next boundary.
+    That is its total and the growth of every head up to the next boundary, besides ``pinned``
+    tokens of every head.
     """
-    return total + kv_heads * interval
+    return total + kv_heads * (interval + pinned)

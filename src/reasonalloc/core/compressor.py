@@ -161,12 +161,22 @@ class LayerCompressor:
         return torch.cat(pieces, dim=2)
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
-        batch, kv_heads, _, head_dim = key.shape
         self._backend.check(key.device, key.dtype)  # the model may have moved since
-        self.slab = Slab(
+        self.slab = self._make_slab(key, value)
+        if self._policy.needs_queries:
+            self._queries = QueryWindow(query, self._config.window)
+        if self._planned is not None:
+            self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
+        return self.slab
+
+    def _make_slab(self, key: Tensor, value: Tensor) -> Slab:
+        """Return empty storage, with room for what is pinned now."""
+        batch, kv_heads, _, head_dim = key.shape
+        held = most_held(self.total, kv_heads, self._config.interval, self.progress.pinned.most)
+        return Slab(
             batch,
             kv_heads,
-            most_held(self.total, kv_heads, self._config.interval),
+            held,
             head_dim,
             value.shape[-1],
             dtype=key.dtype,
@@ -174,11 +184,6 @@ class LayerCompressor:
             state_channels=self._policy.state_channels,
             ops=self._ops,
         )
-        if self._policy.needs_queries:
-            self._queries = QueryWindow(query, self._config.window)
-        if self._planned is not None:
-            self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
-        return self.slab
 
     def _decode(
         self,
@@ -221,8 +226,8 @@ class LayerCompressor:
 
     @property
     def protected_columns(self) -> int:
-        """Columns of the first prompt, if it is protected."""
-        return self.progress.prompt_columns if self._config.protect_prompt else 0
+        """Columns of the first prompt, if it stays."""
+        return 0 if self._config.prompt == "evict" else self.progress.prompt_columns
 
     @property
     def keeps_state(self) -> bool:
@@ -247,15 +252,30 @@ class LayerCompressor:
         taken_back = progress.columns - columns
         if isinstance(before, int) and slab.uniform_length is not None and taken_back > 0:
             slab.shorten(taken_back)  # nothing is padding: all end alike
-            held = progress.held - slab.kv_heads * taken_back
+            progress.pinned.go_back(before - taken_back, holes=False)
+            held = slab.kv_heads * (slab.uniform_length - progress.pinned.most)
             progress.go_back(before - taken_back, held, columns)
         else:
-            progress.go_back(seen, slab.remove(gone), columns)
+            held = slab.remove(gone)
+            progress.pinned.go_back(seen, holes=True)
+            progress.go_back(seen, self._competing(slab, held), columns)
+
+    def _competing(self, slab: Slab, held: int) -> int:
+        """Tokens of the fullest sequence that are not pinned, of ``held`` in all; waits."""
+        pinned = self.progress.pinned
+        if not pinned:
+            return held
+        rows = slab.as_rows()
+        there = torch.arange(rows.index.shape[-1], device=rows.lengths.device)
+        free = (there < rows.lengths[..., None]) & ~pinned.mask(rows.gather(rows.positions))
+        return int(free.sum(dim=(1, 2)).max())
 
     def clear(self) -> None:
-        """Forget everything; the memory stays."""
+        """Forget everything; the memory stays, but for that of what was pinned."""
         if self.slab is not None:
             self.slab.clear()
+        if self.progress.pinned:
+            self.slab = None
         if self._queries is not None:
             self._queries.clear()
         self.progress.clear()
@@ -300,6 +320,7 @@ class LayerCompressor:
             return
         keys, values = tensors["keys"], tensors["values"]
         batch, kv_heads = tensors["lengths"].shape
+        self.progress.fill_pinned(numbers, batch, keys.device)
         query = keys.new_empty(batch, query_heads, 1, keys.shape[2])
         slab = self._allocate(
             query,
@@ -310,7 +331,7 @@ class LayerCompressor:
         slab.fill(tensors, bool(numbers["equal"]), room)
         if self._queries is not None:
             self._queries.fill(tensors)
-        held = int(slab.lengths.sum(dim=1).max())
+        held = self._competing(slab, int(slab.lengths.sum(dim=1).max()))
         self.progress.fill(numbers, batch, held, keys.device)
         _check_positions(slab, self.progress.per_sequence(batch, keys.device))
 
@@ -340,14 +361,17 @@ class LayerCompressor:
     ) -> Tensor:
         progress, columns = self.progress, key.shape[2]
         past = slab.as_rows() if progress.columns else None
-        if progress.columns == 0 and self._config.protect_prompt:
+        if progress.columns == 0 and self._config.prompt == "protect":
             tokens = columns if valid is None else int(valid.sum(1).max())
             kept = self.total // slab.kv_heads
             check_protected(tokens, self.layer, kept, self._config.window)
+        held = slab.kv_heads * most_tokens(valid, columns)
+        if self._pins(replayed):
+            held = slab.kv_heads * self._pin(columns, valid)
+            slab = self._make_room(slab, key, value)
         out, rows = self._attend(past, query, key, value, mask, valid, scaling, softcap)
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
-        held = slab.kv_heads * most_tokens(valid, columns)
         if progress.prefill(columns, valid, held, replayed) and progress.held > self.total:
             self._compress(slab, rows, scaling, softcap)
             return out
@@ -382,8 +406,46 @@ class LayerCompressor:
             state = observe_prefill(self._policy, past, positions, key.shape[1], received)
         return out, joined_rows(past, key, value, positions, valid, state)
 
+    def _pins(self, replayed: bool) -> bool:
+        """Whether the tokens of this prefill are to be pinned."""
+        first = self.progress.columns == 0
+        return self._config.prompt == "pin" and not replayed and (first or self._config.pin_turns)
+
+    def _pin(self, columns: int, valid: Tensor | None) -> int:
+        """Pin the new tokens; waits for the device if some are padding.
+
+        Returns:
+            How many of the fullest sequence are not pinned, because they are too many.
+
+        Raises:
+            UsageError: they are too many, and are to be refused then.
+        """
+        seen, limit = self.progress.seen, self._config.pin_limit
+        self._config.pinned(columns if valid is None else int(valid.sum(dim=1).max()))
+        if valid is None:
+            free = columns if limit is not None and columns > limit else 0
+            start = seen.clone() if isinstance(seen, Tensor) else seen  # a step counts in place
+            self.progress.pinned.add(start, seen + columns - free, columns - free)
+            return free
+        real = valid.sum(dim=1)
+        pinned = real if limit is None else real.masked_fill(real > limit, 0)
+        start = seen.clone() if isinstance(seen, Tensor) else seen  # a step counts in place
+        self.progress.pinned.add(start, seen + pinned, int(pinned.max()))
+        return int((real - pinned).max())
+
+    def _make_room(self, slab: Slab, key: Tensor, value: Tensor) -> Slab:
+        """Return storage for what is pinned now; its content is written by whoever calls."""
+        if slab.slots >= most_held(
+            self.total, slab.kv_heads, self._config.interval, self.progress.pinned.most
+        ):
+            return slab
+        self.slab = room = self._make_slab(key, value)
+        if slab.uniform_length is None:
+            room.make_ragged()
+        return room
+
     def _compress(self, slab: Slab, rows: Rows, scaling: float, softcap: float | None) -> None:
-        seen = self.progress.seen
+        seen, pinned = self.progress.seen, self.progress.pinned
         keep, budgets = decide(
             self._candidates(slab, rows, scaling, softcap),
             self._config,
@@ -391,8 +453,9 @@ class LayerCompressor:
             self._heads,
             self.total,
             self._wanted,
-            self.progress.prompt if self._config.protect_prompt else 0,
+            self.progress.prompt if self._config.prompt == "protect" else 0,
             self._ops,
+            pinned,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
         equal = (
@@ -400,8 +463,10 @@ class LayerCompressor:
             and self.total % slab.kv_heads == 0
             and isinstance(seen, int)
             and slab.uniform_length is not None
+            and (not pinned or pinned.prefix is not None)
         )
-        slab.rewrite(rows, keep, self.total // slab.kv_heads if equal else None)
+        each = self.total // slab.kv_heads + pinned.most
+        slab.rewrite(rows, keep, each if equal else None)
         self.progress.compressed(self.total)
         columns = self.progress.columns
         self._recorder.add(columns, self.layer, budgets, slab.positions, slab.offsets)

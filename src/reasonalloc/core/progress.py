@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.core.cadence import Cadence
+from reasonalloc.core.pinned import Pinned
 
 _COUNTERS = ("columns", "since", "evicted_at", "prompt_columns")
 
@@ -28,7 +29,8 @@ class Progress:
             addresses, else [batch] int64 on the device.
         prompt: real tokens of the first prefill, likewise.
         prompt_columns: columns of the first prefill.
-        held: upper bound of the tokens that a sequence holds, over all heads.
+        held: upper bound of the tokens that a sequence holds, over all heads, besides pinned ones.
+        pinned: tokens that stay on top of the budget.
         evicted_at: columns at the latest compression that may have evicted tokens; 0 if none did.
         unsettled: a step with fixed addresses has run that ``step`` has not been told of.
     """
@@ -42,6 +44,7 @@ class Progress:
         self.columns = self.prompt_columns = self.held = self.evicted_at = self._since = 0
         self.seen: int | Tensor = 0
         self.prompt: int | Tensor = 0
+        self.pinned = Pinned()
         self.unsettled = False
         self._boundaries: list[int] = []  # columns, from the latest compression on
 
@@ -91,7 +94,8 @@ class Progress:
         Args:
             columns: how many per sequence.
             valid: [batch, columns] bool, false at padding; None if all are real.
-            held: upper bound of the real ones of a sequence, times the KV heads.
+            held: upper bound of the real ones of a sequence that are not pinned, times the KV
+                heads.
             replayed: they are decode steps, which end at a boundary only if they complete an
                 interval; a prefill always does.
 
@@ -119,7 +123,7 @@ class Progress:
 
         Args:
             seen: real tokens that are left of each sequence: one number, or [batch] int64.
-            held: upper bound of the tokens that a sequence still holds.
+            held: upper bound of the tokens that a sequence still holds, besides pinned ones.
             columns: of the text, not before ``evicted_at``.
         """
         self.held = held
@@ -154,6 +158,7 @@ class Progress:
         """Return the same numbers in memory of their own, of these ``sequences`` [n] int64."""
         twin = copy.copy(self)
         twin._boundaries = list(self._boundaries)
+        twin.pinned = self.pinned.copy(sequences)
         for name in ("seen", "prompt"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
@@ -168,6 +173,7 @@ class Progress:
             "prompt_columns": self.prompt_columns,
             "evicted_at": self.evicted_at,
             "boundaries": self._boundaries,
+            **({"pinned": self.pinned.content()} if self.pinned else {}),
         }
         for name, value in (("seen", self.seen), ("prompt", self.prompt)):
             numbers[name] = value.tolist() if isinstance(value, Tensor) else value
@@ -197,7 +203,7 @@ class Progress:
         Args:
             numbers: read from a file.
             batch: sequences.
-            held: upper bound of the tokens that a sequence holds.
+            held: upper bound of the tokens that a sequence holds, besides pinned ones.
             device: of the layer.
 
         Raises:
@@ -210,6 +216,11 @@ class Progress:
         self.evicted_at = int(numbers["evicted_at"])
         self._boundaries = [int(place) for place in numbers["boundaries"]]
         self.held = held
+
+    def fill_pinned(self, numbers: Mapping[str, Any], batch: int, device: torch.device) -> Pinned:
+        """Take over the pinned tokens of ``content``, before a layer is allocated for them."""
+        self.pinned.fill(numbers.get("pinned"), batch, int(numbers["columns"]), device)
+        return self.pinned
 
 
 def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Tensor:

@@ -19,7 +19,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from reasonalloc.config import CompressionConfig, RecordLevel, Step, parse_arm
+from reasonalloc.config import (
+    CompressionConfig,
+    PinOverflow,
+    Prompt,
+    RecordLevel,
+    Step,
+    parse_arm,
+)
 from reasonalloc.core.recorder import Event
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling
@@ -61,7 +68,8 @@ class Settings:
         costs, statistics: files of these kinds, if ``profile`` is of another one.
         record: what the recorder keeps of every compression.
         n_sink: first tokens that are always kept.
-        protect_prompt: keep every token of the prompt.
+        prompt, pin_limit, pin_overflow, protect_prompt: what happens to the prompt, see
+            ``CompressionConfig``.
         seed: of the policy ``random``.
         attention, step: backend, and how decode steps run; see ``CompressionConfig``.
     """
@@ -77,6 +85,18 @@ class Settings:
     statistics: str | os.PathLike[str] | None = None
     attention: str = "auto"
     step: Step = "eager"
+    prompt: Prompt = "evict"
+    pin_limit: int | None = None
+    pin_overflow: PinOverflow = "refuse"
+
+    @property
+    def of_prompt(self) -> dict[str, Any]:
+        """What happens to the prompt, as manifests have it: they had ``protect_prompt`` alone."""
+        protect = self.protect_prompt or self.prompt == "protect"
+        if self.prompt != "pin":
+            return {"protect_prompt": protect}
+        pin = {"limit": self.pin_limit, "overflow": self.pin_overflow}
+        return {"protect_prompt": protect, "pin_prompt": pin}
 
     def config(self, job: Job) -> CompressionConfig:
         """Settings of the cache for a job that has a budget."""
@@ -91,6 +111,9 @@ class Settings:
             interval=self.interval,
             window=self.window,
             n_sink=self.n_sink,
+            prompt=self.prompt,
+            pin_limit=self.pin_limit,
+            pin_overflow=self.pin_overflow,
             protect_prompt=self.protect_prompt,
             seed=self.seed,
             profile=read[0] if read else None,

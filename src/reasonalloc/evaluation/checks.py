@@ -34,6 +34,7 @@ def check_engine(spec: ModelSpec, settings: Settings) -> None:
         "--device-map": spec.device_map is not None,
         "--tp-plan": spec.tp_plan is not None,
         "--protect-prompt": settings.protect_prompt,
+        "--prompt": settings.prompt != "evict",
     }
     for name, there in given.items():
         if there:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.config import Arm, Step
+from reasonalloc.config import Arm, PinOverflow, Prompt, Step
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import checks
 from reasonalloc.evaluation.arm_files import File, as_settings, choose_files, list_files
@@ -54,6 +54,9 @@ def evaluate(
     interval: int = 128,
     window: int = 8,
     n_sink: int = 0,
+    prompt: Prompt = "evict",
+    pin_limit: int | None = None,
+    pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
     attention: str = "auto",
     step: Step = "eager",
@@ -94,7 +97,10 @@ def evaluate(
         interval: generated tokens between two compressions.
         window: most recent tokens that are always kept.
         n_sink: first tokens that are always kept.
-        protect_prompt: keep every token of the prompt.
+        prompt: ``evict``: it competes; ``protect``: it stays, inside the budget; ``pin``: it stays
+            on top of the budget.
+        pin_limit, pin_overflow: longest prompt that is pinned; what happens to longer ones.
+        protect_prompt: another name of ``prompt="protect"``.
         attention, step: backend, and how decode steps run; see ``CompressionConfig``.
         batch_size: samples that are generated together.
         engine: ``transformers``, or ``vllm``: one engine per arm and budget.
@@ -121,6 +127,9 @@ def evaluate(
         interval=interval,
         window=window,
         n_sink=n_sink,
+        prompt=prompt,
+        pin_limit=pin_limit,
+        pin_overflow=pin_overflow,
         protect_prompt=protect_prompt,
         seed=seed,
         attention=attention,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, PinOverflow, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.arm_files import (
     File,
@@ -47,6 +47,9 @@ def fidelity(
     interval: int = 128,
     window: int = 8,
     n_sink: int = 0,
+    prompt: Prompt = "evict",
+    pin_limit: int | None = None,
+    pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
     attention: str = "auto",
     generate: int | None = None,
@@ -72,7 +75,10 @@ def fidelity(
         interval: generated tokens between two compressions.
         window: most recent tokens that are always kept.
         n_sink: first tokens that are always kept.
-        protect_prompt: keep every token of the prompt.
+        prompt: ``evict``: it competes; ``protect``: it stays, inside the budget; ``pin``: it stays
+            on top of the budget.
+        pin_limit, pin_overflow: longest prompt that is pinned; what happens to longer ones.
+        protect_prompt: another name of ``prompt="protect"``.
         attention: backend, see ``CompressionConfig``.
         generate: complete prompts by so many tokens with the full cache, greedily.
         dtype, device, trust_remote_code: how a model is loaded by its name.
@@ -93,10 +99,17 @@ def fidelity(
         "interval": interval,
         "window": window,
         "n_sink": n_sink,
+        "prompt": prompt,
+        "pin_limit": pin_limit,
+        "pin_overflow": pin_overflow,
         "protect_prompt": protect_prompt,
         "attention": attention,
     }
-    configs = _configs(read_arms(arms), list_budgets(budgets), list_files(profile), shared)
+    configs, settings = _configs(
+        read_arms(arms), list_budgets(budgets), list_files(profile), shared
+    )
+    for name in ("prompt", "pin_limit", "pin_overflow", "protect_prompt"):
+        del shared[name]
     generate = None if generate is None else whole_number("generate", generate, 2)
     options = ModelSpec("", dtype, device, trust_remote_code)
     source, loaded = find_model(model, tokenizer, options)
@@ -113,6 +126,7 @@ def fidelity(
         "config_hash": config_hash(text_config(network).to_dict()),
         "dtype": str(network.dtype),
         **shared,
+        **settings.of_prompt,
     }
     results = _Results(out, manifest, configs)
     with observer.counted("Replaying") as tell:
@@ -125,12 +139,12 @@ def fidelity(
 
 def _configs(
     names: list[str], sizes: list[int], paths: list[str], shared: dict[str, Any]
-) -> list[CompressionConfig]:
+) -> tuple[list[CompressionConfig], Settings]:
     if FULL in names:
         raise UsageError("arm 'full' is what all arms are compared with: leave it out")
     check_decoding("eager", shared["attention"])
     settings = Settings(**as_settings(choose_files(names, paths)), **shared)
-    return [settings.config(Job(name, size)) for size in sizes for name in names]
+    return [settings.config(Job(name, size)) for size in sizes for name in names], settings
 
 
 def _load_texts(

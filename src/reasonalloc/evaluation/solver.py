@@ -150,8 +150,9 @@ class Solver:
     def _row(
         self, chunk: Chunk, index: int, prompts: list[list[int]], result: BatchResult
     ) -> dict[str, Any]:
-        item, job, plan = chunk.items[index], chunk.job, self._plan(chunk.job)
+        item, job = chunk.items[index], chunk.job
         prompt, completion = prompts[index], result.completions[index]
+        plan = replace(self._plan(job), pinned=self._pinned(job, len(prompt)))
         # The last token is never fed. What mates in the batch need beyond it is not this one's.
         tokens = len(prompt) + len(completion) - 1
         return {
@@ -179,10 +180,13 @@ class Solver:
         """Per layer under a budget, tokens of a sequence at its compressions."""
         plan = self._plan(job)
         heads = next(shape.kv_heads for shape in self._shapes if shape.compressible)
-        return [
-            compression_points(total, heads, self._settings.interval, prompt, completion - 1)
-            for total in plan.totals
-        ]
+        pinned = self._pinned(job, prompt)
+        steps = self._settings.interval, prompt, completion - 1, pinned
+        return [compression_points(total, heads, *steps) for total in plan.totals]
+
+    def _pinned(self, job: Job, prompt: int) -> int:
+        """Tokens of a prompt that are kept on top of the budget."""
+        return 0 if job.budget is None else self._settings.config(job).pinned(prompt)
 
     def _events(
         self, chunk: Chunk, prompts: list[list[int]], result: BatchResult

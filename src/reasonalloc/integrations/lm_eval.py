@@ -51,8 +51,9 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
         pretrained: hub name, folder, ``.gguf`` file, or a loaded model.
         budget: mean tokens kept per (layer, KV head); needed unless ``arm`` is ``full``.
         arm: preset or ``policy/layers/heads``.
-        interval, window, n_sink, protect_prompt, seed, profile, attention, step: as of
-            ``CompressionConfig``, with its defaults; ``step`` has an effect on generations only.
+        interval, window, n_sink, prompt, pin_turns, pin_limit, pin_overflow, protect_prompt, seed,
+            profile, attention, step: as of ``CompressionConfig``, with its defaults; ``step`` has
+            an effect on generations only.
         options: everything that lm-eval's ``hf`` takes. Of a PEFT adapter's model, the base model
             inside gets the budget.
 

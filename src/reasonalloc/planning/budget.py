@@ -47,8 +47,8 @@ class BudgetPlan(Shown):
         name: the model's name, for messages.
         load_rope, load_output_metrics: read the model's rotary embedding and output projections,
             see ``ModelFacts``; None while its weights are not loaded.
-        batch, tokens, dtype: sequences, tokens of each, and the cache's dtype that ``memory`` and
-            ``show`` assume unless told otherwise.
+        batch, tokens, prompt_tokens, dtype: sequences, tokens of each, of these in the (longest)
+            prompt, and the cache's dtype that ``memory`` and ``show`` assume unless told otherwise.
         policy: the policy, bound to the model.
         totals: [compressible layers] retained tokens under the budget, all KV heads together.
         planned: [compressible layers][kv_heads] tokens, if the arm plans them beforehand.
@@ -67,6 +67,7 @@ class BudgetPlan(Shown):
     batch: int = 1
     tokens: int = TOKENS
     dtype: torch.dtype = torch.float32
+    prompt_tokens: int = 0
     policy: Policy = field(init=False, repr=False)
     totals: tuple[int, ...] = field(init=False)
     planned: tuple[tuple[int, ...], ...] | None = field(init=False)
@@ -74,6 +75,8 @@ class BudgetPlan(Shown):
     def __post_init__(self) -> None:
         for name in ("batch", "tokens"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        prompt = whole_number("prompt_tokens", self.prompt_tokens, 0, "tokens")
+        object.__setattr__(self, "prompt_tokens", prompt)
         check_profile(self.config)
         object.__setattr__(self, "policy", self._bind_policy())
         object.__setattr__(self, "totals", self.totals_at(self.config.budget))
@@ -92,15 +95,22 @@ class BudgetPlan(Shown):
             )
         return tuple(totals)
 
-    def memory(self, batch: int | None = None, itemsize: int | None = None) -> MemoryPlan:
+    def memory(
+        self,
+        batch: int | None = None,
+        itemsize: int | None = None,
+        prompt_tokens: int | None = None,
+    ) -> MemoryPlan:
         """Return the exact bytes of a cache.
 
         Args:
             batch: sequences; None: those of the plan.
             itemsize: bytes of one number of the cache; None: of the plan's dtype.
+            prompt_tokens: of the longest prompt, for ``prompt="pin"``: all pinned turns together;
+                None: those of the plan.
 
         Raises:
-            UsageError: ``batch`` is no whole number of at least 1.
+            UsageError: no whole numbers, or too small ones; a prompt that would be refused.
         """
         return MemoryPlan(
             shapes=self.shapes,
@@ -111,6 +121,9 @@ class BudgetPlan(Shown):
             itemsize=self.dtype.itemsize if itemsize is None else itemsize,
             keeps_queries=self.policy.needs_queries,
             state_channels=self.policy.state_channels,
+            pinned=self.config.pinned(
+                self.prompt_tokens if prompt_tokens is None else prompt_tokens
+            ),
         )
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
@@ -172,6 +185,8 @@ class BudgetPlan(Shown):
             "interval": config.interval,
             "window": config.window,
             "n_sink": config.n_sink,
+            "prompt": config.prompt,
+            "prompt_tokens": self.prompt_tokens,
             "kv_bytes": {
                 "full": plan.full_bytes(self.tokens),
                 "compressed": plan.kv_bytes(self.tokens),
@@ -271,6 +286,7 @@ def plan(
     budget: int,
     batch: int = 1,
     tokens: int = TOKENS,
+    prompt_tokens: int = 0,
     arm: str | Arm | None = None,
     policy: str | Policy | type[Policy] | None = None,
     layers: str | LayerAllocator | type[LayerAllocator] | None = None,
@@ -286,6 +302,7 @@ def plan(
             which only the configuration is read.
         budget: mean retained tokens per (layer, KV head) right after a compression.
         batch, tokens: sequences, and tokens of each, to compare the caches at.
+        prompt_tokens: tokens of the prompt, which ``prompt="pin"`` keeps on top of the budget.
         arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
             next three.
         policy, layers, heads: which tokens stay, how many per layer, how many per KV head: names,
@@ -293,7 +310,7 @@ def plan(
         dtype: of the cache: a torch dtype, ``float32``, ``bfloat16``, ``float16``, or ``auto``: the
             model's own.
         trust_remote_code: run code that comes with the model to read its configuration.
-        settings: interval, window, n_sink, profile and others of ``CompressionConfig``.
+        settings: interval, window, n_sink, prompt, profile and others of ``CompressionConfig``.
 
     Returns:
         The plan: ``show()`` prints it, ``memory(batch).kv_bytes(tokens)`` is exact.
@@ -313,7 +330,7 @@ def plan(
 
         name = os.fspath(model)
         model = load_config(name, trust_remote_code)
-    return plan_config(model, config, batch, tokens, dtype, name)
+    return plan_config(model, config, batch, tokens, dtype, name, prompt_tokens)
 
 
 def plan_config(
@@ -323,6 +340,7 @@ def plan_config(
     tokens: int = TOKENS,
     dtype: str | torch.dtype = "auto",
     name: str | None = None,
+    prompt_tokens: int = 0,
 ) -> BudgetPlan:
     """Return what ``plan`` does of settings; ``model`` has a configuration or is one."""
     from reasonalloc.loading import resolve_dtype
@@ -339,4 +357,5 @@ def plan_config(
         batch=batch,
         tokens=tokens,
         dtype=resolve_dtype(dtype, getattr(model, "config", model)),
+        prompt_tokens=prompt_tokens,
     )

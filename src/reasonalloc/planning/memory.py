@@ -47,6 +47,7 @@ class MemoryPlan:
         itemsize: bytes of one number of the cache's dtype.
         keeps_queries: whether the policy needs the queries of the window.
         state_channels: float32 numbers that the policy keeps per slot.
+        pinned: tokens that every head keeps on top of the budget, of the longest sequence.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -57,6 +58,7 @@ class MemoryPlan:
     itemsize: int
     keeps_queries: bool = False
     state_channels: int = 0
+    pinned: int = 0
 
     @property
     def _slabs(self) -> list[tuple[LayerShape, int]]:
@@ -65,16 +67,21 @@ class MemoryPlan:
 
     @property
     def slab_bytes(self) -> int:
-        """KV bytes of the slabs: allocated once, the same after any number of tokens."""
+        """KV bytes of the slabs: the same after any number of tokens; more per pinned turn."""
         return sum(
-            2 * self.batch * most_held(t, s.kv_heads, self.interval) * s.head_dim * self.itemsize
-            for s, t in self._slabs
+            2 * self.batch * self._slots(s, t) * s.head_dim * self.itemsize for s, t in self._slabs
         )
+
+    def _slots(self, shape: LayerShape, total: int) -> int:
+        return most_held(total, shape.kv_heads, self.interval, self.pinned)
 
     @property
     def floor_bytes(self) -> int:
         """KV bytes in use right after a compression."""
-        return sum(2 * self.batch * t * s.head_dim * self.itemsize for s, t in self._slabs)
+        return sum(
+            2 * self.batch * (t + s.kv_heads * self.pinned) * s.head_dim * self.itemsize
+            for s, t in self._slabs
+        )
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -82,7 +89,7 @@ class MemoryPlan:
         per_slot = 4 + 4 * self.state_channels  # position, state
         size = 0
         for shape, total in self._slabs:
-            size += self.batch * most_held(total, shape.kv_heads, self.interval) * per_slot
+            size += self.batch * self._slots(shape, total) * per_slot
             size += 2 * self.batch * shape.kv_heads * 8
             if self.keeps_queries:
                 size += (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from reasonalloc.planning.memory import MemoryPlan
@@ -15,7 +16,7 @@ def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
     layers = []
     for index, shape in enumerate(plan.shapes):
         own = (next(totals),) if shape.compressible else ()
-        one = MemoryPlan((shape,), own, plan.batch, plan.interval, 0, plan.itemsize)
+        one = replace(plan, shapes=(shape,), totals=own)
         layers.append(
             {
                 "layer": index,
@@ -43,6 +44,7 @@ def size_table(report: dict[str, Any]) -> Table:
     rows = [
         ("arm", f"{report['arm']}, budget {report['budget']}, interval {report['interval']}"),
         ("cache", f"{report['dtype']}, batch {report['batch']}, {report['tokens']} tokens each"),
+        *_prompt(report),
         ("full cache", human(full)),
         ("compressed", f"{human(compressed)} ({change})"),
         ("  in use after a compression", human(sizes["after_compression"])),
@@ -57,6 +59,12 @@ def size_table(report: dict[str, Any]) -> Table:
             )
         )
     return Table(f"KV cache of {report['model']}", [], rows)
+
+
+def _prompt(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if report["prompt"] != "pin":
+        return []
+    return [("pinned prompt", f"{report['prompt_tokens']} tokens per head, on top of the budget")]
 
 
 def layer_table(layers: Sequence[dict[str, Any]]) -> Table:

@@ -20,7 +20,15 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator
 from reasonalloc.allocators.layer import LayerAllocator
 from reasonalloc.attention import choose_backend
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.config import Arm, CompressionConfig, RecordLevel, Step, choose_arm
+from reasonalloc.config import (
+    Arm,
+    CompressionConfig,
+    PinOverflow,
+    Prompt,
+    RecordLevel,
+    Step,
+    choose_arm,
+)
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import (
@@ -102,10 +110,19 @@ class Attachment:
         self._last: weakref.ref[BudgetCache] | None = None
         self.recorder: Recorder | None = None
 
-    def plan(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryPlan:
-        """Exact bytes of a cache for ``batch`` sequences (dtype: the model's)."""
+    def plan(
+        self, batch: int = 1, dtype: torch.dtype | None = None, prompt_tokens: int = 0
+    ) -> MemoryPlan:
+        """Return the exact bytes of a cache.
+
+        Args:
+            batch: sequences.
+            dtype: of the cache; None: the model's.
+            prompt_tokens: of the longest prompt, which ``prompt="pin"`` keeps besides the budget.
+        """
         count = whole_number("batch", batch, 1)
-        return self._plan.memory(count, (dtype or self._require_model().dtype).itemsize)
+        itemsize = (dtype or self._require_model().dtype).itemsize
+        return self._plan.memory(count, itemsize, prompt_tokens)
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """``totals`` as they would be under another budget."""
@@ -293,6 +310,10 @@ class Attachment:
         fields = dataclasses.asdict(self.config)
         for unimportant in ("attention", "step", "record", "profile"):
             fields.pop(unimportant)
+        newer = {"prompt": ("evict", "protect"), "pin_turns": (False,), "pin_limit": (None,)}
+        for name, usual in {**newer, "pin_overflow": ("refuse",)}.items():  # than the format
+            if fields[name] in usual:
+                fields.pop(name)
         fields["arm"] = str(self.config.arm)
         return {
             "model": config_hash(self._text_config.to_dict()),
@@ -340,6 +361,10 @@ def attach(
     interval: int = 128,
     window: int = 8,
     n_sink: int = 0,
+    prompt: Prompt = "evict",
+    pin_turns: bool = False,
+    pin_limit: int | None = None,
+    pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
     seed: int = 0,
     profile: str | os.PathLike[str] | None = None,
@@ -359,8 +384,8 @@ def attach(
             class, also one of your own.
         layers: how many per layer (default ``uniform``), likewise.
         heads: how many per KV head (default ``uniform``), likewise.
-        interval, window, n_sink, protect_prompt, seed, profile, attention, step, record: see
-            ``CompressionConfig``.
+        interval, window, n_sink, prompt, pin_turns, pin_limit, pin_overflow, protect_prompt, seed,
+            profile, attention, step, record: see ``CompressionConfig``.
 
     Returns:
         The attachment: a context manager with ``detach``, ``plan``, ``new_cache``, ``recorder``.
@@ -375,6 +400,10 @@ def attach(
         interval=interval,
         window=window,
         n_sink=n_sink,
+        prompt=prompt,
+        pin_turns=pin_turns,
+        pin_limit=pin_limit,
+        pin_overflow=pin_overflow,
         protect_prompt=protect_prompt,
         seed=seed,
         profile=profile,

@@ -246,7 +246,9 @@ def _check_prompt(
             f"transformers drops the cache: end before that, at most {switch - columns} new tokens"
         )
     settings = attachment.config
-    if settings.protect_prompt and not seen:
+    if not seen or settings.pin_turns:
+        settings.pinned(tokens if not seen else columns - (seen if columns > seen else 0))
+    if settings.prompt == "protect" and not seen:
         shape = next(s for s in attachment.shapes if s.compressible)
         room = min(attachment.totals) // shape.kv_heads - settings.window
         if tokens > room:

@@ -66,11 +66,12 @@ def load_cache(
         numbers = json.loads(metadata["numbers"])
     except (KeyError, ValueError) as error:
         raise UsageError(f"the cache in {str(path)!r} is broken: {error}") from error
-    for name, value in fingerprint.items():
-        if saved.get(name) != value:
+    for name in {**fingerprint, **saved}:
+        own, theirs = (given.get(name, "its default") for given in (fingerprint, saved))
+        if own != theirs:
             raise UsageError(
-                f"the cache in {str(path)!r} was made with {name}={saved.get(name)}, this "
-                f"attachment has {name}={value}: attach as it was saved"
+                f"the cache in {str(path)!r} was made with {name}={theirs}, this attachment has "
+                f"{name}={own}: attach as it was saved"
             )
     try:
         cache.fill(tensors, numbers, device)

@@ -109,7 +109,8 @@ class Progress:
         """What the plan says that ``kv_bytes`` is."""
         if self.attachment is None:
             return self.full_bytes
-        return self.attachment.plan(1, self.dtype).kv_bytes(self.cached_tokens)
+        plan = self.attachment.plan(1, self.dtype, self.prompt_tokens)
+        return plan.kv_bytes(self.cached_tokens)
 
     @property
     def full_bytes(self) -> int:
