@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.kinds import parse_kinds
 from reasonalloc.whole import whole_number
 
 RecordLevel = Literal["off", "budgets", "tokens"]
@@ -168,6 +169,9 @@ class CompressionConfig:
         seed: seed of the ``random`` policy.
         profile: path of a calibrated file, for the policy or layer allocator that reads one and has
             no path of its own.
+        kv_dtype: how tokens that are older than the window are kept from the next boundary on:
+            ``auto``, as the model computes; ``int8``, ``fp8``, ``int4``, ``int4h`` (``ops.codes``);
+            for keys and values apart, such as ``int8:int4``.
         attention: ``auto``, or a name from ``reasonalloc ls``.
         step: how ``generate`` runs a decode step: ``eager``; ``static``, with fixed shapes and
             addresses, lengths and positions on the device; ``graph``, the same captured in a CUDA
@@ -211,6 +215,13 @@ class CompressionConfig:
         metadata={"help": "With --pin-limit: refuse longer prompts, or evict from them."},
     )
     protect_prompt: bool = field(default=False, metadata={"help": "The same as --prompt protect."})
+    kv_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Older keys and values in fewer bits: auto (no), int8, fp8, int4, int4h; or "
+            "keys:values, as int8:int4."
+        },
+    )
     seed: int = 0
     profile: str | os.PathLike[str] | None = field(
         default=None,
@@ -233,6 +244,7 @@ class CompressionConfig:
             object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON
         object.__setattr__(self, "seed", whole_number("seed", self.seed))
         self._check_prompt()
+        parse_kinds(self.kv_dtype)
         if self.budget < self.window + self.n_sink:
             raise UsageError(
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
@@ -242,6 +254,11 @@ class CompressionConfig:
             raise unknown_name("step", str(self.step), get_args(Step))
         if self.record not in ("off", "budgets", "tokens"):
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))
+
+    @property
+    def coded(self) -> bool:
+        """Whether older tokens are kept in fewer bits."""
+        return parse_kinds(self.kv_dtype) != ("auto", "auto")
 
     def pinned(self, prompt_tokens: int) -> int:
         """Return how many tokens of a first prompt are kept on top of the budget.

@@ -1,5 +1,6 @@
 """Where the tokens live: one slab per layer."""
 
+from reasonalloc.cache.coded import CodedSlab
 from reasonalloc.cache.slab import Rows, Slab
 
-__all__ = ["Rows", "Slab"]
+__all__ = ["CodedSlab", "Rows", "Slab"]

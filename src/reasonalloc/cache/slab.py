@@ -25,6 +25,7 @@ class Rows:
         index: [batch, kv_heads, n] int64, into dimension 1 of the storage; the first ``lengths``
             entries of a row are its tokens in the order of their positions.
         lengths: [batch, kv_heads] int64.
+        coded: how many of the first entries of the storage are kept in fewer bits.
     """
 
     keys: Tensor
@@ -33,6 +34,26 @@ class Rows:
     state: Tensor | None
     index: Tensor
     lengths: Tensor
+    coded: int = 0
+
+    @property
+    def held(self) -> Tensor:
+        """[batch, kv_heads, n] bool: entries that are tokens."""
+        return (
+            torch.arange(self.index.shape[-1], device=self.index.device) < self.lengths[..., None]
+        )
+
+    def without(self, gone: Tensor) -> Tensor:
+        """[batch, kv_heads, n] bool: tokens but those at some positions.
+
+        Args:
+            gone: [batch, positions] bool, true for positions to be dropped; longer ones stay.
+        """
+        positions = self.gather(self.positions).long().flatten(1)
+        known = positions < gone.shape[1]
+        # Entries behind a row's tokens may point at anything.
+        hit = gone.gather(1, positions.clamp(0, gone.shape[1] - 1)) & known
+        return self.held & ~hit.view(self.index.shape)
 
     def gather(self, flat: Tensor) -> Tensor:
         """[batch, m, ...] storage as [batch, kv_heads, n, ...] rows; padding repeats tokens."""
@@ -94,6 +115,27 @@ class Slab:
     def batch(self) -> int:
         """Number of sequences."""
         return self.keys.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.keys.device
+
+    @property
+    def held(self) -> Tensor:
+        """[batch, kv_heads] int64, tokens of each head."""
+        return self.lengths
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tokens that it holds now. Waits for the device."""
+        width = sum(t.shape[-1] * t.element_size() for t in (self.keys, self.values))
+        return int(self.lengths.sum()) * width
 
     @property
     def kv_bytes(self) -> int:
@@ -203,7 +245,9 @@ class Slab:
         index = (self.offsets[..., None] + index).clamp_max(self.slots - 1)
         return Rows(self.keys, self.values, self.positions, self.state, index, self.lengths.clone())
 
-    def rewrite(self, rows: Rows, keep: Tensor, uniform_length: int | None) -> None:
+    def rewrite(
+        self, rows: Rows, keep: Tensor, uniform_length: int | None, settle: bool = True
+    ) -> None:
         """Replace the content by the kept tokens of ``rows``, tensor by tensor.
 
         The room that is left over is shared evenly, so that every head can grow by the same
@@ -214,6 +258,7 @@ class Slab:
             keep: [batch, kv_heads, n] bool.
             uniform_length: the number of tokens kept by every head of every sequence, if the host
                 knows that they are equal; None otherwise.
+            settle: of no use here, see ``CodedSlab``.
         """
         lengths = keep.sum(dim=-1)
         if uniform_length is None:
@@ -239,21 +284,20 @@ class Slab:
             Tokens that the fullest sequence still holds, over all heads.
         """
         rows = self.as_rows()
-        positions = rows.gather(rows.positions).long().flatten(1)
-        known = positions < gone.shape[1]
-        # Entries behind a row's tokens may point at anything.
-        hit = gone.gather(1, positions.clamp(0, gone.shape[1] - 1)) & known
-        n = rows.index.shape[-1]
-        held = torch.arange(n, device=gone.device) < rows.lengths[..., None]
-        keep = held & ~hit.view(rows.index.shape)
+        keep = rows.without(gone)
         self.rewrite(rows, keep, None)
         return int(keep.sum(dim=(1, 2)).max())
 
-    def shorten(self, tokens: int) -> None:
-        """Drop the last ``tokens`` of every run; only while all runs have one length."""
+    def shorten(self, tokens: int) -> int:
+        """Drop the last ``tokens`` of every run; only while all runs have one length.
+
+        Returns:
+            Tokens that are left of each run.
+        """
         if self.uniform_length is None or tokens > self.uniform_length:
             raise RuntimeError("runs of different lengths cannot be shortened together")
         self.uniform_length -= tokens
+        return self.uniform_length
 
     def clear(self) -> None:
         """Drop everything; the memory stays."""

@@ -37,7 +37,7 @@ Out = Annotated[
 
 
 _PROMPT = ("prompt", "pin_limit", "pin_overflow", "protect_prompt")
-_SETTINGS = ("interval", "window", "n_sink", *_PROMPT, "attention")
+_SETTINGS = ("interval", "window", "n_sink", *_PROMPT, "kv_dtype", "attention")
 _BUDGET = o.Options(
     (
         ("budget", o.BudgetList, "128"),
@@ -48,6 +48,7 @@ _BUDGET = o.Options(
         ("pin_limit", o.PinLimit, None),
         ("pin_overflow", o.PinOverflow, "refuse"),
         ("protect_prompt", o.ProtectPrompt, False),
+        ("kv_dtype", o.KvDtype, "auto"),
         ("profile", e.Profiles, None),
         ("attention", o.Attention, "auto"),
         ("step", o.StepKinds, "eager"),
@@ -120,7 +121,7 @@ def _check_effect(context: typer.Context, arms: str, contenders: list[Contender]
     if any(contender.config is not None for contender in contenders):
         return
     own = ("prompt_mode", "pin_limit", "pin_overflow", "protect_prompt")
-    for option in ("budget", "window", "n_sink", *own, "attention", "step"):
+    for option in ("budget", "window", "n_sink", *own, "kv_dtype", "attention", "step"):
         if o.given(context, option):
             raise UsageError(
                 f"--{option.replace('_', '-')} has no effect with --arms {arms}: leave it out, "

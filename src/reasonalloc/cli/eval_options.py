@@ -41,6 +41,7 @@ CADENCE = (
     ("pin_limit", o.PinLimit, None),
     ("pin_overflow", o.PinOverflow, "refuse"),
     ("protect_prompt", o.ProtectPrompt, False),
+    ("kv_dtype", o.KvDtype, "auto"),
     ("profile", Profiles, None),
 )
 _NO_EFFECT = "No effect on the arm full."

@@ -84,6 +84,7 @@ PinTurns = Annotated[bool, _budget("pin_turns")]
 PinLimit = Annotated[Optional[int], _budget("pin_limit")]  # noqa: UP045
 PinOverflow = Annotated[str, _budget("pin_overflow")]
 ProtectPrompt = Annotated[bool, _budget("protect_prompt")]
+KvDtype = Annotated[str, _budget("kv_dtype", metavar="FORMAT")]
 ProfileFile = Annotated[
     Optional[str],  # noqa: UP045
     _budget("profile", metavar="FILE"),
@@ -183,6 +184,7 @@ _BUDGET_OPTIONS = {
     "pin_limit": PinLimit,
     "pin_overflow": PinOverflow,
     "protect_prompt": ProtectPrompt,
+    "kv_dtype": KvDtype,
     "profile": ProfileFile,
     "attention": Attention,
     "step": StepKind,

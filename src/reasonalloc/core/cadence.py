@@ -90,3 +90,15 @@ def most_held(total: int, kv_heads: int, interval: int, pinned: int = 0) -> int:
     tokens of every head.
     """
     return total + kv_heads * (interval + pinned)
+
+
+def most_coded(total: int, kv_heads: int, window: int, pinned: int = 0) -> int:
+    """Return the most tokens that a layer holds in fewer bits, all KV heads together.
+
+    Args:
+        total: tokens that the layer keeps after a compression, besides pinned ones.
+        kv_heads: its KV heads.
+        window: most recent tokens of a head, which stay as they are.
+        pinned: tokens that every head keeps besides.
+    """
+    return total + kv_heads * (pinned - window)

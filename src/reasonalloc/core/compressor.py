@@ -12,10 +12,10 @@ from torch import Tensor
 from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
 from reasonalloc.attention.dense import attend, received_blocks
-from reasonalloc.cache import Rows, Slab
+from reasonalloc.cache import CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.boundary import decide
-from reasonalloc.core.cadence import Cadence, most_held
+from reasonalloc.core.cadence import Cadence, most_coded, most_held
 from reasonalloc.core.observation import observe_prefill
 from reasonalloc.core.prefill import (
     check_protected,
@@ -31,7 +31,10 @@ from reasonalloc.core.steps import EagerStep, FixedStep, Held, StepInput
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
+from reasonalloc.ops.codes import row_format
 from reasonalloc.policies import Candidates, Policy
+
+Storage = Slab | CodedSlab
 
 
 class LayerCompressor:
@@ -74,11 +77,12 @@ class LayerCompressor:
         self._wanted: Tensor | None = None  # the same on the device, [kv_heads] int64
         self._ops = ops = choose_operations(backend.native)
         self._eager, self._fixed = EagerStep(policy, backend, ops), FixedStep(policy, backend, ops)
-        self.slab: Slab | None = None
+        self.slab: Storage | None = None
         self._queries: QueryWindow | None = None
         self.progress = Progress(Cadence(config.interval))
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
         self.static = False
+        self._room_pinned = 0  # pinned tokens that the slab has room for
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -117,7 +121,7 @@ class LayerCompressor:
         slab = self.slab if self.slab is not None else self._allocate(query, key, value)
         self._check(slab, key)
         # Under autocast keys and values come in different types.
-        key, value = key.to(slab.keys.dtype), value.to(slab.values.dtype)
+        key, value = key.to(slab.dtype), value.to(slab.dtype)
         queries, progress = query.shape[2], self.progress
         replayed = replay and progress.columns > 0
         if replayed and queries > progress.until_boundary:
@@ -129,16 +133,16 @@ class LayerCompressor:
             return self._decode(slab, query, key, value, valid, scaling, softcap)
         return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, replayed)
 
-    def _check(self, slab: Slab, key: Tensor) -> None:
+    def _check(self, slab: Storage, key: Tensor) -> None:
         """Refuse another batch size or type than the cache holds."""
         if key.shape[0] != slab.batch:
             raise UsageError(
                 f"the cache holds {slab.batch} sequences, the new tokens come in {key.shape[0]}: "
                 "use a new cache for another batch size"
             )
-        if key.dtype != slab.keys.dtype and not torch.is_autocast_enabled(key.device.type):
+        if key.dtype != slab.dtype and not torch.is_autocast_enabled(key.device.type):
             raise UsageError(
-                f"the cache holds {slab.keys.dtype}, the model computes in {key.dtype} now: start "
+                f"the cache holds {slab.dtype}, the model computes in {key.dtype} now: start "
                 "with a new cache"
             )
 
@@ -160,7 +164,7 @@ class LayerCompressor:
             pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
         return torch.cat(pieces, dim=2)
 
-    def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Slab:
+    def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Storage:
         self._backend.check(key.device, key.dtype)  # the model may have moved since
         self.slab = self._make_slab(key, value)
         if self._policy.needs_queries:
@@ -169,25 +173,42 @@ class LayerCompressor:
             self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
         return self.slab
 
-    def _make_slab(self, key: Tensor, value: Tensor) -> Slab:
+    def _make_slab(self, key: Tensor, value: Tensor) -> Storage:
         """Return empty storage, with room for what is pinned now."""
+        self._room_pinned = self.progress.pinned.most
         batch, kv_heads, _, head_dim = key.shape
-        held = most_held(self.total, kv_heads, self._config.interval, self.progress.pinned.most)
+        config, pinned, dims = self._config, self.progress.pinned.most, (head_dim, value.shape[-1])
+        channels = self._policy.state_channels
+        if config.coded:
+            form = row_format(config.kv_dtype, *dims, key.dtype)
+            room = config.window + config.interval
+            coded = most_coded(self.total, kv_heads, config.window, pinned)
+            return CodedSlab(
+                batch,
+                kv_heads,
+                coded,
+                room,
+                (form,) * kv_heads,
+                config.window,
+                device=key.device,
+                state_channels=channels,
+                ops=self._ops,
+            )
+        held = most_held(self.total, kv_heads, config.interval, pinned)
         return Slab(
             batch,
             kv_heads,
             held,
-            head_dim,
-            value.shape[-1],
+            *dims,
             dtype=key.dtype,
             device=key.device,
-            state_channels=self._policy.state_channels,
+            state_channels=channels,
             ops=self._ops,
         )
 
     def _decode(
         self,
-        slab: Slab,
+        slab: Storage,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -217,7 +238,7 @@ class LayerCompressor:
         if self.slab is None or self.progress.columns == 0:
             raise RuntimeError("a static step before the prompt")
         self.slab.make_ragged()
-        self.progress.spread(self.slab.batch, self.slab.keys.device)
+        self.progress.spread(self.slab.batch, self.slab.device)
 
     @property
     def evicted_at(self) -> int:
@@ -250,17 +271,18 @@ class LayerCompressor:
         if self._queries is not None:
             self._queries.go_back(before, seen)
         taken_back = progress.columns - columns
-        if isinstance(before, int) and slab.uniform_length is not None and taken_back > 0:
-            slab.shorten(taken_back)  # nothing is padding: all end alike
+        alike = isinstance(slab, Slab) and slab.uniform_length is not None
+        if isinstance(slab, Slab) and alike and isinstance(before, int) and taken_back > 0:
+            left = slab.shorten(taken_back)  # nothing is padding: all end alike
             progress.pinned.go_back(before - taken_back, holes=False)
-            held = slab.kv_heads * (slab.uniform_length - progress.pinned.most)
+            held = slab.kv_heads * (left - progress.pinned.most)
             progress.go_back(before - taken_back, held, columns)
         else:
             held = slab.remove(gone)
             progress.pinned.go_back(seen, holes=True)
             progress.go_back(seen, self._competing(slab, held), columns)
 
-    def _competing(self, slab: Slab, held: int) -> int:
+    def _competing(self, slab: Storage, held: int) -> int:
         """Tokens of the fullest sequence that are not pinned, of ``held`` in all; waits."""
         pinned = self.progress.pinned
         if not pinned:
@@ -285,7 +307,7 @@ class LayerCompressor:
         twin = copy.copy(self)
         twin._recorder = recorder
         if sequences is not None and self.slab is not None:
-            sequences = sequences.to(self.slab.keys.device)
+            sequences = sequences.to(self.slab.device)
         twin.slab = None if self.slab is None else self.slab.copy(sequences)
         twin._queries = None if self._queries is None else self._queries.copy(sequences)
         twin.progress = self.progress.copy(sequences)
@@ -318,20 +340,20 @@ class LayerCompressor:
         self.progress.check(numbers)
         if not tensors:
             return
-        keys, values = tensors["keys"], tensors["values"]
+        names = ("tail_keys", "tail_values") if self._config.coded else ("keys", "values")
+        keys, values = (tensors[name] for name in names)
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
-        query = keys.new_empty(batch, query_heads, 1, keys.shape[2])
         slab = self._allocate(
-            query,
-            keys.new_empty(batch, kv_heads, 1, keys.shape[2]),
-            values.new_empty(batch, kv_heads, 1, values.shape[2]),
+            keys.new_empty(batch, query_heads, 1, keys.shape[-1]),
+            keys.new_empty(batch, kv_heads, 1, keys.shape[-1]),
+            values.new_empty(batch, kv_heads, 1, values.shape[-1]),
         )
         room = self._config.interval - int(numbers["since"])
         slab.fill(tensors, bool(numbers["equal"]), room)
         if self._queries is not None:
             self._queries.fill(tensors)
-        held = self._competing(slab, int(slab.lengths.sum(dim=1).max()))
+        held = self._competing(slab, int(slab.held.sum(dim=1).max()))
         self.progress.fill(numbers, batch, held, keys.device)
         _check_positions(slab, self.progress.per_sequence(batch, keys.device))
 
@@ -342,14 +364,19 @@ class LayerCompressor:
         self.slab.count()
         self._settle(self.slab)
 
-    def _settle(self, slab: Slab) -> None:
-        """Count a decode step on the host; compress if it completes an interval."""
-        if self.progress.step(slab.kv_heads) and self.progress.held > self.total:
+    def _settle(self, slab: Storage) -> None:
+        """Count a decode step on the host; at the end of an interval compress, or only code."""
+        if not self.progress.step(slab.kv_heads):
+            return
+        if self.progress.held > self.total:
             self._compress(slab, slab.as_rows(), *self._logits)
+        elif isinstance(slab, CodedSlab):
+            rows = slab.as_rows()
+            slab.rewrite(rows, rows.held, None)
 
     def _prefill(
         self,
-        slab: Slab,
+        slab: Storage,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -378,7 +405,7 @@ class LayerCompressor:
         longest = rows.index.shape[-1]
         is_token = torch.arange(longest, device=key.device) < rows.lengths[..., None]
         alike = isinstance(progress.seen, int) and slab.uniform_length is not None
-        slab.rewrite(rows, is_token, longest if alike else None)
+        slab.rewrite(rows, is_token, longest if alike else None, settle=progress.at_boundary)
         return out
 
     def _attend(
@@ -433,18 +460,16 @@ class LayerCompressor:
         self.progress.pinned.add(start, seen + pinned, int(pinned.max()))
         return int((real - pinned).max())
 
-    def _make_room(self, slab: Slab, key: Tensor, value: Tensor) -> Slab:
+    def _make_room(self, slab: Storage, key: Tensor, value: Tensor) -> Storage:
         """Return storage for what is pinned now; its content is written by whoever calls."""
-        if slab.slots >= most_held(
-            self.total, slab.kv_heads, self._config.interval, self.progress.pinned.most
-        ):
+        if self.progress.pinned.most <= self._room_pinned:
             return slab
         self.slab = room = self._make_slab(key, value)
         if slab.uniform_length is None:
             room.make_ragged()
         return room
 
-    def _compress(self, slab: Slab, rows: Rows, scaling: float, softcap: float | None) -> None:
+    def _compress(self, slab: Storage, rows: Rows, scaling: float, softcap: float | None) -> None:
         seen, pinned = self.progress.seen, self.progress.pinned
         keep, budgets = decide(
             self._candidates(slab, rows, scaling, softcap),
@@ -469,10 +494,10 @@ class LayerCompressor:
         slab.rewrite(rows, keep, each if equal else None)
         self.progress.compressed(self.total)
         columns = self.progress.columns
-        self._recorder.add(columns, self.layer, budgets, slab.positions, slab.offsets)
+        self._recorder.add(columns, self.layer, budgets, slab.as_rows)
 
     def _candidates(
-        self, slab: Slab, rows: Rows, scaling: float, softcap: float | None
+        self, slab: Storage, rows: Rows, scaling: float, softcap: float | None
     ) -> Candidates:
         """What the policy may know of the layer."""
         config, queries, seen = self._config, self._queries, self.progress.seen
@@ -484,7 +509,7 @@ class LayerCompressor:
             queries=None if queries is None else queries.read(seen, slab),
             query_positions=None if queries is None else queries.positions(seen),
             state=None if rows.state is None else rows.gather(rows.state),
-            seen=self.progress.per_sequence(slab.batch, slab.keys.device),
+            seen=self.progress.per_sequence(slab.batch, slab.device),
             window=config.window,
             scaling=scaling,
             softcap=softcap,
@@ -494,7 +519,7 @@ class LayerCompressor:
         )
 
 
-def _check_positions(slab: Slab, seen: Tensor) -> None:
+def _check_positions(slab: Storage, seen: Tensor) -> None:
     """Refuse positions that do not rise inside a run, or lie outside of the text."""
     rows = slab.as_rows()
     held = torch.arange(rows.index.shape[-1], device=seen.device) < rows.lengths[..., None]

@@ -46,9 +46,8 @@ def check_protected(tokens: int, layer: int, kept: int, window: int) -> None:
 
 def over_past(past: Rows, mask: Tensor | None, columns: int, query_heads: int) -> Tensor:
     """[batch, query_heads, q, past + q] bool: all of the past, the new tokens as ``mask`` says."""
-    batch, _, n = past.index.shape
-    held = torch.arange(n, device=past.index.device) < past.lengths[..., None]
-    held = repeat_heads(held, query_heads)[:, :, None].expand(-1, -1, columns, -1)
+    batch = past.index.shape[0]
+    held = repeat_heads(past.held, query_heads)[:, :, None].expand(-1, -1, columns, -1)
     if mask is None:
         mask = torch.ones(columns, columns, dtype=torch.bool, device=held.device).tril()
     return torch.cat([held, mask.expand(batch, query_heads, columns, columns)], dim=-1)
@@ -109,7 +108,7 @@ def joined_rows(
         positions = torch.cat([past.positions, positions], dim=1)
         fresh = torch.ones_like(index, dtype=torch.bool) if is_token is None else is_token
         index = torch.cat([past.index, index + offset], dim=2)
-        is_token = torch.cat([_tokens(past), fresh], dim=2)
+        is_token = torch.cat([past.held, fresh], dim=2)
         lengths = is_token.sum(dim=-1)
     flat_state = None
     if state is not None:
@@ -123,10 +122,5 @@ def joined_rows(
         order = is_token.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         index = index.gather(-1, order)
         lengths = is_token.sum(dim=-1)
-    return Rows(flat_keys, flat_values, positions, flat_state, index.contiguous(), lengths)
-
-
-def _tokens(rows: Rows) -> Tensor:
-    """[batch, kv_heads, n] bool: entries of ``rows`` that are tokens."""
-    n = rows.index.shape[-1]
-    return torch.arange(n, device=rows.index.device) < rows.lengths[..., None]
+    coded = 0 if past is None else past.coded
+    return Rows(flat_keys, flat_values, positions, flat_state, index.contiguous(), lengths, coded)

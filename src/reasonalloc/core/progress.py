@@ -53,6 +53,11 @@ class Progress:
         """Decode steps that are left before the next boundary."""
         return self._cadence.interval - self._since
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the latest token completed an interval or a prefill."""
+        return self._since == 0
+
     def per_sequence(self, batch: int, device: torch.device) -> Tensor:
         """Return ``seen`` as [batch] int64."""
         if isinstance(self.seen, Tensor):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from reasonalloc.cache import Rows
 from reasonalloc.config import RecordLevel
 
 
@@ -18,24 +20,21 @@ class Event:
         step: columns (tokens per sequence, padding included) seen by the layer before the event.
         layer: index of the layer in the model.
         budgets: [batch, kv_heads] int64 on the CPU or the device, tokens kept per head.
-        positions: [batch, slots] int32 copy of the slab's positions, or None. Head ``h`` owns the
-            ``budgets[b, h]`` entries from ``offsets[b, h]`` on.
-        offsets: [batch, kv_heads] int64, or None.
+        positions: [batch, kv_heads, n] int32, of the kept tokens; behind ``budgets[b, h]`` entries
+            of a head they mean nothing. None unless they are recorded.
     """
 
     step: int
     layer: int
     budgets: Tensor
     positions: Tensor | None = None
-    offsets: Tensor | None = None
 
     def kept(self, sequence: int, head: int) -> list[int]:
         """Positions that the head kept. Needs ``record="tokens"``."""
-        if self.positions is None or self.offsets is None:
+        if self.positions is None:
             raise ValueError("kept positions were not recorded: use record='tokens'")
-        start = int(self.offsets[sequence, head])
-        stop = start + int(self.budgets[sequence, head])
-        return [int(p) for p in self.positions[sequence, start:stop]]
+        kept = self.positions[sequence, head, : int(self.budgets[sequence, head])]
+        return [int(p) for p in kept]
 
 
 @dataclass
@@ -56,10 +55,13 @@ class Recorder:
         """The same events in a list of its own."""
         return Recorder(self.level, list(self.events), self.compressions)
 
-    def add(
-        self, step: int, layer: int, budgets: Tensor, positions: Tensor, offsets: Tensor
-    ) -> None:
-        """Note a compression; copies only what the level asks for."""
+    def add(self, step: int, layer: int, budgets: Tensor, load: Callable[[], Rows]) -> None:
+        """Note a compression; copies only what the level asks for.
+
+        Args:
+            step, layer, budgets: see ``Event``.
+            load: returns what the layer holds now.
+        """
         self.compressions += 1
         if self.level == "off":
             return
@@ -67,6 +69,6 @@ class Recorder:
             if self.level == "budgets":
                 self.events.append(Event(step, layer, budgets.clone()))
             else:
-                self.events.append(
-                    Event(step, layer, budgets.clone(), positions.clone(), offsets.clone())
-                )
+                rows = load()
+                positions = rows.gather(rows.positions)
+                self.events.append(Event(step, layer, budgets.clone(), positions))

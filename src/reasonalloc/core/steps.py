@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reasonalloc.attention import Backend
-from reasonalloc.cache import Slab
+from reasonalloc.cache import CodedSlab, Slab
 from reasonalloc.core.observation import observe_step
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.window import QueryWindow
@@ -20,7 +20,7 @@ from reasonalloc.policies import Policy
 class Held:
     """What a layer holds: its tokens, the queries of its window, its counters."""
 
-    slab: Slab
+    slab: Slab | CodedSlab
     queries: QueryWindow | None
     progress: Progress
 
@@ -77,7 +77,10 @@ class Step(ABC):
         """Note the query of a token that is stored, and attend."""
         if held.queries is not None:
             held.queries.push(new.query, held.progress.seen, new.valid)
-        return self._backend.decode(new.query, held.slab, new.scaling, new.softcap, self._watching)
+        slab, how = held.slab, (new.scaling, new.softcap, self._watching)
+        if isinstance(slab, CodedSlab):
+            return self._backend.decode_coded(new.query, slab, *how)
+        return self._backend.decode(new.query, slab, *how)
 
 
 class EagerStep(Step):
@@ -101,7 +104,12 @@ class FixedStep(Step):
         if new.valid is None:
             ring = None if held.queries is None else held.queries.ring
             token = (new.query, new.key, new.value, seen)
-            result = self._ops.step(*token, slab, ring, new.scaling, new.softcap, self._watching)
+            how = (ring, new.scaling, new.softcap, self._watching)
+            result = (
+                self._ops.step_coded(*token, slab, *how)
+                if isinstance(slab, CodedSlab)
+                else self._ops.step(*token, slab, *how)
+            )
             if result is not None:
                 return result
         slab.store(new.key, new.value, seen, new.valid)

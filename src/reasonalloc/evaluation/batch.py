@@ -70,6 +70,7 @@ class Settings:
         n_sink: first tokens that are always kept.
         prompt, pin_limit, pin_overflow, protect_prompt: what happens to the prompt, see
             ``CompressionConfig``.
+        kv_dtype: how older tokens are kept.
         seed: of the policy ``random``.
         attention, step: backend, and how decode steps run; see ``CompressionConfig``.
     """
@@ -88,15 +89,17 @@ class Settings:
     prompt: Prompt = "evict"
     pin_limit: int | None = None
     pin_overflow: PinOverflow = "refuse"
+    kv_dtype: str = "auto"
 
     @property
-    def of_prompt(self) -> dict[str, Any]:
-        """What happens to the prompt, as manifests have it: they had ``protect_prompt`` alone."""
-        protect = self.protect_prompt or self.prompt == "protect"
-        if self.prompt != "pin":
-            return {"protect_prompt": protect}
-        pin = {"limit": self.pin_limit, "overflow": self.pin_overflow}
-        return {"protect_prompt": protect, "pin_prompt": pin}
+    def in_manifest(self) -> dict[str, Any]:
+        """What is kept of the prompt and in how many bits; older files have the first alone."""
+        entries: dict[str, Any] = {
+            "protect_prompt": self.protect_prompt or self.prompt == "protect"
+        }
+        if self.prompt == "pin":
+            entries["pin_prompt"] = {"limit": self.pin_limit, "overflow": self.pin_overflow}
+        return entries if self.kv_dtype == "auto" else {**entries, "kv_dtype": self.kv_dtype}
 
     def config(self, job: Job) -> CompressionConfig:
         """Settings of the cache for a job that has a budget."""
@@ -115,6 +118,7 @@ class Settings:
             pin_limit=self.pin_limit,
             pin_overflow=self.pin_overflow,
             protect_prompt=self.protect_prompt,
+            kv_dtype=self.kv_dtype,
             seed=self.seed,
             profile=read[0] if read else None,
             record=self.record,

@@ -58,6 +58,7 @@ def evaluate(
     pin_limit: int | None = None,
     pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
+    kv_dtype: str = "auto",
     attention: str = "auto",
     step: Step = "eager",
     batch_size: int = 8,
@@ -101,6 +102,7 @@ def evaluate(
             on top of the budget.
         pin_limit, pin_overflow: longest prompt that is pinned; what happens to longer ones.
         protect_prompt: another name of ``prompt="protect"``.
+        kv_dtype: older keys and values in fewer bits, see ``CompressionConfig``.
         attention, step: backend, and how decode steps run; see ``CompressionConfig``.
         batch_size: samples that are generated together.
         engine: ``transformers``, or ``vllm``: one engine per arm and budget.
@@ -131,6 +133,7 @@ def evaluate(
         pin_limit=pin_limit,
         pin_overflow=pin_overflow,
         protect_prompt=protect_prompt,
+        kv_dtype=kv_dtype,
         seed=seed,
         attention=attention,
         step=step,

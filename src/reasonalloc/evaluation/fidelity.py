@@ -51,6 +51,7 @@ def fidelity(
     pin_limit: int | None = None,
     pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
+    kv_dtype: str = "auto",
     attention: str = "auto",
     generate: int | None = None,
     dtype: str = "auto",
@@ -79,6 +80,7 @@ def fidelity(
             on top of the budget.
         pin_limit, pin_overflow: longest prompt that is pinned; what happens to longer ones.
         protect_prompt: another name of ``prompt="protect"``.
+        kv_dtype: older keys and values in fewer bits, see ``CompressionConfig``.
         attention: backend, see ``CompressionConfig``.
         generate: complete prompts by so many tokens with the full cache, greedily.
         dtype, device, trust_remote_code: how a model is loaded by its name.
@@ -103,12 +105,13 @@ def fidelity(
         "pin_limit": pin_limit,
         "pin_overflow": pin_overflow,
         "protect_prompt": protect_prompt,
+        "kv_dtype": kv_dtype,
         "attention": attention,
     }
     configs, settings = _configs(
         read_arms(arms), list_budgets(budgets), list_files(profile), shared
     )
-    for name in ("prompt", "pin_limit", "pin_overflow", "protect_prompt"):
+    for name in ("prompt", "pin_limit", "pin_overflow", "protect_prompt", "kv_dtype"):
         del shared[name]
     generate = None if generate is None else whole_number("generate", generate, 2)
     options = ModelSpec("", dtype, device, trust_remote_code)
@@ -126,7 +129,7 @@ def fidelity(
         "config_hash": config_hash(text_config(network).to_dict()),
         "dtype": str(network.dtype),
         **shared,
-        **settings.of_prompt,
+        **settings.in_manifest,
     }
     results = _Results(out, manifest, configs)
     with observer.counted("Replaying") as tell:

@@ -37,7 +37,7 @@ def manifest(spec: EvaluationSpec, facts: Facts) -> dict[str, Any]:
         "interval": settings.interval,
         "window": settings.window,
         "n_sink": settings.n_sink,
-        **settings.of_prompt,
+        **settings.in_manifest,
         "profiles": spec.files,
         "arm_files": fingerprints(spec.jobs, settings),
         "version": __version__,

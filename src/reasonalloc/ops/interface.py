@@ -179,3 +179,18 @@ class Operations(ABC):
             As ``Backend.decode``; None if there is no such loop for these types: nothing was done.
         """
         return None
+
+    def step_coded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor,
+        runs: Any,
+        ring: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The same over a slab whose older tokens are coded."""
+        return None

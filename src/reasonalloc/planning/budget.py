@@ -17,6 +17,7 @@ from reasonalloc.allocators.layer import LayerAllocator, LayerQuery
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import Arm, CompressionConfig, choose_arm
 from reasonalloc.errors import UsageError
+from reasonalloc.ops.codes import row_format
 from reasonalloc.planning.files import (
     check_profile,
     make_layer_allocator,
@@ -78,6 +79,8 @@ class BudgetPlan(Shown):
         prompt = whole_number("prompt_tokens", self.prompt_tokens, 0, "tokens")
         object.__setattr__(self, "prompt_tokens", prompt)
         check_profile(self.config)
+        for shape in self._budgeted:
+            row_format(self.config.kv_dtype, shape.head_dim, shape.head_dim, self.dtype, self.name)
         object.__setattr__(self, "policy", self._bind_policy())
         object.__setattr__(self, "totals", self.totals_at(self.config.budget))
         object.__setattr__(self, "planned", self._plan_heads())
@@ -121,6 +124,7 @@ class BudgetPlan(Shown):
             itemsize=self.dtype.itemsize if itemsize is None else itemsize,
             keeps_queries=self.policy.needs_queries,
             state_channels=self.policy.state_channels,
+            kv_dtype=self.config.kv_dtype,
             pinned=self.config.pinned(
                 self.prompt_tokens if prompt_tokens is None else prompt_tokens
             ),
@@ -185,6 +189,7 @@ class BudgetPlan(Shown):
             "interval": config.interval,
             "window": config.window,
             "n_sink": config.n_sink,
+            "kv_dtype": config.kv_dtype,
             "prompt": config.prompt,
             "prompt_tokens": self.prompt_tokens,
             "kv_bytes": {

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reasonalloc.core.cadence import most_held
+import torch
+
+from reasonalloc.core.cadence import most_coded, most_held
+from reasonalloc.kinds import parse_kinds
+from reasonalloc.ops.codes import row_format
 from reasonalloc.whole import whole_number
 
 
@@ -48,6 +52,7 @@ class MemoryPlan:
         keeps_queries: whether the policy needs the queries of the window.
         state_channels: float32 numbers that the policy keeps per slot.
         pinned: tokens that every head keeps on top of the budget, of the longest sequence.
+        kv_dtype: how older tokens are kept, see ``CompressionConfig``.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -59,6 +64,7 @@ class MemoryPlan:
     keeps_queries: bool = False
     state_channels: int = 0
     pinned: int = 0
+    kv_dtype: str = "auto"
 
     @property
     def _slabs(self) -> list[tuple[LayerShape, int]]:
@@ -68,20 +74,39 @@ class MemoryPlan:
     @property
     def slab_bytes(self) -> int:
         """KV bytes of the slabs: the same after any number of tokens; more per pinned turn."""
-        return sum(
-            2 * self.batch * self._slots(s, t) * s.head_dim * self.itemsize for s, t in self._slabs
-        )
+        return self.batch * sum(self._slab_bytes(shape, total) for shape, total in self._slabs)
 
-    def _slots(self, shape: LayerShape, total: int) -> int:
-        return most_held(total, shape.kv_heads, self.interval, self.pinned)
+    def _slab_bytes(self, shape: LayerShape, total: int) -> int:
+        plain = 2 * shape.head_dim * self.itemsize
+        if not self.coded:
+            return most_held(total, shape.kv_heads, self.interval, self.pinned) * plain
+        coded = most_coded(total, shape.kv_heads, self.window, self.pinned)
+        return coded * self.row_bytes(shape) + shape.kv_heads * self._room * plain
+
+    @property
+    def coded(self) -> bool:
+        """Whether older tokens are kept in fewer bits."""
+        return parse_kinds(self.kv_dtype) != ("auto", "auto")
+
+    def row_bytes(self, shape: LayerShape) -> int:
+        """Return the bytes of an older token of one head: its key, its value and their scales."""
+        dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[self.itemsize]
+        return row_format(self.kv_dtype, shape.head_dim, shape.head_dim, dtype).width
+
+    @property
+    def _room(self) -> int:
+        """Tokens of a head that are kept as they are."""
+        return self.window + self.interval
 
     @property
     def floor_bytes(self) -> int:
         """KV bytes in use right after a compression."""
-        return sum(
-            2 * self.batch * (t + s.kv_heads * self.pinned) * s.head_dim * self.itemsize
-            for s, t in self._slabs
-        )
+        return self.batch * sum(self._floor_bytes(shape, total) for shape, total in self._slabs)
+
+    def _floor_bytes(self, shape: LayerShape, total: int) -> int:
+        held, plain = total + shape.kv_heads * self.pinned, 2 * shape.head_dim * self.itemsize
+        recent = shape.kv_heads * self.window if self.coded else held
+        return recent * plain + (held - recent) * (self.row_bytes(shape) if self.coded else 0)
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -89,8 +114,12 @@ class MemoryPlan:
         per_slot = 4 + 4 * self.state_channels  # position, state
         size = 0
         for shape, total in self._slabs:
-            size += self.batch * self._slots(shape, total) * per_slot
-            size += 2 * self.batch * shape.kv_heads * 8
+            heads, pinned = shape.kv_heads, self.pinned
+            slots = most_held(total, heads, self.interval, pinned)
+            if self.coded:
+                slots = most_coded(total, heads, self.window, pinned) + heads * self._room
+            tables = 3 if self.coded else 2
+            size += self.batch * (slots * per_slot + tables * heads * 8)
             if self.keeps_queries:
                 size += (
                     self.batch * self.window * shape.query_heads * shape.head_dim * self.itemsize

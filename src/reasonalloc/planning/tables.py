@@ -44,6 +44,7 @@ def size_table(report: dict[str, Any]) -> Table:
     rows = [
         ("arm", f"{report['arm']}, budget {report['budget']}, interval {report['interval']}"),
         ("cache", f"{report['dtype']}, batch {report['batch']}, {report['tokens']} tokens each"),
+        *_older(report),
         *_prompt(report),
         ("full cache", human(full)),
         ("compressed", f"{human(compressed)} ({change})"),
@@ -59,6 +60,12 @@ def size_table(report: dict[str, Any]) -> Table:
             )
         )
     return Table(f"KV cache of {report['model']}", [], rows)
+
+
+def _older(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if report["kv_dtype"] == "auto":
+        return []
+    return [("older tokens", f"{report['kv_dtype']}; the last {report['window']} as they are")]
 
 
 def _prompt(report: dict[str, Any]) -> list[tuple[str, str]]:

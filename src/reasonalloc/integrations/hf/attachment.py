@@ -311,7 +311,8 @@ class Attachment:
         for unimportant in ("attention", "step", "record", "profile"):
             fields.pop(unimportant)
         newer = {"prompt": ("evict", "protect"), "pin_turns": (False,), "pin_limit": (None,)}
-        for name, usual in {**newer, "pin_overflow": ("refuse",)}.items():  # than the format
+        newer |= {"pin_overflow": ("refuse",), "kv_dtype": ("auto",)}  # than the format
+        for name, usual in newer.items():
             if fields[name] in usual:
                 fields.pop(name)
         fields["arm"] = str(self.config.arm)
@@ -366,6 +367,7 @@ def attach(
     pin_limit: int | None = None,
     pin_overflow: PinOverflow = "refuse",
     protect_prompt: bool = False,
+    kv_dtype: str = "auto",
     seed: int = 0,
     profile: str | os.PathLike[str] | None = None,
     attention: str = "auto",
@@ -384,8 +386,8 @@ def attach(
             class, also one of your own.
         layers: how many per layer (default ``uniform``), likewise.
         heads: how many per KV head (default ``uniform``), likewise.
-        interval, window, n_sink, prompt, pin_turns, pin_limit, pin_overflow, protect_prompt, seed,
-            profile, attention, step, record: see ``CompressionConfig``.
+        interval, window, n_sink, prompt, pin_turns, pin_limit, pin_overflow, protect_prompt,
+            kv_dtype, seed, profile, attention, step, record: see ``CompressionConfig``.
 
     Returns:
         The attachment: a context manager with ``detach``, ``plan``, ``new_cache``, ``recorder``.
@@ -405,6 +407,7 @@ def attach(
         pin_limit=pin_limit,
         pin_overflow=pin_overflow,
         protect_prompt=protect_prompt,
+        kv_dtype=kv_dtype,
         seed=seed,
         profile=profile,
         attention=attention,

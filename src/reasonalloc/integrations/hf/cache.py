@@ -257,7 +257,7 @@ class BudgetCache(Cache):
         places = places.masked_fill(hidden, -1)
         for layer in self._compressed:
             slab = layer.compressor.slab
-            where = hidden.device if slab is None else slab.keys.device
+            where = hidden.device if slab is None else slab.device
             layer.go_back(gone.to(where), following(places).to(where), columns)
         if columns == self.seen.columns:
             self.seen.set_places(places)
@@ -342,7 +342,7 @@ class BudgetCache(Cache):
             with torch.inference_mode(False), torch.no_grad():
                 slab = self._compressed[0].compressor.slab
                 if slab is not None:
-                    places = self.seen.places(slab.batch, slab.keys.device)
+                    places = self.seen.places(slab.batch, slab.device)
                     late = torch.arange(places.shape[1], device=places.device) >= columns
                     self._forget(late & (places >= 0), columns)
         for index, layer in enumerate(self.layers):
@@ -546,13 +546,11 @@ class BudgetCache(Cache):
         for layer in self._compressed:
             slab = layer.compressor.slab
             if slab is not None:
-                width = slab.keys.shape[-1] * slab.keys.element_size()
-                width += slab.values.shape[-1] * slab.values.element_size()
-                size += int(slab.lengths.sum()) * width
+                size += slab.held_bytes
         return size
 
     @property
     def retained_tokens(self) -> list[list[list[int]]]:
         """[layers][batch][kv_heads] tokens held now, of the layers under a budget."""
         slabs = [s.compressor.slab for s in self._compressed]
-        return [slab.lengths.tolist() for slab in slabs if slab is not None]
+        return [slab.held.tolist() for slab in slabs if slab is not None]

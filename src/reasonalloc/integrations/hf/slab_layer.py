@@ -147,7 +147,7 @@ class SlabLayer(CacheLayerMixin):
         """Take over what another layer held, see ``LayerCompressor.fill``."""
         shape = self._shape
         if tensors:
-            keys = tensors["keys"]
+            keys = tensors["tail_keys" if "tail_keys" in tensors else "keys"]
             if (tensors["lengths"].shape[-1], keys.shape[-1]) != (shape.kv_heads, shape.head_dim):
                 raise ValueError(f"layer {self.compressor.layer} has another shape")
             self.is_initialized = True

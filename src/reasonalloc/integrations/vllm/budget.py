@@ -26,11 +26,11 @@ class EngineBudget(BudgetPlan):
 
     def __post_init__(self) -> None:
         self._check_layers()
-        if self.config.prompt != "evict":
-            raise UnsupportedError(
-                f"prompt={self.config.prompt!r} cannot run in vLLM yet: use prompt='evict', or "
-                "transformers"
-            )
+        for name, able in (("prompt", "evict"), ("kv_dtype", "auto")):
+            if (value := getattr(self.config, name)) != able:
+                raise UnsupportedError(
+                    f"{name}={value!r} cannot run in vLLM yet: use {name}={able!r}, or transformers"
+                )
         super().__post_init__()
         if self.policy.state_channels:
             raise UnsupportedError(

@@ -14,7 +14,7 @@ from reasonalloc.errors import UsageError, unknown_name
 KEY = "reasonalloc"
 VARIABLE = "REASONALLOC_VLLM"
 _PARTS = ("policy", "layers", "heads")
-_PLAIN = ("budget", "interval", "window", "n_sink", "prompt", "seed", "profile")
+_PLAIN = ("budget", "interval", "window", "n_sink", "prompt", "kv_dtype", "seed", "profile")
 
 
 def find_settings(additional_config: Any) -> CompressionConfig | None:
@@ -66,8 +66,9 @@ def as_json(config: CompressionConfig) -> dict[str, Any]:
     arm = config.arm
     values = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
     values |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
-    if config.prompt == "evict":  # the default
-        del values["prompt"]
+    for name, default in (("prompt", "evict"), ("kv_dtype", "auto")):
+        if values[name] == default:
+            del values[name]
     if config.profile is not None:
         values["profile"] = str(Path(config.profile).resolve())
     return values
