@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.kinds import parse_kinds
+from reasonalloc.sizes import ByteBudget
 from reasonalloc.whole import whole_number
 
 RecordLevel = Literal["off", "budgets", "tokens"]
@@ -154,7 +155,11 @@ class CompressionConfig:
 
     Attributes:
         budget: mean number of retained tokens per (layer, KV head) right after a compression,
-            the observation window included.
+            the observation window included. Or bytes of keys and values of one sequence, pinned
+            prompts apart: ``"64MiB"``, or ``"25%@8192"``, a quarter of the full cache at 8192
+            tokens; the tokens that fit are known with the model (``BudgetPlan``), until then this
+            is the least.
+        size: the budget in bytes, if it was given so.
         arm: policy, layer allocator, head allocator.
         interval: generated tokens between two compressions; a head grows by so many meanwhile.
         window: most recent tokens that are always kept and whose queries are observed.
@@ -237,8 +242,14 @@ class CompressionConfig:
         },
     )
     record: RecordLevel = "off"
+    size: ByteBudget | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, str):
+            object.__setattr__(self, "size", ByteBudget.parse(self.budget))
+            for name in ("window", "n_sink"):
+                whole_number(name, getattr(self, name), 0, "tokens")
+            object.__setattr__(self, "budget", self.window + self.n_sink)
         for name, least in (("budget", 1), ("interval", 1), ("window", 1), ("n_sink", 0)):
             number = whole_number(name, getattr(self, name), least, "tokens")
             object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON

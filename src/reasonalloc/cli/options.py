@@ -64,7 +64,7 @@ Device = Annotated[str, _model("--device", help="auto, cpu, cuda, cuda:1, mps.")
 TrustRemoteCode = Annotated[
     bool, _model("--trust-remote-code", help="Run code that comes with the model.")
 ]
-Budget = Annotated[int, _budget("budget")]
+Budget = Annotated[str, _budget("budget", " Or bytes of a sequence: 64MiB, 25%@8192.")]
 BudgetList = Annotated[
     str,
     _budget(
@@ -217,7 +217,7 @@ def compression_options(*left_out: str, **others: Any) -> Options:
         left_out: fields that the command has no option for.
         others: other annotations, by name.
     """
-    own = {"budget": DEFAULT_BUDGET, "arm": "rkv", "prompt_mode": "evict"}
+    own = {"budget": str(DEFAULT_BUDGET), "arm": "rkv", "prompt_mode": "evict"}
     parameters = tuple(
         (name, annotation, own.get(name, getattr(CompressionConfig, name, None)))
         for name, annotation in {**_BUDGET_OPTIONS, **others}.items()
@@ -269,6 +269,14 @@ def with_prompt(settings: dict[str, Any]) -> dict[str, Any]:
     return {{"prompt_mode": "prompt"}.get(name, name): v for name, v in settings.items()}
 
 
+def whole_or_size(text: str) -> int | str:
+    """Return a budget in tokens as a number, one in bytes as it is."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
     """Return the settings of the cache; None means the full cache.
 
@@ -288,6 +296,8 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
     from reasonalloc.attention import choose_backend
     from reasonalloc.planning.files import check_profile
 
+    if "budget" in settings:
+        settings["budget"] = whole_or_size(settings["budget"])
     config = CompressionConfig(arm=parsed, **with_prompt(settings))
     check_profile(config)
     HEAD_ALLOCATORS.create(parsed.heads)

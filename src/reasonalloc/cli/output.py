@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
-from reasonalloc.errors import UsageError
+from reasonalloc.sizes import parse_size
 from reasonalloc.tables import grid, human, pairs, stdout
 
 __all__ = ["grid", "human", "note", "pairs", "parse_size", "print_json", "progress", "stderr"]
 __all__ += ["stdout"]
-
-_STEPS = "KMGT"
-
-
-def parse_size(text: str) -> int:
-    """Return bytes of ``24GiB`` or ``24G`` (powers of 1024), ``24GB`` (of 1000) or a number.
-
-    Raises:
-        UsageError: it cannot be read, or is not positive.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB?|B)?|B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"memory={text!r} is no size: write for example 24GiB or 800MB")
-    number, letter, suffix = match.groups()
-    base = 1000 if (suffix or "").lower() == "b" else 1024
-    power = _STEPS.index(letter.upper()) + 1 if letter else 0
-    size = int(float(number) * base**power)
-    if size < 1:
-        raise UsageError(f"memory={text!r} is too small: give at least one byte")
-    return size
 
 
 def stderr() -> Console:

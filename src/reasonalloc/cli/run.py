@@ -122,5 +122,5 @@ def _load(model: o.ModelChoice, config: CompressionConfig | None) -> tuple[Any, 
     if config is None:
         layer_shapes(text_config(model_config), model.name)
     else:
-        plan_config(model_config, config, name=model.name)
+        plan_config(model_config, config, dtype=model.dtype, name=model.name)
     return model.load(model_config)

@@ -19,7 +19,7 @@ from reasonalloc.loading import Source, available_devices, find_source
 SETTINGS = tuple(
     name
     for name in CompressionConfig.__dataclass_fields__
-    if name not in ("budget", "arm", "record")
+    if name not in ("budget", "arm", "record", "size")
 )
 
 # What lm-eval's model looks at if it is given a loaded model.

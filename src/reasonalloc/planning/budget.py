@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from reasonalloc.planning.sharding import HeadShard
 from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
 from reasonalloc.policies import ModelFacts, Policy
 from reasonalloc.rotary import Rope
-from reasonalloc.tables import Shown, Table, show
+from reasonalloc.tables import Shown, Table, human, show
 from reasonalloc.whole import whole_number, whole_numbers
 
 #: Context length at which a plan compares the caches unless another one is given, in tokens.
@@ -78,12 +78,46 @@ class BudgetPlan(Shown):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         prompt = whole_number("prompt_tokens", self.prompt_tokens, 0, "tokens")
         object.__setattr__(self, "prompt_tokens", prompt)
+        object.__setattr__(self, "config", self._in_tokens())
         check_profile(self.config)
         for shape in self._budgeted:
             row_format(self.config.kv_dtype, shape.head_dim, shape.head_dim, self.dtype, self.name)
         object.__setattr__(self, "policy", self._bind_policy())
         object.__setattr__(self, "totals", self.totals_at(self.config.budget))
         object.__setattr__(self, "planned", self._plan_heads())
+
+    def _in_tokens(self) -> CompressionConfig:
+        """Return the settings with a budget in tokens: as many as fit, if it was given in bytes."""
+        config, size = self.config, self.config.size
+        if size is None:
+            return config
+        item, heads = self.dtype.itemsize, self.kv_heads
+        allowed = size.size or int(
+            size.share * sum(shape.full_bytes(1, size.tokens, item) for shape in self._budgeted)
+        )
+
+        def needed(tokens: int) -> int:
+            """Bytes do not depend on how tokens are divided among equal layers and heads."""
+            totals = (tokens * heads,) * len(self._budgeted)
+            return MemoryPlan(
+                tuple(self._budgeted),
+                totals,
+                1,
+                config.interval,
+                config.window,
+                item,
+                kv_dtype=config.kv_dtype,
+            ).slab_bytes
+
+        least = config.window + config.n_sink
+        if needed(least) > allowed:
+            raise UsageError(
+                f"budget={size.text!r}: {human(needed(least))} is the least that interval="
+                f"{config.interval} and window={config.window} take: give more bytes, a shorter "
+                "interval or fewer bits (kv_dtype)"
+            )
+        tokens = least + (allowed - needed(least)) // (needed(least + 1) - needed(least))
+        return dataclasses.replace(config, budget=tokens, size=None)
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """Return ``totals`` as they would be under another budget."""
@@ -288,7 +322,7 @@ class BudgetPlan(Shown):
 def plan(
     model: Any,
     *,
-    budget: int,
+    budget: int | str,
     batch: int = 1,
     tokens: int = TOKENS,
     prompt_tokens: int = 0,
@@ -305,7 +339,8 @@ def plan(
     Args:
         model: a transformers model, its configuration, or a hub name, folder or ``.gguf`` file, of
             which only the configuration is read.
-        budget: mean retained tokens per (layer, KV head) right after a compression.
+        budget: mean retained tokens per (layer, KV head) right after a compression; or bytes of a
+            sequence, as ``"64MiB"`` or ``"25%@8192"``.
         batch, tokens: sequences, and tokens of each, to compare the caches at.
         prompt_tokens: tokens of the prompt, which ``prompt="pin"`` keeps on top of the budget.
         arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
@@ -328,7 +363,7 @@ def plan(
     unknown = settings.keys() - CompressionConfig.__dataclass_fields__.keys()
     if unknown:
         raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
-    config = CompressionConfig(budget=budget, arm=chosen, **settings)
+    config = CompressionConfig(budget=cast("int", budget), arm=chosen, **settings)
     name = None
     if isinstance(model, str | os.PathLike):
         from reasonalloc.loading import load_config

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -72,7 +72,6 @@ class Attachment:
     """
 
     def __init__(self, model: Any, config: CompressionConfig) -> None:
-        self.config = config
         self.shapes = check_model(model)
         self.shard = find_shard(model, self.shapes)
         check_step(config.step, model, self.shapes, self.shard.size)
@@ -94,7 +93,9 @@ class Attachment:
             model_name(model),
             load_rope=lambda: read_rope(weak()),
             load_output_metrics=lambda: output_metrics(weak()),
+            dtype=model.dtype,
         )
+        self.config = self._plan.config
         self.totals, self.planned = self._plan.totals, self._plan.planned
         if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) == "statistics":
             raise UnsupportedError(
@@ -308,6 +309,7 @@ class Attachment:
     def _fingerprint(self) -> dict[str, str]:
         """What must be equal for a saved cache to be used: setting to value."""
         fields = dataclasses.asdict(self.config)
+        del fields["size"]  # the budget says it
         for unimportant in ("attention", "step", "record", "profile"):
             fields.pop(unimportant)
         newer = {"prompt": ("evict", "protect"), "pin_turns": (False,), "pin_limit": (None,)}
@@ -354,7 +356,7 @@ class Attachment:
 def attach(
     model: Any,
     *,
-    budget: int,
+    budget: int | str,
     arm: str | Arm | None = None,
     policy: str | Policy | type[Policy] | None = None,
     layers: str | LayerAllocator | type[LayerAllocator] | None = None,
@@ -379,7 +381,8 @@ def attach(
     Args:
         model: a decoder-only model from ``AutoModelForCausalLM``, or a PEFT model around one (the
             budget then belongs to the model inside).
-        budget: mean retained tokens per (layer, KV head) right after a compression.
+        budget: mean retained tokens per (layer, KV head) right after a compression; or bytes of a
+            sequence, as ``"64MiB"`` or ``"25%@8192"``, see ``CompressionConfig``.
         arm: a preset (``reasonalloc ls``), ``policy/layers/heads`` or an ``Arm``; instead of the
             next three.
         policy: which tokens stay (default ``rkv``): a name, ``"name(key=value)"``, an object or a
@@ -397,7 +400,7 @@ def attach(
         UnsupportedError: a model that cannot work, with the reason.
     """
     config = CompressionConfig(
-        budget=budget,
+        budget=cast("int", budget),
         arm=choose_arm(arm, policy, layers, heads),
         interval=interval,
         window=window,

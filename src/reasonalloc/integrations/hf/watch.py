@@ -225,6 +225,7 @@ def watched(
         attachment = None if config is None else stack.enter_context(attach_config(model, config))
         cache = DynamicCache(config=model.config) if attachment is None else attachment.new_cache()
         shapes = layer_shapes(text_config(model), model_name(model))
+        config = None if attachment is None else attachment.config  # a budget in bytes, in tokens
         progress = Progress(config, shapes, model.dtype, int(prompt.shape[1]), cache, attachment)
         _generate(model, _Meter(tokenizer, progress, watch), prompt.to(model.device), sampling)
     return progress

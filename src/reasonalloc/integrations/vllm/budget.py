@@ -26,6 +26,10 @@ class EngineBudget(BudgetPlan):
 
     def __post_init__(self) -> None:
         self._check_layers()
+        if self.config.size is not None:
+            raise UnsupportedError(
+                f"budget={self.config.size.text!r} cannot run in vLLM yet: give it in tokens"
+            )
         for name, able in (("prompt", "evict"), ("kv_dtype", "auto")):
             if (value := getattr(self.config, name)) != able:
                 raise UnsupportedError(
