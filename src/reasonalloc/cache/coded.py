@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,25 +15,56 @@ from reasonalloc.ops import TORCH, Operations
 from reasonalloc.ops.codes import RowFormat
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The heads of one format.
+
+    Attributes:
+        form: the format; heads: their indices.
+        first_slot, first_byte: where their runs begin.
+        slots: tokens that there is room for.
+    """
+
+    form: RowFormat
+    heads: list[int]
+    first_slot: int
+    first_byte: int
+    slots: int
+
+
+def _groups(formats: Sequence[RowFormat], coded: Mapping[RowFormat, int]) -> list[_Group]:
+    groups, slot, byte = [], 0, 0
+    for form, slots in coded.items():
+        heads = [head for head, own in enumerate(formats) if own == form]
+        groups.append(_Group(form, heads, slot, byte, slots))
+        slot, byte = slot + slots, byte + slots * form.width
+    if sum(len(group.heads) for group in groups) != len(formats):
+        raise ValueError("a head's format has no room")
+    return groups
+
+
 class CodedSlab:
     """Keys and values of one layer: a *run* of coded tokens per head, and a *tail* of plain ones.
 
     New tokens are stored in the tails. At a boundary what stays of them is coded, once, but for the
-    last ``window`` tokens; coded tokens are moved as bits. Runs are packed in a pool of bytes, head
-    by head; how a row lies there says ``RowFormat``. Slots are numbered through: those of the runs,
-    then ``room`` for the tail of each head.
+    last ``window`` tokens; coded tokens are moved as bits. Runs are packed in a pool of bytes:
+    first those of all heads with one format, then those with the next; how a row lies there says
+    ``RowFormat``. Slots are numbered through: those of the runs, in the same order, then ``room``
+    for the tail of each head.
 
     Args:
-        batch, kv_heads: number of sequences and of KV heads.
-        coded_slots: most coded tokens of a sequence, all heads together.
+        formats: how tokens of each KV head are coded.
+        coded: most coded tokens of a sequence, of all heads together that have one format: format
+            to tokens, in the order of the pool.
+        batch: number of sequences.
         room: most tokens of a tail.
-        formats: per KV head, all of one width (see ``pool``).
         window: most recent tokens that stay plain.
         state_channels: float32 numbers per slot that belong to the policy; zeros for a new token.
         ops: move tokens.
 
     Attributes:
-        pool: [batch, coded_slots * width] uint8.
+        pool: [batch, bytes] uint8.
+        coded_slots: most coded tokens of a sequence.
         tail_keys: [batch, kv_heads, room, head_dim]; tail_values: [batch, kv_heads, room,
             value_dim], in the dtype of the formats.
         positions: [batch, slots] int32; state: [batch, slots, channels] float32 or None.
@@ -44,26 +76,23 @@ class CodedSlab:
 
     def __init__(
         self,
+        formats: Sequence[RowFormat],
+        coded: Mapping[RowFormat, int],
         batch: int,
-        kv_heads: int,
-        coded_slots: int,
         room: int,
-        formats: tuple[RowFormat, ...],
         window: int,
         *,
         device: torch.device,
         state_channels: int = 0,
         ops: Operations = TORCH,
     ) -> None:
-        self.kv_heads, self.coded_slots, self.formats = kv_heads, coded_slots, formats
-        self._format, self._window, self._ops = formats[0], window, ops
-        key, value = self._format.key, self._format.value
-        if len(set(formats)) != 1 or len(formats) != kv_heads:
-            raise ValueError("one format for all heads of a layer")
-        slots = coded_slots + kv_heads * room
-        self.pool = torch.zeros(
-            batch, coded_slots * self._format.width, dtype=torch.uint8, device=device
-        )
+        self.formats, self.kv_heads = tuple(formats), len(formats)
+        self._window, self._ops, self._groups = window, ops, _groups(formats, coded)
+        self.coded_slots = sum(coded.values())
+        size = sum(group.slots * group.form.width for group in self._groups)
+        key, value, kv_heads = formats[0].key, formats[0].value, self.kv_heads
+        slots = self.coded_slots + kv_heads * room
+        self.pool = torch.zeros(batch, size, dtype=torch.uint8, device=device)
         # Zeros, not empty: a masked slot's weight is 0, and 0 times garbage may be NaN.
         self.tail_keys = torch.zeros(batch, kv_heads, room, key.dim, dtype=key.dtype, device=device)
         self.tail_values = torch.zeros(
@@ -122,8 +151,8 @@ class CodedSlab:
     def held_bytes(self) -> int:
         """Bytes of the tokens that it holds now. Waits for the device."""
         plain = sum(t.shape[-1] * t.element_size() for t in (self.tail_keys, self.tail_values))
-        coded, tail = int(self.lengths.sum()), int(self.tail_lengths.sum())
-        return coded * self._format.width + tail * plain
+        widths = self.lengths.new_tensor([form.width for form in self.formats])
+        return int((self.lengths * widths).sum()) + int(self.tail_lengths.sum()) * plain
 
     @property
     def held(self) -> Tensor:
@@ -133,7 +162,11 @@ class CodedSlab:
     @property
     def starts(self) -> Tensor:
         """[batch, kv_heads] int64, first byte of each head's run in the pool."""
-        return self.offsets * self._format.width
+        starts = torch.empty_like(self.offsets)
+        for group in self._groups:
+            own = self.offsets[:, group.heads] - group.first_slot
+            starts[:, group.heads] = group.first_byte + own * group.form.width
+        return starts
 
     def make_ragged(self) -> None:
         """Nothing: runs are described by device tables always."""
@@ -181,10 +214,12 @@ class CodedSlab:
         coded = self.lengths[..., None]
         behind = self._tails[..., None] + (index - coded).clamp_min(0)
         index = torch.where(index < coded, self.offsets[..., None] + index, behind)
-        keys, values = self._format.decode(self._rows)
+        decoded = [group.form.decode(self._rows(group)) for group in self._groups]
+        keys = [keys.to(self.dtype) for keys, _ in decoded]
+        values = [values.to(self.dtype) for _, values in decoded]
         return Rows(
-            torch.cat([keys.to(self.dtype), self.tail_keys.flatten(1, 2)], dim=1),
-            torch.cat([values.to(self.tail_values.dtype), self.tail_values.flatten(1, 2)], dim=1),
+            torch.cat([*keys, self.tail_keys.flatten(1, 2)], dim=1),
+            torch.cat([*values, self.tail_values.flatten(1, 2)], dim=1),
             self.positions,
             self.state,
             index.clamp_max(self.slots - 1),
@@ -192,10 +227,11 @@ class CodedSlab:
             self.coded_slots,
         )
 
-    @property
-    def _rows(self) -> Tensor:
-        """The pool as [batch, coded_slots, width]."""
-        return self.pool.view(self.batch, self.coded_slots, self._format.width)
+    def _rows(self, group: _Group) -> Tensor:
+        """The runs of a group as [batch, slots, width]."""
+        width = group.form.width
+        own = self.pool[:, group.first_byte : group.first_byte + group.slots * width]
+        return own.view(self.batch, group.slots, width)
 
     def rewrite(
         self, rows: Rows, keep: Tensor, uniform_length: int | None, settle: bool = True
@@ -214,10 +250,12 @@ class CodedSlab:
         to_code = keep & (was_coded | (behind > self._window)) if settle else keep & was_coded
         to_tail = keep & ~to_code
         lengths, tails = to_code.sum(dim=-1), to_tail.sum(dim=-1)
-        offsets = lengths.cumsum(dim=1) - lengths
-        fresh = self._format.encode(rows.keys[:, rows.coded :], rows.values[:, rows.coded :])
-        codes = torch.cat([self._rows[:, : rows.coded], fresh], dim=1)
-        self._ops.move([(self._rows, codes)], rows.index, to_code, offsets)
+        offsets = torch.empty_like(lengths)
+        for group in self._groups:
+            own = lengths[:, group.heads]
+            place = own.cumsum(dim=1) - own
+            offsets[:, group.heads] = group.first_slot + place
+            self._code(group, rows, to_code[:, group.heads], place)
         own = torch.zeros_like(offsets) + self._heads * self.room
         plain = [
             (self.tail_keys.flatten(1, 2), rows.keys),
@@ -240,6 +278,20 @@ class CodedSlab:
         fresh_columns = (rows.keys.shape[1] - rows.coded) // self.kv_heads - self.room
         most = self._window if settle else self._tail + fresh_columns
         self._tail = min(most, self.room, rows.index.shape[-1])
+
+    def _code(self, group: _Group, rows: Rows, keep: Tensor, place: Tensor) -> None:
+        """Write what a group's heads keep: bits that are there, and codes of the others."""
+        fresh = group.form.encode(rows.keys[:, rows.coded :], rows.values[:, rows.coded :])
+        there = self._rows(group) if rows.coded else fresh[:, :0]
+        index = rows.index[:, group.heads]
+        new = index - rows.coded + there.shape[1]
+        index = torch.where(index < rows.coded, index - group.first_slot, new)
+        pool = self._rows(group)
+        ops = self._ops if pool.is_contiguous() else TORCH
+        # Entries that are not kept may point at the runs of other groups.
+        ops.move(
+            [(pool, torch.cat([there, fresh], dim=1))], index.masked_fill(~keep, 0), keep, place
+        )
 
     def remove(self, gone: Tensor) -> int:
         """Drop tokens by their positions; see ``Slab.remove``."""
@@ -284,8 +336,12 @@ class CodedSlab:
                 theirs = None if given is None else (tuple(given.shape), given.dtype)
                 raise ValueError(f"{name} is {theirs}, not {(tuple(tensor.shape), tensor.dtype)}")
         offsets, lengths, tails = (content[n] for n in ("offsets", "lengths", "tail_lengths"))
-        packed = torch.equal(offsets, lengths.cumsum(dim=1) - lengths)
-        inside = bool((lengths >= 0).all() and (lengths.sum(dim=1) <= self.coded_slots).all())
+        packed = inside = bool((lengths >= 0).all())
+        for group in self._groups:
+            runs = lengths[:, group.heads]
+            first = group.first_slot + runs.cumsum(dim=1) - runs
+            packed = packed and torch.equal(offsets[:, group.heads], first)
+            inside = inside and bool((runs.sum(dim=1) <= group.slots).all())
         fits = bool((tails >= 0).all() and (tails + room <= self.room).all())
         if not (packed and inside and fits):
             raise ValueError("the runs of the heads do not fit into the storage")

@@ -184,11 +184,10 @@ class LayerCompressor:
             room = config.window + config.interval
             coded = most_coded(self.total, kv_heads, config.window, pinned)
             return CodedSlab(
-                batch,
-                kv_heads,
-                coded,
-                room,
                 (form,) * kv_heads,
+                {form: coded},
+                batch,
+                room,
                 config.window,
                 device=key.device,
                 state_channels=channels,
