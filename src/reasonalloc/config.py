@@ -76,6 +76,10 @@ PRESETS: dict[str, Preset] = {
         Arm("calibrated", "cost", "planned"),
         "what measured best: policy and budgets per layer and head from a cost profile",
     ),
+    "best-bytes": Preset(
+        Arm("calibrated", "cost(bits=planned)", "planned"),
+        "the same with tokens and bits per head, in the bytes of the budget at full width",
+    ),
 }
 
 

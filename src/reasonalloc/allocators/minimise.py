@@ -64,3 +64,53 @@ def minimise(curves: Tensor, points: Tensor, total: int, lower: int, upper: int)
     room = (many - few).clamp_min(0)
     before = room.cumsum(0) - room
     return few + (total - int(few.sum()) - before).clamp_min(0).minimum(room)
+
+
+def minimise_bytes(
+    curves: Tensor, points: Tensor, widths: Tensor, room: int, lower: int, upper: int, fixed: int
+) -> tuple[Tensor, Tensor]:
+    """Formats and tokens with the least summed cost, in so many bytes.
+
+    A price per byte is sought by bisection, as in ``minimise``: every item takes the format and the
+    size at which cost plus price is least. What is left over enlarges items, the lower index first.
+
+    Args:
+        curves: [formats, n, points] nats per token, see ``interpolate``.
+        points: [points] tokens at which the curves were measured, rising, at least 1.
+        widths: [formats] bytes of a token beyond the first ``fixed`` ones of an item.
+        room: bytes for those tokens of all items.
+        lower, upper: bounds of every item, in tokens, at least ``fixed``.
+        fixed: tokens of every item that take the same bytes in every format.
+
+    Returns:
+        [n] int64 formats, [n] int64 tokens. The least of everything if ``room`` has not even that.
+    """
+    sizes = torch.arange(lower, upper + 1, dtype=torch.float64, device="cpu")
+    cost = torch.cat([interpolate(own.double(), points.double(), sizes) for own in curves], dim=1)
+    size = (widths.double()[:, None] * (sizes - fixed)).flatten()
+
+    def taken(price: float) -> Tensor:
+        return (cost + price * size).argmin(dim=1)
+
+    dear, cheap = float(cost.max()) + 1.0, 0.0
+    few, many = taken(dear), taken(cheap)
+    for _ in range(_STEPS):
+        price = (dear + cheap) / 2
+        now = taken(price)
+        if float(size[now].sum()) <= room:
+            dear, few = price, now
+        else:
+            cheap, many = price, now
+    left = room - int(size[few].sum())
+    for item in range(len(few)):
+        more = int(size[many[item]] - size[few[item]])
+        if 0 < more <= left:
+            few[item], left = many[item], left - more
+    formats, tokens = few // len(sizes), lower + few % len(sizes)
+    for item in range(len(few)):
+        width = int(widths[formats[item]])
+        more = min(left // width, upper - int(tokens[item]))
+        if more > 0:
+            tokens[item] += more
+            left -= more * width
+    return formats, tokens

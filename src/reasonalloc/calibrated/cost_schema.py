@@ -14,9 +14,10 @@ from reasonalloc.calibrated.reading import (
     is_number,
 )
 from reasonalloc.errors import UsageError
+from reasonalloc.kinds import parse_kinds
 
-#: Version 1 had no ``layer_costs``; it is still read.
-SCHEMA_VERSION = 2
+#: Version 1 had no ``layer_costs``, version 2 no ``coded``; they are still read.
+SCHEMA_VERSION = 3
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
 #: order from gradients (see ``calibration``).
 OBJECTIVES = ("kl", "fisher")
@@ -37,7 +38,9 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     if data.get("kind") != "cost":
         raise UsageError(f"it is another kind of file: {REMEDY}")
     if data.get("version") == 1 and "layer_costs" not in data:
-        data = {**data, "layer_costs": [], "version": SCHEMA_VERSION}
+        data = {**data, "layer_costs": [], "version": 2}
+    if data.get("version") == 2 and "coded" not in data:
+        data = {**data, "coded": {}, "version": SCHEMA_VERSION}
     check_version(data, SCHEMA_VERSION)
     check_fields(data, names)
     check_choice(data, "objective", OBJECTIVES)
@@ -51,6 +54,7 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     points = len(data["budgets"])
     layers = _check_costs(data["costs"], texts, points)
     _check_layer_costs(data["layer_costs"], texts, layers, points)
+    _check_coded(data, texts, points)
     for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
         wanted = {"budget", "predicted", "measured", "uniform"}
         if not isinstance(entry, dict) or set(entry) != wanted:
@@ -98,6 +102,21 @@ def _check_costs(costs: Any, texts: int, points: int) -> int:
                     f"costs[{index}]: every head needs {points} numbers >= 0, one per budget"
                 )
     return len(costs[0])
+
+
+def _check_coded(data: dict[str, Any], texts: int, points: int) -> None:
+    coded, heads = data["coded"], [len(layer) for layer in data["costs"][0]]
+    if not isinstance(coded, dict):
+        raise UsageError("coded must be an object: a format of kv_dtype to its costs")
+    for kind, costs in coded.items():
+        if parse_kinds(kind) == ("auto", "auto"):
+            raise UsageError(f"coded: {kind!r} is no format in fewer bits")
+        if not isinstance(costs, dict) or set(costs) != {"costs", "layer_costs"}:
+            raise UsageError(f"coded[{kind!r}] must hold costs and layer_costs")
+        layers = _check_costs(costs["costs"], texts, points)
+        if [len(layer) for layer in costs["costs"][0]] != heads:
+            raise UsageError(f"coded[{kind!r}] must have the layers and heads of costs")
+        _check_layer_costs(costs["layer_costs"], texts, layers, points)
 
 
 def _check_layer_costs(costs: Any, texts: int, layers: int, points: int) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from reasonalloc.calibrated.cost_schema import REMEDY, SCHEMA_VERSION, check_costs
 from reasonalloc.calibrated.demand import check_fingerprint
@@ -39,6 +40,9 @@ class CostProfile(Shown):
         joint: per checked budget, ``{"budget", "predicted", "measured", "uniform"}``: the KL that
             the summed costs predict, the measured one of all heads together, and that of equal
             budgets; nats per token.
+        coded: per format of ``kv_dtype`` in which older tokens were kept as well, ``{"costs",
+            "layer_costs"}`` as above: a head is held to the budget and to the format. Empty in a
+            file of version 1 or 2.
     """
 
     objective: str
@@ -55,6 +59,7 @@ class CostProfile(Shown):
     costs: list[list[list[list[float]]]]
     layer_costs: list[list[list[float]]] = field(default_factory=list)
     joint: list[dict[str, float]] = field(default_factory=list)
+    coded: dict[str, dict[str, Any]] = field(default_factory=dict)
     kind: str = "cost"
     version: int = SCHEMA_VERSION
 
@@ -112,15 +117,24 @@ class CostProfile(Shown):
         also = [f"Also measured at {', '.join(left)}{how}."] if left else []
         return [*also, "Costs in 1/1000 nat per token; of a layer: summed over its heads."]
 
-    def curves(self, texts: list[int] | None = None) -> list[list[list[float]]]:
+    @property
+    def formats(self) -> list[str]:
+        """Formats that were measured."""
+        return ["auto", *self.coded]
+
+    def curves(
+        self, texts: list[int] | None = None, kv_dtype: str = "auto"
+    ) -> list[list[list[float]]]:
         """Return [layers][kv_heads][points] nats per token, a mean over the texts' tokens.
 
         Args:
             texts: indices of the texts to use; None for all.
+            kv_dtype: one of ``formats``.
         """
         heads = range(self.kv_heads)
+        costs = self.costs if kv_dtype == "auto" else self.coded[kv_dtype]["costs"]
         return [
-            [self._mean([text[layer][head] for text in self.costs], texts) for head in heads]
+            [self._mean([text[layer][head] for text in costs], texts) for head in heads]
             for layer in range(self.layers)
         ]
 

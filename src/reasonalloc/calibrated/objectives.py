@@ -33,7 +33,7 @@ OBJECTIVES = {
     "attention-mass": Objective((*_PROMPTS, "rho")),
     "statistics": Objective(_PROMPTS, ".safetensors"),
     "kl": Objective((*_TEXTS, "stride"), ".json", reads_texts=True),
-    "fisher": Objective((*_TEXTS, "samples"), ".json", reads_texts=True),
+    "fisher": Objective((*_TEXTS, "samples", "kv_dtypes"), ".json", reads_texts=True),
 }
 
 
@@ -57,6 +57,7 @@ class CalibrationConfig:
             check; None: 64 and 128, less for short texts.
         stride: measure every so many tokens (kl).
         samples: backward passes per text (fisher).
+        kv_dtypes: formats of older tokens to measure besides the model's own (fisher).
     """
 
     objective: str = field(
@@ -120,6 +121,14 @@ class CalibrationConfig:
         },
     )
     samples: int = field(default=8, metadata={"help": "Backward passes per text (fisher alone)."})
+
+    kv_dtypes: Sequence[str] = field(
+        default=("auto",),
+        metadata={
+            "help": "Formats of older tokens to measure as well, separated by commas, for the arm "
+            "best-bytes: auto,int8,int8:int4,int4h (fisher alone)."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:

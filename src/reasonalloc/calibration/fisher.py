@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from reasonalloc.calibration.checks import (
 )
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.config import CompressionConfig
+from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.kinds import parse_kinds
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
@@ -81,6 +84,7 @@ def fisher(
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
     samples: int = CalibrationConfig.samples,
+    kv_dtypes: Sequence[str] = ("auto",),
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[CostProfile]:
@@ -94,9 +98,10 @@ def fisher(
         budgets: tokens per head to look at, rising, each at least ``window``.
         interval, window: the cadence to calibrate for.
         samples: backward passes per text.
+        kv_dtypes: formats of older tokens to measure at each budget besides ``auto``.
         seed: of the random vectors, and of the policy ``random``.
         on_progress: called with steps done and steps in all; a step is a text's backward pass or
-            one of its layers under one policy.
+            one of its layers under one policy and in one format.
 
     Returns:
         One profile per policy: costs in nats per completion token (without the first, which
@@ -108,15 +113,16 @@ def fisher(
     """
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed)
     samples = whole_number("samples", samples, 1)
-    steps = samples + len(settings.layers) * len(settings.policies)
+    formats = read_formats(kv_dtypes)
+    steps = samples + len(settings.layers) * len(settings.policies) * (1 + len(formats))
     advance = counter(on_progress, len(texts) * steps)
     generator = torch.Generator(device=model.device).manual_seed(settings.configs[0].seed)
     tape = _Tape(settings.layers)
-    costs: list[list[Tensor]] = []
+    costs: list[list[list[Tensor]]] = []
     with _taping(model, tape):
         for text in texts:
             gradients = _gradients(model, tape, text, samples, generator, advance)
-            costs.append(_text_costs(tape, text, gradients, settings, advance))
+            costs.append(_text_costs(tape, text, gradients, settings, formats, advance))
     return [
         cost_profile(
             model,
@@ -127,8 +133,11 @@ def fisher(
             samples=samples,
             budgets=settings.budgets,
             tokens=[len(text.completion_ids) - 1 for text in texts],
-            costs=[policies[number][:, :-1].tolist() for policies in costs],
-            layer_costs=[policies[number][:, -1].tolist() for policies in costs],
+            **_as_lists([policies[number][0] for policies in costs]),
+            coded={
+                kind: _as_lists([policies[number][place] for policies in costs])
+                for place, kind in enumerate(formats, 1)
+            },
         )
         for number, config in enumerate(settings.configs)
     ]
@@ -139,19 +148,42 @@ def _text_costs(
     text: Trajectory,
     gradients: Sequence[Tensor],
     settings: Checked,
+    formats: Sequence[str],
     advance: Callable[[], None],
-) -> list[Tensor]:
-    """Return [layers, kv_heads + 1, budgets] nats per token, of every policy."""
-    tokens = len(text.completion_ids) - 1
-    rows: list[list[Tensor]] = [[] for _ in settings.policies]
+) -> list[list[Tensor]]:
+    """Return [layers, kv_heads + 1, budgets] nats per token, of every policy, plain and coded."""
+    tokens, prompt = len(text.completion_ids) - 1, len(text.prompt_ids)
+    kinds = ("auto", *formats)
+    rows: list[list[list[Tensor]]] = [[[] for _ in kinds] for _ in settings.policies]
     for layer, directions in zip(settings.layers, gradients, strict=True):
         seen = tape.seen.pop(layer)
-        for config, policy, row in zip(settings.configs, settings.policies, rows, strict=True):
-            prompt = len(text.prompt_ids)
-            outputs = outputs_under_budgets(seen, prompt, config, policy, settings.budgets)
-            row.append(_cost(outputs, seen, directions) / tokens)
-            advance()
-    return [torch.stack(row) for row in rows]
+        for config, policy, own in zip(settings.configs, settings.policies, rows, strict=True):
+            for kind, row in zip(kinds, own, strict=True):
+                coded = replace(config, kv_dtype=kind)
+                outputs = outputs_under_budgets(seen, prompt, coded, policy, settings.budgets)
+                row.append(_cost(outputs, seen, directions) / tokens)
+                advance()
+    return [[torch.stack(row) for row in own] for own in rows]
+
+
+def read_formats(kv_dtypes: Sequence[str]) -> list[str]:
+    """Return the formats in fewer bits among ``kv_dtypes``, none twice.
+
+    Raises:
+        UsageError: an unknown format, or text instead of several.
+    """
+    if isinstance(kv_dtypes, str):
+        raise UsageError(f"kv_dtypes={kv_dtypes!r} must be a list of formats")
+    kinds = list(dict.fromkeys(kv_dtypes))
+    return [kind for kind in kinds if parse_kinds(kind) != ("auto", "auto")]
+
+
+def _as_lists(costs: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the costs of heads and of layers, of [layers, kv_heads + 1, budgets] per text."""
+    return {
+        "costs": [text[:, :-1].tolist() for text in costs],
+        "layer_costs": [text[:, -1].tolist() for text in costs],
+    }
 
 
 def estimate(
@@ -163,6 +195,7 @@ def estimate(
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
     samples: int = CalibrationConfig.samples,
+    kv_dtypes: Sequence[str] = ("auto",),
 ) -> Estimate:
     """Return what ``fisher`` will take, from two passes and one layer of the first text.
 
@@ -179,8 +212,10 @@ def estimate(
         forward, backward = first[0] - start, first[1] - first[0]
         start = now(model)
         for own, policy in zip(settings.configs, settings.policies, strict=True):
-            seen = tape.seen[layers[-1]]
-            outputs_under_budgets(seen, len(text.prompt_ids), own, policy, settings.budgets)
+            seen, prompt = tape.seen[layers[-1]], len(text.prompt_ids)
+            for kind in ("auto", *read_formats(kv_dtypes)):
+                coded = replace(own, kv_dtype=kind)
+                outputs_under_budgets(seen, prompt, coded, policy, settings.budgets)
         replay = now(model) - start
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
     whole = forward + (samples - 1) * backward + len(layers) * replay

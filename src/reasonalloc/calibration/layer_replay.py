@@ -56,19 +56,19 @@ def outputs_under_budgets(
     Args:
         seen: what the layer saw.
         prompt: tokens of the text that are the prompt.
-        config: cadence and options; its budget and arm are not looked at.
+        config: cadence, format and options; its budget and arm are not looked at.
         policy: which tokens, bound to the model.
         budgets: tokens per head, each at least window and sinks.
 
     Returns:
         Per budget a tensor [n, query_heads, value_dim]; None where nothing is evicted before the
-        last token, so that the output is the full pass's.
+        last token, nor coded, so that the output is the full pass's.
     """
     last = seen.key.shape[2] - prompt - 1
     return [
         # What a boundary after the last token evicts is not missed any more.
         _replay(seen, prompt, replace(config, budget=budget, record="off"), policy)
-        if compression_points(budget, 1, config.interval, prompt, last)
+        if config.coded or compression_points(budget, 1, config.interval, prompt, last)
         else None
         for budget in budgets
     ]

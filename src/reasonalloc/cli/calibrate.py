@@ -58,6 +58,7 @@ _OPTIONS = (
     ("check", Annotated[Optional[str], _of_texts("check")], None),  # noqa: UP045
     ("stride", Annotated[int, _of_texts("stride")], _C.stride),
     ("samples", Annotated[int, _of_texts("samples")], _C.samples),
+    ("kv_dtypes", Annotated[str, _of_texts("kv_dtypes")], "auto"),
 )
 
 
@@ -75,6 +76,7 @@ def _settings(context: typer.Context, values: dict[str, Any]) -> tuple[Calibrati
         values["budgets"] = o.parse_budgets(values["budgets"])
     if (check := values["check"]) is not None:
         values["check"] = [] if check.strip() in ("", "0") else o.parse_budgets(check, "check")
+    values["kv_dtypes"] = [kind.strip() for kind in values["kv_dtypes"].split(",")]
     path = files[name]
     if path is None:
         raise UsageError(f"no {name}: --objective {objective} needs --{name} FILE")

@@ -26,6 +26,7 @@ def decide(
     prompt: int | Tensor = 0,
     ops: Operations = TORCH,
     pinned: Pinned | None = None,
+    capped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Score, allocate, select.
 
@@ -41,6 +42,7 @@ def decide(
         prompt: first tokens that must stay besides the sinks: one number, or [batch] int64.
         ops: what it is computed with.
         pinned: tokens that stay on top of the total, or None.
+        capped: every head keeps what was planned for it and no more; ``heads`` is not asked.
 
     Returns:
         Tokens that stay, [batch, kv_heads, n] bool, and how many that are, [batch, kv_heads] int64.
@@ -74,7 +76,10 @@ def decide(
         planned,
         ops,
     )
-    budgets = heads.allocate(query)
+    if capped and planned is not None:
+        budgets = planned.expand_as(lengths).minimum(lengths)
+    else:
+        budgets = heads.allocate(query)
     if not is_builtin(type(heads)):
         check_budgets(heads, budgets, query)
     keep = ops.select(scores, lengths, budgets, window, policy.recent_fraction, forced)

@@ -31,7 +31,7 @@ from reasonalloc.core.steps import EagerStep, FixedStep, Held, StepInput
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
-from reasonalloc.ops.codes import row_format
+from reasonalloc.ops.codes import RowFormat, row_format
 from reasonalloc.policies import Candidates, Policy
 
 Storage = Slab | CodedSlab
@@ -44,6 +44,8 @@ class LayerCompressor:
         layer: index of the layer in the model.
         total: tokens that all KV heads together keep after a compression.
         planned: tokens that each KV head was given beforehand, [kv_heads], or None.
+        formats: how older tokens of each KV head are kept, [kv_heads], if that is planned: a head
+            then never keeps more than its own tokens, whatever the others leave.
         config: budget, cadence, options.
         policy, heads, backend: which tokens, how many per head, how they are read; the backend
             says as well what boundaries, moves and fixed steps are computed with.
@@ -65,6 +67,7 @@ class LayerCompressor:
         backend: Backend,
         recorder: Recorder,
         planned: Sequence[int] | None = None,
+        formats: Sequence[str] | None = None,
     ) -> None:
         self.layer = layer
         self.total = total
@@ -73,7 +76,9 @@ class LayerCompressor:
         self._heads = heads
         self._backend = backend
         self._recorder = recorder
-        self._planned = planned
+        self._planned, self._formats = planned, formats
+        # Tokens of all heads together beyond which the layer is compressed.
+        self._most = total if formats is None else len(planned or ()) * min(planned or (0,))
         self._wanted: Tensor | None = None  # the same on the device, [kv_heads] int64
         self._ops = ops = choose_operations(backend.native)
         self._eager, self._fixed = EagerStep(policy, backend, ops), FixedStep(policy, backend, ops)
@@ -179,15 +184,14 @@ class LayerCompressor:
         batch, kv_heads, _, head_dim = key.shape
         config, pinned, dims = self._config, self.progress.pinned.most, (head_dim, value.shape[-1])
         channels = self._policy.state_channels
-        if config.coded:
-            form = row_format(config.kv_dtype, *dims, key.dtype)
-            room = config.window + config.interval
-            coded = most_coded(self.total, kv_heads, config.window, pinned)
+        if config.coded or self._formats is not None:
+            kinds = self._formats or [config.kv_dtype] * kv_heads
+            formats = [row_format(kind, *dims, key.dtype) for kind in kinds]
             return CodedSlab(
-                (form,) * kv_heads,
-                {form: coded},
+                formats,
+                self._coded_tokens(formats, pinned),
                 batch,
-                room,
+                config.window + config.interval,
                 config.window,
                 device=key.device,
                 state_channels=channels,
@@ -204,6 +208,16 @@ class LayerCompressor:
             state_channels=channels,
             ops=self._ops,
         )
+
+    def _coded_tokens(self, formats: Sequence[RowFormat], pinned: int) -> dict[RowFormat, int]:
+        """Return the most coded tokens of all heads together that have each format."""
+        window = self._config.window
+        if self._formats is None or self._planned is None:
+            return {formats[0]: most_coded(self.total, len(formats), window, pinned)}
+        room: dict[RowFormat, int] = {}
+        for form, tokens in zip(formats, self._planned, strict=True):
+            room[form] = room.get(form, 0) + most_coded(tokens, 1, window, pinned)
+        return room
 
     def _decode(
         self,
@@ -339,7 +353,8 @@ class LayerCompressor:
         self.progress.check(numbers)
         if not tensors:
             return
-        names = ("tail_keys", "tail_values") if self._config.coded else ("keys", "values")
+        coded = self._config.coded or self._formats is not None
+        names = ("tail_keys", "tail_values") if coded else ("keys", "values")
         keys, values = (tensors[name] for name in names)
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
@@ -367,7 +382,7 @@ class LayerCompressor:
         """Count a decode step on the host; at the end of an interval compress, or only code."""
         if not self.progress.step(slab.kv_heads):
             return
-        if self.progress.held > self.total:
+        if self.progress.held > self._most:
             self._compress(slab, slab.as_rows(), *self._logits)
         elif isinstance(slab, CodedSlab):
             rows = slab.as_rows()
@@ -398,7 +413,7 @@ class LayerCompressor:
         out, rows = self._attend(past, query, key, value, mask, valid, scaling, softcap)
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
-        if progress.prefill(columns, valid, held, replayed) and progress.held > self.total:
+        if progress.prefill(columns, valid, held, replayed) and progress.held > self._most:
             self._compress(slab, rows, scaling, softcap)
             return out
         longest = rows.index.shape[-1]
@@ -480,6 +495,7 @@ class LayerCompressor:
             self.progress.prompt if self._config.prompt == "protect" else 0,
             self._ops,
             pinned,
+            capped=self._formats is not None,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
         equal = (

@@ -182,7 +182,7 @@ class Solver:
         heads = next(shape.kv_heads for shape in self._shapes if shape.compressible)
         pinned = self._pinned(job, prompt)
         steps = self._settings.interval, prompt, completion - 1, pinned
-        return [compression_points(total, heads, *steps) for total in plan.totals]
+        return [compression_points(total, heads, *steps) for total in plan.triggers]
 
     def _pinned(self, job: Job, prompt: int) -> int:
         """Tokens of a prompt that are kept on top of the budget."""

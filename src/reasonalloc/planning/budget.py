@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from reasonalloc.planning.files import (
     make_policy,
     other_cadence,
 )
-from reasonalloc.planning.memory import LayerShape, MemoryPlan
+from reasonalloc.planning.memory import LayerShape, MemoryPlan, row_bytes
 from reasonalloc.planning.shapes import layer_shapes, model_name, text_config
 from reasonalloc.planning.sharding import HeadShard
 from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
@@ -35,6 +35,20 @@ from reasonalloc.whole import whole_number, whole_numbers
 
 #: Context length at which a plan compares the caches unless another one is given, in tokens.
 TOKENS = 32768
+
+
+class LayerPart(NamedTuple):
+    """What a process keeps of a layer.
+
+    Attributes:
+        total: retained tokens of its heads together.
+        planned: of each, if that is planned.
+        formats: how older tokens of each are kept, if that is planned.
+    """
+
+    total: int
+    planned: Sequence[int] | None = None
+    formats: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +67,8 @@ class BudgetPlan(Shown):
         policy: the policy, bound to the model.
         totals: [compressible layers] retained tokens under the budget, all KV heads together.
         planned: [compressible layers][kv_heads] tokens, if the arm plans them beforehand.
+        formats: [compressible layers][kv_heads] tokens and format of older ones, if the arm plans
+            these as well; ``totals`` are then sums of these tokens.
 
     Raises:
         UsageError: a wrong setting, a budget that does not fit, a broken or foreign file.
@@ -72,6 +88,7 @@ class BudgetPlan(Shown):
     policy: Policy = field(init=False, repr=False)
     totals: tuple[int, ...] = field(init=False)
     planned: tuple[tuple[int, ...], ...] | None = field(init=False)
+    formats: tuple[tuple[tuple[int, str], ...], ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens"):
@@ -83,6 +100,7 @@ class BudgetPlan(Shown):
         for shape in self._budgeted:
             row_format(self.config.kv_dtype, shape.head_dim, shape.head_dim, self.dtype, self.name)
         object.__setattr__(self, "policy", self._bind_policy())
+        object.__setattr__(self, "formats", self._plan_formats(self.config.budget))
         object.__setattr__(self, "totals", self.totals_at(self.config.budget))
         object.__setattr__(self, "planned", self._plan_heads())
 
@@ -121,6 +139,9 @@ class BudgetPlan(Shown):
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """Return ``totals`` as they would be under another budget."""
+        formats = self._plan_formats(budget)
+        if formats is not None:
+            return tuple(sum(tokens for tokens, _ in layer) for layer in formats)
         query = self._query(budget)
         given = make_layer_allocator(self.config).allocate(query)
         name = f"layers={self.config.arm.layers!r}: what allocate() returned"
@@ -159,6 +180,7 @@ class BudgetPlan(Shown):
             keeps_queries=self.policy.needs_queries,
             state_channels=self.policy.state_channels,
             kv_dtype=self.config.kv_dtype,
+            formats=self.formats,
             pinned=self.config.pinned(
                 self.prompt_tokens if prompt_tokens is None else prompt_tokens
             ),
@@ -168,20 +190,24 @@ class BudgetPlan(Shown):
         """Return the KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
         return sum(shape.full_bytes(batch, tokens, itemsize) for shape in self.shapes)
 
-    def parts(self, shard: HeadShard) -> list[tuple[int, Sequence[int] | None]]:
+    def parts(self, shard: HeadShard) -> list[LayerPart]:
         """Return what a process keeps of every compressible layer.
 
         Args:
             shard: its part of the KV heads.
-
-        Returns:
-            Per layer the retained tokens of its heads together, and of each if they are planned.
         """
         planned = self.planned or [None] * len(self.totals)
         own = []
-        for total, heads in zip(self.totals, planned, strict=True):
+        for index, (total, heads) in enumerate(zip(self.totals, planned, strict=True)):
             tokens = shard.total(total, heads, self.kv_heads)
-            own.append((tokens, None if heads is None else shard.heads(heads)))
+            kinds = [kind for _, kind in self.formats[index]] if self.formats else None
+            own.append(
+                LayerPart(
+                    tokens,
+                    None if heads is None else shard.heads(heads),
+                    None if kinds is None else shard.heads(kinds),
+                )
+            )
         return own
 
     @property
@@ -223,7 +249,7 @@ class BudgetPlan(Shown):
             "interval": config.interval,
             "window": config.window,
             "n_sink": config.n_sink,
-            "kv_dtype": config.kv_dtype,
+            "kv_dtype": config.kv_dtype if self.formats is None else "planned",
             "prompt": config.prompt,
             "prompt_tokens": self.prompt_tokens,
             "kv_bytes": {
@@ -284,6 +310,23 @@ class BudgetPlan(Shown):
             )
         return policy
 
+    def _plan_formats(self, budget: int) -> tuple[tuple[tuple[int, str], ...], ...] | None:
+        allocator, arm = make_layer_allocator(self.config), self.config.arm
+        formats = allocator.plan_formats(self._query(budget))
+        if formats is None:
+            return None
+        name = f"layers={arm.layers!r}"
+        if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
+            raise UsageError(
+                f"{name} plans bits per head, which heads={arm.heads!r} does not follow: use "
+                "heads='planned'"
+            )
+        if self.config.kv_dtype != "auto":
+            raise UsageError(
+                f"{name} plans bits, and kv_dtype={self.config.kv_dtype!r} is given: leave it out"
+            )
+        return tuple(tuple((int(n), str(kind)) for n, kind in layer) for layer in formats)
+
     def _plan_heads(self) -> tuple[tuple[int, ...], ...] | None:
         arm = self.config.arm
         if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
@@ -316,6 +359,9 @@ class BudgetPlan(Shown):
             n_sink=config.n_sink,
             model_id=self.name,
             config_hash=self._fingerprint,
+            row_bytes=lambda kind, item: row_bytes(
+                self._budgeted[0], kind, item or self.dtype.itemsize
+            ),
         )
 
 

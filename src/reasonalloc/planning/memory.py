@@ -53,6 +53,7 @@ class MemoryPlan:
         state_channels: float32 numbers that the policy keeps per slot.
         pinned: tokens that every head keeps on top of the budget, of the longest sequence.
         kv_dtype: how older tokens are kept, see ``CompressionConfig``.
+        formats: the same of every head, [layers][kv_heads] tokens and format, if it is planned.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -65,6 +66,7 @@ class MemoryPlan:
     state_channels: int = 0
     pinned: int = 0
     kv_dtype: str = "auto"
+    formats: tuple[tuple[tuple[int, str], ...], ...] | None = None
 
     @property
     def _slabs(self) -> list[tuple[LayerShape, int]]:
@@ -72,26 +74,43 @@ class MemoryPlan:
         return list(zip(shapes, self.totals, strict=True))
 
     @property
+    def triggers(self) -> tuple[int, ...]:
+        """Per layer under a budget, the tokens of all heads beyond which it is compressed."""
+        if self.formats is None:
+            return self.totals
+        return tuple(len(layer) * min(tokens for tokens, _ in layer) for layer in self.formats)
+
+    @property
     def slab_bytes(self) -> int:
         """KV bytes of the slabs: the same after any number of tokens; more per pinned turn."""
-        return self.batch * sum(self._slab_bytes(shape, total) for shape, total in self._slabs)
-
-    def _slab_bytes(self, shape: LayerShape, total: int) -> int:
-        plain = 2 * shape.head_dim * self.itemsize
-        if not self.coded:
-            return most_held(total, shape.kv_heads, self.interval, self.pinned) * plain
-        coded = most_coded(total, shape.kv_heads, self.window, self.pinned)
-        return coded * self.row_bytes(shape) + shape.kv_heads * self._room * plain
+        size = 0
+        for index, (shape, total) in enumerate(self._slabs):
+            plain = 2 * shape.head_dim * self.itemsize
+            if self.coded:
+                size += self._coded_bytes(index, shape, total)
+                size += shape.kv_heads * self._room * plain
+            else:
+                size += most_held(total, shape.kv_heads, self.interval, self.pinned) * plain
+        return self.batch * size
 
     @property
     def coded(self) -> bool:
         """Whether older tokens are kept in fewer bits."""
-        return parse_kinds(self.kv_dtype) != ("auto", "auto")
+        return self.formats is not None or parse_kinds(self.kv_dtype) != ("auto", "auto")
 
-    def row_bytes(self, shape: LayerShape) -> int:
+    def row_bytes(self, shape: LayerShape, kv_dtype: str) -> int:
         """Return the bytes of an older token of one head: its key, its value and their scales."""
-        dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[self.itemsize]
-        return row_format(self.kv_dtype, shape.head_dim, shape.head_dim, dtype).width
+        return row_bytes(shape, kv_dtype, self.itemsize)
+
+    def _coded_bytes(self, index: int, shape: LayerShape, total: int) -> int:
+        """Bytes of the coded tokens of one layer and sequence."""
+        if self.formats is None:
+            tokens = most_coded(total, shape.kv_heads, self.window, self.pinned)
+            return tokens * self.row_bytes(shape, self.kv_dtype)
+        return sum(
+            (tokens - self.window + self.pinned) * self.row_bytes(shape, kind)
+            for tokens, kind in self.formats[index]
+        )
 
     @property
     def _room(self) -> int:
@@ -101,12 +120,14 @@ class MemoryPlan:
     @property
     def floor_bytes(self) -> int:
         """KV bytes in use right after a compression."""
-        return self.batch * sum(self._floor_bytes(shape, total) for shape, total in self._slabs)
-
-    def _floor_bytes(self, shape: LayerShape, total: int) -> int:
-        held, plain = total + shape.kv_heads * self.pinned, 2 * shape.head_dim * self.itemsize
-        recent = shape.kv_heads * self.window if self.coded else held
-        return recent * plain + (held - recent) * (self.row_bytes(shape) if self.coded else 0)
+        size = 0
+        for index, (shape, total) in enumerate(self._slabs):
+            plain, heads = 2 * shape.head_dim * self.itemsize, shape.kv_heads
+            if self.coded:
+                size += self._coded_bytes(index, shape, total) + heads * self.window * plain
+            else:
+                size += (total + heads * self.pinned) * plain
+        return self.batch * size
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -142,3 +163,15 @@ class MemoryPlan:
         """Return the KV bytes of the full cache after ``tokens`` tokens per sequence."""
         tokens = whole_number("tokens", tokens, 0)
         return sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)
+
+
+def row_bytes(shape: LayerShape, kv_dtype: str, itemsize: int) -> int:
+    """Return the bytes of a token of one head: its key, its value, and the numbers that scale them.
+
+    Args:
+        shape: of the layer.
+        kv_dtype: a format, see ``ops.codes``.
+        itemsize: bytes of one number of the model's dtype.
+    """
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[itemsize]
+    return row_format(kv_dtype, shape.head_dim, shape.head_dim, dtype).width

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from reasonalloc.planning.memory import LayerShape
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class HeadShard:
         equal, rest = divmod(total, kv_heads)
         return sum(self.heads([equal + (head < rest) for head in range(kv_heads)]))
 
-    def heads(self, values: Sequence[int]) -> Sequence[int]:
+    def heads(self, values: Sequence[T]) -> Sequence[T]:
         """Return the entries of this process's heads."""
         own = len(values) // self.size
         return values[self.rank * own : (self.rank + 1) * own]

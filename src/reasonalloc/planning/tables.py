@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,12 @@ from reasonalloc.tables import Table, human
 
 def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
     """Return shape, budget (tokens) and KV bytes of every layer after ``tokens`` tokens."""
-    totals = iter(plan.totals)
+    totals, formats = iter(plan.totals), iter(plan.formats or ())
     layers = []
     for index, shape in enumerate(plan.shapes):
         own = (next(totals),) if shape.compressible else ()
-        one = replace(plan, shapes=(shape,), totals=own)
+        coded = (next(formats),) if plan.formats and shape.compressible else None
+        one = replace(plan, shapes=(shape,), totals=own, formats=coded)
         layers.append(
             {
                 "layer": index,
@@ -25,6 +27,7 @@ def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
                 "sliding_window": shape.sliding_window,
                 "budget_total": own[0] if own else None,
                 "budget_per_head": own[0] / shape.kv_heads if own else None,
+                "heads": [list(head) for head in coded[0]] if coded else None,
                 "kv_bytes_full": one.full_bytes(tokens),
                 "kv_bytes_compressed": one.kv_bytes(tokens),
             }
@@ -65,7 +68,10 @@ def size_table(report: dict[str, Any]) -> Table:
 def _older(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["kv_dtype"] == "auto":
         return []
-    return [("older tokens", f"{report['kv_dtype']}; the last {report['window']} as they are")]
+    kinds = Counter(kind for layer in report["layers"] for _, kind in layer["heads"] or ())
+    what = ", ".join(f"{count} heads {kind}" for kind, count in kinds.items())
+    what = what or report["kv_dtype"]
+    return [("older tokens", f"{what}; the last {report['window']} as they are")]
 
 
 def _prompt(report: dict[str, Any]) -> list[tuple[str, str]]:

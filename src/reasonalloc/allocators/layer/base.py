@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reasonalloc.registry import Registry
@@ -20,6 +21,8 @@ class LayerQuery:
         n_sink: always-kept first tokens per head.
         model_id: name of the model, for messages.
         config_hash: fingerprint of the model's configuration (``calibrated.demand.config_hash``).
+        row_bytes: gives the bytes of a token of one head in a format of ``kv_dtype``, and with
+            numbers of so many bytes at full width (0: the model's).
     """
 
     layers: int
@@ -29,6 +32,7 @@ class LayerQuery:
     n_sink: int = 0
     model_id: str = ""
     config_hash: str = ""
+    row_bytes: Callable[[str, int], int] | None = None
 
     @property
     def total(self) -> int:
@@ -52,6 +56,15 @@ class LayerAllocator(ABC):
         """Return tokens of every head, [layers][kv_heads], for the head allocator ``planned``.
 
         None if it plans layers alone; otherwise rows sum to what ``allocate`` returns.
+        """
+        return None
+
+    def plan_formats(self, query: LayerQuery) -> list[list[tuple[int, str]]] | None:
+        """Return tokens and format of every head, [layers][kv_heads], for ``planned``.
+
+        They take at most the bytes of ``query.total`` tokens in the model's dtype; the last
+        ``window`` tokens of a head are kept in that anyway. None if formats are not planned;
+        otherwise ``allocate`` returns the sums of the tokens, whatever they are.
         """
         return None
 

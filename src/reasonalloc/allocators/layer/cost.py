@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
-from reasonalloc.allocators.minimise import minimise
-from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.allocators.minimise import minimise, minimise_bytes
+from reasonalloc.calibrated.costs import CostProfile, load_costs
 from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
 
@@ -19,12 +19,17 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
     Every head keeps ``least`` tokens besides window and sinks (fewer if the budget has no room),
     and no more than ``most`` times the mean. ``kind``: only calibration texts of that kind count.
     ``by="layers"``: costs of whole layers, whose heads then get equal shares.
+    ``bits="planned"``: every head also gets the format of its older tokens, out of those that were
+    measured (``calibrate --kv-dtypes``), within the bytes of the budget. ``itemsize``: bytes of a
+    number at full width that the budget is counted in (0: the model's dtype).
     """
 
     least: int = 8
     most: float = 6.0
     kind: str = ""
     by: str = "heads"
+    bits: str = "fixed"
+    itemsize: int = 0
     reads = "cost profile"
 
     def __post_init__(self) -> None:
@@ -32,10 +37,19 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
             raise UsageError(f"cost: least={self.least} is a number of tokens: give 0 or more")
         if self.by not in ("heads", "layers"):
             raise UsageError(f"cost: by={self.by!r} must be 'heads' or 'layers'")
+        if self.bits not in ("fixed", "planned"):
+            raise UsageError(f"cost: bits={self.bits!r} must be 'fixed' or 'planned'")
+        if self.itemsize not in (0, 2, 4):
+            raise UsageError(f"cost: itemsize={self.itemsize} must be 0, 2 or 4")
+        if self.bits == "fixed" and self.itemsize:
+            raise UsageError("cost: itemsize has no effect with bits='fixed': leave it out")
+        if self.bits == "planned" and self.by == "layers":
+            raise UsageError("cost: bits='planned' plans heads: leave by='layers' out")
         if self.most < 1:
             raise UsageError(f"cost: most={self.most} is a multiple of the mean: give 1 or more")
 
-    def plan_heads(self, query: LayerQuery) -> list[list[int]]:
+    def _costs(self, query: LayerQuery) -> tuple[CostProfile, list[int]]:
+        """Return the profile, checked, and the texts that count."""
         if not self.path:
             raise UsageError(
                 "layers='cost' needs a cost profile: pass profile='FILE.json' "
@@ -50,6 +64,12 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
                 f"cost: kind={self.kind!r} is no kind of text in {self.path!r}, which has "
                 f"{', '.join(sorted(set(costs.kinds)))}"
             )
+        return costs, texts
+
+    def plan_heads(self, query: LayerQuery) -> list[list[int]]:
+        if self.bits == "planned":
+            return [[tokens for tokens, _ in layer] for layer in self._plan_formats(query)]
+        costs, texts = self._costs(query)
         lower = min(query.window + query.n_sink + self.least, query.budget)
         upper = max(int(self.most * query.budget), query.budget)
         points = torch.tensor(costs.budgets, dtype=torch.float64, device="cpu")
@@ -62,6 +82,38 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
         sizes = minimise(curves, points, query.total, lower, upper)
         heads: list[list[int]] = sizes.view(query.layers, query.kv_heads).tolist()
         return heads
+
+    def plan_formats(self, query: LayerQuery) -> list[list[tuple[int, str]]] | None:
+        return self._plan_formats(query) if self.bits == "planned" else None
+
+    def _plan_formats(self, query: LayerQuery) -> list[list[tuple[int, str]]]:
+        costs, texts = self._costs(query)
+        if not costs.coded or query.row_bytes is None:
+            raise UsageError(
+                f"cost: bits='planned' needs costs in several formats, {self.path!r} has one: "
+                "calibrate with --kv-dtypes auto,int8,int8:int4,int4h"
+            )
+        widths = [query.row_bytes(kind, self.itemsize) for kind in costs.formats]
+        heads = query.layers * query.kv_heads
+        lower = min(query.window + query.n_sink + self.least, query.budget)
+        upper = max(int(self.most * query.budget), query.budget) * max(widths) // min(widths)
+        curves = [
+            torch.tensor(costs.curves(texts, kind), dtype=torch.float64, device="cpu").flatten(0, 1)
+            for kind in costs.formats
+        ]
+        formats, tokens = minimise_bytes(
+            torch.stack(curves),
+            torch.tensor(costs.budgets, dtype=torch.float64, device="cpu"),
+            torch.tensor(widths, dtype=torch.float64, device="cpu"),
+            heads * (query.budget - query.window) * widths[0],
+            lower,
+            upper,
+            query.window,
+        )
+        names = [costs.formats[place] for place in formats.tolist()]
+        pairs = list(zip(tokens.tolist(), names, strict=True))
+        each = query.kv_heads
+        return [pairs[start : start + each] for start in range(0, len(pairs), each)]
 
     def allocate(self, query: LayerQuery) -> list[int]:
         return [sum(heads) for heads in self.plan_heads(query)]

@@ -176,17 +176,18 @@ class Attachment:
             if not shape.compressible:
                 layers.append(None)
                 continue
-            total, heads = next(parts)
+            part = next(parts)
             layers.append(
                 LayerCompressor(
                     index,
-                    total,
+                    part.total,
                     self.config,
                     self._plan.policy,
                     self._heads,
                     self._backend,
                     recorder,
-                    heads,
+                    part.planned,
+                    part.formats,
                 )
             )
         shapes = tuple(self.shard.shape(shape) for shape in self.shapes)
@@ -323,6 +324,7 @@ class Attachment:
             "dtype": str(self._require_model().dtype),
             "totals": str(self.totals),
             "planned": str(self.planned),
+            **({} if self._plan.formats is None else {"formats": str(self._plan.formats)}),
             "shard": str(self.shard),
             **{name: str(value) for name, value in fields.items()},
         }

@@ -36,6 +36,11 @@ class EngineBudget(BudgetPlan):
                     f"{name}={value!r} cannot run in vLLM yet: use {name}={able!r}, or transformers"
                 )
         super().__post_init__()
+        if self.formats is not None:
+            raise UnsupportedError(
+                f"layers={self.config.arm.layers!r} plans bits per head, which cannot run in vLLM "
+                "yet: use the arm 'best', or transformers"
+            )
         if self.policy.state_channels:
             raise UnsupportedError(
                 f"policy={self.config.arm.policy!r} looks at the attention that every token "
@@ -64,7 +69,7 @@ class EngineBudget(BudgetPlan):
     def layouts(self, block_size: int) -> tuple[Layout, ...]:
         """Return the layouts of all ranks."""
         totals = [
-            [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
+            [part.total for part in self.parts(self.shard(rank))] for rank in range(self.ranks)
         ]
         return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
 
