@@ -67,7 +67,9 @@ class Attachment:
         shapes: all attention layers of the model.
         totals: retained tokens per layer under a budget, all its KV heads together.
         planned: the same per KV head, [layers][kv_heads], if the arm plans them beforehand.
-        shard: which KV heads are in this process. The three above, and ``plan``, are of the whole
+        formats: tokens and format of older ones per KV head, [layers][kv_heads], if the arm plans
+            these as well.
+        shard: which KV heads are in this process. The four above, and ``plan``, are of the whole
             model; the cache holds this process's part.
     """
 
@@ -97,6 +99,7 @@ class Attachment:
         )
         self.config = self._plan.config
         self.totals, self.planned = self._plan.totals, self._plan.planned
+        self.formats = self._plan.formats
         if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) == "statistics":
             raise UnsupportedError(
                 f"policy={config.arm.policy!r} reads statistics of all heads, but this process "
