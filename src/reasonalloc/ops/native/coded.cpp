@@ -14,28 +14,17 @@ constexpr int kGroup = 32;  // numbers that share a scale and an offset in int4
 // In the order of codes.py's KINDS.
 enum Code { kAuto = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3, kInt4Rotated = 4 };
 
-// A number of an element type at any address.
-template <typename T>
-struct Packed {
-  char bytes[sizeof(T)];
-};
-
-template <typename T>
-inline Lanes load(const Packed<T>* at) {
-  T whole[kLanes];
-  std::memcpy(whole, at, sizeof whole);
-  return load(whole);
+// As many bytes as a vector has lanes, with their signs.
+inline Ints bytes_at(const char* at) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(at), Ints);
+#endif
 }
-
-template <typename T>
-inline float read(const Packed<T>* at) {
-  T whole;
-  std::memcpy(&whole, at, sizeof whole);
-  return read(&whole);
-}
-
-typedef int8_t SignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 // The number of 16 bits of half precision. No float on the way is denormal.
 inline float from_half(uint16_t bits) {
@@ -64,10 +53,7 @@ inline float half_at(const char* at) {
 }
 
 struct Int8 {
-  static Lanes vector(const char* at) {
-    const SignedBytes codes = *reinterpret_cast<const SignedBytes*>(at);
-    return __builtin_convertvector(__builtin_convertvector(codes, Ints), Lanes);
-  }
+  static Lanes vector(const char* at) { return __builtin_convertvector(bytes_at(at), Lanes); }
   static float number(const char* at) { return float(*reinterpret_cast<const int8_t*>(at)); }
 };
 
@@ -75,8 +61,7 @@ struct Int8 {
 // the normal number with the same mantissa, as floats would be denormal on the way.
 struct Fp8 {
   static Lanes vector(const char* at) {
-    const SignedBytes codes = *reinterpret_cast<const SignedBytes*>(at);
-    const Ints wide = __builtin_convertvector(codes, Ints);  // signs in all bits above
+    const Ints wide = bytes_at(at);
     const Ints bits = (wide << 20 & int32_t(0x87f00000)) + (120 << 23);
     const Lanes normal = (Lanes)bits;
     const Ints sign = bits & int32_t(0x80000000);
@@ -121,8 +106,7 @@ struct Int4 {
       const int64_t half = std::min<int64_t>(kGroup, width - group * kGroup) / 2;
       const bool high = in_group >= half;
       const char* place = at + (group * kGroup / 2 + in_group - (high ? half : 0));
-      const Bytes bytes = *reinterpret_cast<const Bytes*>(place);
-      const Ints codes = __builtin_convertvector(bytes, Ints) >> (high ? 4 : 0) & 15;
+      const Ints codes = bytes_at(place) >> (high ? 4 : 0) & 15;
       return __builtin_convertvector(codes, Lanes) * numbers[2 * group] + numbers[2 * group + 1];
     }
     float number(int64_t d) const {
@@ -147,20 +131,23 @@ struct Int4 {
   }
 };
 
+// Numbers of an element type, at any address.
 template <typename T>
 struct Uncoded {
   static constexpr bool kScaled = false;
   struct Row {
-    const Packed<T>* at;
+    const char* at;
     void fetch(int64_t) const {}
-    Lanes vector(int64_t d) const { return load(at + d); }
-    float number(int64_t d) const { return read(at + d); }
+    Lanes vector(int64_t d) const { return load(reinterpret_cast<const T*>(at) + d); }
+    float number(int64_t d) const {
+      T own;
+      std::memcpy(&own, at + d * int64_t(sizeof own), sizeof own);
+      return read(&own);
+    }
   };
   const char* first;
   int64_t stride, width;
-  Row operator[](int64_t j) const {
-    return {reinterpret_cast<const Packed<T>*>(first + j * stride)};
-  }
+  Row operator[](int64_t j) const { return {first + j * stride}; }
   int64_t whole() const { return width / kLanes * kLanes; }
 };
 
