@@ -102,10 +102,11 @@ def run_of(slab: CodedView, head: int) -> tuple[Tensor, Tensor, Tensor]:
     held = index < slab.lengths[:, head, None]
     if len(set(slab.formats)) == 1:
         slots = (slab.offsets[:, head, None] + index).clamp_max(max(coded - 1, 0))
-        rows = take(slab.pool[:, : coded * width].view(-1, coded, width), slots)
+        rows = take(slab.pool[:, : coded * width].view(len(held), coded, width), slots)
     else:  # rows of several widths: byte by byte
         first = (slab.starts[:, head, None] + index * width).masked_fill(~held, 0)
         places = first[..., None] + torch.arange(width, device=device)
         rows = slab.pool.gather(1, places.flatten(1)).view(*first.shape, width)
     keys, values = slab.formats[head].decode(rows)
-    return keys.float() * held[..., None], values.float() * held[..., None], held
+    other = ~held[..., None]  # bytes of anything, numbers that are none among them
+    return keys.float().masked_fill(other, 0.0), values.float().masked_fill(other, 0.0), held

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.cpu_step.structs import check_layout
-from reasonalloc.ops.native.build import Signature, attention_sources, compiled
+from reasonalloc.ops.native.build import (
+    SIZES,
+    Signature,
+    attention_sources,
+    check_attention,
+    compiled,
+)
 
 _SOURCES = ("products.cpp", "elementwise.cpp", "program.cpp")
 _FUNCTIONS: dict[str, Signature] = {
@@ -17,6 +23,7 @@ _FUNCTIONS: dict[str, Signature] = {
     "bytes_of_operand": ([], ctypes.c_int64),
     "bytes_of_instruction": ([], ctypes.c_int64),
     "operations": ([], ctypes.c_char_p),
+    **SIZES,
 }
 
 
@@ -26,4 +33,5 @@ def library() -> Any:
     own = [Path(__file__).with_name(name) for name in _SOURCES]
     functions = compiled([*attention_sources(), *own], _FUNCTIONS)
     check_layout(functions)
+    check_attention(functions)
     return functions

@@ -70,7 +70,7 @@ def _reaches(draft: Draft) -> dict[str, int]:
         return 1 + sum((size - 1) * step for size, step in zip(sizes, own, strict=False))
 
     match draft.operation:
-        case Operation.ATTEND:
+        case Operation.ATTEND | Operation.ATTEND_CODED:
             return {}
         case Operation.COUNT:
             return {"out": n[3], "a": n[3]}

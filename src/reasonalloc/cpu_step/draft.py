@@ -23,7 +23,7 @@ class Draft:
         operation, sizes, share, number, factor: see ``program.cpp``.
         out, a, b, c: tensors with their strides over ``sizes``, in elements.
         reads, writes: tensors besides these that ``attend`` touches.
-        attend: gives the arguments of ATTEND once told where each tensor lies.
+        attend: gives the arguments of ATTEND or ATTEND_CODED once told where each tensor lies.
         temporary: storages that were made for the draft.
     """
 

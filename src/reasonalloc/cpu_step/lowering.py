@@ -15,6 +15,8 @@ from reasonalloc.cpu_step.elementwise import elementwise, loops_of
 from reasonalloc.cpu_step.products import product
 from reasonalloc.cpu_step.structs import KINDS, Operation, Share
 from reasonalloc.ops.native.attention import NewToken, arguments_of
+from reasonalloc.ops.native.coded import CodedInput
+from reasonalloc.ops.native.coded import arguments_of as coded_arguments_of
 from reasonalloc.ops.native.structs import FLOATS, Attend
 
 _aten = torch.ops.aten
@@ -189,6 +191,41 @@ def _attend(call: Call) -> list[Draft] | None:
     ]
 
 
+def _attend_coded(call: Call) -> list[Draft] | None:
+    query, *rest, need_weights = call.args
+    count = len(CodedInput._fields)
+    read, (scaling, softcap, *token) = CodedInput(*rest[:count]), rest[count:]
+    new, (out, received) = NewToken(*token), call.result
+    rows, tables = (query, new.key, new.value), (read.starts, read.offsets, read.lengths)
+    if any(t.stride(-1) != 1 for t in rows) or not all(t.is_contiguous() for t in tables):
+        return None
+
+    def arguments(placed: Callable[[Tensor], Tensor]) -> Attend:
+        starts, offsets, lengths = map(placed, tables)
+        return coded_arguments_of(
+            placed(query),
+            read._replace(starts=starts, offsets=offsets, lengths=lengths),
+            scaling,
+            softcap,
+            new._replace(key=placed(new.key), value=placed(new.value), seen=placed(new.seen)),
+            placed(out),
+            placed(received) if need_weights else None,
+        )
+
+    changed = [read.tail_keys, read.tail_values, read.tail_lengths]
+    changed += [t for t in (new.positions, new.state, new.ring) if t is not None]
+    return [
+        Draft(
+            Operation.ATTEND_CODED,
+            (0, 0, 0, 0),
+            share=Share.BLOCKS,
+            reads=[*rows, *tables, read.pool, new.seen],
+            writes=[out, *changed, *([received] if need_weights else [])],
+            attend=arguments,
+        )
+    ]
+
+
 _RULES: dict[Any, Callable[[Call], list[Draft] | None]] = {
     _aten._to_copy.default: partial(_unary, Operation.COPY),
     _aten.clone.default: partial(_unary, Operation.COPY),
@@ -211,6 +248,7 @@ _RULES: dict[Any, Callable[[Call], list[Draft] | None]] = {
     _aten.mm.default: _product,
     _aten.addmm.default: _product,
     torch.ops.reasonalloc.ragged_step.default: _attend,
+    torch.ops.reasonalloc.coded_step.default: _attend_coded,
 }
 for _name, _operation in (
     ("add", Operation.ADD),

@@ -1,6 +1,6 @@
 // A decode step as a list of instructions, run by a team of threads in one go; see program.py.
 
-#include "../ops/native/attention.cpp"
+#include "../ops/native/coded.cpp"
 #include "elementwise.cpp"
 #include "products.cpp"
 
@@ -11,7 +11,7 @@ namespace {
 #define REASONALLOC_OPERATIONS(X)                                                            \
   X(Copy) X(Negate) X(Cosine) X(Sine) X(InverseRoot) X(Logistic) X(Silu) X(Gelu) X(GeluTanh) \
   X(Tanh) X(Exp) X(Relu) X(Square) X(Power) X(Add) X(Subtract) X(Multiply) X(Divide) X(Sum)  \
-  X(Count) X(Embed) X(Product) X(Attend) X(Panel)
+  X(Count) X(Embed) X(Product) X(Attend) X(Panel) X(AttendCoded)
 // clang-format on
 
 #define REASONALLOC_NUMBER(name) k##name,
@@ -94,6 +94,7 @@ void run(const Instruction& i, int64_t thread, int64_t threads, Plan& plan, int*
     case kProduct: return product(i, thread, threads);
     case kPanel: return panel(i, thread, threads);
     case kAttend: return attend(*reinterpret_cast<const Attend*>(i.a.at), plan, failed);
+    case kAttendCoded: return attend(*reinterpret_cast<const AttendCoded*>(i.a.at), plan, failed);
   }
 }
 

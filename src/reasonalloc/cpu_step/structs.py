@@ -42,6 +42,7 @@ class Operation(IntEnum):
     PRODUCT = 21
     ATTEND = 22
     PANEL = 23
+    ATTEND_CODED = 24
 
 
 class Share(IntEnum):

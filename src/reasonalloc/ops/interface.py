@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from reasonalloc.ops.codes import RowFormat
+
 
 class Scorer(Protocol):
     """What scores candidates: a policy (``reasonalloc.policies``).
@@ -53,6 +55,53 @@ class Storage(Runs, Protocol):
     Attributes:
         positions: [batch, slots] int32.
         state: [batch, slots, channels] float32, or None.
+    """
+
+    positions: Tensor
+    state: Tensor | None
+
+
+class CodedTokens(Protocol):
+    """A layer whose older tokens are coded, as attention reads it.
+
+    Attributes:
+        pool: [batch, bytes] uint8, the runs.
+        formats: of each KV head, how the bytes of a token lie.
+        coded_slots: slots of the runs; behind them are those of the tails, ``room`` of each head.
+        tail_keys: [batch, kv_heads, room, head_dim], contiguous.
+        tail_values: [batch, kv_heads, room, value_dim], contiguous.
+        tail_lengths: [batch, kv_heads] int64, tokens in each head's tail.
+    """
+
+    pool: Tensor
+    formats: tuple[RowFormat, ...]
+    coded_slots: int
+    tail_keys: Tensor
+    tail_values: Tensor
+    tail_lengths: Tensor
+
+    @property
+    def starts(self) -> Tensor:
+        """[batch, kv_heads] int64, first byte of each head's run in the pool."""
+        ...
+
+    @property
+    def offsets(self) -> Tensor:
+        """[batch, kv_heads] int64, first slot of each head's run."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch, kv_heads] int64, tokens in each head's run."""
+        ...
+
+
+class CodedRuns(CodedTokens, Protocol):
+    """The same with what belongs to every token.
+
+    Attributes:
+        positions: [batch, coded_slots + kv_heads * room] int32.
+        state: [batch, coded_slots + kv_heads * room, channels] float32, or None.
     """
 
     positions: Tensor
@@ -186,11 +235,25 @@ class Operations(ABC):
         key: Tensor,
         value: Tensor,
         seen: Tensor,
-        runs: Any,
+        runs: CodedRuns,
         ring: Tensor | None,
         scaling: float,
         softcap: float | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """The same over a slab whose older tokens are coded."""
+        """Do the same as ``step`` where older tokens are coded: the new one goes into the tails.
+
+        Args:
+            query: [batch, query_heads, 1, head_dim].
+            key, value: [batch, kv_heads, 1, dim], in the types of the tails.
+            seen: [batch] int64, position of the token.
+            runs: the storage.
+            ring: [batch, window, query_heads, head_dim] where the query is noted, or None.
+            scaling, softcap: of the attention logits.
+            need_weights: also return what each slot received.
+
+        Returns:
+            As ``Backend.decode_coded``; None if there is no such loop for these types: nothing was
+            done.
+        """
         return None

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from reasonalloc.attention.coded import CodedView
 from reasonalloc.attention.interface import BACKENDS, Backend, SlabView
 from reasonalloc.errors import UsageError
 
@@ -36,5 +37,17 @@ class Cpp(Backend):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         from reasonalloc.ops.native.attention import decode
+
+        return decode(query, slab, scaling, softcap, need_weights)
+
+    def decode_coded(
+        self,
+        query: Tensor,
+        slab: CodedView,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from reasonalloc.ops.native.coded import decode
 
         return decode(query, slab, scaling, softcap, need_weights)

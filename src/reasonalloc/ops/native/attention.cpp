@@ -18,92 +18,141 @@ constexpr int kQueries = 4;  // query heads that are worked off together, in reg
 constexpr int kVectors = kRegisters / 8;  // and vectors of a value's row
 constexpr int kAhead = 8;    // rows between the one that is read and the one that is fetched
 
-// Logits of `many` queries with `count` keys; queries are floats, `width` wide, scaled already.
-template <typename T, int many>
-void multiply_keys(const float* queries, const T* keys, int count, int width, float* logits) {
-  const int whole = width / kLanes * kLanes;
-  for (int j = 0; j < count; ++j) {
-    const T* key = keys + int64_t(j) * width;
-    Lanes sums[many] = {};
-    for (int d = 0; d < whole; d += kLanes) {
-      __builtin_prefetch(key + kAhead * width + d);
-      Lanes k = load(key + d);
-      for (int g = 0; g < many; ++g) sums[g] += load(queries + g * width + d) * k;
-    }
-    for (int g = 0; g < many; ++g) {
-      float dot = sum(sums[g]);
-      for (int d = whole; d < width; ++d) dot += queries[g * width + d] * read(key + d);
-      logits[g * kChunk + j] = dot;
+// Keys that `many` queries are multiplied with at a time, if their sums stay in registers.
+template <int many>
+constexpr int kTokens = 5 * many < kRegisters ? 4 : 1;
+
+// Rows that lie one behind the other. What rows of every kind have: how many of their `width`
+// numbers are read in whole vectors, and of a row its vectors and its other numbers. Of kScaled
+// rows every number is to be multiplied by the row's entry of `numbers`.
+template <typename T>
+struct Plain {
+  static constexpr bool kScaled = false;
+  struct Row {
+    const T* at;
+    int64_t width;
+    void fetch(int64_t d) const { __builtin_prefetch(at + kAhead * width + d); }
+    Lanes vector(int64_t d) const { return load(at + d); }
+    float number(int64_t d) const { return read(at + d); }
+  };
+  const T* first;
+  int64_t width;
+  Row operator[](int64_t j) const { return {first + j * width, width}; }
+  int64_t whole() const { return width / kLanes * kLanes; }
+};
+
+// Logits of `many` queries with `tokens` keys from key `j` on.
+template <int many, int tokens, typename Keys>
+void tile_of_logits(const float* queries, const Keys& keys, int j, int64_t width, float* logits) {
+  const int64_t whole = keys.whole();
+  Lanes sums[tokens][many] = {};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    Lanes query[many];
+#pragma GCC unroll 4
+    for (int g = 0; g < many; ++g) query[g] = load(queries + g * width + d);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) {
+      const auto key = keys[j + t];
+      key.fetch(d);
+      Lanes k = key.vector(d);
+#pragma GCC unroll 4
+      for (int g = 0; g < many; ++g) sums[t][g] += query[g] * k;
     }
   }
+#pragma GCC unroll 4
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+    for (int g = 0; g < many; ++g) {
+      float dot = sum(sums[t][g]);
+      for (int64_t d = whole; d < width; ++d) dot += queries[g * width + d] * keys[j + t].number(d);
+      if constexpr (Keys::kScaled) dot *= keys.numbers[j + t];
+      logits[g * kChunk + j + t] = dot;
+    }
 }
 
-// Weighted sums of `count` values, `vectors` vectors of their rows, for `many` queries.
-template <typename T, int many, int vectors>
-void add_values(const float* weights, const T* values, int count, int width, float* out) {
+// Logits of `many` queries with `count` keys; queries are floats, scaled already.
+template <int many, typename Keys>
+void multiply_keys(const float* queries, const Keys& keys, int count, int64_t width,
+                   float* logits) {
+  int j = 0;
+  for (; j + kTokens<many> <= count; j += kTokens<many>)
+    tile_of_logits<many, kTokens<many>>(queries, keys, j, width, logits);
+  for (; j < count; ++j) tile_of_logits<many, 1>(queries, keys, j, width, logits);
+}
+
+// Weighted sums of `count` values from number `d` on, `vectors` vectors of them.
+template <int many, int vectors, typename Values>
+void add_values(const float* weights, const Values& values, int count, int64_t d, int64_t width,
+                float* out) {
   Lanes sums[many][vectors] = {};
   for (int j = 0; j < count; ++j) {
-    const T* value = values + int64_t(j) * width;
+    const auto value = values[j];
     Lanes row[vectors];
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) {
-      __builtin_prefetch(value + kAhead * width + i * kLanes);
-      row[i] = load(value + i * kLanes);
+      value.fetch(d + i * kLanes);
+      row[i] = value.vector(d + i * kLanes);
     }
+#pragma GCC unroll 4
     for (int g = 0; g < many; ++g) {
       float weight = weights[g * kChunk + j];
+#pragma GCC unroll 4
       for (int i = 0; i < vectors; ++i) sums[g][i] += weight * row[i];
     }
   }
+#pragma GCC unroll 4
   for (int g = 0; g < many; ++g)
-    for (int i = 0; i < vectors; ++i) store(out + g * width + i * kLanes, sums[g][i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) store(out + g * width + d + i * kLanes, sums[g][i]);
 }
 
-template <typename T, int many>
-void multiply_values(const float* weights, const T* values, int count, int width, float* out) {
-  int d = 0;
-  for (; d + kVectors * kLanes <= width; d += kVectors * kLanes)
-    add_values<T, many, kVectors>(weights, values + d, count, width, out + d);
-  for (; d + kLanes <= width; d += kLanes)
-    add_values<T, many, 1>(weights, values + d, count, width, out + d);
+template <int many, typename Values>
+void multiply_values(const float* weights, const Values& values, int count, int64_t width,
+                     float* out) {
+  const int64_t whole = values.whole();
+  int64_t d = 0;
+  for (; d + kVectors * kLanes <= whole; d += kVectors * kLanes)
+    add_values<many, kVectors>(weights, values, count, d, width, out);
+  for (; d < whole; d += kLanes) add_values<many, 1>(weights, values, count, d, width, out);
   for (; d < width; ++d)
     for (int g = 0; g < many; ++g) {
       float total = 0.0f;
-      for (int j = 0; j < count; ++j)
-        total += weights[g * kChunk + j] * read(values + int64_t(j) * width + d);
+      for (int j = 0; j < count; ++j) total += weights[g * kChunk + j] * values[j].number(d);
       out[g * width + d] = total;
     }
 }
 
-template <typename K, typename V, int many>
-void chunk_of(const float* queries, const K* keys, const V* values, int count, int width,
-              int value_width, float softcap, float* weights, float* largest, float* total,
-              float* out) {
-  multiply_keys<K, many>(queries, keys, count, width, weights);
-  for (int g = 0; g < many; ++g) {
-    float* own = weights + g * kChunk;
-    if (softcap > 0.0f)
-      for (int j = 0; j < count; j += kLanes) store(own + j, softly_capped(load(own + j), softcap));
-    total[g] = exponentiate(own, count, largest + g);
-  }
-  multiply_values<V, many>(weights, values, count, value_width, out);
+// Calls `run` with the first of as many query heads as are worked off together, and their number.
+template <typename Run>
+void by_queries(int64_t group, Run run) {
+  for (int64_t g = 0; g < group; g += kQueries) switch (std::min<int64_t>(group - g, kQueries)) {
+      case 1: run(g, std::integral_constant<int, 1>{}); break;
+      case 2: run(g, std::integral_constant<int, 2>{}); break;
+      case 3: run(g, std::integral_constant<int, 3>{}); break;
+      default: run(g, std::integral_constant<int, kQueries>{});
+    }
 }
 
 struct Chunk {
   int64_t run;    // of batch * kv_heads
-  int64_t start;  // slot of the layer's storage, all sequences in one
+  int64_t start;  // row of the keys and values; of coded tokens the byte of their pool
+  int64_t slot;   // of `received`; like rows and bytes of all sequences in one
   int count;
+  bool coded;
 };
 
 // What all threads of a team share while they attend.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<int64_t> first;  // chunk of each run
-  std::vector<float> scratch;
+  std::vector<float> scratch;  // of every chunk
+  std::vector<float> queries;  // of coded keys
+  std::vector<float> spare;    // of every thread
 };
 
-}  // namespace
+struct Scratch;
 
-extern "C" {
+}  // namespace
 
 // The fields of structs.py's `Attend`, in its order. Strides are in elements, of the batch and of
 // the heads; rows are contiguous.
@@ -119,7 +168,7 @@ struct Attend {
   char* values;
   int64_t value_kind;
   int32_t* positions;
-  const int64_t* offsets;
+  const int64_t* offsets;  // null: run h of a sequence has `room` slots from h * room on
   int64_t* lengths;
   const int64_t* seen;
   float* state;  // may be null
@@ -129,16 +178,38 @@ struct Attend {
   char* out;        // of the values' type
   float* received;  // may be null
   int64_t batch, kv_heads, group, slots, width, value_width;
+  int64_t room;
+  int64_t before;  // slots of other tokens before these in `positions`, `state` and `received`
   double scaling, softcap;  // softcap 0: none
+
+  // What is done otherwise where other tokens are coded.
+  int64_t tokens(int64_t run) const;
+  void add_chunks(int64_t run, int64_t chunk, Plan& plan) const;
+  void reserve(int, Plan&) const {}
+  void prepare_queries(Plan&) const {}
+  void attend_to_chunk(const Plan& plan, const Chunk& chunk, const Scratch& own) const;
 };
 
-int64_t reasonalloc_bytes_of_attend() { return sizeof(Attend); }
-}
+extern "C" int64_t reasonalloc_bytes_of_attend() { return sizeof(Attend); }
 
 namespace {
 
 // Bytes of an element of a kind.
 inline int64_t bytes_of(int64_t kind) { return kind == 0 ? 4 : 2; }
+
+inline int64_t first_slot(const Attend& a, int64_t run) {
+  return a.offsets ? a.offsets[run] : run % a.kv_heads * a.room;
+}
+
+// Behind the last one that a run may have.
+inline int64_t last_slot(const Attend& a, int64_t run) {
+  return a.offsets ? a.slots : first_slot(a, run) + a.room;
+}
+
+// Where the slots of a sequence begin in `positions`, `state` and `received`.
+inline int64_t noted_slot(const Attend& a, int64_t b) {
+  return b * (a.before + a.slots) + a.before;
+}
 
 // Stores the new token of every run and notes its query. By all threads of a team.
 void store_token(const Attend& a, int* failed) {
@@ -147,24 +218,25 @@ void store_token(const Attend& a, int* failed) {
 #pragma omp for schedule(static)
   for (int64_t b = 0; b < a.batch; ++b) {
     for (int64_t h = 0; h < a.kv_heads; ++h) {
-      const int64_t run = b * a.kv_heads + h, slot = a.offsets[run] + a.lengths[run];
-      if (slot >= a.slots) {
+      const int64_t run = b * a.kv_heads + h, first = first_slot(a, run);
+      const int64_t slot = first + a.lengths[run];
+      if (slot >= last_slot(a, run)) {
         *failed = kFull;
         continue;
       }
-      if (a.offsets[run] < 0 || a.lengths[run] < 0 || a.seen[b] < 0) {
+      if (first < 0 || a.lengths[run] < 0 || a.seen[b] < 0) {
         *failed = kOutside;
         continue;
       }
-      const int64_t at = b * a.slots + slot;
+      const int64_t at = b * a.slots + slot, noted = noted_slot(a, b) + slot;
       std::memcpy(a.keys + at * a.width * key_bytes,
                   a.key + (b * a.key_strides[0] + h * a.key_strides[1]) * key_bytes,
                   size_t(a.width * key_bytes));
       std::memcpy(a.values + at * a.value_width * value_bytes,
                   a.value + (b * a.value_strides[0] + h * a.value_strides[1]) * value_bytes,
                   size_t(a.value_width * value_bytes));
-      a.positions[at] = int32_t(a.seen[b]);
-      for (int64_t c = 0; c < a.channels; ++c) a.state[at * a.channels + c] = 0.0f;
+      a.positions[noted] = int32_t(a.seen[b]);
+      for (int64_t c = 0; c < a.channels; ++c) a.state[noted * a.channels + c] = 0.0f;
       ++a.lengths[run];
     }
     if (!a.ring || a.seen[b] < 0) continue;
@@ -176,98 +248,123 @@ void store_token(const Attend& a, int* failed) {
   }
 }
 
-// Divides the runs into chunks; all of them must lie within the storage.
-void make_plan(const Attend& a, int threads, Plan& plan) {
+// What a chunk leaves behind, of every query head of its group; the queries lie there as well.
+struct Scratch {
+  float *weights, *largest, *total, *sums, *queries;
+
+  Scratch(const Attend& a, float* at)
+      : weights(at),
+        largest(weights + a.group * kChunk),
+        total(largest + a.group),
+        sums(total + a.group),
+        queries(sums + a.group * a.value_width) {}
+
+  static int64_t numbers(const Attend& a) {
+    return a.group * (kChunk + 2 + a.value_width + a.width);
+  }
+};
+
+// Divides the runs into chunks.
+template <typename Arguments>
+void make_plan(const Arguments& a, int threads, Plan& plan) {
   const int64_t runs = a.batch * a.kv_heads;
   plan.chunks.clear();
   plan.first.clear();
   int64_t tokens = 0;
-  for (int64_t run = 0; run < runs; ++run) {
-    const int64_t offset = a.offsets[run], length = a.lengths[run];
-    if (offset < 0 || length < 0 || offset > a.slots - length) throw Outside();
-    tokens += length;
-  }
+  for (int64_t run = 0; run < runs; ++run) tokens += a.tokens(run);
   const int64_t fair = tokens / (int64_t(threads) * kTurns) / kLanes * kLanes;
   const int64_t chunk = std::clamp<int64_t>(fair, kLeast, kChunk);
   for (int64_t run = 0; run < runs; ++run) {
     plan.first.push_back(int64_t(plan.chunks.size()));
-    const int64_t start = run / a.kv_heads * a.slots + a.offsets[run];
-    for (int64_t done = 0; done < a.lengths[run]; done += chunk)
-      plan.chunks.push_back({run, start + done, int(std::min(chunk, a.lengths[run] - done))});
+    a.add_chunks(run, chunk, plan);
   }
   plan.first.push_back(int64_t(plan.chunks.size()));
-  // Of a chunk: weights, largest logits, sums of weights, weighted sums of values, the queries.
-  const int64_t per_chunk = a.group * (kChunk + 2 + a.value_width + a.width);
-  plan.scratch.resize(plan.chunks.size() * size_t(per_chunk));
-  if (a.received) std::memset(a.received, 0, size_t(a.batch * a.slots) * 4);
+  plan.scratch.resize(plan.chunks.size() * size_t(Scratch::numbers(a)));
+  a.reserve(threads, plan);
+  if (a.received) std::memset(a.received, 0, size_t(a.batch * (a.before + a.slots)) * 4);
 }
 
-template <typename K, typename V>
-void attend_to_chunk(const Attend& a, const Chunk& own, float* scratch) {
-  float* weights = scratch;
-  float* largest = weights + a.group * kChunk;
-  float* total = largest + a.group;
-  float* sums = total + a.group;
-  float* queries = sums + a.group * a.value_width;
-  const int64_t b = own.run / a.kv_heads, head = own.run % a.kv_heads * a.group;
+// The queries of a run as floats, scaled.
+void scale_queries(const Attend& a, int64_t run, float* out) {
+  const int64_t b = run / a.kv_heads, head = run % a.kv_heads * a.group;
   by_kind(int(a.query_kind), [&](auto zero) {
     using Q = decltype(zero);
     for (int64_t g = 0; g < a.group; ++g) {
       const Q* query = reinterpret_cast<const Q*>(a.query) + b * a.query_strides[0] +
                        (head + g) * a.query_strides[1];
       for (int64_t d = 0; d < a.width; ++d)
-        queries[g * a.width + d] = read(query + d) * float(a.scaling);
+        out[g * a.width + d] = read(query + d) * float(a.scaling);
     }
   });
-  const K* keys = reinterpret_cast<const K*>(a.keys) + own.start * a.width;
-  const V* values = reinterpret_cast<const V*>(a.values) + own.start * a.value_width;
-  for (int64_t g = 0; g < a.group; g += kQueries) {
-    auto* work = a.group - g >= 4   ? chunk_of<K, V, 4>
-                 : a.group - g == 3 ? chunk_of<K, V, 3>
-                 : a.group - g == 2 ? chunk_of<K, V, 2>
-                                    : chunk_of<K, V, 1>;
-    work(queries + g * a.width, keys, values, own.count, int(a.width), int(a.value_width),
-         float(a.softcap), weights + g * kChunk, largest + g, total + g, sums + g * a.value_width);
+}
+
+template <typename Keys>
+void multiply_all_keys(const Attend& a, const float* queries, const Keys& keys, int count,
+                       float* logits) {
+  by_queries(a.group, [&](int64_t g, auto many) {
+    multiply_keys<many.value>(queries + g * a.width, keys, count, a.width, logits + g * kChunk);
+  });
+}
+
+template <typename Values>
+void multiply_all_values(const Attend& a, const float* weights, const Values& values, int count,
+                         float* out) {
+  by_queries(a.group, [&](int64_t g, auto many) {
+    multiply_values<many.value>(weights + g * kChunk, values, count, a.value_width,
+                                out + g * a.value_width);
+  });
+}
+
+// Logits into weights.
+void weigh(const Attend& a, int count, const Scratch& own) {
+  const float softcap = float(a.softcap);
+  for (int64_t g = 0; g < a.group; ++g) {
+    float* weights = own.weights + g * kChunk;
+    if (softcap > 0.0f)
+      for (int j = 0; j < count; j += kLanes)
+        store(weights + j, softly_capped(load(weights + j), softcap));
+    own.total[g] = exponentiate(weights, count, own.largest + g);
   }
 }
 
 // Puts the chunks of a run together.
 template <typename V>
 void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch) {
-  const int64_t per_chunk = a.group * (kChunk + 2 + a.value_width + a.width);
+  const int64_t per_chunk = Scratch::numbers(a);
   const int64_t begin = plan.first[run], end = plan.first[run + 1];
   for (int64_t g = 0; g < a.group; ++g) {
-    V* own = reinterpret_cast<V*>(a.out) + (run * a.group + g) * a.value_width;
+    V* out = reinterpret_cast<V*>(a.out) + (run * a.group + g) * a.value_width;
     float top = kLowest;
     for (int64_t c = begin; c < end; ++c)
-      top = std::max(top, scratch[c * per_chunk + a.group * kChunk + g]);
+      top = std::max(top, Scratch(a, scratch + c * per_chunk).largest[g]);
     float total = 0.0f;
     for (int64_t c = begin; c < end; ++c) {
-      float* largest = scratch + c * per_chunk + a.group * kChunk;
-      largest[g] = std::exp(largest[g] - top);
-      total += largest[g] * largest[a.group + g];
+      const Scratch own(a, scratch + c * per_chunk);
+      own.largest[g] = std::exp(own.largest[g] - top);
+      total += own.largest[g] * own.total[g];
     }
     const float share = begin < end ? 1.0f / total : 0.0f;  // empty: zeros
     for (int64_t d = 0; d < a.value_width; ++d) {
       float x = 0.0f;
       for (int64_t c = begin; c < end; ++c) {
-        const float* largest = scratch + c * per_chunk + a.group * kChunk;
-        x += largest[g] * largest[2 * a.group + g * a.value_width + d];
+        const Scratch own(a, scratch + c * per_chunk);
+        x += own.largest[g] * own.sums[g * a.value_width + d];
       }
-      write(own + d, x * share);
+      write(out + d, x * share);
     }
     if (!a.received) continue;
     for (int64_t c = begin; c < end; ++c) {
-      const float* weights = scratch + c * per_chunk;
-      const float factor = weights[a.group * kChunk + g] * share;
+      const Scratch own(a, scratch + c * per_chunk);
+      const float factor = own.largest[g] * share;
       for (int j = 0; j < plan.chunks[c].count; ++j)
-        a.received[plan.chunks[c].start + j] += weights[g * kChunk + j] * factor;
+        a.received[plan.chunks[c].slot + j] += own.weights[g * kChunk + j] * factor;
     }
   }
 }
 
 // All of it, by all threads of a team, who share `plan` and `failed`.
-void attend(const Attend& a, Plan& plan, int* failed) {
+template <typename Arguments>
+void attend(const Arguments& a, Plan& plan, int* failed) {
   if (a.key) store_token(a, failed);
 #pragma omp single
   {
@@ -280,31 +377,60 @@ void attend(const Attend& a, Plan& plan, int* failed) {
     }
   }
   if (*failed != kDone) return;
+  a.prepare_queries(plan);
   const int64_t chunks = int64_t(plan.chunks.size()), runs = a.batch * a.kv_heads;
-  const int64_t per_chunk = a.group * (kChunk + 2 + a.value_width + a.width);
   float* scratch = plan.scratch.data();
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t c = 0; c < chunks; ++c) {
-    by_kind(int(a.key_kind), [&](auto key_zero) {  // under autocast keys and values differ in type
-      by_kind(int(a.value_kind), [&](auto value_zero) {
-        attend_to_chunk<decltype(key_zero), decltype(value_zero)>(a, plan.chunks[c],
-                                                                  scratch + c * per_chunk);
-      });
-    });
-  }
+  for (int64_t c = 0; c < chunks; ++c)
+    a.attend_to_chunk(plan, plan.chunks[c], Scratch(a, scratch + c * Scratch::numbers(a)));
 #pragma omp for schedule(static)
   for (int64_t run = 0; run < runs; ++run)
     by_kind(int(a.value_kind),
             [&](auto zero) { join_chunks<decltype(zero)>(a, plan, run, scratch); });
 }
 
-}  // namespace
-
-extern "C" int reasonalloc_attend(const Attend* arguments, int threads) {
+// All of it by a team of its own; returns a `Failure`.
+template <typename Arguments>
+int attend_alone(const Arguments& arguments, int threads) {
   static thread_local Plan plan;  // the memory stays for the next call of this thread
   Plan& own = plan;
   int failed = kDone;
 #pragma omp parallel num_threads(threads)
-  attend(*arguments, own, &failed);
+  attend(arguments, own, &failed);
   return failed;
+}
+
+}  // namespace
+
+// All of a run's tokens must lie within the storage.
+inline int64_t Attend::tokens(int64_t run) const {
+  const int64_t first = first_slot(*this, run), length = lengths[run];
+  if (first < 0 || length < 0 || first > last_slot(*this, run) - length) throw Outside();
+  return length;
+}
+
+inline void Attend::add_chunks(int64_t run, int64_t chunk, Plan& plan) const {
+  const int64_t b = run / kv_heads, first = first_slot(*this, run);
+  for (int64_t done = 0; done < lengths[run]; done += chunk)
+    plan.chunks.push_back({run, b * slots + first + done, noted_slot(*this, b) + first + done,
+                           int(std::min(chunk, lengths[run] - done)), false});
+}
+
+inline void Attend::attend_to_chunk(const Plan&, const Chunk& chunk, const Scratch& own) const {
+  scale_queries(*this, chunk.run, own.queries);
+  by_kind(int(key_kind), [&](auto zero) {  // under autocast keys and values differ in type
+    using K = decltype(zero);
+    const K* first = reinterpret_cast<const K*>(keys) + chunk.start * width;
+    multiply_all_keys(*this, own.queries, Plain<K>{first, width}, chunk.count, own.weights);
+  });
+  weigh(*this, chunk.count, own);
+  by_kind(int(value_kind), [&](auto zero) {
+    using V = decltype(zero);
+    const V* first = reinterpret_cast<const V*>(values) + chunk.start * value_width;
+    multiply_all_values(*this, own.weights, Plain<V>{first, value_width}, chunk.count, own.sums);
+  });
+}
+
+extern "C" int reasonalloc_attend(const Attend* arguments, int threads) {
+  return attend_alone(*arguments, threads);
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,36 +98,50 @@ def arguments_of(
     Raises:
         RuntimeError: one of them is not so.
     """
+    arguments = Attend()
+    arguments.offsets = address("offsets", offsets, torch.int64, (query.shape[0], lengths.shape[1]))
+    fill(arguments, query, keys, values, lengths, scaling, softcap, new, out, received)
+    return arguments
+
+
+def fill(
+    arguments: Attend,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    softcap: float,
+    new: NewToken | None,
+    out: Tensor,
+    received: Tensor | None,
+) -> None:
+    """Fill in all but ``offsets``, see ``arguments_of``; ``before`` is there already.
+
+    Raises:
+        RuntimeError: a tensor is not what C++ takes it for.
+    """
     batch, heads, _, width = query.shape
     slots, value_width, kv_heads = keys.shape[1], values.shape[2], lengths.shape[1]
     if heads % kv_heads:
         raise RuntimeError(f"{heads} query heads cannot be divided among {kv_heads} KV heads")
-    at = partial(address, dtype=torch.int64, shape=(batch, kv_heads))
-    arguments = Attend(
-        query=address("query", query, None, (batch, heads, 1, width), rows=True),
-        query_kind=FLOATS[query.dtype],
-        query_strides=_TWO(*query.stride()[:2]),
-        keys=address("keys", keys, None, (batch, slots, width)),
-        key_kind=FLOATS[keys.dtype],
-        values=address("values", values, None, (batch, slots, value_width)),
-        value_kind=FLOATS[values.dtype],
-        offsets=at("offsets", offsets),
-        lengths=at("lengths", lengths),
-        out=address("out", out, values.dtype, (batch, heads, 1, value_width)),
-        batch=batch,
-        kv_heads=kv_heads,
-        group=heads // kv_heads,
-        slots=slots,
-        width=width,
-        value_width=value_width,
-        scaling=scaling,
-        softcap=softcap,
-    )
+    arguments.query = address("query", query, None, (batch, heads, 1, width), rows=True)
+    arguments.query_kind = FLOATS[query.dtype]
+    arguments.query_strides = _TWO(*query.stride()[:2])
+    arguments.keys = address("keys", keys, None, (batch, slots, width))
+    arguments.key_kind = FLOATS[keys.dtype]
+    arguments.values = address("values", values, None, (batch, slots, value_width))
+    arguments.value_kind = FLOATS[values.dtype]
+    arguments.lengths = address("lengths", lengths, torch.int64, (batch, kv_heads))
+    arguments.out = address("out", out, values.dtype, (batch, heads, 1, value_width))
+    arguments.batch, arguments.kv_heads, arguments.group = batch, kv_heads, heads // kv_heads
+    arguments.slots, arguments.width, arguments.value_width = slots, width, value_width
+    arguments.scaling, arguments.softcap = scaling, softcap
     if received is not None:
-        arguments.received = address("received", received, torch.float32, (batch, slots))
+        of_received = batch, arguments.before + slots
+        arguments.received = address("received", received, torch.float32, of_received)
     if new is not None:
         _add_token(arguments, new, query, keys, values)
-    return arguments
 
 
 def _add_token(
@@ -136,17 +149,17 @@ def _add_token(
 ) -> None:
     """What is stored first; the other arguments are there already."""
     batch, slots, width = keys.shape
-    token = batch, arguments.kv_heads, 1
+    token, noted = (batch, arguments.kv_heads, 1), (batch, arguments.before + slots)
     arguments.key = address("key", new.key, keys.dtype, (*token, width), rows=True)
     arguments.key_strides = _TWO(*new.key.stride()[:2])
     of_value = (*token, values.shape[2])
     arguments.value = address("value", new.value, values.dtype, of_value, rows=True)
     arguments.value_strides = _TWO(*new.value.stride()[:2])
-    arguments.positions = address("positions", new.positions, torch.int32, (batch, slots))
+    arguments.positions = address("positions", new.positions, torch.int32, noted)
     arguments.seen = address("seen", new.seen, torch.int64, (batch,))
     if new.state is not None:
         arguments.channels = new.state.shape[-1]
-        of_state = batch, slots, arguments.channels
+        of_state = (*noted, arguments.channels)
         arguments.state = address("state", new.state, torch.float32, of_state)
     if new.ring is not None:
         arguments.window = new.ring.shape[1]
@@ -164,9 +177,9 @@ def _ragged(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Te
     """Either operator; what is stored in between is a ``NewToken``."""
     out, received = _results(query, keys, values, *rest)
     offsets, lengths, scaling, softcap, *token, need_weights = rest
-    query, offsets, new = _with_rows(query), offsets.contiguous(), None
+    query, offsets, new = with_rows(query), offsets.contiguous(), None
     if token:
-        new = NewToken(_with_rows(token[0]), _with_rows(token[1]), *token[2:])
+        new = NewToken(with_rows(token[0]), with_rows(token[1]), *token[2:])
     weights = received if need_weights else None
     arguments = arguments_of(
         query, keys, values, offsets, lengths, scaling, softcap, new, out, weights
@@ -177,7 +190,7 @@ def _ragged(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Te
     return out, received
 
 
-def _with_rows(tensor: Tensor) -> Tensor:
+def with_rows(tensor: Tensor) -> Tensor:
     """The same with a contiguous last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

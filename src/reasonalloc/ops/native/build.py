@@ -12,23 +12,29 @@ from typing import Any
 import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.ops.native.structs import FLOATS, Attend, check_size
+from reasonalloc.ops.native.structs import FLOATS, Attend, AttendCoded, Format, check_size
 
-_SOURCES = ("lanes.h", "attention.cpp", "rkv.cpp", "rows.cpp", "budgets.cpp")
+_ATTENTION = ("lanes.h", "attention.cpp", "coded.cpp")
+_SOURCES = (*_ATTENTION, "rkv.cpp", "rows.cpp", "budgets.cpp")
 _FLAGS: tuple[str, ...] = ("-ffp-contract=fast",)  # besides those of Inductor
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F, _D = ctypes.c_float, ctypes.c_double
 #: Arguments and result of a function in C++.
 Signature = tuple[list[Any], Any]
+#: Bytes of the structures that attention reads.
+SIZES: dict[str, Signature] = {
+    f"bytes_of_{name}": ([], _I) for name in ("attend", "attend_coded", "format")
+}
 _FUNCTIONS: dict[str, Signature] = {
     "attend": ([_P, _N], _N),
+    "attend_coded": ([_P, _N], _N),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
     "pooled_counts": ([_P] * 3 + [_I, _N] + [_I] * 3 + [_P, _N], _N),
     "select": ([_P] * 3 + [_I, _D, _P] + [_I] * 2 + [_P, _N], _N),
     "knows": ([_N], _N),
-    "bytes_of_attend": ([], _I),
+    **SIZES,
 }
 _OWN_INCLUDE = re.compile(r'^#(include "[^"]+"|pragma once)$', re.MULTILINE)
 
@@ -91,8 +97,19 @@ def _compiler_message(error: Exception) -> str:
 def library() -> Any:
     """Return the functions of this folder, see ``require``; PyTorch keeps them on disk."""
     functions = compiled([Path(__file__).with_name(name) for name in _SOURCES], _FUNCTIONS)
-    check_size(functions, "attend", Attend)
+    check_attention(functions)
     return functions
+
+
+def check_attention(functions: Any) -> None:
+    """Make sure that attention in C++ reads the structures of ``structs``.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    check_size(functions, "attend", Attend)
+    check_size(functions, "attend_coded", AttendCoded)
+    check_size(functions, "format", Format)
 
 
 def compiled(sources: Sequence[Path], functions: Mapping[str, Signature]) -> Any:
@@ -114,4 +131,4 @@ def compiled(sources: Sequence[Path], functions: Mapping[str, Signature]) -> Any
 
 def attention_sources() -> list[Path]:
     """Return the files that attention needs, for who compiles more behind them."""
-    return [Path(__file__).with_name(name) for name in ("lanes.h", "attention.cpp")]
+    return [Path(__file__).with_name(name) for name in _ATTENTION]

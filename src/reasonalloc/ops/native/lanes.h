@@ -36,12 +36,12 @@ constexpr int kRegisters = 16;
 constexpr int kRegisters = 32;
 #endif
 
-// may_alias, aligned as its elements are: loads and stores at any address.
+// may_alias and not aligned: loads and stores at any address.
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
 
 // Vectors of other widths.
 template <int lanes>
@@ -81,7 +81,7 @@ inline void write(BFloat16* at, float value) {
 
 #ifdef __FLT16_MANT_DIG__
 #define REASONALLOC_HALF 1
-typedef _Float16 Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef _Float16 Halves __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
 inline Lanes load(const _Float16* at) {
 #if defined(__AVX512F__)
   return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from reasonalloc.ops.interface import Operations, Scorer, Storage
-from reasonalloc.ops.native import rkv
+from reasonalloc.ops.interface import CodedRuns, Operations, Scorer, Storage
+from reasonalloc.ops.native import coded, rkv
 from reasonalloc.ops.native.attention import NewToken, step
 from reasonalloc.ops.native.budgets import pooled_counts, robustify, select
 from reasonalloc.ops.native.rows import move_rows
@@ -74,6 +74,24 @@ class NativeOperations(Operations):
             return None
         new = NewToken(key, value, runs.positions, seen, runs.state, ring)
         return step(query, runs, new, scaling, softcap, need_weights)
+
+    def step_coded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor,
+        runs: CodedRuns,
+        ring: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """See ``Operations.step_coded``; under autocast as ``step``."""
+        if ring is not None and ring.dtype != query.dtype:
+            return None
+        new = NewToken(key, value, runs.positions, seen, runs.state, ring)
+        return coded.step(query, runs, new, scaling, softcap, need_weights)
 
 
 NATIVE = NativeOperations()

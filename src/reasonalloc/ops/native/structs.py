@@ -38,8 +38,36 @@ class Attend(ctypes.Structure):
         ("out", _P),
         ("received", _P),
         *((name, _I) for name in ("batch", "kv_heads", "group", "slots", "width", "value_width")),
+        ("room", _I),
+        ("before", _I),
         ("scaling", ctypes.c_double),
         ("softcap", ctypes.c_double),
+    )
+
+
+class Format(ctypes.Structure):
+    """How a token of one head lies in its bytes; see ``codes.RowFormat``."""
+
+    _fields_ = (
+        ("key_code", _I),
+        ("value_code", _I),
+        ("width", _I),
+        ("value_at", _I),
+        ("key_numbers_at", _I),
+        ("value_numbers_at", _I),
+    )
+
+
+class AttendCoded(Attend):
+    """The same where all but the newest tokens are coded: ``Attend`` is of the tails."""
+
+    _fields_ = (
+        ("pool", _P),
+        ("pool_bytes", _I),
+        ("formats", _P),
+        ("starts", _P),
+        ("run_offsets", _P),
+        ("run_lengths", _P),
     )
 
 

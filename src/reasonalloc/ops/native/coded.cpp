@@ -1,0 +1,309 @@
+// Attention where all but the newest tokens are coded, on a CPU; see coded.py, and ops/codes.py for
+// how the bytes of a token lie.
+//
+// The tail of a head is a run as in attention.cpp. Its coded tokens are chunks as well, whose codes
+// become floats in registers. Of int8 and fp8 the products with raw codes are scaled, once per
+// token: after the keys, and before the values as part of the weights.
+
+#include "attention.cpp"
+
+namespace {
+
+constexpr int kGroup = 32;  // numbers that share a scale and an offset in int4
+
+// In the order of codes.py's KINDS.
+enum Code { kAuto = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3, kInt4Rotated = 4 };
+
+// As many bytes as a vector has lanes, with their signs.
+inline Ints bytes_at(const char* at) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(at), Ints);
+#endif
+}
+
+// The number of 16 bits of half precision. No float on the way is denormal.
+inline float from_half(uint16_t bits) {
+  const uint32_t exponent = bits >> 10 & 31, sign = uint32_t(bits & 0x8000) << 16;
+  if (exponent == 0) {
+    const float small = float(bits & 0x3ff) * 0x1p-24f;
+    return sign ? -small : small;
+  }
+  const uint32_t word =
+      sign | (exponent == 31 ? 255u : exponent + 112) << 23 | (bits & 0x3ffu) << 13;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+inline float half_at(const char* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+#ifdef REASONALLOC_HALF
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return float(half);
+#else
+  return from_half(bits);
+#endif
+}
+
+struct Int8 {
+  static Lanes vector(const char* at) { return __builtin_convertvector(bytes_at(at), Lanes); }
+  static float number(const char* at) { return float(*reinterpret_cast<const int8_t*>(at)); }
+};
+
+// e4m3. What is smaller than its smallest normal number, 2^-6, has the exponent 0 and is made from
+// the normal number with the same mantissa, as floats would be denormal on the way.
+struct Fp8 {
+  static Lanes vector(const char* at) {
+    const Ints wide = bytes_at(at);
+    const Ints bits = (wide << 20 & int32_t(0x87f00000)) + (120 << 23);
+    const Lanes normal = (Lanes)bits;
+    const Ints sign = bits & int32_t(0x80000000);
+    const Lanes least = (Lanes)(sign | 0x3c800000);  // 2^-6
+    return (wide & 0x78) == 0 ? normal + normal - least : normal;
+  }
+  static float number(const char* at) {
+    const uint8_t code = uint8_t(*at);
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float size =
+        exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : float(mantissa) * 0x1p-9f;
+    return code & 0x80 ? -size : size;
+  }
+};
+
+// Coded rows lie `stride` bytes apart.
+template <typename Format>
+struct Scaled {
+  static constexpr bool kScaled = true;
+  struct Row {
+    const char* at;
+    void fetch(int64_t) const {}
+    Lanes vector(int64_t d) const { return Format::vector(at + d); }
+    float number(int64_t d) const { return Format::number(at + d); }
+  };
+  const char* first;
+  int64_t stride, width;
+  const float* numbers;
+  Row operator[](int64_t j) const { return {first + j * stride}; }
+  int64_t whole() const { return width / kLanes * kLanes; }
+};
+
+struct Int4 {
+  static constexpr bool kScaled = false;
+  struct Row {
+    const char* at;
+    const float* numbers;
+    int64_t width;
+    void fetch(int64_t) const {}
+    Lanes vector(int64_t d) const {
+      const int64_t group = d / kGroup, in_group = d % kGroup;
+      const int64_t half = std::min<int64_t>(kGroup, width - group * kGroup) / 2;
+      const bool high = in_group >= half;
+      const char* place = at + (group * kGroup / 2 + in_group - (high ? half : 0));
+      const Ints codes = bytes_at(place) >> (high ? 4 : 0) & 15;
+      return __builtin_convertvector(codes, Lanes) * numbers[2 * group] + numbers[2 * group + 1];
+    }
+    float number(int64_t d) const {
+      const int64_t group = d / kGroup, in_group = d % kGroup;
+      const int64_t half = std::min<int64_t>(kGroup, width - group * kGroup) / 2;
+      const bool high = in_group >= half;
+      const uint8_t byte = uint8_t(at[group * kGroup / 2 + in_group - (high ? half : 0)]);
+      return float(high ? byte >> 4 : byte & 15) * numbers[2 * group] + numbers[2 * group + 1];
+    }
+  };
+  const char* first;
+  int64_t stride, width;
+  const float* numbers;
+  Row operator[](int64_t j) const {
+    const int64_t groups = (width + kGroup - 1) / kGroup;
+    return {first + j * stride, numbers + j * 2 * groups, width};
+  }
+  // A vector lies in one half of a group.
+  int64_t whole() const {
+    const int64_t last = width % kGroup;
+    return last / 2 % kLanes ? width - last : width;
+  }
+};
+
+// Numbers of an element type, at any address.
+template <typename T>
+struct Uncoded {
+  static constexpr bool kScaled = false;
+  struct Row {
+    const char* at;
+    void fetch(int64_t) const {}
+    Lanes vector(int64_t d) const { return load(reinterpret_cast<const T*>(at) + d); }
+    float number(int64_t d) const {
+      T own;
+      std::memcpy(&own, at + d * int64_t(sizeof own), sizeof own);
+      return read(&own);
+    }
+  };
+  const char* first;
+  int64_t stride, width;
+  Row operator[](int64_t j) const { return {first + j * stride}; }
+  int64_t whole() const { return width / kLanes * kLanes; }
+};
+
+// How many numbers scale a vector.
+inline int64_t numbers_of(int64_t code, int64_t width) {
+  if (code == kAuto) return 0;
+  return code == kInt4 || code == kInt4Rotated ? 2 * ((width + kGroup - 1) / kGroup) : 1;
+}
+
+// Coded vectors of a chunk: their first code, their first number, the bytes from row to row.
+struct Coded {
+  int64_t code, kind;  // `kind` of what is not coded
+  const char *codes, *numbers;
+  int64_t stride, width;
+  int count;
+
+  // Calls `run` with the rows; the numbers that scale them are laid out as floats before.
+  template <typename Run>
+  void decoded(float* floats, Run run) const {
+    const int64_t each = numbers_of(code, width);
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t i = 0; i < each; ++i)
+        floats[j * each + i] = half_at(numbers + j * stride + 2 * i);
+    switch (code) {
+      case kInt8: return run(Scaled<Int8>{codes, stride, width, floats});
+      case kFp8: return run(Scaled<Fp8>{codes, stride, width, floats});
+      case kAuto:
+        by_kind(int(kind), [&](auto zero) { run(Uncoded<decltype(zero)>{codes, stride, width}); });
+        return;
+      default: return run(Int4{codes, stride, width, floats});
+    }
+  }
+};
+
+// Replaces numbers by their product with a Hadamard matrix of the largest power of two that divides
+// `width`, block by block.
+void rotate(float* x, int64_t width) {
+  const int64_t size = width & -width;
+  for (int64_t half = 1; half < size; half *= 2)
+    for (int64_t block = 0; block < width; block += 2 * half)
+      for (int64_t i = block; i < block + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+  const float factor = 1.0f / std::sqrt(float(size));
+  for (int64_t i = 0; i < width; ++i) x[i] *= factor;
+}
+
+}  // namespace
+
+// The fields of structs.py's `Format`, in its order: codes of keys and values, bytes of a row, and
+// where in it the codes of the value and the numbers of both begin.
+struct Format {
+  int64_t key_code, value_code, width, value_at, key_numbers_at, value_numbers_at;
+};
+
+// The fields of structs.py's `AttendCoded`: what is not coded, and then the coded runs.
+struct AttendCoded : Attend {
+  const char* pool;
+  int64_t pool_bytes;  // of a sequence
+  const Format* formats;  // of every head
+  const int64_t *starts, *run_offsets, *run_lengths;
+
+  int64_t tokens(int64_t run) const;
+  void add_chunks(int64_t run, int64_t chunk, Plan& plan) const;
+  void reserve(int threads, Plan& plan) const;
+  void prepare_queries(Plan& plan) const;
+  void attend_to_chunk(const Plan& plan, const Chunk& chunk, const Scratch& own) const;
+
+ private:
+  const Format& format_of(int64_t run) const { return formats[run % kv_heads]; }
+  int64_t spare_floats() const;
+};
+
+extern "C" int64_t reasonalloc_bytes_of_attend_coded() { return sizeof(AttendCoded); }
+extern "C" int64_t reasonalloc_bytes_of_format() { return sizeof(Format); }
+
+// All of a run's tokens must lie within the storage, coded or not.
+inline int64_t AttendCoded::tokens(int64_t run) const {
+  const int64_t start = starts[run], offset = run_offsets[run], length = run_lengths[run];
+  if (start < 0 || offset < 0 || length < 0 || start > pool_bytes || offset > before - length ||
+      length > (pool_bytes - start) / format_of(run).width)
+    throw Outside();
+  return length + Attend::tokens(run);
+}
+
+inline void AttendCoded::add_chunks(int64_t run, int64_t chunk, Plan& plan) const {
+  const int64_t b = run / kv_heads, width = format_of(run).width;
+  const int64_t start = b * pool_bytes + starts[run];
+  const int64_t slot = b * (before + slots) + run_offsets[run];
+  for (int64_t done = 0; done < run_lengths[run]; done += chunk)
+    plan.chunks.push_back({run, start + done * width, slot + done,
+                           int(std::min(chunk, run_lengths[run] - done)), true});
+  Attend::add_chunks(run, chunk, plan);
+}
+
+// Of a thread: the numbers of a chunk, and the weights of its values, scaled.
+inline int64_t AttendCoded::spare_floats() const {
+  int64_t most = 1;
+  for (int64_t h = 0; h < kv_heads; ++h)
+    most = std::max({most, numbers_of(formats[h].key_code, width),
+                     numbers_of(formats[h].value_code, value_width)});
+  return kChunk * (most + group);
+}
+
+inline void AttendCoded::reserve(int threads, Plan& plan) const {
+  plan.queries.resize(size_t(batch * kv_heads * group * width));
+  plan.spare.resize(size_t(threads * spare_floats()));
+}
+
+// Of every run once, however many chunks it has.
+inline void AttendCoded::prepare_queries(Plan& plan) const {
+#pragma omp for schedule(static)
+  for (int64_t run = 0; run < batch * kv_heads; ++run) {
+    float* queries = plan.queries.data() + run * group * width;
+    scale_queries(*this, run, queries);
+    if (format_of(run).key_code == kInt4Rotated)
+      for (int64_t g = 0; g < group; ++g) rotate(queries + g * width, width);
+  }
+}
+
+inline void AttendCoded::attend_to_chunk(const Plan& plan, const Chunk& chunk,
+                                         const Scratch& own) const {
+  if (!chunk.coded) return Attend::attend_to_chunk(plan, chunk, own);
+  const Format& format = format_of(chunk.run);
+  const char* rows = pool + chunk.start;
+  const int count = chunk.count;
+  float* spare = const_cast<float*>(plan.spare.data()) + omp_get_thread_num() * spare_floats();
+  float *scaled = spare, *numbers = spare + group * kChunk;
+  const Coded coded_keys = {format.key_code, key_kind,      rows, rows + format.key_numbers_at,
+                            format.width,    Attend::width, count};
+  coded_keys.decoded(numbers, [&](auto decoded) {
+    multiply_all_keys(*this, plan.queries.data() + chunk.run * group * width, decoded, count,
+                      own.weights);
+  });
+  weigh(*this, count, own);
+  const Coded coded_values = {format.value_code,
+                              value_kind,
+                              rows + format.value_at,
+                              rows + format.value_numbers_at,
+                              format.width,
+                              value_width,
+                              count};
+  coded_values.decoded(numbers, [&](auto decoded) {
+    const float* weights = own.weights;
+    if constexpr (decltype(decoded)::kScaled) {
+      for (int64_t g = 0; g < group; ++g)
+        for (int64_t j = g * kChunk; j < g * kChunk + count; ++j)
+          scaled[j] = own.weights[j] * numbers[j - g * kChunk];
+      weights = scaled;
+    }
+    multiply_all_values(*this, weights, decoded, count, own.sums);
+  });
+}
+
+extern "C" int reasonalloc_attend_coded(const AttendCoded* arguments, int threads) {
+  return attend_alone(*arguments, threads);
+}
