@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reasonalloc.attention.kernels import decode
+from reasonalloc.attention.kernels import coded, decode
+from reasonalloc.ops.codes import row_format
 
-INTEGERS = ("kv_heads", "uniform_run", "uniform_length", "slots")
+INTEGERS = ("kv_heads", "uniform_run", "uniform_length", "slots", "count", "pool_bytes")
+INTEGERS += ("coded_slots", "room", "run_blocks")
 FLOATS = ("scaling", "softcap")
 BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received"), "*fp32")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on sm_86 and sm_89
@@ -30,7 +33,41 @@ def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warp
             raise SystemExit(f"{kernel.__name__} on sm_{arch}: {built.metadata}")
 
 
+def build_coded(name: str, kv_dtype: str, dim: int) -> None:
+    """The kernels of coded runs; ``name`` of triton's element types."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    form = row_format(kv_dtype, dim, dim, dtype)
+    types = dict.fromkeys(("query", "tail_keys", "tail_values"), "*" + name) | BUFFERS
+    types |= dict.fromkeys(("starts", "offsets", "lengths", "tail_lengths"), "*i64")
+    types |= {"pool": "*u8", "halves": "*i16", "heads": "*i32"}
+    types["turned"] = "*fp32" if form.key.kind == "int4h" else "*" + name
+    pad = coded._padded(dim)
+    shared = {
+        "GROUP": 4,
+        "GROUP_PAD": 16,
+        "DIM": dim,
+        "DIM_PAD": pad,
+        "BLOCK": decode._block(dim, 4),
+        "SOFTCAP": dim == 80,
+        "PRECISION": "ieee" if name == "fp32" else "tf32",
+        "WIDTH": form.width,
+        "ALIGN": form.width & -form.width,
+        "KEY": coded._kind(form.key.kind),
+        "KEY_NUMBERS_AT": form.key_numbers_at,
+    }
+    values = {"VDIM": dim, "VDIM_PAD": pad, "SPLITS": 4, "TAIL_SPLITS": 2}
+    values |= {"VALUE": coded._kind(form.value.kind), "VALUE_AT": form.value_at}
+    values["VALUE_NUMBERS_AT"] = form.value_numbers_at
+    build(coded._split_kernel, types, shared | values, 4)
+    build(coded._received_kernel, types, shared, 4)
+
+
 def main() -> None:
+    for kv_dtype in ("int8:int4", "int4h:int8", "fp8", "auto"):
+        for dim in (80, 256):
+            build_coded("bf16", kv_dtype, dim)
+    build_coded("fp16", "int8", 128)
+    build_coded("fp32", "int4:auto", 256)
     for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for dim in (64, 128, 256):
             data = dict.fromkeys(("query", "keys", "values", "out"), "*" + kind)

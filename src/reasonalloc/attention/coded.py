@@ -102,11 +102,21 @@ def run_of(slab: CodedView, head: int) -> tuple[Tensor, Tensor, Tensor]:
     held = index < slab.lengths[:, head, None]
     if len(set(slab.formats)) == 1:
         slots = (slab.offsets[:, head, None] + index).clamp_max(max(coded - 1, 0))
-        rows = take(slab.pool[:, : coded * width].view(len(held), coded, width), slots)
+        rows = take(one_format_rows(slab), slots)
     else:  # rows of several widths: byte by byte
         first = (slab.starts[:, head, None] + index * width).masked_fill(~held, 0)
         places = first[..., None] + torch.arange(width, device=device)
         rows = slab.pool.gather(1, places.flatten(1)).view(*first.shape, width)
     keys, values = slab.formats[head].decode(rows)
-    other = ~held[..., None]  # bytes of anything, numbers that are none among them
-    return keys.float().masked_fill(other, 0.0), values.float().masked_fill(other, 0.0), held
+    # Bytes of no token are no numbers, or are those of another format.
+    empty = ~held[..., None]
+    return keys.float().masked_fill(empty, 0.0), values.float().masked_fill(empty, 0.0), held
+
+
+def one_format_rows(slab: CodedView) -> Tensor:
+    """Return [batch, coded_slots, width] uint8, a view of the pool; all heads have one format.
+
+    Row ``offsets[b, h]`` of it is the first of a head's run.
+    """
+    coded, width = slab.coded_slots, slab.formats[0].width
+    return slab.pool[:, : coded * width].view(len(slab.pool), coded, width)

@@ -128,6 +128,11 @@ def choose_backend(
 
 def slot_mask(slab: SlabView) -> Tensor:
     """[batch, kv_heads, slots] bool: slots that hold a token of the head."""
-    slots = torch.arange(slab.keys.shape[1], device=slab.keys.device)
-    start = slab.offsets[..., None]
-    return (slots >= start) & (slots < start + slab.lengths[..., None])
+    return run_mask(slab.offsets, slab.lengths, slab.keys.shape[1])
+
+
+def run_mask(offsets: Tensor, lengths: Tensor, slots: int) -> Tensor:
+    """[batch, kv_heads, slots] bool: slots of runs, of which [batch, kv_heads] say where."""
+    every = torch.arange(slots, device=offsets.device)
+    start = offsets[..., None]
+    return (every >= start) & (every < start + lengths[..., None])

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reasonalloc.attention.backends.eager import Eager
-from reasonalloc.attention.interface import BACKENDS, Backend, SlabView, slot_mask
+from reasonalloc.attention.coded import CodedView, one_format_rows
+from reasonalloc.attention.interface import BACKENDS, Backend, SlabView, run_mask, slot_mask
+from reasonalloc.ops.codes import rotated
 
 _EAGER = Eager()
 
@@ -53,6 +55,18 @@ class Sdpa(Backend):
             )
         return out.reshape(batch, query_heads, 1, -1), None
 
+    def decode_coded(
+        self,
+        query: Tensor,
+        slab: CodedView,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if len(set(slab.formats)) > 1:
+            return super().decode_coded(query, slab, scaling, softcap, need_weights)
+        return _coded_products(query, slab, scaling, softcap, need_weights)
+
 
 def _products(
     query: Tensor, slab: SlabView, scaling: float, softcap: float | None, need_weights: bool
@@ -90,3 +104,41 @@ def _products(
     elif need_weights:
         received = weights.sum(dim=(1, 2))
     return out.view(batch, query_heads, 1, -1), received
+
+
+def _coded_products(
+    query: Tensor, slab: CodedView, scaling: float, softcap: float | None, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Explicit products in float32, with all runs as one and with each head's own tail.
+
+    A fused kernel would need decoded runs and tails copied behind each other.
+    """
+    batch, query_heads, _, head_dim = query.shape
+    heads, coded = slab.kv_heads, slab.coded_slots
+    group, room = query_heads // heads, slab.tail_keys.shape[2]
+    form = slab.formats[0]
+    keys, values = (x.float() for x in form.decode(one_format_rows(slab), unrotate=False))
+    query = query.reshape(batch, query_heads, head_dim).float() * scaling
+    # Rotated queries for rotated keys: fewer than the keys to turn back.
+    turned = rotated(query) if form.key.kind == "int4h" else query
+    run = torch.bmm(turned, keys.transpose(1, 2)).view(batch, heads, group, coded)
+    grouped = query.view(batch, heads, group, head_dim)
+    logits = torch.cat([run, grouped @ slab.tail_keys.float().transpose(-1, -2)], dim=-1)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    # Added and finite for the reasons given in ``_products``.
+    logits.add_(_own_tokens(slab).float().sub_(1.0).mul_(1e30)[:, :, None])
+    run, tail = logits.softmax(dim=-1).split([coded, room], dim=-1)
+    out = torch.bmm(run.reshape(batch, query_heads, coded), values).view(batch, heads, group, -1)
+    out = (out + tail @ slab.tail_values.float()).to(slab.tail_values.dtype)
+    received = None
+    if need_weights:
+        received = torch.cat([run.sum(dim=(1, 2)), tail.sum(dim=2).flatten(1)], dim=1)
+    return out.view(batch, query_heads, 1, -1), received
+
+
+def _own_tokens(slab: CodedView) -> Tensor:
+    """[batch, kv_heads, coded_slots + room] bool: tokens of each head in all runs and its tail."""
+    run = run_mask(slab.offsets, slab.lengths, slab.coded_slots)
+    places = torch.arange(slab.tail_keys.shape[2], device=slab.pool.device)
+    return torch.cat([run, places < slab.tail_lengths[..., None]], dim=-1)

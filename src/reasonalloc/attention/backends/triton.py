@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reasonalloc.attention.coded import CodedView
 from reasonalloc.attention.interface import BACKENDS, Backend, SlabView
 from reasonalloc.errors import UsageError
 
@@ -44,4 +45,18 @@ class Triton(Backend):
         self.check(query.device)
         from reasonalloc.attention.kernels.decode import decode
 
+        return decode(query, slab, scaling, softcap, need_weights)
+
+    def decode_coded(
+        self,
+        query: Tensor,
+        slab: CodedView,
+        scaling: float,
+        softcap: float | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        self.check(query.device)
+        from reasonalloc.attention.kernels.coded import decode_coded, readable
+
+        decode = decode_coded if readable(slab.formats) else super().decode_coded
         return decode(query, slab, scaling, softcap, need_weights)

@@ -7,6 +7,7 @@ a step never waits for the host and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +29,62 @@ def _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM: 
 
 
 @triton.jit
-def _logits(q, k, softcap, SOFTCAP: tl.constexpr):
-    """[group, block] float32; queries come scaled."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+def _share(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """First token, and the one after the last, of a part of a run."""
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    first = split * chunk
+    return first, tl.minimum(first + chunk, length)
+
+
+@triton.jit
+def _capped(s, softcap, SOFTCAP: tl.constexpr):
+    """Logits, soft-capped if asked for."""
     if SOFTCAP:
         s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
     return s
+
+
+@triton.jit
+def _logits(q, k, softcap, SOFTCAP: tl.constexpr):
+    """[group, block] float32; queries come scaled."""
+    return _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), softcap, SOFTCAP)
+
+
+@triton.jit
+def _query(query, head, column, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
+    """[group, columns] as stored: number ``column`` of each query; 0 from ``DIM`` on."""
+    group = tl.arange(0, GROUP_PAD)
+    return tl.load(
+        query + head[:, None] * DIM + column[None, :],
+        mask=(group[:, None] < GROUP) & (column[None, :] < DIM),
+        other=0.0,
+    )
+
+
+@triton.jit
+def _weigh(s, peak, total, inside):
+    """Weights [group, block] of a block's logits below a new peak, and the factor of older ones."""
+    s = tl.where(inside[None, :], s, -1e30)
+    higher = tl.maximum(peak, tl.max(s, axis=1))
+    shrink = tl.exp(peak - higher)
+    p = tl.where(inside[None, :], tl.exp(s - higher[:, None]), 0.0)
+    return p, shrink, higher, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _store_part(
+    parts, peaks, sums, at, acc, peak, total, column,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, VDIM: tl.constexpr,
+):  # fmt: skip
+    """Store what a program summed; ``at`` [group] are places, ``column`` those of ``acc``."""
+    real = tl.arange(0, GROUP_PAD) < GROUP
+    tl.store(
+        parts + at[:, None] * VDIM + column[None, :],
+        acc,
+        mask=real[:, None] & (column[None, :] < VDIM),
+    )
+    tl.store(peaks + at, peak, mask=real)
+    tl.store(sums + at, total, mask=real)
 
 
 @triton.jit(do_not_specialize=["uniform_length"])
@@ -46,19 +97,13 @@ def _split_kernel(
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     start, length = _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM)
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    first = split * chunk
-    last = tl.minimum(first + chunk, length)
+    first, last = _share(length, split, SPLITS, BLOCK)
     base = (row // kv_heads).to(tl.int64) * slots + start
 
     group = tl.arange(0, GROUP_PAD)
     dim, vdim, column = tl.arange(0, DIM_PAD), tl.arange(0, VDIM_PAD), tl.arange(0, BLOCK)
     head = row.to(tl.int64) * GROUP + group
-    q = tl.load(
-        query + head[:, None] * DIM + dim[None, :],
-        mask=(group[:, None] < GROUP) & (dim[None, :] < DIM),
-        other=0.0,
-    )
+    q = _query(query, head, dim, GROUP, GROUP_PAD, DIM)
     q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
     peak = tl.full([GROUP_PAD], -1e30, tl.float32)  # finite: a part may be empty
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -73,27 +118,15 @@ def _split_kernel(
             other=0.0,
         )
         s = _logits(q, k, softcap, SOFTCAP)
-        s = tl.where(inside[None, :], s, -1e30)
-        higher = tl.maximum(peak, tl.max(s, axis=1))
-        shrink = tl.exp(peak - higher)
-        p = tl.where(inside[None, :], tl.exp(s - higher[:, None]), 0.0)
+        p, shrink, peak, total = _weigh(s, peak, total, inside)
         v = tl.load(
             values + slot[:, None] * VDIM + vdim[None, :],
             mask=inside[:, None] & (vdim[None, :] < VDIM),
             other=0.0,
         )
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * shrink + tl.sum(p, axis=1)
-        peak = higher
-    out = head * SPLITS + split
-    real = group < GROUP
-    tl.store(
-        parts + out[:, None] * VDIM + vdim[None, :],
-        acc,
-        mask=real[:, None] & (vdim[None, :] < VDIM),
-    )
-    tl.store(peaks + out, peak, mask=real)
-    tl.store(sums + out, total, mask=real)
+    place = head * SPLITS + split
+    _store_part(parts, peaks, sums, place, acc, peak, total, vdim, GROUP, GROUP_PAD, VDIM)
 
 
 @triton.jit
@@ -108,7 +141,7 @@ def _join_kernel(
     total = tl.load(sums + head * SPLITS + split, mask=there, other=0.0)
     highest = tl.max(peak, axis=0)
     weight = tl.exp(peak - highest)
-    whole = tl.sum(total * weight, axis=0)
+    whole = tl.maximum(tl.sum(total * weight, axis=0), 1e-30)  # of no token, the sum is 0
     part = tl.load(
         parts + (head * SPLITS + split[:, None]) * VDIM + vdim[None, :],
         mask=there[:, None] & (vdim[None, :] < VDIM),
@@ -134,11 +167,7 @@ def _received_kernel(
         inside, real = at < length, group < GROUP
         slot = (row // kv_heads).to(tl.int64) * slots + start + at
         head = row.to(tl.int64) * GROUP + group
-        q = tl.load(
-            query + head[:, None] * DIM + dim[None, :],
-            mask=real[:, None] & (dim[None, :] < DIM),
-            other=0.0,
-        )
+        q = _query(query, head, dim, GROUP, GROUP_PAD, DIM)
         q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
         k = tl.load(
             keys + slot[:, None] * DIM + dim[None, :],
@@ -159,10 +188,13 @@ def decode(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and result of ``Backend.decode``."""
-    if query.device.type == "cuda":  # triton launches on the current device
-        with torch.cuda.device(query.device):
-            return _decode(query, slab, scaling, softcap, need_weights)
-    return _decode(query, slab, scaling, softcap, need_weights)
+    with _on(query.device):
+        return _decode(query, slab, scaling, softcap, need_weights)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, on which triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _decode(
