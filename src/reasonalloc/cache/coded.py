@@ -69,6 +69,7 @@ class CodedSlab:
             value_dim], in the dtype of the formats.
         positions: [batch, slots] int32; state: [batch, slots, channels] float32 or None.
         lengths, offsets: [batch, kv_heads] int64, of the runs, in slots.
+        starts: [batch, kv_heads] int64, first byte of each run in the pool.
         tail_lengths: [batch, kv_heads] int64.
     """
 
@@ -105,7 +106,8 @@ class CodedSlab:
             else None
         )
         empty = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
-        self.offsets, self.lengths, self.tail_lengths = empty, empty.clone(), empty.clone()
+        self.offsets, self.starts = empty, empty.clone()
+        self.lengths, self.tail_lengths = empty.clone(), empty.clone()
         self._sequences = torch.arange(batch, device=device)[:, None]
         self._heads = torch.arange(kv_heads, device=device)[None]
         self._longest: DeferredMax | int = 0  # of the runs
@@ -144,8 +146,8 @@ class CodedSlab:
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes allocated for everything else."""
-        tables = [self.positions, self.offsets, self.lengths, self.tail_lengths, self.state]
-        return sum(t.nbytes for t in tables if t is not None)
+        tables = [self.offsets, self.starts, self.lengths, self.tail_lengths]
+        return sum(t.nbytes for t in [self.positions, self.state, *tables] if t is not None)
 
     @property
     def held_bytes(self) -> int:
@@ -158,15 +160,6 @@ class CodedSlab:
     def held(self) -> Tensor:
         """[batch, kv_heads] int64, tokens of each head."""
         return self.lengths + self.tail_lengths
-
-    @property
-    def starts(self) -> Tensor:
-        """[batch, kv_heads] int64, first byte of each head's run in the pool."""
-        starts = torch.empty_like(self.offsets)
-        for group in self._groups:
-            own = self.offsets[:, group.heads] - group.first_slot
-            starts[:, group.heads] = group.first_byte + own * group.form.width
-        return starts
 
     def make_ragged(self) -> None:
         """Nothing: runs are described by device tables always."""
@@ -255,6 +248,7 @@ class CodedSlab:
             own = lengths[:, group.heads]
             place = own.cumsum(dim=1) - own
             offsets[:, group.heads] = group.first_slot + place
+            self.starts[:, group.heads] = group.first_byte + place * group.form.width
             self._code(group, rows, to_code[:, group.heads], place)
         own = torch.zeros_like(offsets) + self._heads * self.room
         plain = [
@@ -303,7 +297,7 @@ class CodedSlab:
 
     def clear(self) -> None:
         """Drop everything; the memory stays."""
-        for table in (self.offsets, self.lengths, self.tail_lengths):
+        for table in (self.offsets, self.starts, self.lengths, self.tail_lengths):
             table.zero_()
         self._longest, self._tail = 0, 0
 
@@ -320,7 +314,13 @@ class CodedSlab:
     def content(self) -> dict[str, Tensor]:
         """All that it holds, by name."""
         names = ("pool", "tail_keys", "tail_values", "positions")
-        tables = ("offsets", "lengths", "tail_lengths", *(("state",) if self._channels else ()))
+        tables = (
+            "offsets",
+            "starts",
+            "lengths",
+            "tail_lengths",
+            *(("state",) if self._channels else ()),
+        )
         return {name: getattr(self, name) for name in (*names, *tables)}
 
     @property
@@ -341,6 +341,8 @@ class CodedSlab:
             runs = lengths[:, group.heads]
             first = group.first_slot + runs.cumsum(dim=1) - runs
             packed = packed and torch.equal(offsets[:, group.heads], first)
+            starts = group.first_byte + (first - group.first_slot) * group.form.width
+            packed = packed and torch.equal(content["starts"][:, group.heads], starts)
             inside = inside and bool((runs.sum(dim=1) <= group.slots).all())
         fits = bool((tails >= 0).all() and (tails + room <= self.room).all())
         if not (packed and inside and fits):

@@ -29,9 +29,18 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.kinds import KINDS, parse_kinds
+from reasonalloc.kinds import KINDS, VALUE_KINDS, parse_kinds
 
-__all__ = ["GROUP", "KINDS", "Field", "RowFormat", "parse_kinds", "rotated", "row_format"]
+__all__ = [
+    "GROUP",
+    "KINDS",
+    "VALUE_KINDS",
+    "Field",
+    "RowFormat",
+    "parse_kinds",
+    "rotated",
+    "row_format",
+]
 
 #: Numbers that share a scale and an offset in ``int4``.
 GROUP = 32

@@ -139,7 +139,7 @@ class MemoryPlan:
             slots = most_held(total, heads, self.interval, pinned)
             if self.coded:
                 slots = most_coded(total, heads, self.window, pinned) + heads * self._room
-            tables = 3 if self.coded else 2
+            tables = 4 if self.coded else 2
             size += self.batch * (slots * per_slot + tables * heads * 8)
             if self.keeps_queries:
                 size += (
