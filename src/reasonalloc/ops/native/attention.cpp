@@ -22,22 +22,28 @@ constexpr int kAhead = 8;    // rows between the one that is read and the one th
 template <int many>
 constexpr int kTokens = 5 * many < kRegisters ? 4 : 1;
 
-// Rows that lie one behind the other. What rows of every kind have: how many of their `width`
-// numbers are read in whole vectors, and of a row its vectors and its other numbers. Of kScaled
-// rows every number is to be multiplied by the row's entry of `numbers`.
+// Rows that lie `stride` bytes apart, at any address. What rows of every kind have: how many of
+// their `width` numbers are read in whole vectors, and of a row its vectors and its other numbers.
+// Of kScaled rows every number is to be multiplied by the row's entry of `numbers`.
 template <typename T>
 struct Plain {
   static constexpr bool kScaled = false;
   struct Row {
-    const T* at;
-    int64_t width;
-    void fetch(int64_t d) const { __builtin_prefetch(at + kAhead * width + d); }
-    Lanes vector(int64_t d) const { return load(at + d); }
-    float number(int64_t d) const { return read(at + d); }
+    const char* at;
+    int64_t stride;
+    void fetch(int64_t d) const {
+      __builtin_prefetch(at + kAhead * stride + d * int64_t(sizeof(T)));
+    }
+    Lanes vector(int64_t d) const { return load(reinterpret_cast<const T*>(at) + d); }
+    float number(int64_t d) const {
+      T own;
+      std::memcpy(&own, at + d * int64_t(sizeof own), sizeof own);
+      return read(&own);
+    }
   };
-  const T* first;
-  int64_t width;
-  Row operator[](int64_t j) const { return {first + j * width, width}; }
+  const char* first;
+  int64_t stride, width;
+  Row operator[](int64_t j) const { return {first + j * stride, stride}; }
   int64_t whole() const { return width / kLanes * kLanes; }
 };
 
@@ -420,14 +426,16 @@ inline void Attend::attend_to_chunk(const Plan&, const Chunk& chunk, const Scrat
   scale_queries(*this, chunk.run, own.queries);
   by_kind(int(key_kind), [&](auto zero) {  // under autocast keys and values differ in type
     using K = decltype(zero);
-    const K* first = reinterpret_cast<const K*>(keys) + chunk.start * width;
-    multiply_all_keys(*this, own.queries, Plain<K>{first, width}, chunk.count, own.weights);
+    const int64_t stride = width * int64_t(sizeof(K));
+    const Plain<K> rows = {keys + chunk.start * stride, stride, width};
+    multiply_all_keys(*this, own.queries, rows, chunk.count, own.weights);
   });
   weigh(*this, chunk.count, own);
   by_kind(int(value_kind), [&](auto zero) {
     using V = decltype(zero);
-    const V* first = reinterpret_cast<const V*>(values) + chunk.start * value_width;
-    multiply_all_values(*this, own.weights, Plain<V>{first, value_width}, chunk.count, own.sums);
+    const int64_t stride = value_width * int64_t(sizeof(V));
+    const Plain<V> rows = {values + chunk.start * stride, stride, value_width};
+    multiply_all_values(*this, own.weights, rows, chunk.count, own.sums);
   });
 }
 

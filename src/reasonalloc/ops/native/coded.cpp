@@ -26,29 +26,20 @@ inline Ints bytes_at(const char* at) {
 #endif
 }
 
-// The number of 16 bits of half precision. No float on the way is denormal.
-inline float from_half(uint16_t bits) {
-  const uint32_t exponent = bits >> 10 & 31, sign = uint32_t(bits & 0x8000) << 16;
-  if (exponent == 0) {
-    const float small = float(bits & 0x3ff) * 0x1p-24f;
-    return sign ? -small : small;
-  }
-  const uint32_t word =
-      sign | (exponent == 31 ? 255u : exponent + 112) << 23 | (bits & 0x3ffu) << 13;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
+// A number of half precision. No float on the way is denormal.
 inline float half_at(const char* at) {
-  uint16_t bits;
-  std::memcpy(&bits, at, 2);
 #ifdef REASONALLOC_HALF
   _Float16 half;
-  std::memcpy(&half, &bits, 2);
+  std::memcpy(&half, at, sizeof half);
   return float(half);
 #else
-  return from_half(bits);
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof bits);
+  const int exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  const float size = exponent == 31  ? std::numeric_limits<float>::quiet_NaN()
+                     : exponent == 0 ? float(mantissa) * 0x1p-24f
+                                     : std::ldexp(float(1024 + mantissa), exponent - 25);
+  return bits & 0x8000 ? -size : size;
 #endif
 }
 
@@ -102,19 +93,27 @@ struct Int4 {
     int64_t width;
     void fetch(int64_t) const {}
     Lanes vector(int64_t d) const {
-      const int64_t group = d / kGroup, in_group = d % kGroup;
-      const int64_t half = std::min<int64_t>(kGroup, width - group * kGroup) / 2;
-      const bool high = in_group >= half;
-      const char* place = at + (group * kGroup / 2 + in_group - (high ? half : 0));
-      const Ints codes = bytes_at(place) >> (high ? 4 : 0) & 15;
-      return __builtin_convertvector(codes, Lanes) * numbers[2 * group] + numbers[2 * group + 1];
+      const Place own = place(d);
+      const Ints codes = bytes_at(own.at) >> own.shift & 15;
+      return __builtin_convertvector(codes, Lanes) * own.pair[0] + own.pair[1];
     }
     float number(int64_t d) const {
-      const int64_t group = d / kGroup, in_group = d % kGroup;
-      const int64_t half = std::min<int64_t>(kGroup, width - group * kGroup) / 2;
+      const Place own = place(d);
+      return float(uint8_t(*own.at) >> own.shift & 15) * own.pair[0] + own.pair[1];
+    }
+
+   private:
+    struct Place {
+      const char* at;
+      int shift;
+      const float* pair;  // scale and offset
+    };
+    Place place(int64_t number) const {
+      const uint64_t d = uint64_t(number), group = d / kGroup, in_group = d % kGroup;
+      const uint64_t half = std::min<uint64_t>(kGroup, uint64_t(width) - group * kGroup) / 2;
       const bool high = in_group >= half;
-      const uint8_t byte = uint8_t(at[group * kGroup / 2 + in_group - (high ? half : 0)]);
-      return float(high ? byte >> 4 : byte & 15) * numbers[2 * group] + numbers[2 * group + 1];
+      const char* codes = at + group * kGroup / 2;
+      return {high ? codes + in_group - half : codes + in_group, high ? 4 : 0, numbers + 2 * group};
     }
   };
   const char* first;
@@ -129,26 +128,6 @@ struct Int4 {
     const int64_t last = width % kGroup;
     return last / 2 % kLanes ? width - last : width;
   }
-};
-
-// Numbers of an element type, at any address.
-template <typename T>
-struct Uncoded {
-  static constexpr bool kScaled = false;
-  struct Row {
-    const char* at;
-    void fetch(int64_t) const {}
-    Lanes vector(int64_t d) const { return load(reinterpret_cast<const T*>(at) + d); }
-    float number(int64_t d) const {
-      T own;
-      std::memcpy(&own, at + d * int64_t(sizeof own), sizeof own);
-      return read(&own);
-    }
-  };
-  const char* first;
-  int64_t stride, width;
-  Row operator[](int64_t j) const { return {first + j * stride}; }
-  int64_t whole() const { return width / kLanes * kLanes; }
 };
 
 // How many numbers scale a vector.
@@ -175,7 +154,7 @@ struct Coded {
       case kInt8: return run(Scaled<Int8>{codes, stride, width, floats});
       case kFp8: return run(Scaled<Fp8>{codes, stride, width, floats});
       case kAuto:
-        by_kind(int(kind), [&](auto zero) { run(Uncoded<decltype(zero)>{codes, stride, width}); });
+        by_kind(int(kind), [&](auto zero) { run(Plain<decltype(zero)>{codes, stride, width}); });
         return;
       default: return run(Int4{codes, stride, width, floats});
     }
