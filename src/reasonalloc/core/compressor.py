@@ -170,13 +170,12 @@ class LayerCompressor:
         return self.slab
 
     def _make_slab(self, key: Tensor, value: Tensor) -> Slab:
-        """Return empty storage, with room for what is pinned now."""
+        """Return empty storage, with room for what is pinned."""
         batch, kv_heads, _, head_dim = key.shape
-        held = most_held(self.total, kv_heads, self._config.interval, self.progress.pinned.most)
         return Slab(
             batch,
             kv_heads,
-            held,
+            self._slots(kv_heads),
             head_dim,
             value.shape[-1],
             dtype=key.dtype,
@@ -184,6 +183,10 @@ class LayerCompressor:
             state_channels=self._policy.state_channels,
             ops=self._ops,
         )
+
+    def _slots(self, kv_heads: int) -> int:
+        """Return the slots of a sequence."""
+        return most_held(self.total, kv_heads, self._config.interval, self.progress.pinned.room)
 
     def _decode(
         self,
@@ -274,7 +277,7 @@ class LayerCompressor:
         """Forget everything; the memory stays, but for that of what was pinned."""
         if self.slab is not None:
             self.slab.clear()
-        if self.progress.pinned:
+        if self.progress.pinned.room:
             self.slab = None
         if self._queries is not None:
             self._queries.clear()
@@ -321,6 +324,8 @@ class LayerCompressor:
         keys, values = tensors["keys"], tensors["values"]
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
+        if keys.shape[1] != self._slots(kv_heads):  # before so much is allocated
+            raise ValueError(f"{keys.shape[1]} slots, not {self._slots(kv_heads)}")
         query = keys.new_empty(batch, query_heads, 1, keys.shape[2])
         slab = self._allocate(
             query,
@@ -435,9 +440,7 @@ class LayerCompressor:
 
     def _make_room(self, slab: Slab, key: Tensor, value: Tensor) -> Slab:
         """Return storage for what is pinned now; its content is written by whoever calls."""
-        if slab.slots >= most_held(
-            self.total, slab.kv_heads, self._config.interval, self.progress.pinned.most
-        ):
+        if slab.slots >= self._slots(slab.kv_heads):
             return slab
         self.slab = room = self._make_slab(key, value)
         if slab.uniform_length is None:

@@ -26,11 +26,7 @@ class EngineBudget(BudgetPlan):
 
     def __post_init__(self) -> None:
         self._check_layers()
-        if self.config.prompt != "evict":
-            raise UnsupportedError(
-                f"prompt={self.config.prompt!r} cannot run in vLLM yet: use prompt='evict', or "
-                "transformers"
-            )
+        check_prompt(self.config)
         super().__post_init__()
         if self.policy.state_channels:
             raise UnsupportedError(
@@ -63,6 +59,18 @@ class EngineBudget(BudgetPlan):
             [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
         ]
         return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
+
+
+def check_prompt(config: CompressionConfig) -> None:
+    """Refuse prompts that are kept.
+
+    Raises:
+        UnsupportedError: says so.
+    """
+    if config.prompt != "evict":
+        raise UnsupportedError(
+            f"prompt={config.prompt!r} cannot run in vLLM yet: use prompt='evict', or transformers"
+        )
 
 
 def _no_rope() -> Any:
