@@ -34,6 +34,12 @@ ARMS = (
     "random",
     "streaming_llm",
 )
+PROMPTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"prompt": "pin"},
+    {"prompt": "pin", "pin_turns": True},
+    {"prompt": "pin", "pin_turns": True, "pin_limit": 9, "pin_overflow": "evict"},
+)
 NEAR = 1e-3  # logits this close may be decided either way
 
 
@@ -62,6 +68,8 @@ class Sequence:
             "interval": self.draw.choice([4, 16]),
             "arm": self.arm,
             "step": self.step,
+            # Drawn apart, so that a seed makes the same calls as ever.
+            **random.Random(f"prompt {seed}").choice(PROMPTS),
         }
         self.log = [f"seed {seed}: {name} {self.settings}"]
         self.attached = reasonalloc.attach(self.model, **self.settings)

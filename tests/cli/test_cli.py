@@ -111,6 +111,44 @@ def test_plan_is_what_run_measures(call: Call, tmp_path: Path, name: str, arm: s
     assert full["kv_bytes"]["now"] == full["kv_bytes"]["planned"] == full["kv_bytes"]["full"]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_plan_is_what_run_measures_with_a_pinned_prompt(
+    call: Call, tmp_path: Path, name: str
+) -> None:
+    path = str(save_tiny(tmp_path, name=name))
+    small = (*SMALL, "--arm", "rkv/pyramid/adakv")
+    ran = run_json(call, "run", path, "--prompt", PROMPT, "--prompt-mode", "pin", *small)
+    assert ran["layer_compressions"] > 0
+    sizes = ran["kv_bytes"]
+    assert sizes["now"] == sizes["planned"]
+    plan = ("plan", path, *small[:4], *small[6:], "--tokens", str(ran["cached_tokens"]))
+    pinned = ("--prompt", "pin", "--prompt-tokens", str(ran["prompt_tokens"]))
+    planned = run_json(call, *plan, *pinned)
+    assert planned["kv_bytes"]["compressed"] == sizes["now"]
+    assert planned["bookkeeping_bytes"] == ran["bookkeeping_bytes"]
+    assert (planned["prompt"], planned["prompt_tokens"]) == ("pin", ran["prompt_tokens"])
+    assert run_json(call, *plan)["kv_bytes"]["compressed"] < sizes["now"]
+    code, out, _ = call(*plan, *pinned)
+    assert code == 0 and f"{ran['prompt_tokens']} tokens per head, on top of the budget" in out
+
+
+def test_long_prompts_compete_if_asked(call: Call, folder: str) -> None:
+    run = ("run", folder, "--prompt", PROMPT, *SMALL)
+    limit = ("--prompt-mode", "pin", "--pin-limit", "13")
+    code, out, err = call(*run, *limit)
+    assert (code, out) == (2, "")
+    assert "the prompt has 14 tokens, more than pin_limit=13" in " ".join(err.split())
+    long = run_json(call, *run, *limit, "--pin-overflow", "evict")
+    assert long["tokens"] == run_json(call, *run)["tokens"]
+    assert long["kv_bytes"]["now"] == long["kv_bytes"]["planned"]
+    plan = ("plan", folder, "--budget", "16", "--prompt", "pin", "--pin-limit", "13")
+    code, _, err = call(*plan, "--prompt-tokens", "14")
+    assert code == 2 and "more than pin_limit=13" in " ".join(err.split())
+    loose = run_json(call, *plan, "--prompt-tokens", "14", "--pin-overflow", "evict")
+    evicting = run_json(call, *plan[:4])
+    assert loose["kv_bytes"] == evicting["kv_bytes"]
+
+
 def test_uncompressed_run_says_so(call: Call, folder: str) -> None:
     code, out, err = call("run", folder, "--prompt", PROMPT, "--max-new-tokens", "10")
     assert code == 0
@@ -358,6 +396,16 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("serve", "MODEL", "--attention=cpp"), "--attention has no effect on vLLM"),
     ((*RUN, "--top-p", "0.5"), "--top-p"),
     ((*RUN, "--protect-prompt", "--budget", "9"), "protect_prompt"),
+    ((*RUN, "--prompt-mode", "keep"), "unknown prompt 'keep'"),
+    ((*RUN, "--prompt-mode", "pin", "--protect-prompt"), "give one of the two"),
+    ((*RUN, "--pin-turns"), "pin_turns=True has no effect with prompt='evict'"),
+    ((*RUN, "--pin-limit", "9"), "pin_limit=9 has no effect with prompt='evict'"),
+    ((*RUN, "--arm", "full", "--prompt-mode", "pin"), "--prompt-mode has no effect"),
+    (("serve", "MODEL", "--prompt", "pin"), "prompt='pin' cannot run in vLLM yet"),
+    (("serve", "MODEL", "--prompt-mode", "protect"), "prompt='protect' cannot run in vLLM yet"),
+    (("serve", "MODEL", "--protect-prompt"), "--protect-prompt has no effect on vLLM"),
+    (("plan", "MODEL", "--prompt", "pin"), "--prompt-tokens 0 with --prompt pin"),
+    (("plan", "MODEL", "--prompt-tokens", "9"), "--prompt-tokens 9 with --prompt evict"),
     (("plan",), "no model"),
     (("plan", "MODEL", "--memory", "lots"), "memory='lots'"),
     (("plan", "MODEL", "--memory", "0"), "memory='0'"),

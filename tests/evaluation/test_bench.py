@@ -143,9 +143,22 @@ def test_each_arm_at_each_budget(call: Call, small: None) -> None:
     assert found["budgets"] == [16, 24]
 
 
+def test_a_pinned_prompt_is_on_top(call: Call, small: None) -> None:
+    held = []
+    for mode in ("evict", "pin"):
+        options = ("--arms", "full,rkv", "--prompt-mode", mode, "--new-tokens", 10, "--batch", 2)
+        code, text, err = call(*RUN, *options, "--json")
+        assert code == 0, err
+        made = json.loads(text)
+        held.append({arm["arm"]: arm["kv_bytes"] for arm in made["summary"][0]["arms"]})
+    assert held[0]["full"] == held[1]["full"] and held[0]["rkv"] < held[1]["rkv"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--prompt-mode", "keep"), "unknown prompt 'keep'"),
+        (("--arms", "full", "--prompt-mode", "pin"), "--prompt-mode has no effect"),
         (("--arms", "rvk"), "rvk"),
         (("--arms", ","), "arms is empty"),
         (("--batch", "0"), "batch='0'"),

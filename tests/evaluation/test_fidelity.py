@@ -11,7 +11,7 @@ import torch
 
 import reasonalloc
 from models import prompt, tiny
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.completions import complete, complete_all
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
@@ -30,7 +30,11 @@ def slow(model: Any, text: Trajectory, config: CompressionConfig) -> list[list[f
     start = len(text.prompt_ids)
     full = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
     with reasonalloc.attach(
-        model, budget=config.budget, arm=str(config.arm), interval=config.interval
+        model,
+        budget=config.budget,
+        arm=str(config.arm),
+        interval=config.interval,
+        prompt=config.prompt,
     ) as attached:
         cache = attached.new_cache()
         model(ids[:, :start], past_key_values=cache)
@@ -51,9 +55,10 @@ def slow(model: Any, text: Trajectory, config: CompressionConfig) -> list[list[f
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("arm", [Arm("rkv"), Arm("h2o", "pyramid", "reasonalloc")])
-def test_equals_token_by_token(name: str, arm: Arm) -> None:
+@pytest.mark.parametrize(("keep", "budget"), [("evict", 18), ("pin", 10)])
+def test_equals_token_by_token(name: str, arm: Arm, keep: Prompt, budget: int) -> None:
     model, text = tiny(name), trajectory(25, 43)
-    config = CompressionConfig(budget=18, arm=arm, interval=8)
+    config = CompressionConfig(budget=budget, arm=arm, interval=8, prompt=keep)
     found = measure_fidelity(model, text, full_logits(model, text), config)
     kl, agree, added = slow(model, text, config)
     assert len(found.kl) == 42 and found.compressions >= 3
@@ -61,6 +66,8 @@ def test_equals_token_by_token(name: str, arm: Arm) -> None:
     assert found.agree == [bool(a) for a in agree]
     assert found.added_nll == pytest.approx(added, rel=2e-3, abs=1e-3)
     assert max(found.kl) > 0.05 and found.kv_bytes < found.full_bytes * 2
+    pinned = reasonalloc.plan(model, arm=arm, budget=budget, interval=8, prompt=keep)
+    assert found.kv_bytes == pinned.memory(prompt_tokens=25).kv_bytes(67)
     assert model.config._attn_implementation != "reasonalloc"
 
 

@@ -198,6 +198,7 @@ def test_the_command_runs_gsm8k(call: Call, folder: Path, tasks: Path, tmp_path:
     config = json.loads(path.read_text())["config"]
     assert config["model"] == "reasonalloc" and config["kv_budget"] == 16
     assert config["kv_arm"] == "rkv/uniform/uniform" and config["kv_compressions"] > 0
+    assert config["kv_prompt"] == "evict"
 
 
 def test_mistakes_on_the_command_line(call: Call, folder: Path, tasks: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import made_costs
 import reasonalloc
@@ -227,3 +230,159 @@ def test_protect_prompt_is_another_name() -> None:
 def test_wrong_settings(given: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         reasonalloc.CompressionConfig(budget=20, **given)
+
+
+def padded(*prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [1, n] of any length as one batch, left-padded, and its mask."""
+    width = max(one.shape[1] for one in prompts)
+    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.long) for _ in range(2))
+    for row, one in enumerate(prompts):
+        ids[row, width - one.shape[1] :], mask[row, width - one.shape[1] :] = one[0], 1
+    return ids, mask
+
+
+def saved(attached: Any, cache: Any, path: Path) -> Any:
+    attached.save_cache(cache, path)
+    return attached.load_cache(path)
+
+
+def test_a_part_of_a_batch_with_shorter_prompts_is_saved(tmp_path: Path) -> None:
+    model = tiny("llama")
+    ids, mask = padded(prompt(37), prompt(5, seed=2))
+    with reasonalloc.attach(model, **SETTINGS) as attached:
+        cache = attached.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor([1]))
+        loaded = saved(attached, cache, tmp_path / "part.safetensors")
+        more = torch.cat([ids[1:], prompt(2)], dim=1)
+        seen = torch.cat([mask[1:], torch.ones(1, 2, dtype=torch.long)], dim=1)
+        outs = [
+            generate(model, more, attention_mask=seen, past_key_values=each)
+            for each in (cache, loaded)
+        ]
+        assert torch.equal(*outs) and loaded.kv_bytes == cache.kv_bytes
+
+
+def test_a_cache_that_went_back_into_a_turn_is_saved(tmp_path: Path) -> None:
+    """The storage was made for more pinned tokens than there are."""
+    model = tiny("llama")
+    with reasonalloc.attach(model, pin_turns=True, **{**SETTINGS, "budget": 60}) as attached:
+        cache = attached.new_cache()
+        out = turn(model, prompt(20), cache, 10)
+        turn(model, torch.cat([out, prompt(13, seed=4)], dim=1), cache, 3)
+        cache.crop(-10)
+        loaded = saved(attached, cache, tmp_path / "back.safetensors")
+        text = torch.cat([cache.seen.ids.long(), prompt(3, seed=4)], dim=1)
+        outs = [generate(model, text, 80, past_key_values=each) for each in (cache, loaded)]
+        assert cache.recorder.compressions and torch.equal(*outs)
+        assert loaded.kv_bytes == cache.kv_bytes
+
+
+def test_saved_numbers_that_cannot_be(tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "cache.safetensors"
+    with reasonalloc.attach(model, **SETTINGS) as attached:
+        cache = attached.new_cache()
+        generate(model, prompt(20), 30, past_key_values=cache)
+        attached.save_cache(cache, path)
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        usual = {"spans": [[0, 20]], "most": 20, "room": 20, "whole": True}
+        for change in (
+            {"most": 10**9, "room": 10**9},
+            {"room": 10**9},
+            {"most": -1},
+            {"spans": [[0, 40]]},
+            {"spans": [[20, 0]]},
+            {"spans": [[0, 20], [0, 20]]},
+            {"spans": [[[0, 1], 20]]},
+            {"spans": [[0, 1000]], "most": 1000},
+            None,
+        ):
+            numbers = json.loads(metadata["numbers"])
+            assert numbers["0"]["pinned"] == usual
+            numbers["0"]["pinned"] = None if change is None else usual | change
+            save_file(tensors, path, {**metadata, "numbers": json.dumps(numbers)})
+            with pytest.raises(UsageError, match="broken"):
+                attached.load_cache(path)
+
+
+def test_padding_of_a_turn_does_not_count_towards_the_limit() -> None:
+    model = tiny("llama")
+    ids = torch.cat([prompt(6, seed=1), prompt(6, seed=2)])
+    with reasonalloc.attach(model, pin_turns=True, pin_limit=8, **SETTINGS) as attached:
+        cache = attached.new_cache()
+        out = turn(model, ids, cache, 4)
+        asked, mask = padded(prompt(6, seed=5), prompt(6, seed=6))
+        wide = torch.nn.functional.pad(asked, (4, 0))
+        text = torch.cat([out, wide], dim=1)
+        seen = torch.cat([torch.ones_like(out), torch.nn.functional.pad(mask, (4, 0))], dim=1)
+        generate(model, text, 20, attention_mask=seen, past_key_values=cache)
+        fresh = turn(model, ids, None, 4)
+        cache = attached.new_cache()
+        turn(model, ids, cache, 4)
+        with pytest.raises(UsageError, match="9 tokens, more than pin_limit=8"):
+            generate(model, torch.cat([fresh, ids, ids[:, :2]], dim=1), 4, past_key_values=cache)
+
+
+@pytest.mark.parametrize("step", ["eager", "static"])
+@pytest.mark.parametrize("arm", ["rkv", "h2o/uniform/adakv", "streaming_llm"])
+@pytest.mark.parametrize("tokens", [1, 3, 5])
+def test_prompts_shorter_than_window_and_sinks(step: str, arm: str, tokens: int) -> None:
+    model = tiny("llama")
+    settings = {"arm": arm, "step": step, "n_sink": 4, "record": "tokens", **SETTINGS}
+    with reasonalloc.attach(model, **settings) as attached:
+        cache = attached.new_cache()
+        generate(model, prompt(tokens), past_key_values=cache)
+        assert cache.recorder.events
+        for event in cache.recorder.events:
+            kept = [event.kept(0, head) for head in range(3)]
+            assert all(set(range(max(4, tokens))) <= set(row) for row in kept)
+            assert sum(map(len, kept)) == attached.totals[event.layer] + 3 * tokens
+
+
+@pytest.mark.parametrize("arm", ["rkv/uniform/reasonalloc", "h2o/uniform/adakv", "tova"])
+def test_a_batch_of_pinned_and_competing_prompts(arm: str) -> None:
+    model = tiny("llama")
+    alone = [prompt(length, seed=length) for length in (3, 30, 9, 10, 11)]
+    arm = arm if "/" in arm else f"{arm}/uniform/adakv"
+    limit = {"pin_limit": 10, "pin_overflow": "evict", "n_sink": 2}
+    with reasonalloc.attach(model, arm=arm, **SETTINGS, **limit):
+        ids, mask = padded(*alone)
+        together = generate(model, ids, attention_mask=mask)
+        for row, one in enumerate(alone):
+            assert torch.equal(generate(model, one)[0], together[row])
+
+
+def test_a_model_with_sliding_layers() -> None:
+    model = tiny("gemma2")
+    full = generate(model, prompt(37))
+    never = pytest.warns(reasonalloc.CompressionNeverHappened)
+    with reasonalloc.attach(model, **{**SETTINGS, "budget": 60}), never:
+        assert torch.equal(generate(model, prompt(37)), full)
+    with reasonalloc.attach(model, **SETTINGS) as attached:
+        cache = attached.new_cache()
+        generate(model, prompt(37), past_key_values=cache)
+        assert cache.recorder.compressions
+        assert cache.kv_bytes == attached.plan(prompt_tokens=37).kv_bytes(76)
+
+
+@pytest.mark.parametrize("step", ["eager", "static"])
+def test_parts_of_the_prompt_are_hidden_later(step: str) -> None:
+    """What is hidden is dropped and the rest stays pinned; the storage stays, until it is reset."""
+    model = tiny("llama")
+    with reasonalloc.attach(model, step=step, record="tokens", **SETTINGS) as attached:
+        cache = attached.new_cache()
+        turn(model, prompt(20), cache, 30)
+        for hidden, left in ((slice(2, 9), [0, 1, *range(9, 20)]), (slice(0, 20), [])):
+            text = torch.cat([cache.seen.ids.long(), prompt(3, seed=8)], dim=1)
+            mask = torch.ones_like(text)
+            mask[:, hidden] = 0
+            generate(model, text, attention_mask=mask, past_key_values=cache)
+            event = cache.recorder.events[-1]
+            kept = [event.kept(0, head) for head in range(3)]
+            assert all(row[: len(left)] == left for row in kept)
+            assert sum(map(len, kept)) == attached.totals[event.layer] + 3 * len(left)
+        cache.reset()
+        turn(model, prompt(2), cache, 5)
+        assert cache.kv_bytes == attached.plan(prompt_tokens=2).kv_bytes(6)

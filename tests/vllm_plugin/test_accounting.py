@@ -83,3 +83,6 @@ def test_bytes_of_a_request() -> None:
 def test_settings_survive_json() -> None:
     config = CompressionConfig(budget=64, interval=32, n_sink=4, seed=3)
     assert find_settings({"reasonalloc": as_json(config)}) == config
+    assert "prompt" not in as_json(config)
+    pinned = CompressionConfig(budget=64, prompt="pin")
+    assert find_settings({"reasonalloc": as_json(pinned)}) == pinned

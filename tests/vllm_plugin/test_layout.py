@@ -117,6 +117,8 @@ def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.Mo
         ({"budget": 64, "arm": "rkv", "heads": "adakv"}, "both given"),
         ({"budget": 64, "arm": "rkvv"}, "rkv"),
         ({"budget": "64"}, "budget='64'"),
+        ({"budget": 64, "prompt": "keep"}, "unknown prompt 'keep'"),
+        ({"budget": 64, "pin_turns": True}, "pin_turns"),
         ([64], "must be an object"),
     ],
 )

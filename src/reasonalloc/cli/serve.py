@@ -45,7 +45,10 @@ BlockSize = Annotated[
 ]
 
 
-@o.takes(model=o.MODEL_CONFIG, config=o.compression_options("pin_turns", "attention", "step"))
+_NOT_HERE = ("pin_turns", "protect_prompt", "attention", "step")
+
+
+@o.takes(model=o.MODEL_CONFIG, config=o.compression_options(*_NOT_HERE))
 def command(
     context: typer.Context,
     model: o.ModelChoice,
@@ -64,6 +67,10 @@ def command(
     """
     _check_foreign(model.name, context.args)
     memory = None if kv_memory is None else output.parse_size(kv_memory)
+    if config is not None:
+        from reasonalloc.integrations.vllm.budget import check_storage
+
+        check_storage(config)
     _require_vllm()
     from reasonalloc.loading import resolve_dtype
 

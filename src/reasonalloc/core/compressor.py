@@ -87,7 +87,6 @@ class LayerCompressor:
         self.progress = Progress(Cadence(config.interval))
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
         self.static = False
-        self._room_pinned = 0  # pinned tokens that the slab has room for
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -180,16 +179,15 @@ class LayerCompressor:
 
     def _make_slab(self, key: Tensor, value: Tensor) -> Storage:
         """Return empty storage, with room for what is pinned now."""
-        self._room_pinned = self.progress.pinned.most
         batch, kv_heads, _, head_dim = key.shape
-        config, pinned, dims = self._config, self.progress.pinned.most, (head_dim, value.shape[-1])
+        config, dims = self._config, (head_dim, value.shape[-1])
         channels = self._policy.state_channels
-        if config.coded or self._formats is not None:
+        if self._coded:
             kinds = self._formats or [config.kv_dtype] * kv_heads
             formats = [row_format(kind, *dims, key.dtype) for kind in kinds]
             return CodedSlab(
                 formats,
-                self._coded_tokens(formats, pinned),
+                self._coded_tokens(formats),
                 batch,
                 config.window + config.interval,
                 config.window,
@@ -197,11 +195,10 @@ class LayerCompressor:
                 state_channels=channels,
                 ops=self._ops,
             )
-        held = most_held(self.total, kv_heads, config.interval, pinned)
         return Slab(
             batch,
             kv_heads,
-            held,
+            self._slots(kv_heads),
             *dims,
             dtype=key.dtype,
             device=key.device,
@@ -209,15 +206,28 @@ class LayerCompressor:
             ops=self._ops,
         )
 
-    def _coded_tokens(self, formats: Sequence[RowFormat], pinned: int) -> dict[RowFormat, int]:
+    def _coded_tokens(self, formats: Sequence[RowFormat]) -> dict[RowFormat, int]:
         """Return the most coded tokens of all heads together that have each format."""
-        window = self._config.window
+        window, pinned = self._config.window, self.progress.pinned.room
         if self._formats is None or self._planned is None:
             return {formats[0]: most_coded(self.total, len(formats), window, pinned)}
         room: dict[RowFormat, int] = {}
         for form, tokens in zip(formats, self._planned, strict=True):
             room[form] = room.get(form, 0) + most_coded(tokens, 1, window, pinned)
         return room
+
+    def _slots(self, kv_heads: int) -> int:
+        """Return the slots of a sequence, with room for what is pinned."""
+        config, pinned = self._config, self.progress.pinned.room
+        if not self._coded:
+            return most_held(self.total, kv_heads, config.interval, pinned)
+        coded = most_coded(self.total, kv_heads, config.window, pinned)
+        return coded + kv_heads * (config.window + config.interval)
+
+    @property
+    def _coded(self) -> bool:
+        """Whether older tokens are kept in fewer bits."""
+        return self._config.coded or self._formats is not None
 
     def _decode(
         self,
@@ -309,7 +319,7 @@ class LayerCompressor:
         """Forget everything; the memory stays, but for that of what was pinned."""
         if self.slab is not None:
             self.slab.clear()
-        if self.progress.pinned:
+        if self.progress.pinned.room:
             self.slab = None
         if self._queries is not None:
             self._queries.clear()
@@ -353,11 +363,13 @@ class LayerCompressor:
         self.progress.check(numbers)
         if not tensors:
             return
-        coded = self._config.coded or self._formats is not None
-        names = ("tail_keys", "tail_values") if coded else ("keys", "values")
+        names = ("tail_keys", "tail_values") if self._coded else ("keys", "values")
         keys, values = (tensors[name] for name in names)
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
+        slots = tensors["positions"].shape[1]
+        if slots != self._slots(kv_heads):  # before so much is allocated
+            raise ValueError(f"{slots} slots, not {self._slots(kv_heads)}")
         slab = self._allocate(
             keys.new_empty(batch, query_heads, 1, keys.shape[-1]),
             keys.new_empty(batch, kv_heads, 1, keys.shape[-1]),
@@ -476,7 +488,7 @@ class LayerCompressor:
 
     def _make_room(self, slab: Storage, key: Tensor, value: Tensor) -> Storage:
         """Return storage for what is pinned now; its content is written by whoever calls."""
-        if self.progress.pinned.most <= self._room_pinned:
+        if slab.slots >= self._slots(slab.kv_heads):
             return slab
         self.slab = room = self._make_slab(key, value)
         if slab.uniform_length is None:

@@ -19,11 +19,12 @@ class Pinned:
     Attributes:
         spans: first position and the one behind the last, of each span, rising.
         most: upper bound of the pinned tokens of a sequence.
+        room: the largest that ``most`` has been: what storage was made for.
     """
 
     def __init__(self) -> None:
         self.spans: list[tuple[Place, Place]] = []
-        self.most = 0
+        self.most = self.room = 0
         self._whole = True  # whether every position inside of the spans is held
 
     def __bool__(self) -> bool:
@@ -34,7 +35,7 @@ class Pinned:
         """How many first tokens of every head and sequence are all that is pinned, if known."""
         if len(self.spans) == 1 and self._whole:
             start, end = self.spans[0]
-            if isinstance(start, int) and start == 0 and isinstance(end, int):
+            if isinstance(start, int) and start == 0 and isinstance(end, int) and end == self.most:
                 return end
         return None
 
@@ -43,6 +44,7 @@ class Pinned:
         if most:
             self.spans.append((start, end))
             self.most += most
+            self.room = max(self.room, self.most)
 
     def mask(self, positions: Tensor) -> Tensor:
         """[batch, kv_heads, n] bool: which tokens are pinned, by their ``positions``."""
@@ -76,6 +78,7 @@ class Pinned:
         return {
             "spans": [[_plain(start), _plain(end)] for start, end in self.spans],
             "most": self.most,
+            "room": self.room,
             "whole": self._whole,
         }
 
@@ -96,8 +99,10 @@ class Pinned:
         for start, end in content["spans"]:
             first, last = (_read(place, batch, columns, device) for place in (start, end))
             self.spans.append((first, last))
-        self.most, self._whole = int(content["most"]), bool(content["whole"])
-        if not sum(_length(a, b) for a, b in self.spans) >= self.most >= 0:
+        self.most, self.room = int(content["most"]), int(content["room"])
+        self._whole = bool(content["whole"])
+        least = sum(_length(a, b) for a, b in self.spans)
+        if not least <= self.most <= self.room or any(_length(b, a) > 0 for a, b in self.spans):
             raise ValueError(f"{self.most} pinned tokens cannot be")
 
 

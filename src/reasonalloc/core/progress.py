@@ -178,7 +178,7 @@ class Progress:
             "prompt_columns": self.prompt_columns,
             "evicted_at": self.evicted_at,
             "boundaries": self._boundaries,
-            **({"pinned": self.pinned.content()} if self.pinned else {}),
+            **({"pinned": self.pinned.content()} if self.pinned.room else {}),
         }
         for name, value in (("seen", self.seen), ("prompt", self.prompt)):
             numbers[name] = value.tolist() if isinstance(value, Tensor) else value

@@ -168,6 +168,7 @@ class ReasonAllocLM(HFLM):  # type: ignore[misc]
         if config is not None:
             info["kv_budget"], info["kv_interval"] = config.budget, config.interval
             info["kv_step"], info["kv_attention"] = config.step, config.attention
+            info["kv_prompt"] = config.prompt
             info["kv_compressions"] = self.kv_compressions
         return info
 

@@ -247,7 +247,7 @@ def _check_prompt(
         )
     settings = attachment.config
     if not seen or settings.pin_turns:
-        settings.pinned(tokens if not seen else columns - (seen if columns > seen else 0))
+        settings.pinned(_new_tokens(given("attention_mask"), columns - seen) if seen else tokens)
     if settings.prompt == "protect" and not seen:
         shape = next(s for s in attachment.shapes if s.compressible)
         room = min(attachment.totals) // shape.kv_heads - settings.window
@@ -261,6 +261,13 @@ def _check_prompt(
                 f"for {max(room, 0)} besides its window at budget={settings.budget}: {raised}, "
                 "shorten the prompt, or do not protect it"
             )
+
+
+def _new_tokens(mask: Any, columns: int) -> int:
+    """Return the real tokens of the longest sequence in the last ``columns`` of a text."""
+    if not isinstance(mask, torch.Tensor):
+        return columns
+    return int(mask[:, -columns:].sum(dim=1).max())
 
 
 def _budget_for(attachment: Budgeted, least: int) -> int | None:

@@ -26,15 +26,7 @@ class EngineBudget(BudgetPlan):
 
     def __post_init__(self) -> None:
         self._check_layers()
-        if self.config.size is not None:
-            raise UnsupportedError(
-                f"budget={self.config.size.text!r} cannot run in vLLM yet: give it in tokens"
-            )
-        for name, able in (("prompt", "evict"), ("kv_dtype", "auto")):
-            if (value := getattr(self.config, name)) != able:
-                raise UnsupportedError(
-                    f"{name}={value!r} cannot run in vLLM yet: use {name}={able!r}, or transformers"
-                )
+        check_storage(self.config)
         super().__post_init__()
         if self.formats is not None:
             raise UnsupportedError(
@@ -72,6 +64,23 @@ class EngineBudget(BudgetPlan):
             [part.total for part in self.parts(self.shard(rank))] for rank in range(self.ranks)
         ]
         return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
+
+
+def check_storage(config: CompressionConfig) -> None:
+    """Refuse what vLLM's pages cannot hold yet: prompts that are kept, fewer bits, bytes.
+
+    Raises:
+        UnsupportedError: names it.
+    """
+    if config.size is not None:
+        raise UnsupportedError(
+            f"budget={config.size.text!r} cannot run in vLLM yet: give it in tokens"
+        )
+    for name, able in (("prompt", "evict"), ("kv_dtype", "auto")):
+        if (value := getattr(config, name)) != able:
+            raise UnsupportedError(
+                f"{name}={value!r} cannot run in vLLM yet: use {name}={able!r}, or transformers"
+            )
 
 
 def _no_rope() -> Any:
