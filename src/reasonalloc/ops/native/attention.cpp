@@ -18,10 +18,6 @@ constexpr int kQueries = 4;  // query heads that are worked off together, in reg
 constexpr int kVectors = kRegisters / 8;  // and vectors of a value's row
 constexpr int kAhead = 8;    // rows between the one that is read and the one that is fetched
 
-// Keys that `many` queries are multiplied with at a time, if their sums stay in registers.
-template <int many>
-constexpr int kTokens = 5 * many < kRegisters ? 4 : 1;
-
 // Rows that lie `stride` bytes apart, at any address. What rows of every kind have: how many of
 // their `width` numbers are read in whole vectors, and of a row its vectors and its other numbers.
 // Of kScaled rows every number is to be multiplied by the row's entry of `numbers`.
@@ -47,43 +43,28 @@ struct Plain {
   int64_t whole() const { return width / kLanes * kLanes; }
 };
 
-// Logits of `many` queries with `tokens` keys from key `j` on.
-template <int many, int tokens, typename Keys>
-void tile_of_logits(const float* queries, const Keys& keys, int j, int64_t width, float* logits) {
-  const int64_t whole = keys.whole();
-  Lanes sums[tokens][many] = {};
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    Lanes query[many];
-#pragma GCC unroll 4
-    for (int g = 0; g < many; ++g) query[g] = load(queries + g * width + d);
-#pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) {
-      const auto key = keys[j + t];
-      key.fetch(d);
-      Lanes k = key.vector(d);
-#pragma GCC unroll 4
-      for (int g = 0; g < many; ++g) sums[t][g] += query[g] * k;
-    }
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t)
-#pragma GCC unroll 4
-    for (int g = 0; g < many; ++g) {
-      float dot = sum(sums[t][g]);
-      for (int64_t d = whole; d < width; ++d) dot += queries[g * width + d] * keys[j + t].number(d);
-      if constexpr (Keys::kScaled) dot *= keys.numbers[j + t];
-      logits[g * kChunk + j + t] = dot;
-    }
-}
-
 // Logits of `many` queries with `count` keys; queries are floats, scaled already.
 template <int many, typename Keys>
 void multiply_keys(const float* queries, const Keys& keys, int count, int64_t width,
                    float* logits) {
-  int j = 0;
-  for (; j + kTokens<many> <= count; j += kTokens<many>)
-    tile_of_logits<many, kTokens<many>>(queries, keys, j, width, logits);
-  for (; j < count; ++j) tile_of_logits<many, 1>(queries, keys, j, width, logits);
+  const int64_t whole = keys.whole();
+  for (int j = 0; j < count; ++j) {
+    const auto key = keys[j];
+    Lanes sums[many] = {};
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      key.fetch(d);
+      Lanes k = key.vector(d);
+#pragma GCC unroll 4
+      for (int g = 0; g < many; ++g) sums[g] += load(queries + g * width + d) * k;
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < many; ++g) {
+      float dot = sum(sums[g]);
+      for (int64_t d = whole; d < width; ++d) dot += queries[g * width + d] * key.number(d);
+      if constexpr (Keys::kScaled) dot *= keys.numbers[j];
+      logits[g * kChunk + j] = dot;
+    }
+  }
 }
 
 // Weighted sums of `count` values from number `d` on, `vectors` vectors of them.
