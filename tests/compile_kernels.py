@@ -1,7 +1,11 @@
-"""Compile the decode kernels for real GPUs; run without TRITON_INTERPRET, needs no GPU."""
+"""Compile kernels for real GPUs: those of ``plain`` runs, or of ``coded`` ones.
+
+Run without TRITON_INTERPRET, needs no GPU.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,15 +21,27 @@ INTEGERS += ("coded_slots", "room", "run_blocks")
 FLOATS = ("scaling", "softcap")
 BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received"), "*fp32")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on sm_86 and sm_89
+CODED = (
+    ("bf16", "int8:int4", 256),
+    ("bf16", "int4h:fp8", 80),
+    ("fp16", "fp8:int8", 256),
+    ("fp16", "auto", 80),
+    ("fp32", "int4:auto", 64),
+)
 
 
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int) -> None:
     types = pointers | dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {  # as tensors are
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
     for arch in (80, 90):
         built = triton.compile(
-            ASTSource(kernel, signature, places),
+            ASTSource(kernel, signature, places, aligned),
             target=GPUTarget("cuda", arch, 32),
             options={"num_warps": warps, "num_stages": 2},
         )
@@ -62,12 +78,12 @@ def build_coded(name: str, kv_dtype: str, dim: int) -> None:
     build(coded._received_kernel, types, shared, 4)
 
 
-def main() -> None:
-    for kv_dtype in ("int8:int4", "int4h:int8", "fp8", "auto"):
-        for dim in (80, 256):
-            build_coded("bf16", kv_dtype, dim)
-    build_coded("fp16", "int8", 128)
-    build_coded("fp32", "int4:auto", 256)
+def build_all_coded() -> None:
+    for name, kv_dtype, dim in CODED:
+        build_coded(name, kv_dtype, dim)
+
+
+def build_all_plain() -> None:
     for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for dim in (64, 128, 256):
             data = dict.fromkeys(("query", "keys", "values", "out"), "*" + kind)
@@ -87,8 +103,8 @@ def main() -> None:
                 build(decode._split_kernel, pointers, constants | values, 4)
                 build(decode._received_kernel, pointers, constants, 4)
             build(decode._join_kernel, data | BUFFERS, values | {"SPLITS_PAD": 4}, 1)
-    print("compiled")
 
 
 if __name__ == "__main__":
-    main()
+    {"plain": build_all_plain, "coded": build_all_coded}[sys.argv[1]]()
+    print("compiled")

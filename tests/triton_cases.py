@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
 import models
 import reasonalloc
 from examples import examples
+from coded_layers import KINDS, dense_attention, made_coded
 from reasonalloc.attention import BACKENDS
+from reasonalloc.attention.kernels.coded import _e4m3
 from reasonalloc.cache import Slab
 from strategies import lengths_of_heads
 
@@ -78,6 +82,61 @@ def test_decode_is_the_reference(
         plain, nothing = BACKENDS.create(name).decode(query, slab, 0.3, softcap, False)
         torch.testing.assert_close(plain, expected, rtol=limit, atol=limit)
         assert nothing is None
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.integers(1, 8),
+    st.sampled_from([(24, 16), (64, 64), (80, 48), (32, 128), (256, 24)]),
+    st.sampled_from([None, 2.0]),
+    st.sampled_from(list(TOLERANCE)),
+)
+@examples(12)
+def test_coded_runs(
+    seed: int,
+    kinds: list[str],
+    same: int,
+    group: int,
+    dims: tuple[int, int],
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """One format for all heads, twice each or one per head; ragged runs, some empty."""
+    kinds = kinds[:1] * same if same else kinds * 2
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, len(kinds))
+    lengths = torch.randint(0, 90, shape, generator=generator)
+    lengths *= torch.rand(shape, generator=generator) < 0.8
+    tails = torch.randint(1, 80, shape, generator=generator)
+    slab = made_coded(seed, kinds, lengths.tolist(), tails.tolist(), dims, dtype, DEVICE)
+    query = torch.randn(2, len(kinds) * group, 1, dims[0], generator=generator).to(DEVICE, dtype)
+    expected, weights = dense_attention(query, slab, 0.3, softcap)
+    backend = BACKENDS.create("triton")
+    out, received = backend.decode_coded(query, slab, 0.3, softcap, True)
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=limit, atol=limit)
+    limit = 1e-4 if dtype == torch.float32 or DEVICE.type == "cpu" else 1e-2
+    assert received is not None
+    torch.testing.assert_close(received.double().cpu(), weights, rtol=limit, atol=limit)
+    plain, nothing = backend.decode_coded(query, slab, 0.3, softcap, False)
+    assert torch.equal(plain, out) and nothing is None
+
+
+@triton.jit
+def _every_byte(codes, out):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 256)
+    tl.store(out + at, _e4m3(tl.load(codes + at)))
+
+
+def test_every_code_of_fp8() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    out = torch.empty(256, device=DEVICE)
+    _every_byte[(1,)](codes, out)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    numbers = ~expected.isnan()
+    assert torch.equal(out[numbers], expected[numbers])
 
 
 @pytest.mark.parametrize("arm", ["snapkv/uniform/reasonalloc", "value_aware"])

@@ -35,8 +35,9 @@ def test_kernels_are_the_reference() -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def test_kernels_compile_for_gpus() -> None:
-    done = run(str(HERE / "compile_kernels.py"))
+@pytest.mark.parametrize("kernels", ["plain", "coded"])
+def test_kernels_compile_for_gpus(kernels: str) -> None:
+    done = run(str(HERE / "compile_kernels.py"), kernels)
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
 
 
