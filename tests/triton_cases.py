@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import models
 import reasonalloc
-from examples import examples
 from coded_layers import KINDS, dense_attention, made_coded
+from examples import examples
 from reasonalloc.attention import BACKENDS
 from reasonalloc.attention.kernels.coded import _e4m3
 from reasonalloc.cache import Slab

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from examples import examples
 from coded_layers import KINDS, dense_attention, made_coded
+from examples import examples
 from reasonalloc.attention import BACKENDS
 from strategies import lengths_of_heads
 

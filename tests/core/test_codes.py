@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples import examples
 from coded_layers import KINDS, random_rows
+from examples import examples
 from reasonalloc.errors import UsageError
 from reasonalloc.ops.codes import GROUP, VALUE_KINDS, Field, parse_kinds, rotated, row_format
 
