@@ -158,7 +158,6 @@ def test_a_pinned_prompt_is_on_top(call: Call, small: None) -> None:
     ("options", "message"),
     [
         (("--prompt-mode", "keep"), "unknown prompt 'keep'"),
-        (("--arms", "full", "--prompt-mode", "pin"), "--prompt-mode has no effect"),
         (("--arms", "rvk"), "rvk"),
         (("--arms", ","), "arms is empty"),
         (("--batch", "0"), "batch='0'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ import made_costs
 import reasonalloc
 from models import prompt, tiny
 from reasonalloc import UsageError
+from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadAllocator, HeadQuery
+from reasonalloc.policies import POLICIES, Candidates, Policy
 
 SETTINGS: dict[str, Any] = {"budget": 12, "interval": 8, "window": 4, "prompt": "pin"}
 STEPS = ("eager", "static", "compile")
@@ -386,3 +388,36 @@ def test_parts_of_the_prompt_are_hidden_later(step: str) -> None:
         cache.reset()
         turn(model, prompt(2), cache, 5)
         assert cache.kv_bytes == attached.plan(prompt_tokens=2).kv_bytes(6)
+
+
+class Watching(Policy):
+    """Scores by position, and notes how many tokens it was shown."""
+
+    shown: ClassVar[list[int]] = []
+
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        self.shown.append(int(candidates.lengths.min()))
+        return -candidates.positions.float()
+
+
+class Dividing(HeadAllocator):
+    """Gives the same to every head, and notes how many tokens it was shown."""
+
+    shown: ClassVar[list[int]] = []
+
+    def allocate(self, query: HeadQuery) -> torch.Tensor:
+        self.shown.append(int(query.lengths.min()))
+        return (query.total // query.lengths.shape[1])[:, None].expand_as(query.lengths)
+
+
+def test_own_parts_see_the_prompt_or_what_competes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (POLICIES, HEAD_ALLOCATORS):
+        monkeypatch.setattr(registry, "_entries", registry.entries())
+        monkeypatch.setattr(registry, "_objects", {})
+    model = tiny("llama")
+    for kind in (Watching, Dividing):
+        monkeypatch.setattr(kind, "shown", [])
+    with reasonalloc.attach(model, policy=Watching, heads=Dividing, **SETTINGS):
+        generate(model, prompt(20))
+    assert min(Watching.shown) >= 20 + 12
+    assert Dividing.shown == [shown - 20 for shown in Watching.shown]
