@@ -30,7 +30,7 @@ class OtherCadence(UserWarning):
     """A cost profile was measured at another interval or window than the run's."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """Error for an unknown ``name`` that suggests the nearest of the ``known`` ones."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)

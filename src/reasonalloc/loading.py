@@ -212,9 +212,11 @@ def resolve_dtype(dtype: str | torch.dtype, config: Any) -> torch.dtype:
     """Return the dtype that a model is loaded with; ``auto`` is the checkpoint's own, else float32.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, or a dtype that no model computes in.
     """
     if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values() and dtype != torch.float64:
+            raise UsageError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
         return dtype
     if dtype == "auto":
         own = getattr(config, "dtype", None)

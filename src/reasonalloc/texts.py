@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +30,47 @@ class Trajectory:
     Attributes:
         prompt_ids: at least one token.
         completion_ids: at least two tokens, or none if it has still to be generated.
+
+    Raises:
+        UsageError: anything but whole numbers of at least 0, or of another length.
     """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("prompt_ids", "completion_ids"):
-            object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
+        for name, wrong in (("prompt_ids", (0,)), ("completion_ids", (1,))):
+            given = getattr(self, name)
+            try:
+                ids = tuple(map(operator.index, given))
+            except (TypeError, ValueError):  # a scalar, text, fractions, rows of a batch
+                ids = (-1,)
+            if len(ids) in wrong or min(ids, default=0) < 0:
+                raise UsageError(
+                    f"{name}={reprlib.repr(given)} must be token ids of one sequence, "
+                    + ("at least one" if name == "prompt_ids" else "none or at least two")
+                )
+            object.__setattr__(self, name, ids)
 
     @property
     def key(self) -> str:
         """Fingerprint of the tokens: 16 hex digits."""
         text = json.dumps([self.prompt_ids, self.completion_ids])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what turns no text into tokens and back; None passes.
+
+    Raises:
+        UsageError: no tokenizer of transformers.
+    """
+    if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        return
+    raise UsageError(
+        f"tokenizer={reprlib.repr(tokenizer)} is none: give the model's own, from "
+        "AutoTokenizer.from_pretrained or reasonalloc.load_model"
+    )
 
 
 def load_trajectories(path: str, tokenizer: Any, name: str = "trajectories") -> list[Trajectory]:

@@ -97,7 +97,7 @@ def test_completions_are_generated_for_costs(call: Call, folder: Path, tmp_path:
     texts.write_text('{"prompt": "w1 w2 w3 w4"}\n')
     base = ["calibrate", folder, "--objective", "kl", "--texts", texts, "-o", out]
     code, _, err = call(*base)
-    assert code == 2 and "give --generate N" in err and not out.exists()
+    assert code == 2 and "--generate N" in err and not out.exists()
     base += ["--interval", "8"]
     code, _, err = call(*base, "--generate", "30", "--budgets", "8,12")
     assert code == 0 and "rounding" not in err

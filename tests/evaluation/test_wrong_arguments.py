@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import reasonalloc
 from models import tiny
@@ -17,7 +18,9 @@ TEXT = Trajectory(tuple(range(5, 15)), tuple(range(20, 30)))
 
 
 def evaluate(**changes: Any) -> Any:
-    return reasonalloc.evaluate("nowhere", **{"task": "chain", "progress": False, **changes})
+    return reasonalloc.evaluate(
+        **{"model": "nowhere", "task": "chain", "progress": False, **changes}
+    )
 
 
 def fidelity(**changes: Any) -> Any:
@@ -31,6 +34,11 @@ def plan(**changes: Any) -> Any:
 
 def attach(**changes: Any) -> Any:
     return reasonalloc.attach(tiny("llama"), **{"budget": 12, **changes})
+
+
+def calibrate(**changes: Any) -> Any:
+    given = {"tokenizer": None, "texts": [TEXT], "objective": "fisher", "progress": False}
+    return reasonalloc.calibrate(tiny("llama"), **{**given, **changes})
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -50,6 +58,20 @@ CALLS: dict[str, Callable[[], Any]] = {
     "model=3": lambda: plan(model=3),
     "model=None": lambda: reasonalloc.load_model(None),  # type: ignore[arg-type]
     "path=3": lambda: reasonalloc.open_calibrated(3),  # type: ignore[arg-type]
+    "texts=3": lambda: calibrate(texts=3),
+    "texts=4": lambda: fidelity(texts=4),
+    "objective 3": lambda: calibrate(objective=3),
+    "objective ['kl']": lambda: calibrate(objective=["kl"]),
+    "tokenizer=3": lambda: calibrate(tokenizer=3),
+    "tokenizer='qwen'": lambda: fidelity(tokenizer="qwen"),
+    "tokenizer=4": lambda: evaluate(model=tiny("llama"), tokenizer=4),
+    "prompt_ids=3": lambda: Trajectory(3, ()),  # type: ignore[arg-type]
+    "prompt_ids=()": lambda: Trajectory((), (1, 2)),
+    "prompt_ids=[[1, 2]]": lambda: Trajectory([[1, 2]], (1, 2)),  # type: ignore[arg-type]
+    "completion_ids=(1,)": lambda: Trajectory((1,), (1,)),
+    "completion_ids='ab'": lambda: Trajectory((1,), "ab"),  # type: ignore[arg-type]
+    "dtype=torch.int8": lambda: plan(dtype=torch.int8),
+    "model=4": lambda: reasonalloc.detach(4),
     "tokens": lambda: plan().memory(1).kv_bytes(-1),
 }
 

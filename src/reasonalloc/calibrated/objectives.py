@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.files import as_path
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class CalibrationConfig:
     samples: int = field(default=8, metadata={"help": "Backward passes per text (fisher alone)."})
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
+        if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:
             raise unknown_name("objective", self.objective, OBJECTIVES)
 
     @property
@@ -151,7 +152,7 @@ def check_target(out: str | os.PathLike[str], objective: str, name: str = "out")
     Raises:
         UsageError: it cannot be written there, or its name promises another kind of file.
     """
-    target, suffix = Path(out).expanduser(), CalibrationConfig(objective).chosen.suffix
+    target, suffix = as_path(name, out), CalibrationConfig(objective).chosen.suffix
     given = f"{name}={os.fspath(out)!r}"
     if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise UsageError(f"{given} cannot be written: give a file in an existing folder")

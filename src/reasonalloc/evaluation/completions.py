@@ -132,9 +132,12 @@ def complete_missing(
     missing = any(not text.completion_ids for text in texts)
     if generate is None:
         if missing:
-            raise UsageError(f"{name} has prompts without a completion: give --generate N")
+            raise UsageError(
+                f"{name} has prompts without a completion: give generate=N, on the command line "
+                "--generate N"
+            )
         return texts
     if not missing:
-        tell(f"--generate {generate} has no effect: all texts of {name} are complete")
+        tell(f"generate={generate} has no effect: all texts of {name} are complete")
         return texts
     return complete_all(model, texts, generate)

@@ -86,6 +86,8 @@ def fidelity(
         UsageError: anything that cannot be run, before it runs; names the field and a remedy.
         UnsupportedError: a model that cannot work under a budget.
     """
+    if not isinstance(texts, str | os.PathLike | Iterable):
+        raise UsageError(f"texts={texts!r} must be a file's path or a list of texts")
     observer = make_observer(progress)
     shared = {
         "interval": interval,

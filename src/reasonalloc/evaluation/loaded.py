@@ -10,6 +10,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.integrations.hf.attachment import refuse_attached
 from reasonalloc.planning.shapes import model_name
+from reasonalloc.texts import check_tokenizer
 
 
 def find_model(
@@ -28,8 +29,10 @@ def find_model(
         workers, ray_address: who loads it.
 
     Raises:
-        UsageError: a loaded model that has a budget already, or options that have no effect on it.
+        UsageError: a loaded model that has a budget already, options that have no effect on it, or
+            a tokenizer that is none.
     """
+    check_tokenizer(tokenizer)
     if isinstance(model, str | os.PathLike):
         if tokenizer is not None:
             raise UsageError(

@@ -38,7 +38,7 @@ def size_table(report: dict[str, Any]) -> Table:
     change = (
         f"{full / compressed:.1f}x smaller"
         if compressed <= full
-        else "larger: the budget exceeds this context"
+        else "larger: budget and interval exceed this context"
     )
     rows = [
         ("arm", f"{report['arm']}, budget {report['budget']}, interval {report['interval']}"),

@@ -409,7 +409,13 @@ def refuse_attached(model: Any) -> None:
 
 
 def detach(model: Any) -> None:
-    """Remove the KV budget from a model, if it has one."""
+    """Remove the KV budget from a model, if it has one.
+
+    Raises:
+        UsageError: no model.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model={model!r} must be a transformers model")
     attachment = getattr(inner_model(model), "__dict__", {}).get(_HANDLE)
     if isinstance(attachment, Attachment):
         attachment.detach()
