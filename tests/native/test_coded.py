@@ -72,6 +72,8 @@ def test_attention_is_the_reference(
     slab: MadeCoded, group: int, softcap: float | None, dtype: torch.dtype
 ) -> None:
     query = query_for(slab, group, dtype)
+    if group % 4 == 0:
+        query = spread(query)
     out, received = BACKENDS.create("cpp").decode_coded(query, slab, 0.3, softcap, True)
     again, none = BACKENDS.create("cpp").decode_coded(query, slab, 0.3, softcap, False)
     assert none is None and torch.equal(out, again)
@@ -242,6 +244,11 @@ def test_a_wrong_argument_is_refused(name: str, change: Change) -> None:
 def test_wrong_kinds_are_refused(kinds: list[int], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         step({**arguments(), "kinds": kinds})
+
+
+def test_fewer_slots_than_none_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="coded_slots are -1"):
+        step({**arguments(), "coded_slots": -1})
 
 
 def test_formats_of_other_vectors_are_refused() -> None:

@@ -178,6 +178,8 @@ def arguments_of(
     slots = kv_heads * room
     if len(read.kinds) != 2 * kv_heads:
         raise RuntimeError(f"kinds are {len(read.kinds)} numbers, not two for each of {kv_heads}")
+    if read.coded_slots < 0:
+        raise RuntimeError(f"coded_slots are {read.coded_slots}, but cannot be fewer than none")
     address("tail_keys", keys, None, (batch, kv_heads, room, dim))
     address("tail_values", values, None, (batch, kv_heads, room, value_dim))
     address("tail_lengths", read.tail_lengths, torch.int64, (batch, kv_heads))
@@ -230,15 +232,14 @@ def _results(
 def _coded(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Either operator; what is stored in between is a ``NewToken``."""
     out, received = _results(query, *rest)
+    query = with_rows(query)
     count = len(CodedInput._fields)
     read = CodedInput(*rest[:count])
     scaling, softcap, *token, need_weights = rest[count:]
     tables = {name: getattr(read, name).contiguous() for name in ("starts", "offsets", "lengths")}
     new = NewToken(with_rows(token[0]), with_rows(token[1]), *token[2:]) if token else None
     weights = received if need_weights else None
-    arguments = arguments_of(
-        with_rows(query), read._replace(**tables), scaling, softcap, new, out, weights
-    )
+    arguments = arguments_of(query, read._replace(**tables), scaling, softcap, new, out, weights)
     code = library().reasonalloc_attend_coded(ctypes.byref(arguments), torch.get_num_threads())
     if code:
         raise failure(code)
