@@ -282,6 +282,7 @@ def head_budgets(
     score_norm: str = "length",
     shares: bool = True,
     planned: Sequence[int] = (),
+    pinned: int = 0,
 ) -> list[int]:
     heads = len(lengths)
     total = min(layer_total, sum(lengths))
@@ -290,7 +291,8 @@ def head_budgets(
         return robustify(list(planned), total, [min(floor, n) for n in lengths], lengths, 1.0)
     if name == "uniform":
         return robustify([1.0] * heads, total, [0] * heads, lengths, 1.0)
-    counts = pooled_counts(scores, total, window, lengths, score_norm if shares else "paper")
+    scored = [n + pinned for n in lengths]  # the scores are shares of these
+    counts = pooled_counts(scores, total, window, scored, score_norm if shares else "paper")
     mean = layer_total // heads
     share, margin = (0.25, 8) if name == "reasonalloc" else (0.0, 0)
     floor = min(max(int(share * mean), window + margin), mean)

@@ -162,6 +162,7 @@ class Simulator:
             least,
             shares=shares,
             planned=() if self.planned is None else self.planned[layer],
+            pinned=self.pinned,
         )
         for h in range(heads):
             stay = select(

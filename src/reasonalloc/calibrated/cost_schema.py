@@ -39,8 +39,8 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"it is another kind of file: {REMEDY}")
     if data.get("version") == 1 and "layer_costs" not in data:
         data = {**data, "layer_costs": [], "version": 2}
-    if data.get("version") == 2 and "coded" not in data:
-        data = {**data, "coded": {}, "version": SCHEMA_VERSION}
+    if data.get("version") == 2:
+        data = {"coded": {}, **data, "version": SCHEMA_VERSION}
     check_version(data, SCHEMA_VERSION)
     check_fields(data, names)
     check_choice(data, "objective", OBJECTIVES)

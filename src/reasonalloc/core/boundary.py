@@ -75,6 +75,7 @@ def decide(
         policy.sums_to_one,
         planned,
         ops,
+        candidates.lengths if pinned else None,
     )
     if capped and planned is not None:
         budgets = planned.expand_as(lengths).minimum(lengths)

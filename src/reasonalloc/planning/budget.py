@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,20 +35,6 @@ from reasonalloc.whole import whole_number, whole_numbers
 
 #: Context length at which a plan compares the caches unless another one is given, in tokens.
 TOKENS = 32768
-
-
-class LayerPart(NamedTuple):
-    """What a process keeps of a layer.
-
-    Attributes:
-        total: retained tokens of its heads together.
-        planned: of each, if that is planned.
-        formats: how older tokens of each are kept, if that is planned.
-    """
-
-    total: int
-    planned: Sequence[int] | None = None
-    formats: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,25 +176,34 @@ class BudgetPlan(Shown):
         """Return the KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
         return sum(shape.full_bytes(batch, tokens, itemsize) for shape in self.shapes)
 
-    def parts(self, shard: HeadShard) -> list[LayerPart]:
+    def parts(self, shard: HeadShard) -> list[tuple[int, Sequence[int] | None]]:
         """Return what a process keeps of every compressible layer.
 
         Args:
             shard: its part of the KV heads.
+
+        Returns:
+            Per layer the retained tokens of its heads together, and of each if they are planned.
         """
         planned = self.planned or [None] * len(self.totals)
         own = []
-        for index, (total, heads) in enumerate(zip(self.totals, planned, strict=True)):
+        for total, heads in zip(self.totals, planned, strict=True):
             tokens = shard.total(total, heads, self.kv_heads)
-            kinds = [kind for _, kind in self.formats[index]] if self.formats else None
-            own.append(
-                LayerPart(
-                    tokens,
-                    None if heads is None else shard.heads(heads),
-                    None if kinds is None else shard.heads(kinds),
-                )
-            )
+            own.append((tokens, None if heads is None else shard.heads(heads)))
         return own
+
+    def formats_of(self, shard: HeadShard) -> list[Sequence[str] | None]:
+        """Return per compressible layer how a process keeps older tokens of each of its heads.
+
+        Args:
+            shard: its part of the KV heads.
+
+        Returns:
+            Per layer a format per head, or None if they are not planned.
+        """
+        if self.formats is None:
+            return [None] * len(self.totals)
+        return [shard.heads([kind for _, kind in layer]) for layer in self.formats]
 
     @property
     def kv_heads(self) -> int:

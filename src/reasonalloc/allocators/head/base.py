@@ -27,6 +27,8 @@ class HeadQuery:
         shares: scores are shares of a head's own tokens (``Policy.sums_to_one``).
         planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
         ops: what ``pooled_counts`` and ``divide`` compute with.
+        scored: [batch, kv_heads] int64, tokens of each head whose scores sum to one, if these are
+            more than ``lengths``: pinned ones are scored and do not compete. Else None.
     """
 
     scores: Tensor
@@ -38,6 +40,7 @@ class HeadQuery:
     shares: bool = False
     planned: Tensor | None = None
     ops: Operations = TORCH
+    scored: Tensor | None = None
 
     def floor(self, share: float, margin: int) -> Tensor:
         """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
@@ -54,8 +57,10 @@ class HeadQuery:
         the head's number of candidates, which makes them comparable between heads. See
         ``Operations.pooled_counts``.
         """
-        scaled = score_norm == "length" and self.shares
-        return self.ops.pooled_counts(self.scores, self.lengths, self.total, self.window, scaled)
+        scores, scaled = self.scores, score_norm == "length" and self.shares
+        if scaled and self.scored is not None:
+            scores, scaled = scores * (self.scored - self.window).clamp_min(1)[..., None], False
+        return self.ops.pooled_counts(scores, self.lengths, self.total, self.window, scaled)
 
     def divide(self, demand: Tensor, lower: Tensor, exponent: float = 1.0) -> Tensor:
         """Divide the total in proportion to a demand: [batch, kv_heads] int64, sums exact.

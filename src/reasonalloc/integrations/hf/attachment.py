@@ -174,23 +174,24 @@ class Attachment:
         self._require_model()
         recorder = Recorder(self.config.record)
         parts = iter(self._plan.parts(self.shard))
+        formats = iter(self._plan.formats_of(self.shard))
         layers: list[LayerCompressor | None] = []
         for index, shape in enumerate(self.shapes):
             if not shape.compressible:
                 layers.append(None)
                 continue
-            part = next(parts)
+            total, planned = next(parts)
             layers.append(
                 LayerCompressor(
                     index,
-                    part.total,
+                    total,
                     self.config,
                     self._plan.policy,
                     self._heads,
                     self._backend,
                     recorder,
-                    part.planned,
-                    part.formats,
+                    planned,
+                    next(formats),
                 )
             )
         shapes = tuple(self.shard.shape(shape) for shape in self.shapes)

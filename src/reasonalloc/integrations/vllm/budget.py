@@ -61,7 +61,7 @@ class EngineBudget(BudgetPlan):
     def layouts(self, block_size: int) -> tuple[Layout, ...]:
         """Return the layouts of all ranks."""
         totals = [
-            [part.total for part in self.parts(self.shard(rank))] for rank in range(self.ranks)
+            [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
         ]
         return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
 
