@@ -62,7 +62,7 @@ def decode_coded(
     room, coded = slab.tail_keys.shape[2], slab.coded_slots
     grouped = query.reshape(batch, heads, group, head_dim).float() * scaling
     outs = []
-    received = torch.zeros(batch, slab.positions.shape[1], device=query.device)
+    received = torch.zeros(batch, slab.positions.shape[1], dtype=torch.float32, device=query.device)
     for head in range(heads):
         keys, values, held = run_of(slab, head)
         mine = grouped[:, head]

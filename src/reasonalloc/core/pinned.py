@@ -115,7 +115,10 @@ def _least(place: Place, seen: Place) -> Place:
         return min(place, seen)
     known = place if isinstance(place, Tensor) else seen
     assert isinstance(known, Tensor)
-    return torch.minimum(torch.as_tensor(place).to(known), torch.as_tensor(seen).to(known))
+    first, second = (
+        torch.as_tensor(x, dtype=known.dtype, device=known.device) for x in (place, seen)
+    )
+    return torch.minimum(first, second)
 
 
 def _length(start: Place, end: Place) -> int:

@@ -20,21 +20,24 @@ class Event:
         step: columns (tokens per sequence, padding included) seen by the layer before the event.
         layer: index of the layer in the model.
         budgets: [batch, kv_heads] int64 on the CPU or the device, tokens kept per head.
-        positions: [batch, kv_heads, n] int32, of the kept tokens; behind ``budgets[b, h]`` entries
-            of a head they mean nothing. None unless they are recorded.
+        positions: [batch, n] int32, of the kept tokens, or None. Head ``h`` owns the
+            ``budgets[b, h]`` entries from ``offsets[b, h]`` on.
+        offsets: [batch, kv_heads] int64, or None.
     """
 
     step: int
     layer: int
     budgets: Tensor
     positions: Tensor | None = None
+    offsets: Tensor | None = None
 
     def kept(self, sequence: int, head: int) -> list[int]:
         """Positions that the head kept. Needs ``record="tokens"``."""
-        if self.positions is None:
+        if self.positions is None or self.offsets is None:
             raise ValueError("kept positions were not recorded: use record='tokens'")
-        kept = self.positions[sequence, head, : int(self.budgets[sequence, head])]
-        return [int(p) for p in kept]
+        start = int(self.offsets[sequence, head])
+        stop = start + int(self.budgets[sequence, head])
+        return [int(p) for p in self.positions[sequence, start:stop]]
 
 
 @dataclass
@@ -70,5 +73,8 @@ class Recorder:
                 self.events.append(Event(step, layer, budgets.clone()))
             else:
                 rows = load()
-                positions = rows.gather(rows.positions)
-                self.events.append(Event(step, layer, budgets.clone(), positions))
+                batch, heads, n = rows.index.shape
+                first = torch.arange(heads, dtype=torch.int64, device=budgets.device) * n
+                positions = rows.gather(rows.positions).flatten(1)
+                offsets = first.expand(batch, -1)
+                self.events.append(Event(step, layer, budgets.clone(), positions, offsets))
