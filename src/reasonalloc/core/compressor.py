@@ -507,7 +507,7 @@ class LayerCompressor:
             self.progress.prompt if self._config.prompt == "protect" else 0,
             self._ops,
             pinned,
-            capped=self._formats is not None,
+            self._formats is not None,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
         equal = (
