@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from reasonalloc.errors import UsageError, unknown_name
-from reasonalloc.kinds import parse_kinds
+from reasonalloc.kinds import is_coded, parse_kinds
 from reasonalloc.sizes import ByteBudget
 from reasonalloc.whole import whole_number
 
@@ -273,7 +273,7 @@ class CompressionConfig:
     @property
     def coded(self) -> bool:
         """Whether older tokens are kept in fewer bits."""
-        return parse_kinds(self.kv_dtype) != ("auto", "auto")
+        return is_coded(self.kv_dtype)
 
     def pinned(self, prompt_tokens: int) -> int:
         """Return how many tokens of a first prompt are kept on top of the budget.

@@ -27,3 +27,12 @@ def parse_kinds(text: str) -> tuple[str, str]:
             f"{', '.join(VALUE_KINDS)} for values, such as 'int8:int4'"
         )
     return parts[0], parts[1]
+
+
+def is_coded(kv_dtype: str) -> bool:
+    """Whether keys or values are kept in fewer bits.
+
+    Raises:
+        UsageError: as ``parse_kinds``.
+    """
+    return parse_kinds(kv_dtype) != ("auto", "auto")

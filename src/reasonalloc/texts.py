@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,6 +72,16 @@ def check_tokenizer(tokenizer: Any) -> None:
         f"tokenizer={reprlib.repr(tokenizer)} is none: give the model's own, from "
         "AutoTokenizer.from_pretrained or reasonalloc.load_model"
     )
+
+
+def check_several(texts: Any) -> None:
+    """Refuse what is neither a file of texts nor several of them.
+
+    Raises:
+        UsageError: says what to give.
+    """
+    if not isinstance(texts, str | os.PathLike | Iterable):
+        raise UsageError(f"texts={texts!r} must be a file's path or a list of texts")
 
 
 def load_trajectories(path: str, tokenizer: Any, name: str = "trajectories") -> list[Trajectory]:

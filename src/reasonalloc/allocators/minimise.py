@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,18 +51,12 @@ def minimise(curves: Tensor, points: Tensor, total: int, lower: int, upper: int)
     def taken(price: float) -> Tensor:
         return lower + (cost + price * sizes).argmin(dim=1)
 
-    dear, cheap = float(cost[:, 0].max()) + 1.0, 0.0
-    few, many = taken(dear), taken(cheap)
+    dear = float(cost[:, 0].max()) + 1.0
+    few, many = taken(dear), taken(0.0)
     if int(many.sum()) < total:  # costs that do not fall any more: the rest goes round
         few, many = many, torch.full_like(many, upper)
     else:
-        for _ in range(_STEPS):
-            price = (dear + cheap) / 2
-            sizes_now = taken(price)
-            if int(sizes_now.sum()) <= total:
-                dear, few = price, sizes_now
-            else:
-                cheap, many = price, sizes_now
+        few, many = _either_side(taken, lambda sizes: int(sizes.sum()) <= total, few, many, dear)
     room = (many - few).clamp_min(0)
     before = room.cumsum(0) - room
     return few + (total - int(few.sum()) - before).clamp_min(0).minimum(room)
@@ -92,15 +88,9 @@ def minimise_bytes(
     def taken(price: float) -> Tensor:
         return (cost + price * size).argmin(dim=1)
 
-    dear, cheap = float(cost.max()) + 1.0, 0.0
-    few, many = taken(dear), taken(cheap)
-    for _ in range(_STEPS):
-        price = (dear + cheap) / 2
-        now = taken(price)
-        if float(size[now].sum()) <= room:
-            dear, few = price, now
-        else:
-            cheap, many = price, now
+    dear = float(cost.max()) + 1.0
+    few, many = taken(dear), taken(0.0)
+    few, many = _either_side(taken, lambda now: float(size[now].sum()) <= room, few, many, dear)
     left = room - int(size[few].sum())
     for item in range(len(few)):
         more = int(size[many[item]] - size[few[item]])
@@ -114,3 +104,28 @@ def minimise_bytes(
             tokens[item] += more
             left -= more * width
     return formats, tokens
+
+
+def _either_side(
+    taken: Callable[[float], Tensor],
+    fits: Callable[[Tensor], bool],
+    few: Tensor,
+    many: Tensor,
+    dear: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what is taken at the lowest price at which it fits, and just below that.
+
+    Args:
+        taken: [n] choices at a price.
+        fits: whether choices do.
+        few, many: those at the price ``dear`` and at 0.
+    """
+    cheap = 0.0
+    for _ in range(_STEPS):
+        price = (dear + cheap) / 2
+        now = taken(price)
+        if fits(now):
+            dear, few = price, now
+        else:
+            cheap, many = price, now
+    return few, many

@@ -7,46 +7,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reasonalloc.ops.codes import RowFormat
+from reasonalloc.ops.interface import CodedTokens
 from reasonalloc.ops.torch import take
 
 
-class CodedView(Protocol):
+class CodedView(CodedTokens, Protocol):
     """What a backend reads of a layer whose older tokens are coded (``cache.CodedSlab``).
 
     The tokens of a head are its *run*, coded, and its *tail*, in the model's dtype. Slots are
     numbered through: ``coded_slots`` of the runs, then ``kv_heads * room`` of the tails.
     """
 
-    pool: Tensor
-    """[batch, bytes] uint8, the runs; how a row lies says ``formats``."""
-    formats: tuple[RowFormat, ...]
-    """[kv_heads]"""
-    coded_slots: int
-    tail_keys: Tensor
-    """[batch, kv_heads, room, head_dim]"""
-    tail_values: Tensor
-    """[batch, kv_heads, room, value_dim]"""
-    tail_lengths: Tensor
-    """[batch, kv_heads] int64"""
     positions: Tensor
     """[batch, coded_slots + kv_heads * room] int32"""
     kv_heads: int
-
-    @property
-    def starts(self) -> Tensor:
-        """[batch, kv_heads] int64, first byte of each head's run in the pool."""
-        ...
-
-    @property
-    def offsets(self) -> Tensor:
-        """[batch, kv_heads] int64, first slot of each head's run."""
-        ...
-
-    @property
-    def lengths(self) -> Tensor:
-        """[batch, kv_heads] int64, tokens in each head's run."""
-        ...
 
 
 def decode_coded(

@@ -3,4 +3,6 @@
 from reasonalloc.cache.coded import CodedSlab
 from reasonalloc.cache.slab import Rows, Slab
 
-__all__ = ["CodedSlab", "Rows", "Slab"]
+__all__ = ["AnySlab", "CodedSlab", "Rows", "Slab"]
+
+AnySlab = Slab | CodedSlab

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from reasonalloc.cache.host import DeferredMax
 from reasonalloc.cache.slab import Rows
+from reasonalloc.cache.storage import LayerStorage
 from reasonalloc.ops import TORCH, Operations
 from reasonalloc.ops.codes import RowFormat
 
@@ -43,7 +43,7 @@ def _groups(formats: Sequence[RowFormat], coded: Mapping[RowFormat, int]) -> lis
     return groups
 
 
-class CodedSlab:
+class CodedSlab(LayerStorage):
     """Keys and values of one layer: a *run* of coded tokens per head, and a *tail* of plain ones.
 
     New tokens are stored in the tails. At a boundary what stays of them is coded, once, but for the
@@ -74,6 +74,7 @@ class CodedSlab:
     """
 
     uniform_length = None
+    _shared = ("_heads",)
 
     def __init__(
         self,
@@ -185,12 +186,7 @@ class CodedSlab:
         self.tail_keys.index_put_(place, key[:, :, 0])
         self.tail_values.index_put_(place, value[:, :, 0])
         slot = (self._sequences, self._tails + self.tail_lengths)
-        if isinstance(position, Tensor):
-            self.positions.index_put_(slot, position[:, None].to(torch.int32))
-        else:
-            self.positions.index_put_(slot, self.positions.new_full((), position))
-        if self.state is not None:
-            self.state.index_put_(slot, self.state.new_zeros(()))
+        self._mark(slot, position)
         self.tail_lengths += 1 if valid is None else valid.long()
 
     @property
@@ -301,40 +297,16 @@ class CodedSlab:
             table.zero_()
         self._longest, self._tail = 0, 0
 
-    def copy(self, sequences: Tensor | None = None) -> CodedSlab:
-        """The same content in memory of its own; see ``Slab.copy``."""
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "_heads":
-                setattr(twin, name, value.clone() if sequences is None else value[sequences])
-        if sequences is not None:
-            twin._sequences = self._sequences.new_tensor(range(len(sequences)))[:, None]
-        return twin
-
     def content(self) -> dict[str, Tensor]:
         """All that it holds, by name."""
-        names = ("pool", "tail_keys", "tail_values", "positions")
-        tables = (
-            "offsets",
-            "starts",
-            "lengths",
-            "tail_lengths",
-            *(("state",) if self._channels else ()),
-        )
-        return {name: getattr(self, name) for name in (*names, *tables)}
-
-    @property
-    def _channels(self) -> int:
-        return 0 if self.state is None else self.state.shape[-1]
+        names = ["pool", "tail_keys", "tail_values", "positions"]
+        names += ["offsets", "starts", "lengths", "tail_lengths"]
+        tensors: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        return tensors if self.state is None else {**tensors, "state": self.state}
 
     def fill(self, content: Mapping[str, Tensor], equal: bool, room: int) -> None:
         """Take over what another slab of the same shape held; see ``Slab.fill``."""
-        own = self.content()
-        for name, tensor in own.items():
-            given = content.get(name)
-            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                theirs = None if given is None else (tuple(given.shape), given.dtype)
-                raise ValueError(f"{name} is {theirs}, not {(tuple(tensor.shape), tensor.dtype)}")
+        self._check_content(content)
         offsets, lengths, tails = (content[n] for n in ("offsets", "lengths", "tail_lengths"))
         packed = inside = bool((lengths >= 0).all())
         for group in self._groups:
@@ -347,6 +319,6 @@ class CodedSlab:
         fits = bool((tails >= 0).all() and (tails + room <= self.room).all())
         if not (packed and inside and fits):
             raise ValueError("the runs of the heads do not fit into the storage")
-        for name, tensor in own.items():
+        for name, tensor in self.content().items():
             tensor.copy_(content[name])
         self._longest, self._tail = int(lengths.max()), int(tails.max())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.cache.host import DeferredMax
+from reasonalloc.cache.storage import LayerStorage
 from reasonalloc.ops import TORCH, Operations
 from reasonalloc.ops.torch import take
 
@@ -62,7 +62,7 @@ class Rows:
         return taken.view(batch, heads, n, *flat.shape[2:])
 
 
-class Slab:
+class Slab(LayerStorage):
     """Keys and values of one layer: ``slots`` per sequence, shared by the heads as runs.
 
     Head ``h`` of sequence ``b`` owns the slots ``[offset, offset + length)``, in the order of
@@ -231,12 +231,7 @@ class Slab:
         slot = (self._sequences, self._offsets + self._lengths)
         self.keys.index_put_(slot, key[:, :, 0])
         self.values.index_put_(slot, value[:, :, 0])
-        if isinstance(position, Tensor):
-            self.positions.index_put_(slot, position[:, None].to(torch.int32))
-        else:
-            self.positions.index_put_(slot, self.positions.new_full((), position))
-        if self.state is not None:
-            self.state.index_put_(slot, self.state.new_zeros(()))
+        self._mark(slot, position)
         self._lengths += 1 if valid is None else valid.long()
 
     def as_rows(self) -> Rows:
@@ -304,20 +299,6 @@ class Slab:
         self.uniform_length = 0
         self._longest, self._appended = 0, 0
 
-    def copy(self, sequences: Tensor | None = None) -> Slab:
-        """The same content in memory of its own.
-
-        Args:
-            sequences: [n] int64, which of the sequences, in this order; None: all.
-        """
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(twin, name, value.clone() if sequences is None else value[sequences])
-        if sequences is not None:
-            twin._sequences = self._sequences.new_tensor(range(len(sequences)))[:, None]
-        return twin
-
     def content(self) -> dict[str, Tensor]:
         """All that it holds, by name; with tables of runs, whatever they are now."""
         tensors = {
@@ -340,12 +321,8 @@ class Slab:
         Raises:
             ValueError: a tensor is missing, of another shape or type, or the runs do not fit.
         """
+        self._check_content(content)
         own = self.content()
-        for name, tensor in own.items():
-            given = content.get(name)
-            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                theirs = None if given is None else (tuple(given.shape), given.dtype)
-                raise ValueError(f"{name} is {theirs}, not {(tuple(tensor.shape), tensor.dtype)}")
         offsets, lengths = content["offsets"], content["lengths"]
         ends = torch.cat([offsets[:, 1:], torch.full_like(offsets[:, :1], self.slots)], dim=1)
         fits = (offsets >= 0) & (lengths >= 0) & (offsets + lengths + room <= ends)

@@ -14,7 +14,7 @@ from reasonalloc.calibrated.reading import (
     is_number,
 )
 from reasonalloc.errors import UsageError
-from reasonalloc.kinds import parse_kinds
+from reasonalloc.kinds import is_coded
 
 #: Version 1 had no ``layer_costs``, version 2 no ``coded``; they are still read.
 SCHEMA_VERSION = 3
@@ -109,7 +109,7 @@ def _check_coded(data: dict[str, Any], texts: int, points: int) -> None:
     if not isinstance(coded, dict):
         raise UsageError("coded must be an object: a format of kv_dtype to its costs")
     for kind, costs in coded.items():
-        if parse_kinds(kind) == ("auto", "auto"):
+        if not is_coded(kind):
             raise UsageError(f"coded: {kind!r} is no format in fewer bits")
         if not isinstance(costs, dict) or set(costs) != {"costs", "layer_costs"}:
             raise UsageError(f"coded[{kind!r}] must hold costs and layer_costs")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from reasonalloc.texts import (
     Trajectory,
     as_messages,
     as_trajectory,
+    check_several,
     check_tokenizer,
     encode_messages,
     load_kinds,
@@ -273,8 +274,7 @@ def calibrate(
         raise UsageError(f"progress={progress!r} must be True, False, None or a function")
     watch: OnProgress = progress if callable(progress) else lambda done, total: None
     check_tokenizer(tokenizer)
-    if not isinstance(texts, str | os.PathLike | Iterable):
-        raise UsageError(f"texts={texts!r} must be a file's path or a list of texts")
+    check_several(texts)
     target = None if out is None else check_target(out, objective)
     tell = _print if tell is None else tell
     job = prepare(model, tokenizer, texts, CalibrationConfig(objective, **options), tell=tell)

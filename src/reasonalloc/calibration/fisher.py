@@ -33,7 +33,7 @@ from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.kinds import parse_kinds
+from reasonalloc.kinds import is_coded
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
@@ -175,7 +175,7 @@ def read_formats(kv_dtypes: Sequence[str]) -> list[str]:
     if isinstance(kv_dtypes, str):
         raise UsageError(f"kv_dtypes={kv_dtypes!r} must be a list of formats")
     kinds = list(dict.fromkeys(kv_dtypes))
-    return [kind for kind in kinds if parse_kinds(kind) != ("auto", "auto")]
+    return [kind for kind in kinds if is_coded(kind)]
 
 
 def _as_lists(costs: Sequence[Tensor]) -> dict[str, Any]:

@@ -102,3 +102,18 @@ def most_coded(total: int, kv_heads: int, window: int, pinned: int = 0) -> int:
         pinned: tokens that every head keeps besides.
     """
     return total + kv_heads * (pinned - window)
+
+
+def slots(
+    total: int, kv_heads: int, interval: int, pinned: int = 0, window: int | None = None
+) -> int:
+    """Return the slots of a layer and sequence, all KV heads together.
+
+    Args:
+        total, kv_heads, interval, pinned: see ``most_held``.
+        window: most recent tokens of a head that stay as they are, where older ones are kept in
+            fewer bits; None where they are not.
+    """
+    if window is None:
+        return most_held(total, kv_heads, interval, pinned)
+    return most_coded(total, kv_heads, window, pinned) + kv_heads * (window + interval)

@@ -12,10 +12,10 @@ from torch import Tensor
 from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
 from reasonalloc.attention.dense import attend, received_blocks
-from reasonalloc.cache import CodedSlab, Rows, Slab
+from reasonalloc.cache import AnySlab, CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.boundary import decide
-from reasonalloc.core.cadence import Cadence, most_coded, most_held
+from reasonalloc.core.cadence import Cadence, most_coded, slots
 from reasonalloc.core.observation import observe_prefill
 from reasonalloc.core.prefill import (
     check_protected,
@@ -33,8 +33,6 @@ from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
 from reasonalloc.ops.codes import RowFormat, row_format
 from reasonalloc.policies import Candidates, Policy
-
-Storage = Slab | CodedSlab
 
 
 class LayerCompressor:
@@ -82,7 +80,7 @@ class LayerCompressor:
         self._wanted: Tensor | None = None  # the same on the device, [kv_heads] int64
         self._ops = ops = choose_operations(backend.native)
         self._eager, self._fixed = EagerStep(policy, backend, ops), FixedStep(policy, backend, ops)
-        self.slab: Storage | None = None
+        self.slab: AnySlab | None = None
         self._queries: QueryWindow | None = None
         self.progress = Progress(Cadence(config.interval))
         self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
@@ -137,7 +135,7 @@ class LayerCompressor:
             return self._decode(slab, query, key, value, valid, scaling, softcap)
         return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, replayed)
 
-    def _check(self, slab: Storage, key: Tensor) -> None:
+    def _check(self, slab: AnySlab, key: Tensor) -> None:
         """Refuse another batch size or type than the cache holds."""
         if key.shape[0] != slab.batch:
             raise UsageError(
@@ -168,7 +166,7 @@ class LayerCompressor:
             pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
         return torch.cat(pieces, dim=2)
 
-    def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> Storage:
+    def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> AnySlab:
         self._backend.check(key.device, key.dtype)  # the model may have moved since
         self.slab = self._make_slab(key, value)
         if self._policy.needs_queries:
@@ -177,7 +175,7 @@ class LayerCompressor:
             self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
         return self.slab
 
-    def _make_slab(self, key: Tensor, value: Tensor) -> Storage:
+    def _make_slab(self, key: Tensor, value: Tensor) -> AnySlab:
         """Return empty storage, with room for what is pinned now."""
         batch, kv_heads, _, head_dim = key.shape
         config, dims = self._config, (head_dim, value.shape[-1])
@@ -219,10 +217,8 @@ class LayerCompressor:
     def _slots(self, kv_heads: int) -> int:
         """Return the slots of a sequence, with room for what is pinned."""
         config, pinned = self._config, self.progress.pinned.room
-        if not self._coded:
-            return most_held(self.total, kv_heads, config.interval, pinned)
-        coded = most_coded(self.total, kv_heads, config.window, pinned)
-        return coded + kv_heads * (config.window + config.interval)
+        window = config.window if self._coded else None
+        return slots(self.total, kv_heads, config.interval, pinned, window)
 
     @property
     def _coded(self) -> bool:
@@ -231,7 +227,7 @@ class LayerCompressor:
 
     def _decode(
         self,
-        slab: Storage,
+        slab: AnySlab,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -305,7 +301,7 @@ class LayerCompressor:
             progress.pinned.go_back(seen, holes=True)
             progress.go_back(seen, self._competing(slab, held), columns)
 
-    def _competing(self, slab: Storage, held: int) -> int:
+    def _competing(self, slab: AnySlab, held: int) -> int:
         """Tokens of the fullest sequence that are not pinned, of ``held`` in all; waits."""
         pinned = self.progress.pinned
         if not pinned:
@@ -367,9 +363,9 @@ class LayerCompressor:
         keys, values = (tensors[name] for name in names)
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
-        slots = tensors["positions"].shape[1]
-        if slots != self._slots(kv_heads):  # before so much is allocated
-            raise ValueError(f"{slots} slots, not {self._slots(kv_heads)}")
+        given, own = tensors["positions"].shape[1], self._slots(kv_heads)
+        if given != own:  # before so much is allocated
+            raise ValueError(f"{given} slots, not {own}")
         slab = self._allocate(
             keys.new_empty(batch, query_heads, 1, keys.shape[-1]),
             keys.new_empty(batch, kv_heads, 1, keys.shape[-1]),
@@ -390,7 +386,7 @@ class LayerCompressor:
         self.slab.count()
         self._settle(self.slab)
 
-    def _settle(self, slab: Storage) -> None:
+    def _settle(self, slab: AnySlab) -> None:
         """Count a decode step on the host; at the end of an interval compress, or only code."""
         if not self.progress.step(slab.kv_heads):
             return
@@ -402,7 +398,7 @@ class LayerCompressor:
 
     def _prefill(
         self,
-        slab: Storage,
+        slab: AnySlab,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -474,19 +470,18 @@ class LayerCompressor:
             UsageError: they are too many, and are to be refused then.
         """
         seen, limit = self.progress.seen, self._config.pin_limit
-        self._config.pinned(columns if valid is None else int(valid.sum(dim=1).max()))
-        if valid is None:
-            free = columns if limit is not None and columns > limit else 0
-            start = seen.clone() if isinstance(seen, Tensor) else seen  # a step counts in place
-            self.progress.pinned.add(start, seen + columns - free, columns - free)
-            return free
-        real = valid.sum(dim=1)
-        pinned = real if limit is None else real.masked_fill(real > limit, 0)
         start = seen.clone() if isinstance(seen, Tensor) else seen  # a step counts in place
+        if valid is None:
+            most = self._config.pinned(columns)
+            self.progress.pinned.add(start, seen + most, most)
+            return columns - most
+        real = valid.sum(dim=1)
+        self._config.pinned(int(real.max()))  # refuses
+        pinned = real if limit is None else real.masked_fill(real > limit, 0)
         self.progress.pinned.add(start, seen + pinned, int(pinned.max()))
         return int((real - pinned).max())
 
-    def _make_room(self, slab: Storage, key: Tensor, value: Tensor) -> Storage:
+    def _make_room(self, slab: AnySlab, key: Tensor, value: Tensor) -> AnySlab:
         """Return storage for what is pinned now; its content is written by whoever calls."""
         if slab.slots >= self._slots(slab.kv_heads):
             return slab
@@ -495,7 +490,7 @@ class LayerCompressor:
             room.make_ragged()
         return room
 
-    def _compress(self, slab: Storage, rows: Rows, scaling: float, softcap: float | None) -> None:
+    def _compress(self, slab: AnySlab, rows: Rows, scaling: float, softcap: float | None) -> None:
         seen, pinned = self.progress.seen, self.progress.pinned
         keep, budgets = decide(
             self._candidates(slab, rows, scaling, softcap),
@@ -524,7 +519,7 @@ class LayerCompressor:
         self._recorder.add(columns, self.layer, budgets, slab.as_rows)
 
     def _candidates(
-        self, slab: Storage, rows: Rows, scaling: float, softcap: float | None
+        self, slab: AnySlab, rows: Rows, scaling: float, softcap: float | None
     ) -> Candidates:
         """What the policy may know of the layer."""
         config, queries, seen = self._config, self._queries, self.progress.seen
@@ -546,7 +541,7 @@ class LayerCompressor:
         )
 
 
-def _check_positions(slab: Storage, seen: Tensor) -> None:
+def _check_positions(slab: AnySlab, seen: Tensor) -> None:
     """Refuse positions that do not rise inside a run, or lie outside of the text."""
     rows = slab.as_rows()
     held = torch.arange(rows.index.shape[-1], device=seen.device) < rows.lengths[..., None]

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from reasonalloc.cache import CodedSlab, Rows, Slab
+from reasonalloc.cache import AnySlab, Rows
 from reasonalloc.policies import Policy
 
 
 def observe_step(
     policy: Policy,
-    slab: Slab | CodedSlab,
+    slab: AnySlab,
     received: Tensor,
     group: int,
     position: int | Tensor,

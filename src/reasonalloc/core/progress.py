@@ -222,10 +222,9 @@ class Progress:
         self._boundaries = [int(place) for place in numbers["boundaries"]]
         self.held = held
 
-    def fill_pinned(self, numbers: Mapping[str, Any], batch: int, device: torch.device) -> Pinned:
+    def fill_pinned(self, numbers: Mapping[str, Any], batch: int, device: torch.device) -> None:
         """Take over the pinned tokens of ``content``, before a layer is allocated for them."""
         self.pinned.fill(numbers.get("pinned"), batch, int(numbers["columns"]), device)
-        return self.pinned
 
 
 def _count(value: Any, batch: int, most: int, device: torch.device) -> int | Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reasonalloc.attention import Backend
-from reasonalloc.cache import CodedSlab, Slab
+from reasonalloc.cache import AnySlab, CodedSlab
 from reasonalloc.core.observation import observe_step
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.window import QueryWindow
@@ -20,7 +20,7 @@ from reasonalloc.policies import Policy
 class Held:
     """What a layer holds: its tokens, the queries of its window, its counters."""
 
-    slab: Slab | CodedSlab
+    slab: AnySlab
     queries: QueryWindow | None
     progress: Progress
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from reasonalloc.cache import CodedSlab, Slab
+from reasonalloc.cache import AnySlab
 
 
 class QueryWindow:
@@ -141,7 +141,7 @@ class QueryWindow:
         steps = torch.arange(-self._window, 0, device=self._ring.device)
         return (steps[None] + (seen if isinstance(seen, int) else seen[:, None])) % self._window
 
-    def read(self, seen: int | Tensor, slab: Slab | CodedSlab) -> Tensor:
+    def read(self, seen: int | Tensor, slab: AnySlab) -> Tensor:
         """Queries, oldest first: [batch, kv_heads, group, window, head_dim]."""
         place = self._places(seen).expand(slab.batch, -1)
         index = place[..., None, None].expand(-1, -1, *self._ring.shape[2:])

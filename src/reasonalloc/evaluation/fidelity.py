@@ -31,7 +31,7 @@ from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.texts import Trajectory, as_trajectory, load_trajectories
+from reasonalloc.texts import Trajectory, as_trajectory, check_several, load_trajectories
 from reasonalloc.whole import whole_number
 
 
@@ -94,25 +94,24 @@ def fidelity(
         UsageError: anything that cannot be run, before it runs; names the field and a remedy.
         UnsupportedError: a model that cannot work under a budget.
     """
-    if not isinstance(texts, str | os.PathLike | Iterable):
-        raise UsageError(f"texts={texts!r} must be a file's path or a list of texts")
+    check_several(texts)
     observer = make_observer(progress)
     shared = {
         "interval": interval,
         "window": window,
         "n_sink": n_sink,
+        "attention": attention,
+    }
+    storage: dict[str, Any] = {
         "prompt": prompt,
         "pin_limit": pin_limit,
         "pin_overflow": pin_overflow,
         "protect_prompt": protect_prompt,
         "kv_dtype": kv_dtype,
-        "attention": attention,
     }
     configs, settings = _configs(
-        read_arms(arms), list_budgets(budgets), list_files(profile), shared
+        read_arms(arms), list_budgets(budgets), list_files(profile), shared | storage
     )
-    for name in ("prompt", "pin_limit", "pin_overflow", "protect_prompt", "kv_dtype"):
-        del shared[name]
     generate = None if generate is None else whole_number("generate", generate, 2)
     options = ModelSpec("", dtype, device, trust_remote_code)
     source, loaded = find_model(model, tokenizer, options)

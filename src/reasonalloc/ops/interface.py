@@ -28,15 +28,8 @@ class Scorer(Protocol):
         ...
 
 
-class Runs(Protocol):
-    """Ragged storage of a layer, as attention reads it.
-
-    Attributes:
-        keys: [batch, slots, head_dim]; values: [batch, slots, value_dim].
-    """
-
-    keys: Tensor
-    values: Tensor
+class Tables(Protocol):
+    """Where the runs of the heads lie."""
 
     @property
     def offsets(self) -> Tensor:
@@ -49,8 +42,8 @@ class Runs(Protocol):
         ...
 
 
-class Storage(Runs, Protocol):
-    """The same with what belongs to every token.
+class PerToken(Protocol):
+    """What belongs to every token besides its key and value.
 
     Attributes:
         positions: [batch, slots] int32.
@@ -61,7 +54,22 @@ class Storage(Runs, Protocol):
     state: Tensor | None
 
 
-class CodedTokens(Protocol):
+class Runs(Tables, Protocol):
+    """Ragged storage of a layer, as attention reads it.
+
+    Attributes:
+        keys: [batch, slots, head_dim]; values: [batch, slots, value_dim].
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class Storage(Runs, PerToken, Protocol):
+    """The same with what belongs to every token."""
+
+
+class CodedTokens(Tables, Protocol):
     """A layer whose older tokens are coded, as attention reads it.
 
     Attributes:
@@ -85,27 +93,9 @@ class CodedTokens(Protocol):
         """[batch, kv_heads] int64, first byte of each head's run in the pool."""
         ...
 
-    @property
-    def offsets(self) -> Tensor:
-        """[batch, kv_heads] int64, first slot of each head's run."""
-        ...
 
-    @property
-    def lengths(self) -> Tensor:
-        """[batch, kv_heads] int64, tokens in each head's run."""
-        ...
-
-
-class CodedRuns(CodedTokens, Protocol):
-    """The same with what belongs to every token.
-
-    Attributes:
-        positions: [batch, coded_slots + kv_heads * room] int32.
-        state: [batch, coded_slots + kv_heads * room, channels] float32, or None.
-    """
-
-    positions: Tensor
-    state: Tensor | None
+class CodedRuns(CodedTokens, PerToken, Protocol):
+    """The same with what belongs to every token; slots are those of runs and tails."""
 
 
 class Operations(ABC):
@@ -244,13 +234,8 @@ class Operations(ABC):
         """Do the same as ``step`` where older tokens are coded: the new one goes into the tails.
 
         Args:
-            query: [batch, query_heads, 1, head_dim].
-            key, value: [batch, kv_heads, 1, dim], in the types of the tails.
-            seen: [batch] int64, position of the token.
+            query, key, value, seen, ring, scaling, softcap, need_weights: see ``step``.
             runs: the storage.
-            ring: [batch, window, query_heads, head_dim] where the query is noted, or None.
-            scaling, softcap: of the attention logits.
-            need_weights: also return what each slot received.
 
         Returns:
             As ``Backend.decode_coded``; None if there is no such loop for these types: nothing was

@@ -125,7 +125,8 @@ class BudgetPlan(Shown):
 
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """Return ``totals`` as they would be under another budget."""
-        formats = self._plan_formats(budget)
+        known = budget == self.config.budget
+        formats = self.formats if known else self._plan_formats(budget)
         if formats is not None:
             return tuple(sum(tokens for tokens, _ in layer) for layer in formats)
         query = self._query(budget)
@@ -326,6 +327,8 @@ class BudgetPlan(Shown):
         arm = self.config.arm
         if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
             return None
+        if self.formats is not None:
+            return tuple(tuple(tokens for tokens, _ in layer) for layer in self.formats)
         heads = make_layer_allocator(self.config).plan_heads(self._query(self.config.budget))
         if heads is None:
             raise UsageError(

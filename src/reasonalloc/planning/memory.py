@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reasonalloc.core.cadence import most_coded, most_held
-from reasonalloc.kinds import parse_kinds
+from reasonalloc.core.cadence import most_coded, most_held, slots
+from reasonalloc.kinds import is_coded
 from reasonalloc.ops.codes import row_format
 from reasonalloc.whole import whole_number
 
@@ -96,7 +96,7 @@ class MemoryPlan:
     @property
     def coded(self) -> bool:
         """Whether older tokens are kept in fewer bits."""
-        return self.formats is not None or parse_kinds(self.kv_dtype) != ("auto", "auto")
+        return self.formats is not None or is_coded(self.kv_dtype)
 
     def row_bytes(self, shape: LayerShape, kv_dtype: str) -> int:
         """Return the bytes of an older token of one head: its key, its value and their scales."""
@@ -135,12 +135,10 @@ class MemoryPlan:
         per_slot = 4 + 4 * self.state_channels  # position, state
         size = 0
         for shape, total in self._slabs:
-            heads, pinned = shape.kv_heads, self.pinned
-            slots = most_held(total, heads, self.interval, pinned)
-            if self.coded:
-                slots = most_coded(total, heads, self.window, pinned) + heads * self._room
+            heads, window = shape.kv_heads, self.window if self.coded else None
+            held = slots(total, heads, self.interval, self.pinned, window)
             tables = 4 if self.coded else 2
-            size += self.batch * (slots * per_slot + tables * heads * 8)
+            size += self.batch * (held * per_slot + tables * heads * 8)
             if self.keeps_queries:
                 size += (
                     self.batch * self.window * shape.query_heads * shape.head_dim * self.itemsize

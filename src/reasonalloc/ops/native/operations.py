@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reasonalloc.ops.interface import CodedRuns, Operations, Scorer, Storage
+from reasonalloc.ops.interface import CodedRuns, Operations, PerToken, Scorer, Storage
 from reasonalloc.ops.native import coded, rkv
 from reasonalloc.ops.native.attention import NewToken, step
 from reasonalloc.ops.native.budgets import pooled_counts, robustify, select
@@ -70,10 +70,8 @@ class NativeOperations(Operations):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
         """See ``Operations.step``; under autocast the query may be of another type than noted."""
-        if ring is not None and ring.dtype != query.dtype:
-            return None
-        new = NewToken(key, value, runs.positions, seen, runs.state, ring)
-        return step(query, runs, new, scaling, softcap, need_weights)
+        new = _new_token(query, key, value, seen, runs, ring)
+        return None if new is None else step(query, runs, new, scaling, softcap, need_weights)
 
     def step_coded(
         self,
@@ -88,10 +86,19 @@ class NativeOperations(Operations):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
         """See ``Operations.step_coded``; under autocast as ``step``."""
-        if ring is not None and ring.dtype != query.dtype:
+        new = _new_token(query, key, value, seen, runs, ring)
+        if new is None:
             return None
-        new = NewToken(key, value, runs.positions, seen, runs.state, ring)
         return coded.step(query, runs, new, scaling, softcap, need_weights)
+
+
+def _new_token(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, runs: PerToken, ring: Tensor | None
+) -> NewToken | None:
+    """Return what is stored before a query attends; None if the query cannot be noted."""
+    if ring is not None and ring.dtype != query.dtype:
+        return None
+    return NewToken(key, value, runs.positions, seen, runs.state, ring)
 
 
 NATIVE = NativeOperations()
