@@ -82,8 +82,10 @@ def test_another_cadence_is_said(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         with reasonalloc.attach(model, budget=24, arm="best", profile=path, **own):
             pass
-    message = rf"measured at interval={costs.interval} and window={costs.window}, this run has"
-    for change in ({"interval": costs.interval + 1}, {"window": costs.window + 1}):
+    measured = f"interval={costs.interval}, window={costs.window}, prompt=evict"
+    message = rf"measured at {measured}, this run has"
+    changes = ({"interval": costs.interval + 1}, {"window": costs.window + 1}, {"prompt": "pin"})
+    for change in changes:
         with (
             pytest.warns(reasonalloc.OtherCadence, match=message) as caught,
             reasonalloc.attach(model, budget=24, arm="best", profile=path, **{**own, **change}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 
 from models import prompt
 from reasonalloc import UsageError
-from reasonalloc.calibrated import open_calibrated
+from reasonalloc.calibrated import CostProfile, open_calibrated
+from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.calibrated.objectives import OBJECTIVES, CalibrationConfig
 from reasonalloc.calibration import calibrate
+from reasonalloc.calibration.joint import budgets_to_check
+from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.loading import load_model
 from reasonalloc.texts import Trajectory
 
@@ -42,6 +47,37 @@ def test_every_objective(loaded: tuple[Any, Any], objective: str, tmp_path: Path
     assert open_calibrated(out).table() == made.table()
     assert any("tokens will run" in text for text in said) == reads_texts
     made.show()
+
+
+def test_a_pinned_prompt_leaves_generated_tokens_to_the_budgets(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """The budgets are those of the text after its prompt, in the check as well."""
+    long = Trajectory(tuple(range(10, 35)), tuple(range(20, 96)))
+    assert budgets_to_check([long], None, 8, 8, "pin") == [18]
+    with pytest.raises(UsageError, match="75 tokens besides its prompt"):
+        budgets_to_check([long], [76], 8, 8, "pin")
+    cadence: dict[str, Any] = {"interval": 8, "window": 4}
+    settings = cadence | {"policy": "rkv", "budgets": (8, 16, 32), "samples": 2}
+    profiles = [
+        calibrate(*loaded, [long], objective="fisher", prompt=mode, progress=silent, **settings)
+        for mode in ("evict", "pin")
+    ]
+    full = full_logits(loaded[0], long)
+    for profile, mode in zip(profiles, ("evict", "pin"), strict=True):
+        assert isinstance(profile, CostProfile) and profile.prompt == mode
+        profile.save(tmp_path / "costs.json")
+        assert load_costs(str(tmp_path / "costs.json")) == profile
+        for entry in profile.joint:
+            config = CompressionConfig(int(entry["budget"]), Arm("rkv"), prompt=mode, **cadence)
+            kl = measure_fidelity(loaded[0], long, full, config).kl
+            assert entry["uniform"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    evicting, pinning = (torch.tensor(p.curves()).sum() for p in profiles)
+    assert pinning < evicting
+    data = json.loads((tmp_path / "costs.json").read_text())
+    del data["prompt"]
+    (tmp_path / "costs.json").write_text(json.dumps(data | {"version": 3}))
+    assert load_costs(str(tmp_path / "costs.json")) == replace(profiles[1], prompt="evict")
 
 
 def test_texts_come_from_a_file_or_as_its_lines(loaded: tuple[Any, Any], tmp_path: Path) -> None:

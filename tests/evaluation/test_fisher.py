@@ -17,7 +17,7 @@ from reasonalloc.calibration.fisher import estimate
 from reasonalloc.calibration.joint import budgets_to_check, cheapest, steps
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.calibration.suffix import SuffixRunner
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
@@ -69,13 +69,18 @@ def seen_by(model: Any, layer: int, trajectory: Trajectory) -> Seen:
         return runner.seen[layer]
 
 
+@pytest.mark.parametrize("prompt", ["evict", "pin"])
 @pytest.mark.parametrize("policy", ["rkv", "h2o", "value_aware"])
 @pytest.mark.parametrize(("name", "layer"), [("llama", 0), ("gemma2", 1)])
-def test_a_replayed_layer_is_that_of_a_compressed_model(name: str, layer: int, policy: str) -> None:
+def test_a_replayed_layer_is_that_of_a_compressed_model(
+    name: str, layer: int, policy: str, prompt: Prompt
+) -> None:
     """Up to the first layer under a budget nothing differs from the full pass."""
     model, trajectory = tiny(name), text(25, 40)
     seen = seen_by(model, layer, trajectory)
-    settings = checked(model, [trajectory], None, [policy], (10, 16), INTERVAL, WINDOW)
+    settings = checked(
+        model, [trajectory], None, [policy], (10, 16), INTERVAL, WINDOW, prompt=prompt
+    )
     assert settings.layers[0] == layer
     budgets = (10, 16, 200)
     *found, nothing = outputs_under_budgets(
@@ -87,12 +92,12 @@ def test_a_replayed_layer_is_that_of_a_compressed_model(name: str, layer: int, p
         pieces: list[torch.Tensor] = []
         projection = model.model.layers[layer].self_attn.o_proj
         hook = projection.register_forward_pre_hook(lambda _, a, kept=pieces: kept.append(a[0][0]))
-        config = CompressionConfig(budget=budget, arm=Arm(policy), **CADENCE)
+        config = CompressionConfig(budget=budget, arm=Arm(policy), prompt=prompt, **CADENCE)
         with torch.no_grad(), attach_config(model, config) as attached:
             cache = attached.new_cache()
             with cache.replaying():
                 list(replay_logits(model, trajectory, cache))
-            assert cache.recorder.compressions > 3
+            assert cache.recorder.compressions > (3 if prompt == "evict" else 1)
         hook.remove()
         torch.testing.assert_close(ours.flatten(1), torch.cat(pieces), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(ours, seen.output[0], atol=1e-3)
@@ -203,6 +208,9 @@ def test_the_model_is_left_as_it_was(failing: bool) -> None:
         ({"policies": ["rkv", "rvk"]}, "did you mean 'rkv'"),
         ({"policies": ["rkv", "rkv"]}, "given twice"),
         ({"policies": ["calibrated"]}, "name a policy of its own"),
+        ({"prompt": "protect"}, "prompt='protect': .*evict or pin"),
+        ({"prompt": "pinned"}, "did you mean 'pin'"),
+        ({"prompt": "pin", "budgets": (36, 60)}, "even the smallest holds every text"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

@@ -16,11 +16,13 @@ from reasonalloc.calibrated.reading import (
 from reasonalloc.errors import UsageError
 from reasonalloc.kinds import is_coded
 
-#: Version 1 had no ``layer_costs``, version 2 no ``coded``; they are still read.
-SCHEMA_VERSION = 3
+#: Version 1 had no ``layer_costs``, version 2 no ``coded``, version 3 no ``prompt``; all are read.
+SCHEMA_VERSION = 4
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
 #: order from gradients (see ``calibration``).
 OBJECTIVES = ("kl", "fisher")
+#: What happened to prompts.
+PROMPTS = ("evict", "pin")
 REMEDY = "make one with 'reasonalloc calibrate --objective fisher'"
 
 
@@ -40,10 +42,13 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     if data.get("version") == 1 and "layer_costs" not in data:
         data = {**data, "layer_costs": [], "version": 2}
     if data.get("version") == 2:
-        data = {"coded": {}, **data, "version": SCHEMA_VERSION}
+        data = {"coded": {}, **data, "version": 3}
+    if data.get("version") == 3:
+        data = {"prompt": "evict", **data, "version": SCHEMA_VERSION}
     check_version(data, SCHEMA_VERSION)
     check_fields(data, names)
     check_choice(data, "objective", OBJECTIVES)
+    check_choice(data, "prompt", PROMPTS)
     check_texts(data, ("model_id", "config_hash", "policy"))
     _check_settings(data)
     texts = _list("text_hashes", data["text_hashes"], None, str)

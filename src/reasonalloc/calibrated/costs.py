@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from reasonalloc.calibrated.cost_schema import REMEDY, SCHEMA_VERSION, check_costs
 from reasonalloc.calibrated.demand import check_fingerprint
@@ -28,6 +28,7 @@ class CostProfile(Shown):
         config_hash: the model's fingerprint (``calibrated.demand.config_hash``).
         policy: which policy evicted.
         interval, window: the cadence, in tokens.
+        prompt: ``evict``; ``pin``: the prompt was kept on top of the budgets.
         samples: random directions per text (``fisher``), or 0.
         budgets: [points] tokens, rising; what a head was held to.
         text_hashes: SHA-256 of the token ids of each calibration text.
@@ -60,6 +61,7 @@ class CostProfile(Shown):
     layer_costs: list[list[list[float]]] = field(default_factory=list)
     joint: list[dict[str, float]] = field(default_factory=list)
     coded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prompt: Literal["evict", "pin"] = "evict"
     kind: str = "cost"
     version: int = SCHEMA_VERSION
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.files import as_path
 
@@ -28,7 +28,7 @@ class Objective:
 
 
 _PROMPTS = ("max_new_tokens", "every")
-_TEXTS = ("generate", "policy", "budgets", "interval", "window", "check")
+_TEXTS = ("generate", "policy", "budgets", "interval", "window", "prompt", "check")
 OBJECTIVES = {
     "attention-mass": Objective((*_PROMPTS, "rho")),
     "statistics": Objective(_PROMPTS, ".safetensors"),
@@ -53,6 +53,8 @@ class CalibrationConfig:
             which the best is kept); None: the objective's own.
         budgets: tokens per head to measure at, rising (kl, fisher); None: the objective's own.
         interval, window: the cadence, in tokens (kl, fisher).
+        prompt: ``evict``, or ``pin``: the prompt stays on top of the budget that is measured (kl,
+            fisher).
         check: budgets at which all heads are compressed at once in the end (kl, fisher); none: no
             check; None: 64 and 128, less for short texts.
         stride: measure every so many tokens (kl).
@@ -105,6 +107,12 @@ class CalibrationConfig:
     window: int = field(
         default=CompressionConfig.window,
         metadata={"help": "Most recent tokens that are always kept."},
+    )
+    prompt: Prompt = field(
+        default=CompressionConfig.prompt,
+        metadata={
+            "help": "The prompt: evict (competes), or pin (stays on top of the measured budget)."
+        },
     )
     check: Sequence[int] | None = field(
         default=None,

@@ -23,7 +23,7 @@ from reasonalloc.calibration.checks import (
 from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.calibration.suffix import SuffixRunner
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
@@ -55,6 +55,7 @@ def ablation(
     budgets: Sequence[int] = BUDGETS,
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
+    prompt: Prompt = CompressionConfig.prompt,
     stride: int = CalibrationConfig.stride,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CostProfile:
@@ -69,6 +70,7 @@ def ablation(
         policy: which tokens a head keeps.
         budgets: tokens per head, at least two, rising.
         interval, window: the cadence, in tokens.
+        prompt: ``evict`` or ``pin``: with the latter budgets are those of generated tokens.
         stride: measure every so many completion tokens, from a start that depends on the text.
         on_progress: called with finished and all (text, layer) pairs, after each.
 
@@ -79,7 +81,7 @@ def ablation(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
-    settings = checked(model, texts, kinds, [policy], budgets, interval, window)
+    settings = checked(model, texts, kinds, [policy], budgets, interval, window, prompt=prompt)
     stride = whole_number("stride", stride, 1)
     advance = counter(on_progress, len(texts) * len(settings.layers))
     costs: list[list[list[list[float]]]] = []
@@ -134,13 +136,14 @@ def estimate(
     budgets: Sequence[int] = BUDGETS,
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
+    prompt: Prompt = CompressionConfig.prompt,
     stride: int = CalibrationConfig.stride,
 ) -> Estimate:
     """Return what ``ablation`` will take, from two timed passes over the first text.
 
     Arguments and errors are those of ``ablation``.
     """
-    settings = checked(model, texts, None, [policy], budgets, interval, window)
+    settings = checked(model, texts, None, [policy], budgets, interval, window, prompt=prompt)
     stride = whole_number("stride", stride, 1)
     layers = settings.layers
     text = _prepared(model, texts[0], stride)

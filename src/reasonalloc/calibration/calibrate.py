@@ -166,7 +166,9 @@ class _CostJob(Job):
         if config.objective == "kl" and len(policies) > 1:
             raise UsageError(f"policy={named!r}: --objective kl measures one policy: name one")
         check = (
-            joint.budgets_to_check(self.texts, wanted, config.interval, config.window)
+            joint.budgets_to_check(
+                self.texts, wanted, config.interval, config.window, config.prompt
+            )
             if wanted is None or len(wanted)
             else []
         )

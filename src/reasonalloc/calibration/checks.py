@@ -12,7 +12,7 @@ import torch
 from reasonalloc.calibrated import CostProfile, ReadsCalibrated
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibration.observe import fingerprint
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.model import check_model
@@ -69,6 +69,7 @@ def checked(
     interval: int,
     window: int,
     seed: int = 0,
+    prompt: Prompt = "evict",
 ) -> Checked:
     """Refuse what cannot work before anything is measured.
 
@@ -84,11 +85,20 @@ def checked(
     _check_policies(policies)
     configs = [
         CompressionConfig(
-            budget=budgets[0], arm=Arm(policy), interval=interval, window=window, seed=seed
+            budget=budgets[0],
+            arm=Arm(policy),
+            interval=interval,
+            window=window,
+            seed=seed,
+            prompt=prompt,
         )
         for policy in policies
     ]
-    if not any(evicts(text, budgets[0], interval) for text in texts):
+    if prompt == "protect":
+        raise UsageError(
+            "prompt='protect': the smallest budgets would not hold the prompts: evict or pin"
+        )
+    if not any(evicts(text, budgets[0], interval, prompt) for text in texts):
         raise UsageError(
             f"budgets={budgets}: even the smallest holds every text up to its last boundary, "
             "so nothing would be measured: give smaller budgets or longer texts"
@@ -154,7 +164,7 @@ def cost_profile(
     Args:
         model, texts, kinds: as for ``checked``.
         objective: how it was measured.
-        config: policy and cadence.
+        config: policy, cadence and what happens to prompts.
         measured: the other fields of ``CostProfile``.
     """
     tokens = [[*text.prompt_ids, *text.completion_ids] for text in texts]
@@ -165,6 +175,7 @@ def cost_profile(
         policy=config.arm.policy,
         interval=config.interval,
         window=config.window,
+        prompt="pin" if config.prompt == "pin" else "evict",
         text_hashes=[
             fingerprint(torch.tensor([ids], dtype=torch.int64, device="cpu")) for ids in tokens
         ],
@@ -186,10 +197,11 @@ def counter(on_progress: Callable[[int, int], None] | None, total: int) -> Calla
     return advance
 
 
-def evicts(text: Trajectory, budget: int, interval: int) -> bool:
+def evicts(text: Trajectory, budget: int, interval: int, prompt: Prompt) -> bool:
     """Whether a text loses tokens at a budget per head, and any token comes after that."""
-    prompt, steps = len(text.prompt_ids), len(text.completion_ids) - 2
-    return bool(compression_points(budget, 1, interval, prompt, steps))
+    tokens, steps = len(text.prompt_ids), len(text.completion_ids) - 2
+    pinned = tokens if prompt == "pin" else 0
+    return bool(compression_points(budget, 1, interval, tokens, steps, pinned))
 
 
 def now(model: Any) -> float:

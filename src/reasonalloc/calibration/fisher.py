@@ -30,7 +30,7 @@ from reasonalloc.calibration.checks import (
     now,
 )
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.kinds import is_coded
@@ -83,6 +83,7 @@ def fisher(
     budgets: Sequence[int] = BUDGETS,
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
+    prompt: Prompt = CompressionConfig.prompt,
     samples: int = CalibrationConfig.samples,
     kv_dtypes: Sequence[str] = ("auto",),
     seed: int = 0,
@@ -97,6 +98,7 @@ def fisher(
         policies: which tokens are evicted; all are measured with the same gradients.
         budgets: tokens per head to look at, rising, each at least ``window``.
         interval, window: the cadence to calibrate for.
+        prompt: ``evict`` or ``pin``: with the latter budgets are those of generated tokens.
         samples: backward passes per text.
         kv_dtypes: formats of older tokens to measure at each budget besides ``auto``.
         seed: of the random vectors, and of the policy ``random``.
@@ -111,7 +113,7 @@ def fisher(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
-    settings = checked(model, texts, kinds, policies, budgets, interval, window, seed)
+    settings = checked(model, texts, kinds, policies, budgets, interval, window, seed, prompt)
     samples = whole_number("samples", samples, 1)
     formats = read_formats(kv_dtypes)
     steps = samples + len(settings.layers) * len(settings.policies) * (1 + len(formats))
@@ -194,6 +196,7 @@ def estimate(
     budgets: Sequence[int] = BUDGETS,
     interval: int = CompressionConfig.interval,
     window: int = CompressionConfig.window,
+    prompt: Prompt = CompressionConfig.prompt,
     samples: int = CalibrationConfig.samples,
     kv_dtypes: Sequence[str] = ("auto",),
 ) -> Estimate:
@@ -201,7 +204,7 @@ def estimate(
 
     Arguments and errors are those of ``fisher``.
     """
-    settings = checked(model, texts, None, policies, budgets, interval, window)
+    settings = checked(model, texts, None, policies, budgets, interval, window, prompt=prompt)
     samples = whole_number("samples", samples, 1)
     generator = torch.Generator(device=model.device).manual_seed(0)
     tape, text, layers = _Tape(settings.layers), texts[0], settings.layers
@@ -212,10 +215,10 @@ def estimate(
         forward, backward = first[0] - start, first[1] - first[0]
         start = now(model)
         for own, policy in zip(settings.configs, settings.policies, strict=True):
-            seen, prompt = tape.seen[layers[-1]], len(text.prompt_ids)
+            seen, prompt_tokens = tape.seen[layers[-1]], len(text.prompt_ids)
             for kind in ("auto", *read_formats(kv_dtypes)):
                 coded = replace(own, kv_dtype=kind)
-                outputs_under_budgets(seen, prompt, coded, policy, settings.budgets)
+                outputs_under_budgets(seen, prompt_tokens, coded, policy, settings.budgets)
         replay = now(model) - start
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
     whole = forward + (samples - 1) * backward + len(layers) * replay

@@ -15,7 +15,7 @@ from torch import Tensor
 from reasonalloc.allocators.minimise import interpolate
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration.checks import Estimate, counter, evicts, now
-from reasonalloc.config import Arm, CompressionConfig
+from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf.model import check_model
@@ -37,7 +37,11 @@ Pair = tuple[CompressionConfig, CompressionConfig]
 
 
 def budgets_to_check(
-    texts: Sequence[Trajectory], wanted: Sequence[int] | None, interval: int, window: int
+    texts: Sequence[Trajectory],
+    wanted: Sequence[int] | None,
+    interval: int,
+    window: int,
+    prompt: Prompt = "evict",
 ) -> list[int]:
     """Return mean budgets at which something is evicted from a replayed text.
 
@@ -46,16 +50,22 @@ def budgets_to_check(
         wanted: budgets to check, or None for ``BUDGETS``, as far as they are at most half of the
             longest text, or else a quarter of it; none if that evicts nothing.
         interval, window: the cadence.
+        prompt: ``evict`` or ``pin``.
 
     Raises:
         UsageError: a wanted budget is below the window, evicts nothing or is given twice.
     """
 
     def works(size: int) -> bool:
-        return size >= window and any(evicts(text, size, interval) for text in texts[:TEXTS])
+        return size >= window and any(
+            evicts(text, size, interval, prompt) for text in texts[:TEXTS]
+        )
 
     interval = whole_number("interval", interval, 1)
-    longest = max(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts[:TEXTS])
+    longest = max(
+        (0 if prompt == "pin" else len(t.prompt_ids)) + len(t.completion_ids) - 1
+        for t in texts[:TEXTS]
+    )
     if wanted is None:
         usual = [size for size in BUDGETS if size <= longest // 2 and works(size)]
         return usual or [size for size in [max(longest // 4, window)] if works(size)]
@@ -65,7 +75,7 @@ def budgets_to_check(
             raise UsageError(
                 f"check={','.join(map(str, wanted))}: give different budgets, at least {window} "
                 f"(the window), that evict something from the first {TEXTS} texts (the longest has "
-                f"{longest} tokens)"
+                f"{longest} tokens{' besides its prompt' if prompt == 'pin' else ''})"
             )
     return wanted
 
@@ -111,7 +121,7 @@ def joint_costs(
     Raises:
         UsageError: a budget below the window, or profiles of several cadences or other models.
     """
-    cadences = {(profile.interval, profile.window) for profile in profiles}
+    cadences = {(each.interval, each.window, each.prompt) for each in profiles}
     if len(cadences) > 1:
         raise UsageError("profiles: they were made for several cadences: give those of one")
     total = steps(texts, len(profiles), budgets)
@@ -146,7 +156,11 @@ def _arms(profile: CostProfile, path: Path, budget: int) -> Pair:
     if not path.exists():
         profile.save(path)
     equal = CompressionConfig(
-        budget, Arm(profile.policy), interval=profile.interval, window=profile.window
+        budget,
+        Arm(profile.policy),
+        interval=profile.interval,
+        window=profile.window,
+        prompt=profile.prompt,
     )
     return replace(equal, arm=Arm(profile.policy, "cost", "planned"), profile=path), equal
 

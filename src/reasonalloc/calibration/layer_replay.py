@@ -56,7 +56,8 @@ def outputs_under_budgets(
     Args:
         seen: what the layer saw.
         prompt: tokens of the text that are the prompt.
-        config: cadence, format and options; its budget and arm are not looked at.
+        config: cadence, format, what happens to the prompt and other options; its budget and arm
+            are not looked at.
         policy: which tokens, bound to the model.
         budgets: tokens per head, each at least window and sinks.
 
@@ -64,11 +65,11 @@ def outputs_under_budgets(
         Per budget a tensor [n, query_heads, value_dim]; None where nothing is evicted before the
         last token, nor coded, so that the output is the full pass's.
     """
-    last = seen.key.shape[2] - prompt - 1
+    last, pinned = seen.key.shape[2] - prompt - 1, config.pinned(prompt)
     return [
         # What a boundary after the last token evicts is not missed any more.
         _replay(seen, prompt, replace(config, budget=budget, record="off"), policy)
-        if config.coded or compression_points(budget, 1, config.interval, prompt, last)
+        if config.coded or compression_points(budget, 1, config.interval, prompt, last, pinned)
         else None
         for budget in budgets
     ]

@@ -18,8 +18,8 @@ def _of_prompts(name: str) -> Any:
     return o.setting(name, CalibrationConfig, _PROMPTS)
 
 
-def _of_texts(name: str) -> Any:
-    return o.setting(name, CalibrationConfig, _TEXTS)
+def _of_texts(name: str, *names: str) -> Any:
+    return o.setting(name, CalibrationConfig, _TEXTS, names=names)
 
 
 Prompts = Annotated[
@@ -55,6 +55,7 @@ _OPTIONS = (
     ("budgets", Annotated[Optional[str], _of_texts("budgets")], None),  # noqa: UP045
     ("interval", Annotated[int, _of_texts("interval")], _C.interval),
     ("window", Annotated[int, _of_texts("window")], _C.window),
+    ("prompt_mode", Annotated[str, _of_texts("prompt", "--prompt-mode")], _C.prompt),
     ("check", Annotated[Optional[str], _of_texts("check")], None),  # noqa: UP045
     ("stride", Annotated[int, _of_texts("stride")], _C.stride),
     ("samples", Annotated[int, _of_texts("samples")], _C.samples),
@@ -68,6 +69,7 @@ def _settings(context: typer.Context, values: dict[str, Any]) -> tuple[Calibrati
     unused = without_effect(objective)
     name = "texts" if CalibrationConfig(objective).chosen.reads_texts else "prompts"
     files = {key: values.pop(key) for key in ("prompts", "texts")}
+    unused = ["prompt_mode" if option == "prompt" else option for option in unused]
     for option in sorted([*unused, *(files.keys() - {name})]):
         if o.given(context, option):
             flag = option.replace("_", "-")
@@ -80,7 +82,7 @@ def _settings(context: typer.Context, values: dict[str, Any]) -> tuple[Calibrati
     path = files[name]
     if path is None:
         raise UsageError(f"no {name}: --objective {objective} needs --{name} FILE")
-    return CalibrationConfig(**values), f"--{name}", path
+    return CalibrationConfig(**o.with_prompt(values)), f"--{name}", path
 
 
 @o.takes(model=o.MODEL, settings=o.Options(_OPTIONS, _settings))

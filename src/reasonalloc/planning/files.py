@@ -67,17 +67,21 @@ def check_profile(config: CompressionConfig) -> None:
 
 def other_cadence(config: CompressionConfig) -> str | None:
     """Return what to say if a cost profile has another cadence than the run, else None."""
-    run = {"interval": config.interval, "window": config.window}
+    pins = "pin" if config.prompt == "pin" else "evict"
+    run = _named(config.interval, config.window, pins)
     for part in readers(config.arm).values():
         path = part.with_file(config.profile).path
         if part.reads != "cost profile" or not path:
             continue
         costs = load_costs(path)
-        if (costs.interval, costs.window) != (config.interval, config.window):
-            wanted = " and ".join(f"{name}={value}" for name, value in run.items())
+        own = _named(costs.interval, costs.window, costs.prompt)
+        if own != run:
             return (
-                f"the cost profile {path!r} was measured at interval={costs.interval} and "
-                f"window={costs.window}, this run has {wanted}: its budgets may not be the best "
-                "ones, so use its cadence or calibrate again"
+                f"the cost profile {path!r} was measured at {own}, this run has {run}: its "
+                "budgets may not be the best ones, so use its settings or calibrate again"
             )
     return None
+
+
+def _named(interval: int, window: int, prompt: str) -> str:
+    return f"interval={interval}, window={window}, prompt={prompt}"
