@@ -271,6 +271,11 @@ class CompressionConfig:
             raise unknown_name("record level", str(self.record), ("off", "budgets", "tokens"))
 
     @property
+    def given_budget(self) -> int | str:
+        """The budget as it was given: tokens, or the text of one in bytes."""
+        return self.budget if self.size is None else self.size.text
+
+    @property
     def coded(self) -> bool:
         """Whether older tokens are kept in fewer bits."""
         return is_coded(self.kv_dtype)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.whole import whole_number
 
 _STEPS = "KMGT"
 
@@ -62,3 +64,17 @@ class ByteBudget:
                 "of the full cache as '25%@8192'"
             )
         return cls(text, parse_size(text, "budget"))
+
+
+def read_budget(given: Any) -> int | str:
+    """Return a budget in tokens as a number, one in bytes as its text.
+
+    Raises:
+        UsageError: neither a whole number nor a ``ByteBudget``.
+    """
+    if isinstance(given, str):
+        try:
+            given = int(given)
+        except ValueError:
+            return ByteBudget.parse(given.strip()).text
+    return whole_number("budget", given)

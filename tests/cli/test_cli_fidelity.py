@@ -165,7 +165,7 @@ def test_files_of_several_kinds(call: Call, texts: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--budgets", "12,x"], "must be whole numbers"),
+        (["--budgets", "12,x"], "budget='x' must be a whole number of tokens, a size as"),
         (["--arms", "rkv,full"], "leave it out"),
         (["--arms", ","], "arms is empty"),
         (["--arms", "rvk"], "did you mean 'rkv'"),

@@ -131,16 +131,18 @@ def test_the_command(call: Call, small: None, tmp_path: Path) -> None:
 
 def test_each_arm_at_each_budget(call: Call, small: None) -> None:
     """The full cache has none; a larger budget holds more bytes."""
-    several = ("--budget", "16,24,16", "--step", "eager,static", "--arms", "rkv,full")
+    several = ("--budget", "16,24,16,90%@100", "--step", "eager,static", "--arms", "rkv,full")
     code, text, err = call(*RUN, *several, "--batch", 2, "--new-tokens", 10, "--json")
     assert code == 0, err
     found = json.loads(text)
     held = {arm["arm"]: arm["kv_bytes"] for arm in found["summary"][0]["arms"]}
     assert list(held) == [
-        *("rkv at 16, eager", "rkv at 16, static", "rkv at 24, eager", "rkv at 24, static", "full")
+        *("rkv at 16, eager", "rkv at 16, static", "rkv at 24, eager", "rkv at 24, static"),
+        *("rkv at 90%@100, eager", "rkv at 90%@100, static", "full"),
     ]
     assert held["rkv at 16, eager"] == held["rkv at 16, static"] < held["rkv at 24, static"]
-    assert found["budgets"] == [16, 24]
+    assert held["rkv at 24, static"] < held["rkv at 90%@100, static"]  # 26 tokens and the interval
+    assert found["budgets"] == [16, 24, "90%@100"]
 
 
 def test_a_pinned_prompt_is_on_top(call: Call, small: None) -> None:
@@ -168,7 +170,7 @@ def test_a_pinned_prompt_is_on_top(call: Call, small: None) -> None:
         (("--out", "/no/such/folder/x.json"), "no such folder"),
         (("MODEL",), "give one of the two"),
         (("--budget", "4"), "budget"),
-        (("--budget", "16,many"), "budget='16,many' must be whole numbers"),
+        (("--budget", "16,many"), "budget='many' must be a whole number of tokens"),
         (("--step", "graphs"), "unknown step 'graphs': did you mean 'graph'?"),
         (("--attention", "triton"), "needs a GPU"),
         (("--attention", "nosuch"), "attention='nosuch' is unknown"),

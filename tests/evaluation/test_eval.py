@@ -445,7 +445,7 @@ def test_data_from_a_file_without_a_chat_template(call: Call, plain: list[str]) 
         ({"arms": "full,rvk"}, "did you mean 'rkv'"),
         ({"arms": "rkv/unifrom/uniform"}, "did you mean 'uniform'"),
         ({"arms": ","}, "arms is empty"),
-        ({"budgets": "24,x"}, "must be whole numbers"),
+        ({"budgets": "24,x"}, "budget='x' must be a whole number of tokens, a size as"),
         ({"budgets": "3"}, "give a budget of at least 4"),
         ({"arms": "reasonalloc"}, "arm 'reasonalloc' reads a profile: add --profile FILE"),
         ({"profile": "p.json"}, "profile 'p.json' cannot be read"),

@@ -15,14 +15,18 @@ from reasonalloc.evaluation.batch import Job, Settings
 
 
 def make_contenders(
-    arms: str, paths: Sequence[str], budgets: Sequence[int], steps: Sequence[str], **settings: Any
+    arms: str,
+    paths: Sequence[str],
+    budgets: Sequence[int | str],
+    steps: Sequence[str],
+    **settings: Any,
 ) -> list[Contender]:
     """Return every arm at every budget and kind of step; the full cache has neither.
 
     Args:
         arms: names, separated by commas; ``full`` and ``full-static`` are no compression.
         paths: calibrated files, of different kinds.
-        budgets: mean tokens per head.
+        budgets: mean tokens per head, or bytes as texts.
         steps: how decode steps run, see ``CompressionConfig``.
         settings: other fields of ``evaluation.batch.Settings``.
 

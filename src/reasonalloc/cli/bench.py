@@ -75,9 +75,10 @@ def command(
 ) -> None:
     """Time per step, tokens per second and bytes of arms beside the full cache, in one run."""
     settings = {name: options[name] for name in _SETTINGS}
-    budgets = list(dict.fromkeys(o.parse_budgets(options["budget"], "budget")))
     from reasonalloc.benchmark.contenders import make_contenders
+    from reasonalloc.evaluation.arms import list_budgets
 
+    budgets = list_budgets(options["budget"])
     contenders = make_contenders(
         arms, options["profile"] or [], budgets, _several(options["step"]), **settings
     )

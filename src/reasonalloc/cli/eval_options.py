@@ -51,7 +51,7 @@ _PARTS = (
     _option("task", str, _RUN, _TASKS, _REQUIRED),
     _option("out", str, _RUN, "Results; a second run goes on.", _REQUIRED, metavar="DIR"),
     _option("arms", str, _RUN, "Arms, separated by commas.", "full,rkv"),
-    _option("budgets", str, _RUN, "Budgets, separated by commas.", "1024"),
+    _option("budgets", str, _RUN, o.SEVERAL_BUDGETS, "1024"),
     _option("data", str, _RUN, "Problems as JSON lines, not from the hub.", metavar="FILE"),
     _option("limit", int, _RUN, "Only the first so many problems.", min=1),
     _option("protocol", str, _SAMPLING, "paper, greedy or quick, as said above.", "paper"),
@@ -71,8 +71,5 @@ _PARTS = (
     _option("workers", int, _SCALE, "With Ray, a GPU or CPU share each.", 1, min=1),
     _option("ray_address", str, _SCALE, "Of a running cluster, such as auto."),
 )
-#: Everything but the model, as arguments of ``evaluate``; budgets are numbers already.
-EVALUATE = o.Options(
-    _PARTS,
-    lambda _, given: o.with_prompt(given) | {"budgets": o.parse_budgets(given["budgets"])},
-)
+#: Everything but the model, as arguments of ``evaluate``.
+EVALUATE = o.Options(_PARTS, lambda _, given: o.with_prompt(given))

@@ -19,7 +19,7 @@ Texts = Annotated[
         help="JSON lines: prompt_ids, prompt or messages; completion_ids or completion.",
     ),
 ]
-Budgets = Annotated[str, typer.Option("--budgets", help="Budgets, separated by commas.")]
+Budgets = Annotated[str, typer.Option("--budgets", help=o.SEVERAL_BUDGETS)]
 Arms = Annotated[
     str,
     typer.Option("--arms", help="Arms, separated by commas; ratios are to the first."),
@@ -57,7 +57,7 @@ def command(
 
     loading = asdict(model)
     name = loading.pop("name")
-    cadence |= {"budgets": o.parse_budgets(budgets), "arms": arms}
+    cadence |= {"budgets": budgets, "arms": arms}
     result = fidelity(
         name, texts, generate=generate, out=out, **cadence, **loading, progress=Shown()
     )

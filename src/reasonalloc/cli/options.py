@@ -13,6 +13,7 @@ import typer
 from reasonalloc.cli import output
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
+from reasonalloc.sizes import read_budget
 
 DEFAULT_BUDGET = 1024
 _BUDGET, _MODEL = "Budget", "Model"
@@ -69,10 +70,11 @@ BudgetList = Annotated[
     str,
     _budget(
         "budget",
-        help="Mean tokens kept per layer and KV head right after a compression; several, as "
-        "64,128: each arm at each.",
+        help="Mean tokens kept per layer and KV head right after a compression, or bytes of a "
+        "sequence; several, as 64,4MiB,25%@8192: each arm at each.",
     ),
 ]
+SEVERAL_BUDGETS = "Budgets, in tokens or bytes, as 64,4MiB,25%@8192."
 ArmName = Annotated[str, _budget("arm")]
 Interval = Annotated[int, _budget("interval")]
 Window = Annotated[int, _budget("window")]
@@ -233,7 +235,7 @@ def _seed(context: typer.Context) -> dict[str, int]:
 
 
 def parse_budgets(text: str, name: str = "budgets") -> list[int]:
-    """Return budgets that were separated by commas; ``name`` is the option.
+    """Return whole numbers that were separated by commas; ``name`` is the option.
 
     Raises:
         UsageError: something else.
@@ -269,14 +271,6 @@ def with_prompt(settings: dict[str, Any]) -> dict[str, Any]:
     return {{"prompt_mode": "prompt"}.get(name, name): v for name, v in settings.items()}
 
 
-def whole_or_size(text: str) -> int | str:
-    """Return a budget in tokens as a number, one in bytes as it is."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
 def compression(context: typer.Context, arm: str, **settings: Any) -> CompressionConfig | None:
     """Return the settings of the cache; None means the full cache.
 
@@ -297,7 +291,7 @@ def compression(context: typer.Context, arm: str, **settings: Any) -> Compressio
     from reasonalloc.planning.files import check_profile
 
     if "budget" in settings:
-        settings["budget"] = whole_or_size(settings["budget"])
+        settings["budget"] = read_budget(settings["budget"])
     config = CompressionConfig(arm=parsed, **with_prompt(settings))
     check_profile(config)
     HEAD_ALLOCATORS.create(parsed.heads)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from reasonalloc.config import Arm, Step, parse_arm, preset_name, split_arms
 from reasonalloc.errors import UsageError, unknown_name
-from reasonalloc.whole import whole_number
+from reasonalloc.sizes import read_budget
 
 
 def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
@@ -35,16 +35,23 @@ def read_arms(given: str | Arm | Iterable[str | Arm]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def list_budgets(given: int | Iterable[int]) -> list[int]:
-    """Return budgets, given as one or several, none twice.
+def list_budgets(given: int | str | Iterable[int | str]) -> list[int | str]:
+    """Return budgets, none twice: those in tokens as numbers, those in bytes as texts.
+
+    Args:
+        given: one or several; texts may hold several, separated by commas.
 
     Raises:
-        UsageError: none, or something else than whole numbers.
+        UsageError: none, or something that is no budget.
     """
-    several = list(given) if isinstance(given, Iterable) else [given]
-    if not several:
-        raise UsageError("budgets is empty: give at least one, as (64, 128)")
-    return list(dict.fromkeys(whole_number("budget", size) for size in several))
+    several = [given] if isinstance(given, str) or not isinstance(given, Iterable) else given
+    budgets = []
+    for item in several:
+        parts = item.split(",") if isinstance(item, str) else [item]
+        budgets += [read_budget(part) for part in parts]
+    if not budgets:
+        raise UsageError("budgets is empty: give at least one, as (64, '4MiB')")
+    return list(dict.fromkeys(budgets))
 
 
 def check_names(arm: Arm) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,10 +48,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One arm at one budget; ``budget`` is None for the full cache."""
+    """One arm at one budget: tokens, or the text of one in bytes; None for the full cache."""
 
     arm: str
-    budget: int | None = None
+    budget: int | str | None = None
 
     def __str__(self) -> str:
         return "full cache" if self.budget is None else f"{self.arm}, budget {self.budget}"
@@ -109,7 +109,7 @@ class Settings:
         files = {"cost profile": self.costs, "statistics": self.statistics}
         read = [files.get(kind) or self.profile for kind in files_missing(arm).values()]
         return CompressionConfig(
-            budget=job.budget or 0,
+            budget=cast("int", job.budget or 0),
             arm=arm,
             interval=self.interval,
             window=self.window,

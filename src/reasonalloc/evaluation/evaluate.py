@@ -38,7 +38,7 @@ def evaluate(
     task: str | Task,
     *,
     arms: str | Arm | Iterable[str | Arm] = ("full", "rkv"),
-    budgets: int | Iterable[int] = (1024,),
+    budgets: int | str | Iterable[int | str] = (1024,),
     out: File | None = None,
     tokenizer: Any = None,
     data: str | None = None,
@@ -80,7 +80,8 @@ def evaluate(
         task: ``"math500"``, ``"chain(variables=12)"`` (see ``reasonalloc ls``), or a ``Task``.
         arms: presets, ``"policy/layers/heads"`` or ``Arm`` objects; texts may hold several,
             separated by commas. ``"full"`` is the full cache.
-        budgets: mean tokens kept per layer and KV head, each arm at each.
+        budgets: mean tokens kept per layer and KV head, or bytes of a sequence (``"64MiB"``,
+            ``"25%@8192"``), each arm at each; texts may hold several, separated by commas.
         out: a folder for the results. The same call, or the command, goes on with what is in it.
             None: a temporary folder, which is removed.
         tokenizer: of a loaded model.
@@ -182,7 +183,7 @@ def find_task(task: str | Task) -> tuple[str, Task]:
     return task, TASKS.create(task)
 
 
-def _jobs(names: list[str], budgets: Sequence[int], settings: Settings) -> list[Job]:
+def _jobs(names: list[str], budgets: Sequence[int | str], settings: Settings) -> list[Job]:
     jobs = make_jobs(names, budgets)
     for job in jobs:
         if job.budget is not None:

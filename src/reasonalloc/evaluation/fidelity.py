@@ -40,7 +40,7 @@ def fidelity(
     texts: File | Iterable[Any],
     *,
     arms: str | Arm | Iterable[str | Arm] = ("rkv", "streaming_llm", "random"),
-    budgets: int | Iterable[int] = (128,),
+    budgets: int | str | Iterable[int | str] = (128,),
     tokenizer: Any = None,
     out: File | None = None,
     profile: File | Sequence[File] | None = None,
@@ -68,7 +68,8 @@ def fidelity(
             or ``completion``; or a list of such objects, or of ``texts.Trajectory``.
         arms: presets, ``"policy/layers/heads"`` or ``Arm`` objects; texts may hold several,
             separated by commas. Ratios are to the first.
-        budgets: mean tokens kept per layer and KV head, each arm at each.
+        budgets: mean tokens kept per layer and KV head, or bytes of a sequence (``"64MiB"``,
+            ``"25%@8192"``), each arm at each; texts may hold several, separated by commas.
         tokenizer: of a loaded model; not needed for trajectories, but without it there is no
             ``kl_by_kind``.
         out: a file for the results as JSON lines. The same call, or the command, goes on with it.
@@ -133,14 +134,14 @@ def fidelity(
     results = _Results(out, manifest, configs)
     with observer.counted("Replaying") as tell:
         _replay(network, trajectories, configs, results, tell)
-    jobs = tuple((str(config.arm), config.budget) for config in configs)
+    jobs = tuple((str(config.arm), config.given_budget) for config in configs)
     return FidelityResult(
         source.name, tuple(trajectories), jobs, interval, tuple(results.rows), words
     )
 
 
 def _configs(
-    names: list[str], sizes: list[int], paths: list[str], shared: dict[str, Any]
+    names: list[str], sizes: list[int | str], paths: list[str], shared: dict[str, Any]
 ) -> tuple[list[CompressionConfig], Settings]:
     if FULL in names:
         raise UsageError("arm 'full' is what all arms are compared with: leave it out")
@@ -203,17 +204,18 @@ class _Results:
 
     def has(self, trajectory: Trajectory, config: CompressionConfig) -> bool:
         """Whether a measurement is there."""
-        return (trajectory.key, str(config.arm), config.budget) in self._done
+        return (trajectory.key, str(config.arm), config.given_budget) in self._done
 
     def add(
         self, trajectory: Trajectory, config: CompressionConfig, values: dict[str, Any]
     ) -> None:
         """Add a measurement."""
         arm = str(config.arm)
-        row = {"trajectory": trajectory.key, "arm": arm, "budget": config.budget}
+        row: dict[str, Any] = {"trajectory": trajectory.key, "arm": arm}
+        row |= {"budget": config.given_budget}
         row |= {**values, "files": self._digests[arm]}
         self.rows.append(row)
-        self._done.add((trajectory.key, arm, config.budget))
+        self._done.add((trajectory.key, arm, config.given_budget))
         if self._file is not None:
             self._file.add(row)
 

@@ -31,7 +31,7 @@ class FidelityResult(Result):
 
     model: str
     texts: tuple[Trajectory, ...]
-    jobs: tuple[tuple[str, int], ...]
+    jobs: tuple[tuple[str, int | str], ...]
     interval: int
     measured: tuple[dict[str, Any], ...] = field(repr=False)
     tokenizer: Any = field(repr=False)

@@ -17,7 +17,7 @@ from reasonalloc.files import replacing
 
 SAMPLES, EVENTS, LOCK = "samples.jsonl", "events.jsonl", ".lock"
 #: A sample: arm, budget, problem, number.
-Key = tuple[str, int | None, str, int]
+Key = tuple[str, int | str | None, str, int]
 _KEPT = (
     "arm",
     "budget",

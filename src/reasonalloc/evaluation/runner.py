@@ -49,7 +49,7 @@ class InProcess:
             yield chunk, self._solver.solve(chunk, watch)
 
 
-def make_jobs(arms: Sequence[str], budgets: Sequence[int]) -> list[Job]:
+def make_jobs(arms: Sequence[str], budgets: Sequence[int | str]) -> list[Job]:
     """The full cache first, then budget by budget."""
     full = [Job(FULL)] if FULL in arms else []
     return full + [Job(arm, size) for size in budgets for arm in arms if arm != FULL]
