@@ -102,7 +102,7 @@ def test_a_result_without_a_folder(loaded: dict[str, Any]) -> None:
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 8
     pytest.importorskip("plotly")
     (line,) = result.plot().data
-    assert line.name == "rkv" and list(line.x) == [24]
+    assert line.name == "rkv" and list(line.x) == [100 * result.summary[1]["kv_share"]]
     assert line.y[0] == result.summary[1]["pass_at_1"]
 
 

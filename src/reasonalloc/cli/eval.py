@@ -21,7 +21,7 @@ def command(*, model: o.ModelChoice, options: dict[str, Any], as_json: o.Json = 
     """
     from reasonalloc.cli.watch import Watcher
     from reasonalloc.evaluation.evaluate import evaluate
-    from reasonalloc.evaluation.evaluation_result import LEGEND, Interrupted
+    from reasonalloc.evaluation.evaluation_result import Interrupted
     from reasonalloc.evaluation.sharded import first_rank
     from reasonalloc.tables import show
 
@@ -36,9 +36,10 @@ def command(*, model: o.ModelChoice, options: dict[str, Any], as_json: o.Json = 
     ):  # it helped the first process of a torchrun
         return
     if as_json:
-        facts = {"task": result.task, "problems": len(result.problems)}
+        facts: dict[str, Any] = {"task": result.task, "problems": len(result.problems)}
+        facts["reference"] = result.reference and vars(result.reference)
         output.print_json({**facts, "results": result.summary})
     else:
-        show(result.tables(), notes=[LEGEND])
+        show(result.tables(), notes=result.legend())
     for note in result.never_compressed():
         watcher.note(note)

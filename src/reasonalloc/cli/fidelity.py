@@ -62,7 +62,8 @@ def command(
         name, texts, generate=generate, out=out, **cadence, **loading, progress=Shown()
     )
     if as_json:
-        facts = {"model": name, "trajectories": len(result.texts)}
+        facts: dict[str, Any] = {"model": name, "trajectories": len(result.texts)}
+        facts["reference"] = result.reference and vars(result.reference)
         output.print_json({**facts, "results": result.summary})
     else:
         result.show()

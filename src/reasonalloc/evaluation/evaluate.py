@@ -283,7 +283,8 @@ def _result(spec: EvaluationSpec, folder: Path, rows: Sequence[dict[str, Any]]) 
         and row["sample"] < samples
         and (row["arm"], row["budget"]) in jobs
     )
-    return EvaluationResult(spec.task, problems, tuple(spec.jobs), samples, folder, taken)
+    bound = spec.rules.max_new_tokens
+    return EvaluationResult(spec.task, problems, tuple(spec.jobs), samples, folder, taken, bound)
 
 
 def _say_given_up(kind: Task, observer: Observer) -> None:

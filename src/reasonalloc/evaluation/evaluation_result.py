@@ -12,6 +12,13 @@ from typing import Any
 from reasonalloc.evaluation.batch import Job
 from reasonalloc.evaluation.folder import SAMPLES, key_of
 from reasonalloc.evaluation.intervals import mean_interval
+from reasonalloc.evaluation.kv_share import (
+    Reference,
+    budget_name,
+    kv_summary,
+    sample_reference,
+    share_text,
+)
 from reasonalloc.evaluation.result import Result, budget_figure
 from reasonalloc.tables import Table, human
 
@@ -34,6 +41,7 @@ class EvaluationResult(Result):
         samples: per problem, as asked for.
         folder: where the samples are; a folder that is gone if ``out`` was not given.
         taken: what the summary needs of the samples that were asked for.
+        max_new_tokens: bound of every sample.
     """
 
     task: str
@@ -42,6 +50,7 @@ class EvaluationResult(Result):
     samples: int
     folder: Path
     taken: tuple[dict[str, Any], ...]
+    max_new_tokens: int | None = None
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -64,29 +73,48 @@ class EvaluationResult(Result):
 
         Fields: ``arm``, ``budget``, ``n`` (samples), ``correct``, ``pass_at_1`` (0 to 1),
         ``interval95`` [low, high], ``mean_tokens`` (generated), ``cap_hits``,
-        ``mean_layer_compressions``, ``mean_kv_bytes`` (per sequence), ``never_compressed``.
+        ``mean_layer_compressions``, ``mean_kv_bytes`` (per sequence), ``never_compressed``;
+        ``budget_tokens`` (mean per layer and KV head), ``compressed_kv_bytes`` (mean per sequence
+        right after a compression; of the full cache at its end), ``kv_share`` (these bytes by those
+        of ``reference``). The last two are None where only an older version took samples.
         """
         parts = [(job, self._of(job)) for job in self.jobs]
-        return [_line(job, rows) for job, rows in parts if rows]
+        return [_line(job, rows) | kv_summary(rows, self.reference) for job, rows in parts if rows]
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The full cache that is 100 %: in 16 bits, at the mean final length of the full cache's
+        samples; if it did not run, of all samples.
+        """
+        return sample_reference(self.taken, self.max_new_tokens)
 
     def tables(self) -> list[Table]:
         """See ``Result``."""
-        titles = ("arm", "budget", "n", "pass@1", "95 %", "tokens", "cap hits", "events", "KV")
+        titles = ["arm", "budget", "n", "pass@1", "95 %", "tokens", "cap hits", "events"]
+        titles += ["KV", "KV share"]
         heading = f"{self.task}, {len(self.problems)} problems"
         columns = [(title, title != "arm") for title in titles]
         return [Table(heading, columns, [_cells(item) for item in self.summary])]
 
-    def plot(self) -> Any:
-        """Return a figure of plotly: accuracy against the budget, with 95 % intervals.
+    def plot(self, axis: str = "bytes") -> Any:
+        """Return a figure of plotly: accuracy against KV bytes or tokens, with 95 % intervals.
+
+        Args:
+            axis: ``bytes``, right after a compression, as % of ``reference``; or ``tokens``.
 
         Raises:
-            UsageError: plotly is not installed.
+            UsageError: another axis, or plotly is not installed.
         """
-        return budget_figure(self.summary, "pass_at_1", "interval95", "pass@1")
+        share = None if self.reference is None else self.reference.title
+        return budget_figure(self.summary, "pass_at_1", "interval95", "pass@1", axis, share)
 
     def notes(self) -> list[str]:
         """Return the lines below the table."""
-        return [LEGEND, *self.never_compressed()]
+        return [*self.legend(), *self.never_compressed()]
+
+    def legend(self) -> list[str]:
+        """Return what the numbers of the table are."""
+        return [LEGEND, *([] if self.reference is None else [f"KV share: {self.reference.title}."])]
 
     def never_compressed(self) -> list[str]:
         """Return a sentence for each arm that never compressed."""
@@ -139,7 +167,7 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
     full = item["budget"] is None
     return (
         item["arm"],
-        "-" if full else str(item["budget"]),
+        "-" if full else budget_name(item),
         str(item["n"]),
         f"{100 * item['pass_at_1']:.1f} %",
         f"{100 * low:.0f}-{100 * high:.0f}",
@@ -147,4 +175,5 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
         str(item["cap_hits"]),
         "-" if full else f"{item['mean_layer_compressions']:.1f}",
         human(item["mean_kv_bytes"]),
+        share_text(item["kv_share"]),
     )

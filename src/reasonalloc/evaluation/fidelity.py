@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from reasonalloc.calibrated.demand import config_hash
@@ -22,6 +22,7 @@ from reasonalloc.evaluation.batch import FULL, Job, Settings
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.evaluation.completions import complete_missing
 from reasonalloc.evaluation.fidelity_result import FidelityResult
+from reasonalloc.evaluation.kv_share import kv_sizes
 from reasonalloc.evaluation.loaded import find_model
 from reasonalloc.evaluation.progress import Observer, make_observer
 from reasonalloc.evaluation.records import ResultFile
@@ -30,6 +31,7 @@ from reasonalloc.files import as_path
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
+from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory, as_trajectory, check_several, load_trajectories
 from reasonalloc.whole import whole_number
@@ -120,9 +122,10 @@ def fidelity(
         network, words = loaded or load_model(
             source.name, dtype, device, trust_remote_code=trust_remote_code
         )
+    plans = []
     for config in configs:  # a wrong arm is refused before anything runs
-        with attach_config(network, config):
-            pass
+        with attach_config(network, config) as attached:
+            plans.append(attached.plan())
     trajectories = _load_texts(network, words, texts, generate, observer)
     manifest = {
         "model": source.name,
@@ -131,7 +134,8 @@ def fidelity(
         **shared,
         **settings.in_manifest,
     }
-    results = _Results(out, manifest, configs)
+    sizes = _sizes(configs, plans, trajectories)
+    results = _Results(out, manifest, configs, sizes)
     with observer.counted("Replaying") as tell:
         _replay(network, trajectories, configs, results, tell)
     jobs = tuple((str(config.arm), config.given_budget) for config in configs)
@@ -184,13 +188,36 @@ def _as_trajectory(index: int, text: Any, tokenizer: Any) -> Trajectory:
     return as_trajectory(text, tokenizer, f"texts, number {index}")[0]
 
 
+#: A measurement: fingerprint of the text, arm, budget.
+_Key = tuple[str, str, int | str]
+
+
+def _sizes(
+    configs: Sequence[CompressionConfig],
+    plans: Sequence[MemoryPlan],
+    trajectories: Sequence[Trajectory],
+) -> dict[_Key, dict[str, Any]]:
+    """What every row says of its KV bytes, also rows of older versions."""
+    found = {}
+    for config, plan in zip(configs, plans, strict=True):
+        for text in trajectories:
+            whole = replace(plan, pinned=config.pinned(len(text.prompt_ids)))
+            tokens = len(text.prompt_ids) + len(text.completion_ids) - 1  # the last is never fed
+            found[text.key, str(config.arm), config.given_budget] = kv_sizes(whole, tokens)
+    return found
+
+
 class _Results:
     """Rows of this run and of earlier ones with the same settings, in a file if one was named."""
 
     def __init__(
-        self, out: File | None, manifest: dict[str, Any], configs: list[CompressionConfig]
+        self,
+        out: File | None,
+        manifest: dict[str, Any],
+        configs: list[CompressionConfig],
+        sizes: dict[_Key, dict[str, Any]],
     ) -> None:
-        self._file = None
+        self._file, self._sizes = None, sizes
         if out is not None:
             path = as_path("out", out)
             free = ("attention",)  # results depend on it by rounding alone
@@ -199,8 +226,9 @@ class _Results:
         self._digests = {str(c.arm): arm_digest(c) for c in configs}
         old = [] if self._file is None else self._file.rows
         # A row whose arm read files of another content stays in the file and is not looked at.
-        self.rows = [r for r in old if r["files"] == self._digests.get(r["arm"], r["files"])]
-        self._done = {(row["trajectory"], row["arm"], row["budget"]) for row in self.rows}
+        own = [r for r in old if r["files"] == self._digests.get(r["arm"], r["files"])]
+        self._done = {_key(row) for row in own}
+        self.rows = [row | sizes.get(_key(row), {}) for row in own]
 
     def has(self, trajectory: Trajectory, config: CompressionConfig) -> bool:
         """Whether a measurement is there."""
@@ -213,11 +241,15 @@ class _Results:
         arm = str(config.arm)
         row: dict[str, Any] = {"trajectory": trajectory.key, "arm": arm}
         row |= {"budget": config.given_budget}
-        row |= {**values, "files": self._digests[arm]}
+        row |= values | self._sizes[_key(row)] | {"files": self._digests[arm]}
         self.rows.append(row)
-        self._done.add((trajectory.key, arm, config.given_budget))
+        self._done.add(_key(row))
         if self._file is not None:
             self._file.add(row)
+
+
+def _key(row: dict[str, Any]) -> _Key:
+    return row["trajectory"], row["arm"], row["budget"]
 
 
 def _replay(

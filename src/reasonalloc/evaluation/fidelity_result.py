@@ -9,6 +9,14 @@ from typing import Any
 
 from reasonalloc.config import preset_name
 from reasonalloc.evaluation.intervals import bootstrap_ratio
+from reasonalloc.evaluation.kv_share import (
+    SIZES,
+    Reference,
+    budget_name,
+    kv_summary,
+    make_reference,
+    share_text,
+)
 from reasonalloc.evaluation.result import Result, budget_figure
 from reasonalloc.tables import Table
 from reasonalloc.texts import Trajectory
@@ -42,7 +50,8 @@ class FidelityResult(Result):
 
         Fields: ``trajectory`` (fingerprint of the text), ``arm``, ``budget``; per predicted token
         ``kl`` (nats), ``agree``, ``added_nll`` (nats); ``kv_bytes``, ``full_bytes``,
-        ``compressions`` (of layers), ``files``.
+        ``compressions`` (of layers), ``files``; ``budget_tokens``, ``compressed_kv_bytes``,
+        ``full_16bit_kv_bytes`` (see ``summary``).
         """
         at = {(row["trajectory"], row["arm"], row["budget"]): row for row in self.measured}
         return [at[text.key, arm, budget] for arm, budget in self.jobs for text in self.texts]
@@ -56,7 +65,9 @@ class FidelityResult(Result):
 
         Fields: ``arm``, ``budget``, ``trajectories``, ``tokens``, ``kl`` (nats), ``top1``,
         ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_ratio_to_first``,
-        ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``.
+        ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``;
+        ``budget_tokens`` (mean per layer and KV head), ``compressed_kv_bytes`` (mean per sequence
+        right after a compression), ``kv_share`` (these bytes by those of ``reference``).
         """
         count, first, words = len(self.texts), self.jobs[0][0], self.tokenizer
         parts = {job: self.rows[i * count : (i + 1) * count] for i, job in enumerate(self.jobs)}
@@ -70,13 +81,21 @@ class FidelityResult(Result):
                 "kv_bytes": max(row["kv_bytes"] for row in own),
                 "full_bytes": max(row["full_bytes"] for row in own),
                 "compressions": sum(row["compressions"] for row in own),
+                **kv_summary(own, self.reference),
             }
             for (arm, budget), own in parts.items()
         ]
 
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The full cache that is 100 %: in 16 bits, at the mean final length of the texts."""
+        lengths = (len(text.prompt_ids) + len(text.completion_ids) - 1 for text in self.texts)
+        sizes = (row.get("full_16bit_kv_bytes") for row in self.rows[: len(self.texts)])
+        return make_reference(zip(sizes, lengths, strict=True), "mean length of the texts")
+
     def tables(self) -> list[Table]:
         """See ``Result``."""
-        titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL")
+        titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL", "KV share")
         heading = (
             f"Per token, {len(self.texts)} trajectories, compressed every {self.interval} tokens"
         )
@@ -97,18 +116,24 @@ class FidelityResult(Result):
                 "kv_bytes": row["kv_bytes"],
                 "full_bytes": row["full_bytes"],
                 "compressions": row["compressions"],
+                **{name: row.get(name) for name in SIZES},
             }
             for row in self.rows
         ]
 
-    def plot(self) -> Any:
-        """Return a figure of plotly: KL divergence against the budget, with 95 % intervals.
+    def plot(self, axis: str = "bytes") -> Any:
+        """Return a figure of plotly: KL divergence against KV bytes or tokens, with 95 % intervals.
+
+        Args:
+            axis: ``bytes``, right after a compression, as % of ``reference``; or ``tokens``.
 
         Raises:
-            UsageError: plotly is not installed.
+            UsageError: another axis, or plotly is not installed.
         """
         named = [item | {"arm": preset_name(item["arm"])} for item in self.summary]
-        return budget_figure(named, "kl", "kl_interval", "KL(full || compressed), nats", log=True)
+        share = None if self.reference is None else self.reference.title
+        title = "KL(full || compressed), nats"
+        return budget_figure(named, "kl", "kl_interval", title, axis, share, log=True)
 
     def notes(self) -> list[str]:
         """Return the lines below the table."""
@@ -122,6 +147,7 @@ class FidelityResult(Result):
             *lines,
             "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
             f"Intervals: 95 %, bootstrap over trajectories{few}",
+            *([] if self.reference is None else [f"KV share: {self.reference.title}."]),
         ]
 
 
@@ -158,13 +184,14 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
     low, high = item["kl_interval"]
     ratio = item["kl_ratio_to_first"]
     return (
-        str(item["budget"]),
+        budget_name(item),
         preset_name(item["arm"]),
         f"{item['kl']:.4f}",
         f"{low:.4f}-{high:.4f}",
         f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
         f"{item['top1']:.3f}",
         f"{item['added_nll']:+.3f}",
+        share_text(item["kv_share"]),
     )
 
 

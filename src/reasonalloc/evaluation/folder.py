@@ -11,6 +11,7 @@ from typing import Any
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
+from reasonalloc.evaluation.kv_share import SIZES
 from reasonalloc.evaluation.records import ResultFile, append_lines
 from reasonalloc.evaluation.samples import OLD_DECODING
 from reasonalloc.files import replacing
@@ -27,6 +28,7 @@ _KEPT = (
     "finish",
     "correct",
     "compressions",
+    "prompt_tokens",
     "kv_bytes",
 )
 
@@ -84,7 +86,7 @@ class RunFolder:
         self._samples = ResultFile(
             self.path / SAMPLES,
             manifest,
-            keep=lambda row: {name: row[name] for name in _KEPT},
+            keep=_kept,
             grows=("arm_files",),
             free=("code", "decoding", "profiles", "samples"),
             absent=old,
@@ -140,6 +142,10 @@ class RunFolder:
             raise UsageError(
                 f"out={str(path)!r} is no file of events ({error}): move it away"
             ) from None
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _KEPT} | {name: row.get(name) for name in SIZES}
 
 
 def key_of(row: dict[str, Any]) -> Key:

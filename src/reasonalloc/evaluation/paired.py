@@ -39,9 +39,9 @@ class Paired:
     """
 
     arm: str
-    budget: int | None
+    budget: int | str | None
     base: str
-    base_budget: int | None
+    base_budget: int | str | None
     problems: int
     difference: Estimate
     better: int
@@ -170,7 +170,7 @@ def holm(table: Sequence[Paired]) -> list[Paired]:
     return [replace(row, adjusted=adjusted[i]) for i, row in enumerate(table)]
 
 
-def _name(arm: str, budget: int | None) -> str:
+def _name(arm: str, budget: int | str | None) -> str:
     return arm if budget is None else f"{arm} at budget {budget}"
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.tables import Shown, Table
 
 
@@ -28,8 +28,8 @@ class Result(Shown, ABC):
         """Return the table of ``summary``."""
 
     @abstractmethod
-    def plot(self) -> Any:
-        """Return a figure of plotly."""
+    def plot(self, axis: str = "bytes") -> Any:
+        """Return a figure of plotly against ``bytes`` or ``tokens``."""
 
     def to_pandas(self) -> Any:
         """Return ``rows`` as a ``pandas.DataFrame``.
@@ -52,40 +52,58 @@ class Result(Shown, ABC):
 
 
 def budget_figure(
-    summary: Sequence[dict[str, Any]], value: str, interval: str, title: str, log: bool = False
+    summary: Sequence[dict[str, Any]],
+    value: str,
+    interval: str,
+    title: str,
+    axis: str,
+    share: str | None,
+    log: bool = False,
 ) -> Any:
-    """Return a figure of plotly: a value of every arm against the budget, with intervals.
+    """Return a figure of plotly: a value of every arm against its bytes or tokens, with intervals.
 
     Args:
-        summary: entries with ``arm``, ``budget`` (None: a level that is drawn dashed), the value
-            and its interval.
+        summary: entries with ``arm``, ``budget`` (None: a level that is drawn dashed), what
+            ``kv_summary`` returns, the value and its interval.
         value, interval: names of the two in each entry.
         title: of the vertical axis.
-        log: whether that axis is logarithmic.
+        axis: ``bytes``, or ``tokens``, which stands for it where bytes are not known.
+        share: title of the axis of bytes.
+        log: whether the vertical axis is logarithmic.
 
     Raises:
-        UsageError: plotly is not installed.
+        UsageError: another axis, or plotly is not installed.
     """
+    if axis not in ("bytes", "tokens"):
+        raise unknown_name("axis", axis, ("bytes", "tokens"))
     try:
         from plotly import graph_objects
     except ModuleNotFoundError:
         raise UsageError("plot() needs plotly: pip install 'reasonalloc[report]'") from None
     figure = graph_objects.Figure()
-    for arm in dict.fromkeys(item["arm"] for item in summary if item["budget"] is not None):
-        own = sorted((i for i in summary if i["arm"] == arm), key=lambda item: item["budget"])
-        values = [item[value] for item in own]
-        above = [item[interval][1] - item[value] for item in own]
-        below = [item[value] - item[interval][0] for item in own]
-        figure.add_scatter(
-            x=[item["budget"] for item in own],
-            y=values,
-            name=arm,
-            mode="lines+markers",
-            error_y={"array": above, "arrayminus": below, "thickness": 1},
-        )
+    points = [item for item in summary if item["budget"] is not None]
+    in_bytes = axis == "bytes" and all(item["kv_share"] is not None for item in points)
+    places = [100 * item["kv_share"] if in_bytes else item["budget_tokens"] for item in points]
+    placed = [item | {"x": x} for item, x in zip(points, places, strict=True)]
+    for arm in dict.fromkeys(item["arm"] for item in placed):
+        own = sorted((i for i in placed if i["arm"] == arm), key=lambda item: item["x"])
+        figure.add_scatter(name=arm, **_trace(own, value, interval))
     for item in summary:
         if item["budget"] is None:
             figure.add_hline(y=item[value], line_dash="dash", annotation_text="full cache")
-    figure.update_xaxes(title="budget (tokens per layer and KV head)")
+    figure.update_xaxes(title=share if in_bytes else "budget (tokens per layer and KV head)")
     figure.update_yaxes(title=title, type="log" if log else "linear")
     return figure
+
+
+def _trace(points: Sequence[dict[str, Any]], value: str, interval: str) -> dict[str, Any]:
+    """The line of one arm; the text of a point names its budget and its tokens."""
+    above = [item[interval][1] - item[value] for item in points]
+    below = [item[value] - item[interval][0] for item in points]
+    return {
+        "x": [item["x"] for item in points],
+        "y": [item[value] for item in points],
+        "text": [f"budget {i['budget']}: {i['budget_tokens']:.0f} tokens" for i in points],
+        "mode": "lines+markers",
+        "error_y": {"array": above, "arrayminus": below, "thickness": 1},
+    }

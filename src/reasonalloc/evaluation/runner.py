@@ -12,6 +12,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import FULL, Job, Watch
 from reasonalloc.evaluation.chunks import Chunk, Item, Outcome
 from reasonalloc.evaluation.folder import Key, RunFolder, key
+from reasonalloc.evaluation.kv_share import SIZES
 from reasonalloc.evaluation.progress import Observer
 from reasonalloc.evaluation.sampling import sample_seed
 from reasonalloc.evaluation.tasks.base import Problem, Task
@@ -131,6 +132,7 @@ FIELDS = (
     "compressions",
     "kv_bytes",
     "full_kv_bytes",
+    *SIZES,
     "batch",
     "seconds",
     "peak_bytes",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.kv_share import SIZES
 
 SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
 # What may differ between folders whose samples still answer the same question; versions and
@@ -40,7 +41,8 @@ class Sample:
     """One graded completion, without its texts: those stay in the file.
 
     Attributes:
-        arm, budget: what ran; ``budget`` is None for the full cache.
+        arm, budget: what ran; ``budget`` is in tokens, the text of one in bytes, or None for the
+            full cache.
         problem, sample: text that names the problem; number of the sample.
         correct: whether the answer is right.
         finish: ``stop``, or ``length`` if the cap on new tokens ended it.
@@ -48,11 +50,13 @@ class Sample:
         kv_bytes, full_kv_bytes: per sequence; of the full cache at the same length.
         batch, seconds: sequences in its batch and wall time of that batch.
         peak_bytes: most device memory, or None where nothing measures it.
+        budget_tokens, compressed_kv_bytes, full_16bit_kv_bytes: see ``kv_sizes``; None in samples
+            of older versions.
         file, offset: where its line starts, in bytes.
     """
 
     arm: str
-    budget: int | None
+    budget: int | str | None
     problem: str
     sample: int
     correct: bool
@@ -67,6 +71,9 @@ class Sample:
     peak_bytes: int | None
     file: Path = field(compare=False)
     offset: int = field(compare=False)
+    budget_tokens: float | None = None
+    compressed_kv_bytes: int | None = None
+    full_16bit_kv_bytes: int | None = None
 
     def row(self) -> dict[str, Any]:
         """The whole line again, texts included."""
@@ -228,9 +235,13 @@ def _sample(row: Any, path: Path, offset: int) -> tuple[str, Sample]:
     for name in _WHOLE:
         if type(row[name]) is not int or row[name] < 0:
             raise TypeError(f"{name}={row[name]!r} must be a whole number >= 0")
-    for name in ("budget", "peak_bytes"):
-        if row[name] is not None and type(row[name]) is not int:
-            raise TypeError(f"{name}={row[name]!r} must be a whole number or null")
+    for name in ("budget", "peak_bytes", "compressed_kv_bytes", "full_16bit_kv_bytes"):
+        value = row[name] if name in ("budget", "peak_bytes") else row.get(name)
+        text = name == "budget" and isinstance(value, str)  # in bytes
+        if value is not None and type(value) is not int and not text:
+            raise TypeError(f"{name}={value!r} must be a whole number or null")
+    if not isinstance(row.get("budget_tokens"), int | float | None):
+        raise TypeError(f"budget_tokens={row['budget_tokens']!r} must be a number or null")
     if not isinstance(row["correct"], bool):
         raise TypeError(f"correct={row['correct']!r} must be true or false")
     if not isinstance(row["seconds"], int | float) or row["batch"] < 1:
@@ -252,6 +263,7 @@ def _sample(row: Any, path: Path, offset: int) -> tuple[str, Sample]:
         peak_bytes=row["peak_bytes"],
         file=path,
         offset=offset,
+        **{name: row.get(name) for name in SIZES},
     )
 
 

@@ -24,6 +24,7 @@ from reasonalloc.evaluation.batch import (
 )
 from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
 from reasonalloc.evaluation.facts import encode, model_facts
+from reasonalloc.evaluation.kv_share import kv_sizes
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.loading import load_model, quiet
 from reasonalloc.planning.memory import MemoryPlan
@@ -171,6 +172,7 @@ class Solver:
             ),
             "kv_bytes": plan.full_bytes(tokens) if job.budget is None else plan.kv_bytes(tokens),
             "full_kv_bytes": plan.full_bytes(tokens),
+            **kv_sizes(plan, tokens, full=job.budget is None),
             "batch": len(prompts),
             "seconds": round(result.seconds, 3),
             "peak_bytes": result.peak_bytes,

@@ -46,7 +46,7 @@ class Cell:
     """
 
     arm: str
-    budget: int | None
+    budget: int | str | None
     problems: int
     samples: int
     fewest: int
@@ -88,9 +88,9 @@ def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     return groups
 
 
-def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Sample]]:
+def by_cell(samples: Iterable[Sample]) -> dict[tuple[str, int | str | None], list[Sample]]:
     """Samples of every (arm, budget), in the order in which those first appear."""
-    groups: dict[tuple[str, int | None], list[Sample]] = {}
+    groups: dict[tuple[str, int | str | None], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.arm, sample.budget), []).append(sample)
     return groups

@@ -16,12 +16,14 @@ from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
 from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
 from reasonalloc.evaluation.facts import encode, model_facts
+from reasonalloc.evaluation.kv_share import kv_sizes
 from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.loading import load_model
+from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.planning.shapes import text_config
 
 
@@ -191,10 +193,16 @@ class VllmSolver:
             "compressions": 0 if plan is None else self._compressions(plan, prompt, completion),
             "kv_bytes": full if plan is None else self._peak(plan, block, len(prompt), tokens),
             "full_kv_bytes": full,
+            **kv_sizes(self._memory(plan), tokens, full=plan is None),
             "batch": len(chunk.items),
             "seconds": round(seconds, 3),
             "peak_bytes": None,
         }
+
+    def _memory(self, plan: EngineBudget | None) -> MemoryPlan:
+        """Memory of one sequence, in tokens instead of blocks."""
+        size = self._dtype.itemsize
+        return MemoryPlan(self._shapes, (), 1, 1, 1, size) if plan is None else plan.memory(1, size)
 
     @property
     def _shapes(self) -> Any:

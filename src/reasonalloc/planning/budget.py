@@ -251,7 +251,7 @@ class BudgetPlan(Shown):
             "kv_bytes": {
                 "full": plan.full_bytes(self.tokens),
                 "compressed": plan.kv_bytes(self.tokens),
-                "after_compression": plan.floor_bytes + plan.sliding_bytes(self.tokens),
+                "after_compression": plan.compressed_bytes(self.tokens),
             },
             "bookkeeping_bytes": plan.bookkeeping_bytes,
             "layers": layer_sizes(plan, self.tokens),

@@ -129,6 +129,15 @@ class MemoryPlan:
                 size += (total + heads * self.pinned) * plain
         return self.batch * size
 
+    def compressed_bytes(self, tokens: int) -> int:
+        """Return the KV bytes in use right after a compression at ``tokens`` tokens each."""
+        return self.floor_bytes + self.sliding_bytes(whole_number("tokens", tokens, 0))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens per layer and KV head right after a compression, pinned ones apart."""
+        return sum(self.totals) / sum(shape.kv_heads for shape, _ in self._slabs)
+
     @property
     def bookkeeping_bytes(self) -> int:
         """Positions, run tables and what the policy observes, besides keys and values."""
