@@ -12,6 +12,7 @@ import torch
 
 import made_costs
 import reasonalloc
+from eval_folder import MANIFEST, row, write
 from models import prompt, tiny
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.evaluate import evaluate
@@ -178,3 +179,28 @@ def test_samples_without_bytes_go_on(loaded: dict[str, Any], tmp_path: Path) -> 
     ]
     pytest.importorskip("plotly")
     assert list(result.plot().data[0].x) == [24]  # tokens, since bytes are not known
+
+
+def test_a_report_sorts_budgets_by_their_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    from reasonalloc.report.results import results
+    from reasonalloc.report.tables import cells_csv, markdown
+
+    lines = [row("full", None, f"p{i}") for i in range(3)]
+    for budget, tokens in (("4MiB", 150.0), (128, 128.0), (64, 64.0), ("25%@768", 100.5)):
+        sizes = {"budget_tokens": tokens, "compressed_kv_bytes": int(4096 * tokens)}
+        lines += [row("rkv", 64, f"p{i}", **sizes) | {"budget": budget} for i in range(3)]
+    more = {"budget": "4MiB", "budget_tokens": 150.0}
+    lines += [row("h2o", 64, f"p{i}") | more for i in range(3)]
+    event = {"arm": "rkv", "budget": "4MiB", "problem": "p0", "sample": 0, "tokens": 9, "layer": 0}
+    folder = write(tmp_path, lines, MANIFEST, [event | {"budgets": [150]}])
+    data = results(load_groups([str(folder)]), None, paper=False)
+    (group,) = data["groups"]
+    assert group["budgets"] == [64, "25%@768", 128, "4MiB"]
+    assert [run["budget"] for run in group["heads"]["runs"]] == ["4MiB"]
+    assert [(p["base_budget"] or p["budget"]) for p in group["paired"] if p["arm"] == "h2o"] == [
+        "4MiB"
+    ]
+    cell = next(c for c in group["cells"] if c["budget"] == "25%@768")
+    assert cell["kv_share"] == pytest.approx(2 * 100.5 / 600, abs=1e-6)
+    assert "25%@768 (100 tokens)" in markdown(data) and "25%@768" in cells_csv(data)

@@ -186,7 +186,7 @@ def test_long_runs_say_what_is_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     assert [p["chains"] is not None for p in found["problems"]] == [True] * 4 + [False] * 8
     chain = found["problems"][0]["chains"][0]
     assert (len(chain["head"]), len(chain["tail"]), chain["cut"]) == (100, 50, 450)
-    run = heads.head_budgets([folder], ["rkv"])["runs"][0]  # type: ignore[index]
+    run = heads.head_budgets([folder], ["rkv"], [64])["runs"][0]  # type: ignore[index]
     assert run["boundaries"] == 1000 and len(run["tokens"]) == heads.BOUNDARIES
     assert run["tokens"][0] == 0 and run["tokens"][-1] == 999
 

@@ -16,6 +16,7 @@ from reasonalloc.calibrated.demand import DemandProfile
 from reasonalloc.cli.main import main
 from reasonalloc.core.recorder import Event
 from reasonalloc.evaluation.demo import DemoPlan, Recording
+from reasonalloc.evaluation.kv_share import SIZES
 from reasonalloc.report.demo import page_data
 from reasonalloc.report.page import render
 
@@ -145,11 +146,12 @@ class Pages:
 
     @cached_property
     def report(self) -> Path:
-        """Two groups that do not compare; the first has everything."""
+        """Two groups that do not compare; the second is of an older version."""
         manifest = {**MANIFEST, "profiles": {"profile": str(save_demand(self.folder / "p.json"))}}
         first = write(self.folder / "a", report_rows(), manifest, events())
         warm = {**MANIFEST, "temperature": 1.0, "model": "made/up-" + "long" * 12}
         lines = [row("random", 64, f"p{i}", correct=i < 2) for i in range(4)]
+        lines = [{k: v for k, v in line.items() if k not in SIZES} for line in lines]
         second = write(self.folder / "b", lines, warm)
         assert main(["report", str(first), str(second), "--paper", "--base", "rkv"]) == 0
         return first / "report.html"

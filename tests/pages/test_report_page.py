@@ -68,6 +68,21 @@ def share(arm: str, budget: int | None) -> float:
     return 100 * sum(right) / len(right)
 
 
+def test_bytes_are_the_axis(report: Browser) -> None:
+    ticks = ["43", "85", "200"]  # 128, 256 and 600 tokens in 32 bits, of 600 in 16 bits
+    assert report.texts("#by-bytes-0 .xtick text") == ticks
+    axis = report.text("#by-bytes-0 .xtitle")
+    assert axis == f"KV bytes, % of the 16-bit full cache at {length():.0f} tokens"
+    assert report.text("#by-bytes-1 .xtitle") == "KV bytes per sequence"
+    assert report.texts("#by-budget-0 .xtick text") == ["128", "256", "512", "1024"]
+
+
+def length() -> float:
+    """Mean length with the full cache."""
+    full = [sample["completion_tokens"] + 9 for sample in samples("full", None)]
+    return sum(full) / len(full)
+
+
 def test_details_open_and_close(report: Browser) -> None:
     assert report.texts("#group-0 details table") == ["", ""]
     report.click("#group-0 section details summary")

@@ -7,7 +7,10 @@ const size = (bytes) => {
   while (bytes >= 1024 && power < steps.length - 1) { bytes /= 1024; power += 1; }
   return `${bytes.toFixed(bytes < 10 && power ? 1 : 0)} ${steps[power]}`;
 };
-const tell = (cell) => `<b>${name(cell)}</b><br>${percent(cell.accuracy)}`
+const tell = (cell) => `<b>${name(cell)}</b>`
+  + (cell.budget === null ? "" : `<br>${cell.budget_tokens.toFixed(0)} tokens per layer and KV head`)
+  + (cell.kv_share === null ? "" : `<br>${percent(cell.kv_share)} of the 16-bit full cache`)
+  + `<br>${percent(cell.accuracy)}`
   + ` (${percent(cell.interval95[0])} to ${percent(cell.interval95[1])})<br>`
   + `${cell.problems} problems × ${each(cell)}, ${size(cell.kv_bytes_per_sequence)} per sequence`
   + (cell.tokens_per_second === null ? "" : `<br>${cell.tokens_per_second.toFixed(1)} tokens/s at batch ${cell.batches.join(" to ")}`);
@@ -68,12 +71,12 @@ function drawBudget(group) {
   if (!group.budgets.length) return;
   const arms = armsWithBudget(group);
   const printed = data.paper && group.paper ? group.paper : null;
-  const budgets = [...new Set(group.budgets.concat(
+  const budgets = [...new Set(group.cells.filter((c) => c.budget !== null).map((c) => c.budget_tokens).concat(
     printed ? Object.values(printed.arms).flatMap((a) => Object.keys(a).map(Number)) : []))].sort((a, b) => a - b);
   const shift = dodge(budgets, arms.length);
   const traces = arms.map((arm, index) => {
-    const cells = group.cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
-    return armTrace(group, arm, index, cells, cells.map((c) => c.budget * shift(index)));
+    const cells = group.cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget_tokens - b.budget_tokens);
+    return armTrace(group, arm, index, cells, cells.map((c) => c.budget_tokens * shift(index)));
   });
   const plan = layout(narrow() ? "budget (tokens per KV head)" : "budget (tokens per layer and KV head)", "right answers (%)", { shapes: [] });
   const full = group.cells.find((c) => c.budget === null);
@@ -99,7 +102,7 @@ function drawBudget(group) {
   const shown = budgets.length > 5 && narrow() ? budgets.filter((_, i) => i % 2 === 0) : budgets;
   // Points that stand side by side around one budget must not fill the axis.
   const pad = Math.max(0.08 * Math.log10(budgets[budgets.length - 1] / budgets[0]), budgets.length > 1 ? 0.1 : 0.3);
-  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map(String),
+  Object.assign(plan.xaxis, { type: "log", tickvals: shown, ticktext: shown.map((b) => b.toFixed(0)),
     range: [Math.log10(budgets[0]) - pad, Math.log10(budgets[budgets.length - 1]) + pad] });
   accuracyAxis(plan, group.cells, extra);
   draw(`by-budget-${group.id}`, traces, plan);
@@ -116,7 +119,7 @@ function drawFront(group, id, xOf, onFront, xTitle, text) {
   traces.push({ name: "Pareto front", type: "scatter", mode: "lines+markers", x: front.map(xOf), y: front.map((c) => 100 * c.accuracy),
     line: { color: css("--accent"), width: 6 }, marker: { color: css("--accent"), size: 18 }, opacity: 0.35, hoverinfo: "skip" });
   armsWithBudget(group).forEach((arm, index) => {
-    const own = cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => a.budget - b.budget);
+    const own = cells.filter((c) => c.arm === arm && c.budget !== null).sort((a, b) => xOf(a) - xOf(b));
     if (own.length) traces.push(armTrace(group, arm, index, own, own.map(xOf)));
   });
   cells.filter((c) => c.budget === null).forEach((c) => traces.push(fullTrace(c, xOf(c))));
@@ -263,9 +266,19 @@ function setUp(group) {
   showProblem(group);
 }
 
+function drawBytes(group) {
+  const id = `by-bytes-${group.id}`;
+  if (!group.cells.every((c) => c.kv_share !== null)) { // samples of older versions
+    drawFront(group, id, (c) => c.kv_bytes_per_sequence, (c) => c.front_bytes, "KV bytes per sequence", size);
+    return;
+  }
+  const title = narrow() ? "KV bytes (% of 16-bit full cache)" : `KV bytes, % of the 16-bit full cache at ${group.reference.tokens} tokens`;
+  drawFront(group, id, (c) => 100 * c.kv_share, (c) => c.front_bytes, title, (v) => v.toFixed(v < 10 ? 1 : 0));
+}
+
 function drawGroup(group) {
+  drawBytes(group);
   drawBudget(group);
-  drawFront(group, `by-bytes-${group.id}`, (c) => c.kv_bytes_per_sequence, (c) => c.front_bytes, "KV bytes per sequence", size);
   drawFront(group, `by-speed-${group.id}`, (c) => c.tokens_per_second || 0, (c) => c.front_speed, "generated tokens per second", (v) => v.toFixed(v < 10 ? 1 : 0));
   drawWave(group);
   drawHeads(group);

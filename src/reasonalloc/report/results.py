@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.errors import UsageError, unknown_name
+from reasonalloc.evaluation.kv_share import kv_summary, sample_reference
 from reasonalloc.evaluation.paired import Paired, compare, holm, verdict
 from reasonalloc.evaluation.samples import Group, Sample
 from reasonalloc.evaluation.statistics import Cell, Estimate, by_cell, make_cell, pareto
@@ -20,6 +21,8 @@ from reasonalloc.version import __version__
 
 TEMPLATE = "results.html.j2"
 FULL = "full"
+#: Arm and budget.
+_Key = tuple[str, int | str | None]
 PAPER = Path(__file__).with_name("paper.json")
 
 
@@ -55,7 +58,10 @@ def _group(
     wanted = base or next((arm for arm in arms if arm != FULL), arms[0])
     if wanted not in arms:
         notices.append(f"the base arm {wanted} did not run here, so there is no paired table")
-    keys = sorted(parts, key=lambda key: (key[1] is not None, key[1] or 0, arms.index(key[0])))
+    reference, sizes = _sizes(group, parts)
+    budgets = _budgets(sizes)
+    order = [None, *budgets]
+    keys = sorted(parts, key=lambda key: (order.index(key[1]), arms.index(key[0])))
     cells = [make_cell(parts[key]) for key in keys]
     paired = holm(_paired([parts[key] for key in keys], wanted))
     problems = list(dict.fromkeys(sample.problem for sample in group.samples))
@@ -71,16 +77,39 @@ def _group(
         "manifests": [json.dumps(manifest, indent=1) for manifest in group.manifests],
         "notices": notices,
         "arms": arms,
-        "budgets": sorted({budget for _, budget in keys if budget is not None}),
+        "budgets": budgets,
+        "reference": reference,
         "base": wanted if wanted in arms else None,
         "problems": len(problems),
-        "cells": _cells(cells),
+        "cells": _cells(cells, [sizes[key] for key in keys]),
         "paired": [_pair(row) for row in paired],
         "paper": None if printed is None else printed["tasks"].get(group.task),
         "profile": profile,
-        "heads": head_budgets(group.folders, arms),
+        "heads": head_budgets(group.folders, arms, budgets),
         "drilldown": drilldown(problems, [parts[key] for key in keys], room),
     }
+
+
+def _sizes(
+    group: Group, parts: dict[_Key, list[Sample]]
+) -> tuple[dict[str, Any] | None, dict[_Key, dict[str, Any]]]:
+    """The full cache that is 100 %, and the KV bytes of every arm and budget."""
+    bound = group.protocol.get("max_new_tokens")
+    found = sample_reference([vars(sample) for sample in group.samples], bound)
+    sizes = {key: kv_summary([vars(s) for s in part], found) for key, part in parts.items()}
+    if found is None:
+        return None, sizes
+    return {**asdict(found), "tokens": round(found.tokens), "title": found.title}, sizes
+
+
+def _budgets(sizes: dict[_Key, dict[str, Any]]) -> list[int | str]:
+    """Budgets from small to large by the fewest tokens that an arm has there."""
+    fewest: dict[int | str, float] = {}
+    for (_, budget), size in sizes.items():
+        if budget is not None:
+            tokens = size["budget_tokens"] or 0.0
+            fewest[budget] = min(tokens, fewest.get(budget, tokens))
+    return sorted(fewest, key=lambda budget: (fewest[budget], str(budget)))
 
 
 def _paired(parts: Sequence[Sequence[Sample]], base: str) -> list[Paired]:
@@ -115,10 +144,13 @@ def _estimate(value: Estimate) -> list[float]:
     return [round(number, 6) for number in astuple(value)]
 
 
-def _cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _cells(cells: Sequence[Cell], sizes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     gains = [cell.accuracy.value for cell in cells]
     speeds = [cell.tokens_per_second or 0.0 for cell in cells]
-    by_bytes = pareto([(float(c.kv_bytes), g) for c, g in zip(cells, gains, strict=True)])
+    held: list[float] = [size["kv_share"] for size in sizes]
+    if None in held:  # samples of older versions
+        held = [float(cell.kv_bytes) for cell in cells]
+    by_bytes = pareto(list(zip(held, gains, strict=True)))
     by_speed = pareto([(-s, g) for s, g in zip(speeds, gains, strict=True)])
     return [
         {
@@ -139,6 +171,7 @@ def _cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "peak_bytes": cell.peak_bytes,
             "tokens_per_second": cell.tokens_per_second and round(cell.tokens_per_second, 2),
             "batches": list(cell.batches),
+            **sizes[i],
             "front_bytes": by_bytes[i],
             "front_speed": by_speed[i],
         }

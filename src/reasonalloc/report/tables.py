@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from reasonalloc.evaluation.kv_share import budget_name, share_text
 from reasonalloc.tables import Table, human
 
 _PAIRED = [
@@ -48,7 +49,7 @@ def group_table(group: dict[str, Any]) -> Table:
     """Return the table that the command prints for a group of results."""
     rows = [
         (
-            "full" if cell["budget"] is None else str(cell["budget"]),
+            "full" if cell["budget"] is None else budget_name(cell),
             cell["arm"],
             f"{cell['problems']} x {samples_text(cell)}",
             f"{100 * cell['accuracy']:.1f} %",
@@ -56,10 +57,11 @@ def group_table(group: dict[str, Any]) -> Table:
             f"{cell['tokens'][0]:.0f}",
             str(cell["cap_hits"]),
             human(cell["kv_bytes_per_sequence"]),
+            share_text(cell["kv_share"]),
         )
         for cell in group["cells"]
     ]
-    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cap hits", "KV")
+    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cap hits", "KV", "KV share")
     columns = [(title, title != "arm") for title in titles]
     return Table(f"{group['model']}, {group['task']}", columns, rows)
 
@@ -74,7 +76,7 @@ def markdown(data: dict[str, Any]) -> str:
         rows = [
             [
                 cell["arm"],
-                "full cache" if cell["budget"] is None else str(cell["budget"]),
+                "full cache" if cell["budget"] is None else budget_name(cell),
                 str(cell["problems"]),
                 samples_text(cell),
                 _percent(cell["accuracy"]),
@@ -88,14 +90,17 @@ def markdown(data: dict[str, Any]) -> str:
                 f"{cell['cap_hits']} of {cell['samples']}",
                 str(cell["compressions"]),
                 str(cell["kv_bytes_per_sequence"]),
+                share_text(cell["kv_share"]),
                 "" if cell["peak_bytes"] is None else str(cell["peak_bytes"]),
                 "" if cell["tokens_per_second"] is None else f"{cell['tokens_per_second']:.1f}",
             ]
             for cell in group["cells"]
         ]
         titles = "arm|budget|problems|samples each|pass@1 (%)|95 %|pass@k (%)|tokens|cap hits"
-        titles += "|compressions|KV bytes|peak bytes|tokens/s"
+        titles += "|compressions|KV bytes|KV share|peak bytes|tokens/s"
         lines += _table(titles.split("|"), rows)
+        if group["reference"] is not None:
+            lines += [f"KV share: {group['reference']['title']}.", ""]
         if group["paired"]:
             lines += [f"Against {group['base']}, paired by problem:", ""]
             lines += _table(
@@ -145,6 +150,7 @@ def cells_csv(data: dict[str, Any]) -> str:
     file = io.StringIO()
     plain = ["problems", "samples", "cap_hits", "compressions", "kv_bytes_per_sequence"]
     plain += ["full_kv_bytes_per_sequence", "peak_bytes", "tokens_per_second"]
+    plain += ["budget_tokens", "compressed_kv_bytes", "kv_share"]
     writer = csv.writer(file, lineterminator="\n")
     shares = [f"pass@{k}{end}" for k in ks for end in ("", "_low", "_high")]
     writer.writerow(["group", "model", "task", "arm", "budget", *plain, "tokens_mean", *shares])
