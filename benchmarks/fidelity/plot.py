@@ -26,14 +26,17 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def fidelity(path: str, out: Path) -> None:
-    """KL against budget, 95 % intervals over texts."""
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """KL against bytes, 95 % intervals over texts."""
+    values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    names = {}
     with Path(path).open() as file:
         for row in csv.DictReader(file):
-            values[row["arm"]][int(row["budget"])].append(float(row["kl"]))
+            values[row["arm"]][100 * float(row["share"])].append(float(row["kl"]))
+            if row["budget"].isdecimal():
+                names[100 * float(row["share"])] = f"{row['budget']} tokens"
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
-    for arm, budgets in sorted(values.items(), key=lambda item: item[1][64]):
+    for arm, budgets in sorted(values.items(), key=lambda item: item[1][min(item[1])]):
         if "kind=" in arm:
             continue
         sizes = sorted(budgets)
@@ -45,9 +48,10 @@ def fidelity(path: str, out: Path) -> None:
         ]
         width = 2.5 if arm == "best" else 1.0
         axes.errorbar(sizes, means, errors, label=arm, capsize=3, linewidth=width, marker="o")
-    axes.set(xscale="log", yscale="log", xlabel="budget: mean tokens per layer and KV head")
+    label = "KV bytes after a compression, % of the 16-bit full cache at the texts' mean length"
+    axes.set(xscale="log", yscale="log", xlabel=label)
     axes.set_ylabel("KL(full || compressed), nats per token")
-    axes.set_xticks([64, 128, 256], ["64", "128", "256"])
+    axes.set_xticks(list(names), [f"{share:.1f} %\n{name}" for share, name in names.items()])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -2,7 +2,8 @@
 
     python benchmarks/fidelity/summarise.py test.jsonl OUT results.jsonl [more.jsonl old.csv ...]
 
-Writes ``OUT.md`` and ``OUT.csv`` (mean KL per text). Ratios and differences are paired by text;
+Writes ``OUT.md`` and ``OUT.csv`` (mean KL per text; ``share``: bytes after a compression by those
+of the 16-bit full cache at the texts' mean length). Ratios and differences are paired by text;
 intervals are 95 % percentile bootstraps over texts.
 """
 
@@ -13,32 +14,49 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from reasonalloc.config import PRESETS
 from reasonalloc.evaluation.intervals import bootstrap_ratio
+from reasonalloc.sizes import read_budget
 from reasonalloc.texts import Trajectory
 
 BASE, OURS = "rkv", "best"
-Table = dict[tuple[int, str], dict[str, float]]
+Key = tuple[int | str, str]
+Table = dict[Key, dict[str, float]]
 
 
-def read(paths: list[str]) -> Table:
-    """Mean KL per token of every text, by budget and arm; later files replace earlier ones."""
+def read(paths: list[str], length: float) -> tuple[Table, dict[Key, float]]:
+    """Mean KL per token of texts, and shares, by budget and arm; later files replace earlier."""
     names = {str(preset.arm): name for name, preset in PRESETS.items()}
     found: Table = defaultdict(dict)
+    shares: dict[Key, float] = {}
     for path in paths:
         if path.endswith(".csv"):
             with Path(path).open() as file:
                 for row in csv.DictReader(file):
-                    found[int(row["budget"]), row["arm"]][row["text"]] = float(row["kl"])
+                    key = read_budget(row["budget"]), row["arm"]
+                    found[key][row["text"]] = float(row["kl"])
+                    shares[key] = float(row["share"])
             continue
-        for line in Path(path).read_text().splitlines()[1:]:
+        first, *lines = Path(path).read_text().splitlines()
+        manifest = json.loads(first)["manifest"]
+        for line in lines:
             row = json.loads(line)
-            arm = names.get(row["arm"], row["arm"])
-            found[row["budget"], arm][row["trajectory"]] = sum(row["kl"]) / len(row["kl"])
-    return dict(found)
+            key = row["budget"], names.get(row["arm"], row["arm"])
+            found[key][row["trajectory"]] = sum(row["kl"]) / len(row["kl"])
+            shares[key] = share(row, manifest, length)
+    return dict(found), shares
+
+
+def share(row: dict[str, Any], manifest: dict[str, Any], length: float) -> float:
+    """Bytes by those of the 16-bit full cache; plain tokens count as 16 bits also in float32."""
+    plain = manifest["dtype"] == "torch.float32" and "kv_dtype" not in manifest
+    if isinstance(row["budget"], int) and (plain or "budget_tokens" not in row):
+        return row["budget"] / length
+    return row["compressed_kv_bytes"] / row["full_16bit_kv_bytes"]
 
 
 def difference(ours: list[float], base: list[float]) -> tuple[float, float, float]:
@@ -53,12 +71,13 @@ def difference(ours: list[float], base: list[float]) -> tuple[float, float, floa
 def main() -> None:
     """Print and write the tables."""
     texts, out, *paths = sys.argv[1:]
-    kinds = {}
+    kinds, lengths = {}, []
     for line in Path(texts).read_text().splitlines():
         row = json.loads(line)
         key = Trajectory(tuple(row["prompt_ids"]), tuple(row["completion_ids"])).key
         kinds[key] = row["kind"]
-    table = read(paths)
+        lengths.append(len(row["prompt_ids"]) + len(row["completion_ids"]) - 1)
+    table, shares = read(paths, sum(lengths) / len(lengths))
     labels = list(dict.fromkeys(kinds.values()))
     lines = [
         "| budget | arm | texts | KL | ratio to `rkv` (95 %) | `best`'s KL less this (95 %) | "
@@ -66,7 +85,8 @@ def main() -> None:
         + " |",
         "|---" * (6 + len(labels)) + "|",
     ]
-    for budget, arm in sorted(table, key=lambda k: (k[0], sum(table[k].values()) / len(table[k]))):
+    order = sorted(table, key=lambda k: (shares[k], sum(table[k].values()) / len(table[k])))
+    for budget, arm in order:
         ours, base = table[budget, arm], table[budget, BASE]
         common = [key for key in kinds if key in ours and key in base]
         mine, theirs = [ours[k] for k in common], [base[k] for k in common]
@@ -90,10 +110,11 @@ def main() -> None:
     Path(out + ".md").write_text("\n".join(lines) + "\n")
     with Path(out + ".csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["budget", "arm", "kind", "text", "kl"])
-        for (budget, arm), values in sorted(table.items()):
-            for key, value in values.items():
-                writer.writerow([budget, arm, kinds.get(key, ""), key, f"{value:.6g}"])
+        writer.writerow(["budget", "share", "arm", "kind", "text", "kl"])
+        for budget, arm in sorted(table, key=lambda k: (shares[k], k[1])):
+            for key, value in table[budget, arm].items():
+                part = f"{shares[budget, arm]:.6g}"
+                writer.writerow([budget, part, arm, kinds.get(key, ""), key, f"{value:.6g}"])
     print("\n".join(lines))
 
 
