@@ -48,6 +48,11 @@ def full_logits(model: Any, trajectory: Trajectory) -> list[Tensor]:
     return list(replay_logits(model, trajectory, None))[1:]
 
 
+def divergence(true: Tensor, ours: Tensor) -> Tensor:
+    """KL(true || ours) in nats per token, of log probabilities [tokens, vocabulary]."""
+    return (true.exp() * (true - ours)).sum(-1).clamp_min(0)
+
+
 @torch.inference_mode()
 def measure_fidelity(
     model: Any, trajectory: Trajectory, full: list[Tensor], config: CompressionConfig
@@ -75,7 +80,7 @@ def measure_fidelity(
             for reference, logits in zip(full, pieces, strict=True):
                 target, targets = targets[: len(logits), None], targets[len(logits) :]
                 true, ours = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-                kl.append((true.exp() * (true - ours)).sum(-1).clamp_min(0))
+                kl.append(divergence(true, ours))
                 agree.append(true.argmax(-1) == ours.argmax(-1))
                 added.append((true.gather(1, target) - ours.gather(1, target)).squeeze(1))
         return Fidelity(
