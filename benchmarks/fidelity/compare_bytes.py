@@ -107,7 +107,7 @@ def alone(caches: dict[str, Quantised]) -> list[str]:
         end = cache.length(row)
         kl = [x for r in cache.rows.values() for x in r["kl"]]
         lines.append(
-            f"| `{name}` | {16 * cache.share:.2f} | {len(cache.rows)} | {sum(kl) / len(kl):.4f} | "
+            f"| `{name}` | {16 * cache.share:.2f} | {len(cache.rows)} | {sum(kl) / len(kl):.5f} | "
             f"{cache.share * end:.0f} | {cache.largest(row, end):.0f} | "
             f"{cache.held(row, end):.0f} of {end} |"
         )
