@@ -67,8 +67,8 @@ class Quantised:
 
     def held(self, row: Row, length: int) -> float:
         """Size at a length, with the residual in 16 bits."""
-        codings, residual = divmod(length - row["prompt"], row["period"])
-        residual += row["uncoded"]
+        codings, residual = divmod(length - int(row["prompt"]), int(row["period"]))
+        residual += int(row["uncoded"])
         if codings == 0 and not row["prompt_coded"]:
             residual = length
         return self.share * (length - residual) + residual

@@ -36,7 +36,7 @@ INTERVAL, WINDOW = 64, 8
 WIDE = 2  # bytes of a number that is not coded: the tables count 16 bits
 
 
-def make_cache(name: str, config: Any) -> QuantizedCache:
+def make_cache(name: str, config: Any) -> Any:
     """Return an empty cache; what the name does not say is transformers' default.
 
     Raises:
