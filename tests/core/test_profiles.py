@@ -46,6 +46,31 @@ def test_budgets_follow_the_definition(tmp_path: Path) -> None:
         assert sum(a.totals) == 5 * mean
 
 
+def test_shuffled_budgets_are_those_of_the_profile_on_other_layers(tmp_path: Path) -> None:
+    model, path = tiny("llama", num_hidden_layers=5), tmp_path / "profile.json"
+    make(model, [300.0, 20.0, 45.0, 1.0, 110.0]).save(path)
+
+    def totals(layers: str) -> list[int]:
+        given = {"budget": 40, "layers": layers, "profile": path, "interval": 8}
+        with reasonalloc.attach(model, **given) as attached:
+            model.generate(prompt(60), max_new_tokens=20, do_sample=False)
+            assert attached.recorder is not None and attached.recorder.compressions > 0
+            return list(attached.totals)
+
+    wave = totals("profile")
+    found = [totals(f"shuffled(seed={seed})") for seed in range(5)]
+    assert all(sorted(each) == sorted(wave) for each in found)
+    assert len({tuple(each) for each in found}) == 5 and wave not in found
+    assert totals("shuffled") == found[0]  # one seed, one order
+    assert sorted(totals("shuffled(gamma=1)")) == sorted(totals("profile(gamma=1)")) != sorted(wave)
+    wrongs = {"seed=-1": "seed=-1 must be between 0", "least=2": "shuffled: least=2"}
+    for wrong, message in wrongs.items():
+        with pytest.raises(UsageError, match=message):
+            totals(f"shuffled({wrong})")
+    with pytest.raises(UsageError, match="layers='shuffled' needs a profile file"):
+        reasonalloc.attach(model, budget=40, layers="shuffled")
+
+
 def test_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     make(tiny("llama"), [1.0, 2.0, 3.0]).save(path)

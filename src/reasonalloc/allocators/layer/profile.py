@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.rounding import shares_of
@@ -17,19 +18,20 @@ class FromProfile(ReadsCalibrated, LayerAllocator):
     gamma: float = 0.5
     least: float = 0.25
     most: float = 2.0
+    called: ClassVar[str] = "profile"
     reads = "profile"
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= 1 <= self.most:
             raise UsageError(
-                f"profile: least={self.least} and most={self.most} are multiples of the mean: "
-                "give 0 <= least <= 1 <= most"
+                f"{self.called}: least={self.least} and most={self.most} are multiples of the "
+                "mean: give 0 <= least <= 1 <= most"
             )
 
     def allocate(self, query: LayerQuery) -> list[int]:
         if not self.path:
             raise UsageError(
-                "layers='profile' needs a profile file: pass profile='FILE.json' "
+                f"layers={self.called!r} needs a profile file: pass profile='FILE.json' "
                 "(--profile FILE.json), made for this model"
             )
         profile = load_profile(self.path)
