@@ -142,6 +142,33 @@ def test_a_chunk_that_kills_every_worker_ends_the_run(monkeypatch: pytest.Monkey
     assert died == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("message", "address", "tries"),
+    [
+        ("The current node timed out during startup.", None, 3),
+        ("The current node timed out during startup.", "auto", 1),
+        ("no such thing", None, 1),
+    ],
+)
+def test_a_slow_start_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, message: str, address: str | None, tries: int
+) -> None:
+    """Ray's own limit is 30 s, whatever else the machine does."""
+    import ray
+
+    calls: list[str] = []
+
+    def init(**settings: Any) -> None:
+        calls.append(settings["address"])
+        raise Exception(message)
+
+    monkeypatch.setattr(ray, "init", init)
+    nothing: Any = (None,) * 4
+    with pytest.raises(UsageError, match=message[:12]):
+        cluster.Cluster(nothing, 1, address, SimpleNamespace())  # type: ignore[arg-type]
+    assert calls == [address or "local"] * tries
+
+
 def test_a_model_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_worker_class", dying)
     nothing, observer = (None,) * 4, SimpleNamespace()

@@ -126,12 +126,7 @@ class Cluster:
         if address is not None:
             _check_address(address)
         try:
-            self._ray.init(
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+            self._init(address)
         except Exception as error:  # of many kinds
             if address is None:
                 raise UsageError(f"Ray cannot be started on this machine: {_line(error)}") from None
@@ -139,6 +134,23 @@ class Cluster:
                 f"there is no way into the cluster at ray_address={address!r}: {_line(error)} (if "
                 "it wants a token, set RAY_AUTH_MODE=token)"
             ) from None
+
+    def _init(self, address: str | None) -> None:
+        """Join a cluster or start one here; Ray gives up after 30 s, too soon on a busy machine."""
+        for left in reversed(range(_TRIES)):
+            try:
+                self._ray.init(
+                    address=address or "local",
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+            except Exception as error:  # of no kind of its own
+                if address is not None or not left or "timed out during startup" not in str(error):
+                    raise
+                self._ray.shutdown()
+            else:
+                return
 
     def _share(self, workers: int) -> dict[str, Any]:
         """What each worker takes: a GPU where there are any, else a share of the CPUs."""
