@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,6 @@ def test_only_common_problems_are_compared() -> None:
 def test_holm() -> None:
     found = compare(made("a", [[True]] * 4), made("b", [[False]] * 4))
     assert found is not None
-    from dataclasses import replace
-
     table = holm([replace(found, p=p) for p in (0.01, 0.04, 0.03, 0.005)])
     assert [row.adjusted for row in table] == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
@@ -285,3 +284,24 @@ def test_wilson_takes_an_effective_number() -> None:
     low, high = wilson(2.5, 10.5)
     assert wilson(2, 10)[0] < low < high < wilson(3, 10)[1] + 0.01
     assert math.isclose(wilson(10.5, 10.5)[1], 1.0)
+
+
+def test_samples_that_were_cut_are_compared_in_pairs() -> None:
+    """10 discordant problems, 9 of them cut under the arm alone: as McNemar's test of answers."""
+    ends = {"a": ["length"] * 9 + ["stop"], "b": ["stop"] * 9 + ["length"]}
+    arm, base = (
+        [
+            replace(sample, finish=finish)
+            for sample, finish in zip(made(name, [[True]] * 30), own + ["length"] * 20, strict=True)
+        ]
+        for name, own in ends.items()
+    )
+    found = compare(arm, base, "cut")
+    assert found is not None and found.quantity == "cut"
+    assert found.p == pytest.approx(22 / 1024) and found.difference.value == pytest.approx(8 / 30)
+    assert (found.better, found.worse) == (1, 9)  # fewer cut samples are better
+    assert "+26.7 points cut at the limit" in verdict(found)
+    cell = make_cell(arm)
+    assert cell.cut.value == pytest.approx(29 / 30) and cell.cap_hits == 29
+    assert (cell.cut.low, cell.cut.high) == pytest.approx(wilson(29, 30))
+    assert cell.went_on.value == 0 and cell.went_on.high == pytest.approx(wilson(0, 30)[1])

@@ -121,6 +121,9 @@ def test_samples_events_and_the_table(call: Call, model: Path, whole: Path, tmp_
         own = [s for s in samples.values() if s["arm"] == result["arm"]]
         assert result["correct"] == sum(s["correct"] for s in own)
         assert result["cap_hits"] == sum(s["finish"] == "length" for s in own)
+        assert result["cut"] == result["cap_hits"] / 8 and result["went_on"] == 0
+        low, high = result["cut_interval95"]
+        assert low <= result["cut"] <= high and len(result["went_on_interval95"]) == 2
         low, high = result["interval95"]
         assert low <= result["pass_at_1"] <= high
     assert (whole / "samples.jsonl").read_bytes() == before

@@ -65,7 +65,9 @@ def test_a_page_and_its_tables(call: Call, tmp_path: Path) -> None:
         assert float(found["pass@1"]) == cell["accuracy"] == pytest.approx(sum(right) / 20)
         assert float(found["pass@1_low"]) <= cell["accuracy"] <= float(found["pass@1_high"])
     with (folder / "report-paired.csv").open() as file:
-        paired = list(csv.DictReader(file))
+        compared = list(csv.DictReader(file))
+    paired = [row for row in compared if row["quantity"] == "correct"]
+    assert [row for row in compared if row["quantity"] == "cut"][3]["arm"] == "reasonalloc"
     assert [(p["arm"], p["base_budget"]) for p in paired] == [
         ("full", "128"),
         ("full", "256"),
@@ -89,6 +91,33 @@ def test_only_what_is_beyond_noise_is_called_clear(call: Call, tmp_path: Path) -
     assert html.count(">clear</td>") == 1 and html.count(">within noise</td>") == 1
     table = (folder / "report.md").read_text()
     assert re.search(r"\| h2o .*\| yes \|", table) and re.search(r"\| snapkv .*\| no \|", table)
+
+
+def test_samples_that_went_on_are_found_in_old_results(call: Call, tmp_path: Path) -> None:
+    """Right answers, but no end of the turn: text and counts of saved samples tell."""
+    on = {"completion": "It is \\boxed{4}." + " And so on." * 99, "finish": "length"}
+    lines = [row("rkv", 64, f"p{i}") for i in range(20)]
+    lines += [row("snapkv", 64, f"p{i}", **(on if i < 12 else {})) for i in range(20)]
+    folder = write(tmp_path / "run", lines)
+    code, text, err = call("report", folder)
+    assert code == 0, err
+    for words in ("+60.0 points cut at the limit", "+60.0 points going on after the answer"):
+        assert f"snapkv at budget 64 against rkv at budget 64: {words}" in text
+    (group,) = payload(folder / "report.html")["groups"]
+    assert [cell["went_on"][0] for cell in group["cells"]] == [0.0, 0.6]
+    assert [cell["cut"][0] for cell in group["cells"]] == [0.0, 0.6]
+    rows = group["paired_endings"]
+    assert [(r["quantity"], r["better"], r["worse"]) for r in rows] == [
+        ("cut", 0, 12),
+        ("went_on", 0, 12),
+    ]
+    assert rows[0]["p"] == pytest.approx(2 / 2**12)
+    assert rows[0]["adjusted_p"] == pytest.approx(4 / 2**12)
+    html = (folder / "report.html").read_text()
+    assert html.count(">clear</td>") == 2 and "Cut samples, and samples that went on" in html
+    assert "| went on | snapkv | 64 | 20 | +60.0 |" in (folder / "report.md").read_text()
+    with (folder / "report.csv").open() as file:
+        assert [c["went_on"] for c in csv.DictReader(file)] == ["0.0", "0.6"]
 
 
 def test_json(call: Call, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import grading
+from reasonalloc.evaluation.endings import went_on
 from reasonalloc.evaluation.tasks import chain
 from reasonalloc.evaluation.tasks.base import TASKS, Problem
 from reasonalloc.evaluation.tasks.boxed_math import BoxedMath
@@ -234,3 +235,33 @@ def test_datasets_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"reasonalloc\[eval\].*--data FILE"):
         TASKS.create("math500").load(None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is \\boxed{4}.", False),
+        ("It is \\boxed{4}." + " so" * 90, True),
+        ("It is \\boxed{4}." + " so" * 60, False),  # 60 tokens are not more than 64
+        ("so " * 90 + "It is \\boxed{\\frac{1}{2}}.", False),
+        ("so " * 90, False),  # no answer
+        ("\\boxed{}" + " so" * 90, False),
+        ("\\boxed{4" + " so" * 90, False),
+        ("\\boxed{4} then \\boxed{5" + " so" * 90, True),  # whatever the grader makes of it
+        ("Is it \\boxed{4}?" + " so" * 90 + "</think>\n\\boxed{4}", False),
+        ("<think></think>\n\\boxed{4}." + " so" * 90, True),
+        ("\\boxed{4}.\n\nHuman: What is", True),
+        ("\\boxed{4}.\nuser\nWhat is", True),
+        ("\\boxed{4}.<|im_start|>user", True),
+        ("\\boxed{4}. The user is happy", False),
+        ("plan b2 ; answer n7 4 .", False),
+        ("plan b2 ; answer n7 4 ." + " so" * 90, True),
+        (None, False),
+    ],
+)
+def test_samples_that_go_on_after_their_answer(text: str | None, expected: bool) -> None:
+    assert went_on(text, len((text or "").split())) is expected
+
+
+def test_the_first_box_of_a_chain_without_end_is_found_at_once() -> None:
+    assert grading.first_box_end("\\boxed{" * 100_000) is None

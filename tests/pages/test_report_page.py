@@ -47,7 +47,10 @@ def test_the_tables_say_what_was_measured(report: Browser, pages: Pages) -> None
             assert cell.endswith("n = 10 \u00d7 2")
 
     with (pages.report.parent / "report-paired.csv").open() as file:
-        pairs = [row for row in csv.DictReader(file) if row["group"] == "0"]
+        compared = [row for row in csv.DictReader(file) if row["group"] == "0"]
+    pairs = [row for row in compared if row["quantity"] == "correct"]
+    _, *endings = report.table(".scroll[aria-labelledby=h-endings-0] table")
+    assert len(endings) == len(compared) - len(pairs) > 0
     _, *paired = report.table(".scroll[aria-labelledby=h-paired-0] table")
     assert [[*row[:2], row[2].split(" points")[0], row[3]] for row in paired] == [
         [

@@ -90,6 +90,7 @@ def _show(group: dict[str, Any]) -> None:
 
     show([group_table(group)])
     console = output.stdout()
-    for line in (*group["notices"], *(row["verdict"] for row in group["paired"])):
+    ends = [row for row in group["paired_endings"] if row["beyond_noise"]]
+    for line in (*group["notices"], *(row["verdict"] for row in (*group["paired"], *ends))):
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print()

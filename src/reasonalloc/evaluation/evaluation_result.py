@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +24,10 @@ from reasonalloc.tables import Table, human
 
 #: What the numbers of the table are.
 LEGEND = (
-    "pass@1: share of right samples (avg@n), 95 % Wilson interval, clustered by problem; cap "
-    "hits: samples cut off at the token limit; means per sample: tokens, events (compressions "
-    "of a layer), KV bytes. Paired comparisons: reasonalloc report."
+    "pass@1: share of right samples (avg@n), 95 % Wilson interval, clustered by problem; cut: "
+    "share that the token limit ended; went on: share with much text or another turn after the "
+    "answer; means per sample: tokens, events (compressions of a layer), KV bytes. Paired "
+    "comparisons: reasonalloc report."
 )
 
 
@@ -73,6 +74,8 @@ class EvaluationResult(Result):
 
         Fields: ``arm``, ``budget``, ``n`` (samples), ``correct``, ``pass_at_1`` (0 to 1),
         ``interval95`` [low, high], ``mean_tokens`` (generated), ``cap_hits``,
+        ``cut`` and ``went_on`` (shares of samples that the token limit ended, and that went on
+        after their answer, see ``endings.went_on``), each with ``..._interval95``,
         ``mean_layer_compressions``, ``mean_kv_bytes`` (per sequence), ``never_compressed``;
         ``budget_tokens`` (mean per layer and KV head), ``compressed_kv_bytes`` (mean per sequence
         right after a compression; of the full cache at its end), ``kv_share`` (these bytes by those
@@ -90,8 +93,8 @@ class EvaluationResult(Result):
 
     def tables(self) -> list[Table]:
         """See ``Result``."""
-        titles = ["arm", "budget", "n", "pass@1", "95 %", "tokens", "cap hits", "events"]
-        titles += ["KV", "KV share"]
+        titles = ["arm", "budget", "n", "pass@1", "95 %", "tokens", "cut", "went on"]
+        titles += ["events", "KV", "KV share"]
         heading = f"{self.task}, {len(self.problems)} problems"
         columns = [(title, title != "arm") for title in titles]
         return [Table(heading, columns, [_cells(item) for item in self.summary])]
@@ -138,11 +141,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _line(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    n, correct = len(rows), sum(row["correct"] for row in rows)
-    marks: dict[str, list[bool]] = {}
-    for row in rows:
-        marks.setdefault(row["problem"], []).append(row["correct"])
-    low, high = mean_interval([sum(own) / len(own) for own in marks.values()], n)
+    n = len(rows)
+    correct, interval = _count(rows, lambda row: row["correct"])
+    cut, cut_interval = _count(rows, lambda row: row["finish"] == "length")
+    went_on, went_on_interval = _count(rows, lambda row: row["went_on"])
 
     def mean(name: str) -> float:
         return float(sum(row[name] for row in rows)) / n
@@ -153,13 +155,28 @@ def _line(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "n": n,
         "correct": correct,
         "pass_at_1": round(correct / n, 4),
-        "interval95": [round(low, 4), round(high, 4)],
+        "interval95": interval,
         "mean_tokens": round(mean("completion_tokens"), 1),
-        "cap_hits": sum(row["finish"] == "length" for row in rows),
+        "cap_hits": cut,
+        "cut": round(cut / n, 4),
+        "cut_interval95": cut_interval,
+        "went_on": round(went_on / n, 4),
+        "went_on_interval95": went_on_interval,
         "mean_layer_compressions": round(mean("compressions"), 1),
         "mean_kv_bytes": round(mean("kv_bytes")),
         "never_compressed": job.budget is not None and not any(r["compressions"] for r in rows),
     }
+
+
+def _count(
+    rows: Sequence[dict[str, Any]], mark: Callable[[dict[str, Any]], bool]
+) -> tuple[int, list[float]]:
+    """How many samples are marked, and the 95 % interval of their share."""
+    marks: dict[str, list[bool]] = {}
+    for row in rows:
+        marks.setdefault(row["problem"], []).append(mark(row))
+    low, high = mean_interval([sum(own) / len(own) for own in marks.values()], len(rows))
+    return sum(map(sum, marks.values())), [round(low, 4), round(high, 4)]
 
 
 def _cells(item: dict[str, Any]) -> tuple[str, ...]:
@@ -172,7 +189,8 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * item['pass_at_1']:.1f} %",
         f"{100 * low:.0f}-{100 * high:.0f}",
         f"{item['mean_tokens']:.0f}",
-        str(item["cap_hits"]),
+        f"{100 * item['cut']:.0f} %",
+        f"{100 * item['went_on']:.0f} %",
         "-" if full else f"{item['mean_layer_compressions']:.1f}",
         human(item["mean_kv_bytes"]),
         share_text(item["kv_share"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
+from reasonalloc.evaluation.endings import went_on
 from reasonalloc.evaluation.kv_share import SIZES
 from reasonalloc.evaluation.records import ResultFile, append_lines
 from reasonalloc.evaluation.samples import OLD_DECODING
@@ -145,7 +146,9 @@ class RunFolder:
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in _KEPT} | {name: row.get(name) for name in SIZES}
+    """What the table needs of a sample, without its texts."""
+    kept = {name: row[name] for name in _KEPT} | {name: row.get(name) for name in SIZES}
+    return kept | {"went_on": went_on(row.get("completion"), row["completion_tokens"])}
 
 
 def key_of(row: dict[str, Any]) -> Key:

@@ -17,6 +17,7 @@ from pathlib import Path
 from reasonalloc.errors import UsageError
 
 _BOX = re.compile(r"\\boxed\s*\{")
+_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)  # an escaped brace is text
 #: Seconds for one comparison; math-verify gives up after 5 for each of its three parts.
 _TIMEOUT = 20.0
 _START_TIMEOUT = 120.0
@@ -43,6 +44,21 @@ def last_box(text: str) -> str | None:
         if depth == 0:
             return text[last.end() : index].strip() or None
         index += 1
+    return None
+
+
+def first_box_end(text: str, start: int = 0) -> int | None:
+    """Where the first ``\\boxed{...}`` ends that is whole and not empty; None if there is none."""
+    opened: list[int | None] = []  # contents of boxes begin there; None: another brace
+    for part in _BRACES.finditer(text, start):
+        if part[1]:
+            opened.append(part.end())
+        elif part[2] == "{":
+            opened.append(None)
+        elif part[2] and opened:
+            begin = opened.pop()
+            if begin is not None and text[begin : part.start()].strip():
+                return part.end()
     return None
 
 

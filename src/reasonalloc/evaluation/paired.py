@@ -15,6 +15,8 @@ from reasonalloc.evaluation.statistics import ALPHA, Estimate, by_problem
 
 #: Chance with which a difference should show.
 POWER = 0.8
+#: What is compared, 0 or 1 per sample: attributes of ``Sample``, and what sentences call them.
+QUANTITIES = {"correct": "", "cut": " cut at the limit", "went_on": " going on after the answer"}
 #: Problems that must differ, all one way, before an exact two-sided test can show it: 2 / 2^6.
 LEAST = 6
 
@@ -25,9 +27,12 @@ class Paired:
 
     Attributes:
         arm, budget, base, base_budget: what is compared.
+        quantity: what is compared: ``correct``, ``cut`` or ``went_on``.
         problems: common problems.
-        difference: of pass@1, arm minus base, with a bootstrap interval over problems.
-        better, worse: problems on which the arm's share is higher, lower.
+        difference: of the share of samples (of ``correct``: pass@1), arm minus base, with a
+            bootstrap interval over problems.
+        better, worse: problems on which the arm's share is higher, lower; of ``cut`` and
+            ``went_on`` lower, higher.
         test: ``McNemar, exact`` for one sample per problem, else ``sign flips``.
         p: two-sided; ``adjusted``: by Holm's method for all comparisons of a table.
         detectable: smallest difference that so many problems show with 80 % power; None if fewer
@@ -52,6 +57,7 @@ class Paired:
     detectable: float | None
     problems_needed: int | None
     samples_needed: int | None
+    quantity: str = "correct"
 
     @property
     def clear(self) -> bool:
@@ -59,16 +65,24 @@ class Paired:
         return self.adjusted < ALPHA
 
 
-def compare(arm: Sequence[Sample], base: Sequence[Sample]) -> Paired | None:
-    """Paired difference of pass@1 on common problems; None if there are fewer than two."""
-    left, right = by_problem(arm), by_problem(base)
-    pairs = [(left[name], right[name]) for name in left if name in right]
+def compare(
+    arm: Sequence[Sample], base: Sequence[Sample], quantity: str = "correct"
+) -> Paired | None:
+    """Paired difference of a share on common problems; None if there are fewer than two.
+
+    Args:
+        arm, base: samples of two cells.
+        quantity: one of ``QUANTITIES``.
+    """
+    pairs = _pairs(arm, base, quantity)
     if len(pairs) < 2:
         return None
     gaps = [_share(a) - _share(b) for a, b in pairs]
     mean = math.fsum(gaps) / len(gaps)
     mean = 0.0 if abs(mean) < 1e-12 else mean  # thirds do not cancel exactly
     better, worse = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
+    if quantity != "correct":
+        better, worse = worse, better
     single = all(len(a) == len(b) == 1 for a, b in pairs)
     p = _mcnemar(better, worse) if single else _sign_flips(gaps)
     low, high = bootstrap_ratio(gaps, [1.0] * len(gaps))
@@ -87,17 +101,25 @@ def compare(arm: Sequence[Sample], base: Sequence[Sample]) -> Paired | None:
         p=p,
         adjusted=p,
         detectable=reach * math.sqrt(variance / len(gaps)) if better + worse >= LEAST else None,
-        problems_needed=None
-        if mean == 0
-        else math.ceil(
-            max(variance * (reach / mean) ** 2, LEAST * len(gaps) / (better + worse)) - 1e-9
-        ),
+        problems_needed=_problems_needed(gaps, mean, variance, reach),
         samples_needed=None if mean == 0 else _samples_needed(pairs, mean, variance, reach),
+        quantity=quantity,
     )
 
 
-def _share(samples: Sequence[Sample]) -> float:
-    return sum(s.correct for s in samples) / len(samples)
+def _pairs(
+    arm: Sequence[Sample], base: Sequence[Sample], quantity: str
+) -> list[tuple[list[bool], list[bool]]]:
+    """Marks of both arms' samples, for every common problem."""
+    left, right = (
+        {name: [getattr(s, quantity) for s in own] for name, own in by_problem(samples).items()}
+        for samples in (arm, base)
+    )
+    return [(left[name], right[name]) for name in left if name in right]
+
+
+def _share(marks: Sequence[bool]) -> float:
+    return sum(marks) / len(marks)
 
 
 def _reach() -> float:
@@ -133,8 +155,18 @@ def _sign_flips(gaps: Sequence[float]) -> float:
     return float(permuted.pvalue)
 
 
+def _problems_needed(
+    gaps: Sequence[float], mean: float, variance: float, reach: float
+) -> int | None:
+    """Problems like these that would show ``mean``; see ``Paired``."""
+    if mean == 0:
+        return None
+    least = LEAST * len(gaps) / sum(gap != 0 for gap in gaps)
+    return math.ceil(max(variance * (reach / mean) ** 2, least) - 1e-9)
+
+
 def _samples_needed(
-    pairs: Sequence[tuple[Sequence[Sample], Sequence[Sample]]],
+    pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]],
     mean: float,
     variance: float,
     reach: float,
@@ -146,10 +178,10 @@ def _samples_needed(
     """
     within, measured = 0.0, 0.0
     for pair in pairs:
-        if any(len(samples) < 2 for samples in pair):
+        if any(len(marks) < 2 for marks in pair):
             return None
-        for samples in pair:
-            share, n = _share(samples), len(samples)
+        for marks in pair:
+            share, n = _share(marks), len(marks)
             single = share * (1 - share) * n / (n - 1)
             within += single / len(pairs)
             measured += single / n / len(pairs)
@@ -184,7 +216,7 @@ def verdict(row: Paired) -> str:
     """One sentence: what a comparison shows, and what would settle it."""
     points = 100 * row.difference.value
     arm, base = _name(row.arm, row.budget), _name(row.base, row.base_budget)
-    head = f"{arm} against {base}: {points:+.1f} points"
+    head = f"{arm} against {base}: {points:+.1f} points{QUANTITIES[row.quantity]}"
     if row.clear:
         return f"{head}, more than noise (p = {row.adjusted:.2g}, adjusted)."
     if row.problems_needed is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.errors import UsageError
+from reasonalloc.evaluation.endings import went_on
 from reasonalloc.evaluation.kv_share import SIZES
 
 SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
@@ -52,6 +53,7 @@ class Sample:
         peak_bytes: most device memory, or None where nothing measures it.
         budget_tokens, compressed_kv_bytes, full_16bit_kv_bytes: see ``kv_sizes``; None in samples
             of older versions.
+        went_on: whether it went on after its answer, see ``endings.went_on``.
         file, offset: where its line starts, in bytes.
     """
 
@@ -74,6 +76,12 @@ class Sample:
     budget_tokens: float | None = None
     compressed_kv_bytes: int | None = None
     full_16bit_kv_bytes: int | None = None
+    went_on: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether the cap on new tokens ended it."""
+        return self.finish == "length"
 
     def row(self) -> dict[str, Any]:
         """The whole line again, texts included."""
@@ -263,6 +271,7 @@ def _sample(row: Any, path: Path, offset: int) -> tuple[str, Sample]:
         peak_bytes=row["peak_bytes"],
         file=path,
         offset=offset,
+        went_on=went_on(row.get("completion"), row["completion_tokens"]),
         **{name: row.get(name) for name in SIZES},
     )
 

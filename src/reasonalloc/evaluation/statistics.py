@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from reasonalloc.evaluation.intervals import bootstrap_ratio, mean_interval
 from reasonalloc.evaluation.samples import Sample
@@ -38,6 +39,8 @@ class Cell:
             (avg@n). Every k up to ``fewest``.
         tokens: generated tokens per sample, mean.
         cap_hits: samples that the cap on new tokens ended.
+        cut, went_on: shares of samples that this cap ended, and that went on after their answer
+            (``endings.went_on``); means over problems, as pass@1.
         compressions: layer compressions, all samples; 0 with a budget: same as the full cache.
         kv_bytes, full_kv_bytes: most per sequence; of the full cache at the same lengths.
         peak_bytes: most device memory, or None if nothing measured it.
@@ -54,6 +57,8 @@ class Cell:
     pass_at: dict[int, Estimate]
     tokens: Estimate
     cap_hits: int
+    cut: Estimate
+    went_on: Estimate
     compressions: int
     kv_bytes: int
     full_kv_bytes: int
@@ -110,8 +115,7 @@ def make_cell(samples: Sequence[Sample]) -> Cell:
     estimates = {}
     for k in (k for k in KS if k <= min(counts)):
         shares = [pass_at_k(n, c, k) for n, c in zip(counts, right, strict=True)]
-        interval = mean_interval(shares, len(samples))
-        estimates[k] = Estimate(math.fsum(shares) / len(shares), *interval)
+        estimates[k] = _share(shares, len(samples))
     lengths = [float(sum(s.completion_tokens for s in p)) for p in problems]
     seconds = math.fsum(s.seconds / s.batch for s in samples)
     peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
@@ -126,7 +130,9 @@ def make_cell(samples: Sequence[Sample]) -> Cell:
         tokens=Estimate(
             sum(lengths) / len(samples), *bootstrap_ratio(lengths, [float(n) for n in counts])
         ),
-        cap_hits=sum(s.finish == "length" for s in samples),
+        cap_hits=sum(s.cut for s in samples),
+        cut=_share([_mean(s.cut for s in p) for p in problems], len(samples)),
+        went_on=_share([_mean(s.went_on for s in p) for p in problems], len(samples)),
         compressions=sum(s.compressions for s in samples),
         kv_bytes=max(s.kv_bytes for s in samples),
         full_kv_bytes=max(s.full_kv_bytes for s in samples),
@@ -134,6 +140,15 @@ def make_cell(samples: Sequence[Sample]) -> Cell:
         tokens_per_second=sum(lengths) / seconds if seconds > 0 else None,
         batches=(min(s.batch for s in samples), max(s.batch for s in samples)),
     )
+
+
+def _mean(marks: Iterable[bool]) -> float:
+    return fmean(map(float, marks))
+
+
+def _share(shares: Sequence[float], samples: int) -> Estimate:
+    """Mean of the problems' shares."""
+    return Estimate(math.fsum(shares) / len(shares), *mean_interval(shares, samples))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -23,6 +23,8 @@ TEMPLATE = "results.html.j2"
 FULL = "full"
 #: Arm and budget.
 _Key = tuple[str, int | str | None]
+#: How samples end: what is compared beside right answers, if any sample ends so.
+ENDINGS = ("cut", "went_on")
 PAPER = Path(__file__).with_name("paper.json")
 
 
@@ -63,7 +65,8 @@ def _group(
     order = [None, *budgets]
     keys = sorted(parts, key=lambda key: (order.index(key[1]), arms.index(key[0])))
     cells = [make_cell(parts[key]) for key in keys]
-    paired = holm(_paired([parts[key] for key in keys], wanted))
+    own = [parts[key] for key in keys]
+    paired = holm(_paired(own, wanted, "correct"))
     problems = list(dict.fromkeys(sample.problem for sample in group.samples))
     notices += _uneven(cells, len(problems))
     profile, profile_notice = _profile(group)
@@ -83,10 +86,11 @@ def _group(
         "problems": len(problems),
         "cells": _cells(cells, [sizes[key] for key in keys]),
         "paired": [_pair(row) for row in paired],
+        "paired_endings": [_pair(row) for row in _endings(own, wanted)],
         "paper": None if printed is None else printed["tasks"].get(group.task),
         "profile": profile,
         "heads": head_budgets(group.folders, arms, budgets),
-        "drilldown": drilldown(problems, [parts[key] for key in keys], room),
+        "drilldown": drilldown(problems, own, room),
     }
 
 
@@ -112,7 +116,7 @@ def _budgets(sizes: dict[_Key, dict[str, Any]]) -> list[int | str]:
     return sorted(fewest, key=lambda budget: (fewest[budget], str(budget)))
 
 
-def _paired(parts: Sequence[Sequence[Sample]], base: str) -> list[Paired]:
+def _paired(parts: Sequence[Sequence[Sample]], base: str, quantity: str) -> list[Paired]:
     """Every cell against the base arm's at the same budget; the full cache has every budget."""
     bases = [part for part in parts if part[0].arm == base]
     pairs = []
@@ -120,8 +124,14 @@ def _paired(parts: Sequence[Sequence[Sample]], base: str) -> list[Paired]:
         for other in bases:
             budgets = {part[0].budget, other[0].budget}
             if part[0].arm != base and (len(budgets) == 1 or None in budgets):
-                pairs.append(compare(part, other))
+                pairs.append(compare(part, other, quantity))
     return [row for row in pairs if row is not None]
+
+
+def _endings(parts: Sequence[Sequence[Sample]], base: str) -> list[Paired]:
+    """Cut samples, and samples that went on, against the base arm's: of each kind that there is."""
+    kinds = [kind for kind in ENDINGS if any(getattr(s, kind) for part in parts for s in part)]
+    return holm([row for kind in kinds for row in _paired(parts, base, kind)])
 
 
 def _uneven(cells: Sequence[Cell], problems: int) -> list[str]:
@@ -164,6 +174,8 @@ def _cells(cells: Sequence[Cell], sizes: Sequence[dict[str, Any]]) -> list[dict[
             "pass_at": {str(k): _estimate(value) for k, value in cell.pass_at.items()},
             "tokens": _estimate(cell.tokens),
             "cap_hits": cell.cap_hits,
+            "cut": _estimate(cell.cut),
+            "went_on": _estimate(cell.went_on),
             "compressions": cell.compressions,
             "never_compressed": cell.budget is not None and cell.compressions == 0,
             "kv_bytes_per_sequence": cell.kv_bytes,
@@ -181,6 +193,7 @@ def _cells(cells: Sequence[Cell], sizes: Sequence[dict[str, Any]]) -> list[dict[
 
 def _pair(row: Paired) -> dict[str, Any]:
     return {
+        "quantity": row.quantity,
         "arm": row.arm,
         "budget": row.budget,
         "base": row.base,

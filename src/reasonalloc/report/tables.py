@@ -7,9 +7,14 @@ import io
 from typing import Any
 
 from reasonalloc.evaluation.kv_share import budget_name, share_text
+from reasonalloc.report.results import ENDINGS
 from reasonalloc.tables import Table, human
 
+#: What is compared, in words.
+LABELS = {"correct": "right", "cut": "cut", "went_on": "went on"}
+
 _PAIRED = [
+    "samples",
     "arm",
     "budget",
     "problems",
@@ -30,6 +35,10 @@ def _percent(value: float) -> str:
 
 def _interval(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _estimate(estimate: list[float]) -> str:
+    return f"{_percent(estimate[0])} ({_interval(*estimate[1:])})"
 
 
 def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
@@ -55,13 +64,14 @@ def group_table(group: dict[str, Any]) -> Table:
             f"{100 * cell['accuracy']:.1f} %",
             f"{100 * cell['interval95'][0]:.1f}-{100 * cell['interval95'][1]:.1f}",
             f"{cell['tokens'][0]:.0f}",
-            str(cell["cap_hits"]),
+            f"{100 * cell['cut'][0]:.0f} %",
+            f"{100 * cell['went_on'][0]:.0f} %",
             human(cell["kv_bytes_per_sequence"]),
             share_text(cell["kv_share"]),
         )
         for cell in group["cells"]
     ]
-    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cap hits", "KV", "KV share")
+    titles = ("budget", "arm", "n", "pass@1", "95 %", "tokens", "cut", "went on", "KV", "KV share")
     columns = [(title, title != "arm") for title in titles]
     return Table(f"{group['model']}, {group['task']}", columns, rows)
 
@@ -73,59 +83,62 @@ def markdown(data: dict[str, Any]) -> str:
         lines += [f"## {group['model']}, {group['task']}", ""]
         lines += [", ".join(f"{name}: {value}" for name, value in group["settings"]), ""]
         lines += [f"- {notice}" for notice in group["notices"]] + [""]
-        rows = [
-            [
-                cell["arm"],
-                "full cache" if cell["budget"] is None else budget_name(cell),
-                str(cell["problems"]),
-                samples_text(cell),
-                _percent(cell["accuracy"]),
-                _interval(*cell["interval95"]),
-                "; ".join(
-                    f"@{k}: {_percent(v[0])} ({_interval(v[1], v[2])})"
-                    for k, v in cell["pass_at"].items()
-                    if k != "1"
-                ),
-                f"{cell['tokens'][0]:.0f}",
-                f"{cell['cap_hits']} of {cell['samples']}",
-                str(cell["compressions"]),
-                str(cell["kv_bytes_per_sequence"]),
-                share_text(cell["kv_share"]),
-                "" if cell["peak_bytes"] is None else str(cell["peak_bytes"]),
-                "" if cell["tokens_per_second"] is None else f"{cell['tokens_per_second']:.1f}",
-            ]
-            for cell in group["cells"]
-        ]
-        titles = "arm|budget|problems|samples each|pass@1 (%)|95 %|pass@k (%)|tokens|cap hits"
-        titles += "|compressions|KV bytes|KV share|peak bytes|tokens/s"
-        lines += _table(titles.split("|"), rows)
+        titles = "arm|budget|problems|samples each|pass@1 (%)|95 %|pass@k (%)|tokens|cut (%)"
+        titles += "|went on (%)|compressions|KV bytes|KV share|peak bytes|tokens/s"
+        lines += _table(titles.split("|"), [_cell(cell) for cell in group["cells"]])
         if group["reference"] is not None:
             lines += [f"KV share: {group['reference']['title']}.", ""]
-        if group["paired"]:
-            lines += [f"Against {group['base']}, paired by problem:", ""]
-            lines += _table(
-                _PAIRED,
-                [
-                    [
-                        row["arm"],
-                        str(row["base_budget"] or row["budget"]),
-                        str(row["problems"]),
-                        f"{100 * row['difference'][0]:+.1f}",
-                        _interval(*row["difference"][1:]),
-                        str(row["better"]),
-                        str(row["worse"]),
-                        row["test"],
-                        f"{row['p']:.3g}",
-                        f"{row['adjusted_p']:.3g}",
-                        "yes" if row["beyond_noise"] else "no",
-                    ]
-                    for row in group["paired"]
-                ],
-            )
-            lines += [f"- {row['verdict']}" for row in group["paired"]] + [""]
+        lines += _paired(group["base"], group["paired"], "right answers")
+        lines += _paired(group["base"], group["paired_endings"], "samples that were cut or went on")
         lines += _paper(group, data["paper"])
     lines += [f"Made by `reasonalloc report`, version {data['version']}.", ""]
     return "\n".join(lines)
+
+
+def _cell(cell: dict[str, Any]) -> list[str]:
+    """A row of the table of all runs."""
+    return [
+        cell["arm"],
+        "full cache" if cell["budget"] is None else budget_name(cell),
+        str(cell["problems"]),
+        samples_text(cell),
+        _percent(cell["accuracy"]),
+        _interval(*cell["interval95"]),
+        "; ".join(f"@{k}: {_estimate(v)}" for k, v in cell["pass_at"].items() if k != "1"),
+        f"{cell['tokens'][0]:.0f}",
+        _estimate(cell["cut"]),
+        _estimate(cell["went_on"]),
+        str(cell["compressions"]),
+        str(cell["kv_bytes_per_sequence"]),
+        share_text(cell["kv_share"]),
+        "" if cell["peak_bytes"] is None else str(cell["peak_bytes"]),
+        "" if cell["tokens_per_second"] is None else f"{cell['tokens_per_second']:.1f}",
+    ]
+
+
+def _paired(base: str | None, paired: list[dict[str, Any]], what: str) -> list[str]:
+    """A table of comparisons with the base arm; nothing without any."""
+    rows = [
+        [
+            LABELS[row["quantity"]],
+            row["arm"],
+            str(row["base_budget"] or row["budget"]),
+            str(row["problems"]),
+            f"{100 * row['difference'][0]:+.1f}",
+            _interval(*row["difference"][1:]),
+            str(row["better"]),
+            str(row["worse"]),
+            row["test"],
+            f"{row['p']:.3g}",
+            f"{row['adjusted_p']:.3g}",
+            "yes" if row["beyond_noise"] else "no",
+        ]
+        for row in paired
+    ]
+    if not rows:
+        return []
+    head = f"Against {base}, paired by problem, {what}:"
+    return [head, "", *_table(_PAIRED, rows), *(f"- {row['verdict']}" for row in paired), ""]
 
 
 def _paper(group: dict[str, Any], source: dict[str, str] | None) -> list[str]:
@@ -152,25 +165,31 @@ def cells_csv(data: dict[str, Any]) -> str:
     plain += ["full_kv_bytes_per_sequence", "peak_bytes", "tokens_per_second"]
     plain += ["budget_tokens", "compressed_kv_bytes", "kv_share"]
     writer = csv.writer(file, lineterminator="\n")
-    shares = [f"pass@{k}{end}" for k in ks for end in ("", "_low", "_high")]
+    names = [*(f"pass@{k}" for k in ks), *ENDINGS]
+    shares = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     writer.writerow(["group", "model", "task", "arm", "budget", *plain, "tokens_mean", *shares])
     for group in data["groups"]:
         for cell in group["cells"]:
             estimates = [v for k in ks for v in cell["pass_at"].get(str(k), ("", "", ""))]
+            estimates += [v for name in ENDINGS for v in cell[name]]
             head = [group["id"], group["model"], group["task"], cell["arm"], cell["budget"]]
             writer.writerow([*head, *(cell[n] for n in plain), cell["tokens"][0], *estimates])
     return file.getvalue()
 
 
 def paired_csv(data: dict[str, Any]) -> str:
-    """One line per comparison; differences between -1 and 1."""
+    """One line per comparison; differences between -1 and 1.
+
+    ``quantity`` is ``correct``, ``cut`` or ``went_on``.
+    """
     file = io.StringIO()
-    plain = ["arm", "budget", "base", "base_budget", "problems", "better", "worse", "test", "p"]
+    plain = ["quantity", "arm", "budget", "base", "base_budget", "problems", "better", "worse"]
+    plain += ["test", "p"]
     plain += ["adjusted_p", "beyond_noise", "detectable", "problems_needed", "samples_needed"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["group", "model", "task", *plain, "difference", "low", "high"])
     for group in data["groups"]:
-        for row in group["paired"]:
+        for row in (*group["paired"], *group["paired_endings"]):
             head = [group["id"], group["model"], group["task"]]
             writer.writerow([*head, *(row[name] for name in plain), *row["difference"]])
     return file.getvalue()

@@ -51,7 +51,8 @@ _SPLIT_OFFSET: Final[dict[str, int]] = {"train": 0, "calibration": 1, "test": 2}
 _DEFINITION = re.compile(r"([a-p][0-7]) ([a-p][0-7]) ([a-p][0-7]) , \1 ([+-]) ;")
 _GIVEN = re.compile(r"([a-p][0-7]) ([0-9]) ;")
 _FIND = re.compile(r"find ([a-p][0-7]) \.")
-_ANSWER = re.compile(r"answer ([a-p][0-7]) ([0-9]) \.")
+#: What completions answer with: name and digit.
+ANSWER: Final = re.compile(r"answer ([a-p][0-7]) ([0-9]) \.")
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def grade(prompt: str, completion: str) -> ChainGrade:
     """Grade a completion by its last ``answer NAME DIGIT .``, recomputing from the prompt."""
     goal, value = solve_prompt(prompt)
     expected = str(value)
-    answers = _ANSWER.findall(completion)
+    answers = ANSWER.findall(completion)
     if not answers:
         return ChainGrade(False, expected, None, "no answer")
     name, digit = answers[-1]
