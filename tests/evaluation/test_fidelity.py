@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from models import prompt, tiny
 from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.completions import complete, complete_all
+from reasonalloc.evaluation.fidelity import fidelity
+from reasonalloc.evaluation.progress import Observer
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.texts import Trajectory, load_trajectories
 
@@ -129,6 +132,47 @@ def test_too_long() -> None:
     model = tiny("llama", max_position_embeddings=32)
     with pytest.raises(UsageError, match="68 tokens, but the model has 32 positions"):
         full_logits(model, trajectory(25, 43))
+
+
+def test_the_loss_at_ends_of_turns(tmp_path: Path) -> None:
+    """The last token of one text ends its turn, and one in the middle of another."""
+    model, end = tiny("llama"), 9
+    model.generation_config.eos_token_id = [end]
+    first, second, third = (
+        Trajectory(text.prompt_ids, tuple(t + (t == end) for t in text.completion_ids))
+        for text in (trajectory(20 + i, 40) for i in range(3))
+    )
+    first = replace(first, completion_ids=(*first.completion_ids, end))
+    ids = second.completion_ids
+    second = replace(second, completion_ids=(end, *ids[:20], end, *ids[20:]))  # the first: no loss
+    options: dict[str, Any] = {"arms": "rkv,random", "budgets": 12, "interval": 8}
+    observer = Said()
+    texts, out = [first, second, third], tmp_path / "out.jsonl"
+    result = fidelity(model, texts, **options, progress=observer, out=out)
+    assert observer.said == []
+    for own, item in zip((result.rows[:3], result.rows[3:]), result.summary, strict=True):
+        assert [row["end_tokens"] for row in own] == [1, 1, 0]
+        losses = [own[0]["added_nll"][-1], own[1]["added_nll"][20]]
+        assert [row["end_nll"] for row in own] == [*losses, None]
+        assert item["end_tokens"] == 2 and item["end_nll"] == pytest.approx(sum(losses) / 2)
+        assert item["end_kl"] == pytest.approx((own[0]["kl"][-1] + own[1]["kl"][20]) / 2)
+        low, high = item["end_nll_interval"]
+        assert low <= item["end_nll"] <= high
+    assert "end NLL" in result.table() and "2 end-of-turn tokens" in result.table()
+    assert "end_nll" not in out.read_text()  # read from the texts, so that older files have it
+    alone = fidelity(model, [third], **options, progress=observer)
+    assert [line for line in observer.said if "no text has an end of turn" in line]
+    assert alone.summary[0]["end_nll"] is None and "end NLL" not in alone.table()
+
+
+class Said(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 class Letters:

@@ -14,11 +14,31 @@ from reasonalloc.evaluation.batch import is_memory, pad_token, padded, until_end
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
+from reasonalloc.turns import end_of_turn
 
+#: What is said of texts without an end of turn.
+NO_END = (
+    "no text has an end of turn, so nothing measured here says whether a model under a budget ends "
+    "its turns: give chats, or let the model complete prompts (--generate N)"
+)
 #: Prompts that are completed together, at most.
 BATCH = 8
 # What a model's generation settings may ask for that looks at the prompt, and so at its padding.
 _LOOKS_BACK = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "sequence_bias")
+
+
+def turn_ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the token ids that end a turn: the generation settings' and the chat template's."""
+    end = end_of_turn(tokenizer)
+    return frozenset(end_tokens(model) if end is None else [*end_tokens(model), end])
+
+
+def tell_no_end(
+    texts: Sequence[Trajectory], ends: frozenset[int], tell: Callable[[str], None]
+) -> None:
+    """Say so if no completion has an end of turn."""
+    if not any(ends.intersection(text.completion_ids[1:]) for text in texts):
+        tell(NO_END)
 
 
 def complete(model: Any, trajectory: Trajectory, new_tokens: int) -> Trajectory:

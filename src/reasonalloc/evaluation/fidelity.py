@@ -20,7 +20,7 @@ from reasonalloc.evaluation.arm_files import (
 from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import FULL, Job, Settings
 from reasonalloc.evaluation.chunks import ModelSpec
-from reasonalloc.evaluation.completions import complete_missing
+from reasonalloc.evaluation.completions import complete_missing, tell_no_end, turn_ends
 from reasonalloc.evaluation.fidelity_result import FidelityResult
 from reasonalloc.evaluation.kv_share import kv_sizes
 from reasonalloc.evaluation.loaded import find_model
@@ -90,8 +90,8 @@ def fidelity(
         progress: None or True: a bar of tqdm; False: nothing; or an ``Observer``.
 
     Returns:
-        KL divergence (nats), top-1 agreement and added NLL (nats) per predicted token, with
-        ``summary``, ``table()``, ``to_pandas()`` and ``plot()``.
+        KL divergence (nats), top-1 agreement and added NLL (nats) per predicted token, the last
+        also at end-of-turn tokens, with ``summary``, ``table()``, ``to_pandas()`` and ``plot()``.
 
     Raises:
         UsageError: anything that cannot be run, before it runs; names the field and a remedy.
@@ -127,6 +127,8 @@ def fidelity(
         with attach_config(network, config) as attached:
             plans.append(attached.plan())
     trajectories = _load_texts(network, words, texts, generate, observer)
+    ends = turn_ends(network, words)
+    tell_no_end(trajectories, ends, observer.note)
     manifest = {
         "model": source.name,
         "config_hash": config_hash(text_config(network).to_dict()),
@@ -140,7 +142,7 @@ def fidelity(
         _replay(network, trajectories, configs, results, tell)
     jobs = tuple((str(config.arm), config.given_budget) for config in configs)
     return FidelityResult(
-        source.name, tuple(trajectories), jobs, interval, tuple(results.rows), words
+        source.name, tuple(trajectories), jobs, interval, tuple(results.rows), words, ends
     )
 
 

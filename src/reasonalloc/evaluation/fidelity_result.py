@@ -22,6 +22,8 @@ from reasonalloc.tables import Table
 from reasonalloc.texts import Trajectory
 
 POSITIONS = 8
+#: What is said of end-of-turn tokens.
+ENDS = ("end_tokens", "end_nll", "end_kl")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class FidelityResult(Result):
         interval: generated tokens between two compressions.
         measured: rows of these texts and jobs, and perhaps of others that ``out`` held.
         tokenizer: says of which kind a token is; None: nothing does.
+        ends: token ids that end a turn.
     """
 
     model: str
@@ -43,6 +46,7 @@ class FidelityResult(Result):
     interval: int
     measured: tuple[dict[str, Any], ...] = field(repr=False)
     tokenizer: Any = field(repr=False)
+    ends: frozenset[int] = frozenset()
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -51,10 +55,14 @@ class FidelityResult(Result):
         Fields: ``trajectory`` (fingerprint of the text), ``arm``, ``budget``; per predicted token
         ``kl`` (nats), ``agree``, ``added_nll`` (nats); ``kv_bytes``, ``full_bytes``,
         ``compressions`` (of layers), ``files``; ``budget_tokens``, ``compressed_kv_bytes``,
-        ``full_16bit_kv_bytes`` (see ``summary``).
+        ``full_16bit_kv_bytes``, ``end_tokens``, ``end_nll``, ``end_kl`` (see ``summary``).
         """
         at = {(row["trajectory"], row["arm"], row["budget"]): row for row in self.measured}
-        return [at[text.key, arm, budget] for arm, budget in self.jobs for text in self.texts]
+        return [
+            at[text.key, arm, budget] | _at_ends([at[text.key, arm, budget]], [own])
+            for arm, budget in self.jobs
+            for text, own in zip(self.texts, self._places, strict=True)
+        ]
 
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
@@ -66,6 +74,8 @@ class FidelityResult(Result):
         Fields: ``arm``, ``budget``, ``trajectories``, ``tokens``, ``kl`` (nats), ``top1``,
         ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_ratio_to_first``,
         ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``;
+        ``end_tokens`` (end-of-turn tokens of all completions), ``end_nll`` and ``end_kl`` (means of
+        added NLL and KL there, nats; None without any) and ``end_nll_interval``;
         ``budget_tokens`` (mean per layer and KV head), ``compressed_kv_bytes`` (mean per sequence
         right after a compression), ``kv_share`` (these bytes by those of ``reference``).
         """
@@ -76,6 +86,8 @@ class FidelityResult(Result):
                 "arm": arm,
                 "budget": budget,
                 **_line(own, parts[first, budget]),
+                **_at_ends(own, self._places),
+                "end_nll_interval": _end_interval(own),
                 "kl_by_position": _by_position(own),
                 "kl_by_kind": {} if words is None else _by_kind(own, self.texts, words),
                 "kv_bytes": max(row["kv_bytes"] for row in own),
@@ -95,12 +107,19 @@ class FidelityResult(Result):
 
     def tables(self) -> list[Table]:
         """See ``Result``."""
-        titles = ("budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL", "KV share")
+        titles = ["budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL"]
+        titles += ["end NLL", "KV share"] if any(self._places) else ["KV share"]
         heading = (
             f"Per token, {len(self.texts)} trajectories, compressed every {self.interval} tokens"
         )
         columns = [(title, title != "arm") for title in titles]
         return [Table(heading, columns, [_cells(item) for item in self.summary])]
+
+    @cached_property
+    def _places(self) -> list[list[int]]:
+        """Per text, where predicted tokens end a turn."""
+        targets = [text.completion_ids[1:] for text in self.texts]
+        return [[i for i, token in enumerate(own) if token in self.ends] for own in targets]
 
     def frame_rows(self) -> list[dict[str, Any]]:
         """Return means per predicted token of every text, arm and budget."""
@@ -116,7 +135,7 @@ class FidelityResult(Result):
                 "kv_bytes": row["kv_bytes"],
                 "full_bytes": row["full_bytes"],
                 "compressions": row["compressions"],
-                **{name: row.get(name) for name in SIZES},
+                **{name: row.get(name) for name in (*ENDS, *SIZES)},
             }
             for row in self.rows
         ]
@@ -142,11 +161,13 @@ class FidelityResult(Result):
             for item in self.summary
             if not item["compressions"]
         ]
+        ends = sum(map(len, self._places))
         few = ", which says little with so few." if len(self.texts) < 10 else "."
         return [
             *lines,
             "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
             f"Intervals: 95 %, bootstrap over trajectories{few}",
+            *([f"end NLL: at the {ends} end-of-turn tokens of the texts."] if ends else []),
             *([] if self.reference is None else [f"KV share: {self.reference.title}."]),
         ]
 
@@ -180,6 +201,26 @@ def _line(own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict
     }
 
 
+def _at_ends(rows: Sequence[dict[str, Any]], places: Sequence[list[int]]) -> dict[str, Any]:
+    """Means of an arm's rows at their end-of-turn tokens, see ``ENDS``."""
+
+    def mean(name: str) -> float | None:
+        pairs = zip(rows, places, strict=True)
+        values = [row[name][place] for row, own in pairs for place in own]
+        return sum(values) / len(values) if values else None
+
+    values = sum(map(len, places)), mean("added_nll"), mean("kl")
+    return dict(zip(ENDS, values, strict=True))
+
+
+def _end_interval(rows: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """95 % interval of ``end_nll``, over the texts that have ends."""
+    own = [row for row in rows if row["end_tokens"]]
+    counts = [float(row["end_tokens"]) for row in own]
+    sums = [row["end_nll"] * row["end_tokens"] for row in own]
+    return bootstrap_ratio(sums, counts) if own else None
+
+
 def _cells(item: dict[str, Any]) -> tuple[str, ...]:
     low, high = item["kl_interval"]
     ratio = item["kl_ratio_to_first"]
@@ -191,6 +232,7 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
         f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
         f"{item['top1']:.3f}",
         f"{item['added_nll']:+.3f}",
+        *([] if item["end_nll"] is None else [f"{item['end_nll']:+.3f}"]),
         share_text(item["kv_share"]),
     )
 
