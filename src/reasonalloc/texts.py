@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from reasonalloc.errors import UsageError
+from reasonalloc.turns import answered_chat, chat_prompt, ended
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,9 @@ def check_several(texts: Any) -> None:
 def load_trajectories(path: str, tokenizer: Any, name: str = "trajectories") -> list[Trajectory]:
     """Read JSON lines: ``prompt_ids`` or ``prompt`` or ``messages``, and a completion.
 
-    The completion is ``completion_ids`` or ``completion``; it may be missing where it is generated.
+    The completion is ``completion_ids``, ``completion``, or the assistant's message that ends
+    ``messages``; it may be missing where it is generated. Texts get the end of their turn by the
+    tokenizer's chat template, if it has one; ids stay as they are.
     ``name`` is what messages call the file.
 
     Raises:
@@ -136,34 +139,54 @@ def _kind(data: Any) -> str:
 def _trajectory(data: Any, tokenizer: Any) -> Trajectory:
     if not isinstance(data, dict):
         raise UsageError("it must be a JSON object")
-    prompt = _ids(data, "prompt", tokenizer, special=True)
-    if prompt is None and isinstance(data.get("messages"), list):
-        encoded = tokenizer.apply_chat_template(
-            data["messages"], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        prompt = tuple(int(token) for token in encoded)
+    prompt, completion = _ids(data, "prompt"), _ids(data, "completion")
+    text = _text(data, "completion") if completion is None else None
+    messages = data.get("messages")
+    if prompt is None and (words := _text(data, "prompt")) is not None:
+        prompt = tuple(tokenizer(words, add_special_tokens=True)["input_ids"])
+    elif prompt is None and isinstance(messages, list):
+        before, answer = _split(messages, text, completion)
+        if answer is None:
+            prompt = chat_prompt(tokenizer, before)
+        else:
+            prompt, completion = answered_chat(tokenizer, before, answer)
     if not prompt:
         raise UsageError("it needs prompt_ids, prompt or messages")
-    completion = _ids(data, "completion", tokenizer, special=False)
+    if completion is None and text is not None:
+        completion = ended(tokenizer, text)
     if completion is not None and len(completion) < 2:
         raise UsageError("its completion must have at least two tokens")
     return Trajectory(prompt, completion or ())
 
 
-def _ids(
-    data: dict[str, Any], name: str, tokenizer: Any, *, special: bool
-) -> tuple[int, ...] | None:
+def _split(
+    messages: list[Any], text: str | None, completion: tuple[int, ...] | None
+) -> tuple[list[Any], dict[str, Any] | None]:
+    """A chat before its answer, and the answer: the given text, or its own last message."""
+    if completion is not None:
+        return messages, None
+    if text is not None:
+        return messages, {"role": "assistant", "content": text}
+    last = messages[-1] if len(messages) > 1 else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return messages, None
+    return (messages[:-1], last) if isinstance(last.get("content"), str) else (messages, None)
+
+
+def _ids(data: dict[str, Any], name: str) -> tuple[int, ...] | None:
     ids = data.get(f"{name}_ids")
-    if ids is not None:
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise UsageError(f"{name}_ids must be a list of token ids")
-        return tuple(ids)
-    text = data.get(name)
-    if text is None:
+    if ids is None:
         return None
-    if not isinstance(text, str) or not text:
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise UsageError(f"{name}_ids must be a list of token ids")
+    return tuple(ids)
+
+
+def _text(data: dict[str, Any], name: str) -> str | None:
+    text = data.get(name)
+    if text is not None and (not isinstance(text, str) or not text):
         raise UsageError(f"{name} must be text")
-    return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return text
 
 
 def encode_messages(tokenizer: Any, messages: Messages, use_template: bool = True) -> Tensor:

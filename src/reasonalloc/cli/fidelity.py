@@ -16,7 +16,8 @@ Texts = Annotated[
     typer.Option(
         "--trajectories",
         metavar="FILE",
-        help="JSON lines: prompt_ids, prompt or messages; completion_ids or completion.",
+        help="JSON lines: prompt_ids, prompt or messages; completion_ids or completion, or an "
+        "answer as the last message.",
     ),
 ]
 Budgets = Annotated[str, typer.Option("--budgets", help=o.SEVERAL_BUDGETS)]

@@ -66,8 +66,9 @@ def fidelity(
     Args:
         model: hub name, folder or ``.gguf`` file; or a loaded transformers model, which must not
             be attached to anything.
-        texts: JSON lines with ``prompt_ids``, ``prompt`` or ``messages``, and ``completion_ids``
-            or ``completion``; or a list of such objects, or of ``texts.Trajectory``.
+        texts: JSON lines with ``prompt_ids``, ``prompt`` or ``messages``, and ``completion_ids``,
+            ``completion`` or an answer that ends ``messages``; texts get their end of turn by the
+            chat template. Or a list of such objects, or of ``texts.Trajectory``.
         arms: presets, ``"policy/layers/heads"`` or ``Arm`` objects; texts may hold several,
             separated by commas. Ratios are to the first.
         budgets: mean tokens kept per layer and KV head, or bytes of a sequence (``"64MiB"``,
@@ -85,7 +86,8 @@ def fidelity(
         protect_prompt: another name of ``prompt="protect"``.
         kv_dtype: older keys and values in fewer bits, see ``CompressionConfig``.
         attention: backend, see ``CompressionConfig``.
-        generate: complete prompts by so many tokens with the full cache, greedily.
+        generate: complete prompts by so many tokens with the full cache, greedily; the end of a
+            turn is kept.
         dtype, device, trust_remote_code: how a model is loaded by its name.
         progress: None or True: a bar of tqdm; False: nothing; or an ``Observer``.
 
