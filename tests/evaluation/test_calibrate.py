@@ -91,6 +91,20 @@ def test_texts_come_from_a_file_or_as_its_lines(loaded: tuple[Any, Any], tmp_pat
     assert prompts.tokens == [29]
 
 
+@pytest.mark.parametrize("objective", ["kl", "fisher"])
+def test_texts_without_an_end_of_turn_are_noted(
+    loaded: tuple[Any, Any], objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    settings: dict[str, Any] = {"objective": objective, "progress": silent, "tell": said.append}
+    calibrate(*loaded, [TEXT], **settings, **COSTS)
+    assert sum("no text has an end of turn" in line for line in said) == 1
+    said.clear()
+    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", TEXT.completion_ids[-1])
+    calibrate(*loaded, [TEXT], **settings, **COSTS)
+    assert said and not any("end of turn" in line for line in said)
+
+
 def test_the_bar_is_tqdms(loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     calibrate(*loaded, [TEXT], objective="kl", **COSTS)
     err = capsys.readouterr().err

@@ -32,7 +32,7 @@ from reasonalloc.calibration.fisher import estimate as estimate_fisher
 from reasonalloc.calibration.statistics import statistics
 from reasonalloc.config import split_arms
 from reasonalloc.errors import UsageError
-from reasonalloc.evaluation.completions import complete_missing
+from reasonalloc.evaluation.completions import complete_missing, tell_no_end, turn_ends
 from reasonalloc.tables import Table
 from reasonalloc.texts import (
     Trajectory,
@@ -254,11 +254,13 @@ def calibrate(
             and ``statistics`` prompts: texts, conversations, or token ids [1, n]. For ``kl`` and
             ``fisher`` texts with completions: ``Trajectory`` objects, or objects as in the file
             (``reasonalloc calibrate --help``); with ``generate=N`` prompts are completed.
+            Texts get their end of turn by the chat template.
         objective: ``attention-mass`` (a demand profile), ``statistics``, or what holding a head to
             a budget costs: ``fisher`` (estimated from gradients) or ``kl`` (exact, slow).
         out: file to write; it is replaced once everything is measured.
         progress: called with finished and all steps; None, True: a bar of tqdm; False: nothing.
-        tell: called with what the measurement will take; None: it is printed on stderr.
+        tell: called with what the measurement will take and what to know of the texts; None: it is
+            printed on stderr.
         options: of the objective, see ``CalibrationConfig``.
 
     Returns:
@@ -317,7 +319,7 @@ def prepare(
         model, tokenizer, texts: as for ``calibrate``.
         config: the settings.
         name: what messages call the texts.
-        tell: is told what has no effect.
+        tell: is told what has no effect, and if no text has an end of turn.
 
     Raises:
         UsageError, UnsupportedError: as ``calibrate``.
@@ -327,6 +329,7 @@ def prepare(
     trajectories, kinds = _trajectories(tokenizer, texts, name)
     called = f"{name}={os.fspath(texts)!r}" if isinstance(texts, str | os.PathLike) else name
     complete = complete_missing(model, trajectories[: config.count], config.generate, called, tell)
+    tell_no_end(complete, turn_ends(model, tokenizer), tell)
     return _CostJob(model, config, complete, kinds[: config.count])
 
 
