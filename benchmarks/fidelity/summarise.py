@@ -87,6 +87,8 @@ def main() -> None:
     ]
     order = sorted(table, key=lambda k: (shares[k], sum(table[k].values()) / len(table[k])))
     for budget, arm in order:
+        if (budget, BASE) not in table:
+            continue  # nothing to compare with at this budget
         ours, base = table[budget, arm], table[budget, BASE]
         common = [key for key in kinds if key in ours and key in base]
         mine, theirs = [ours[k] for k in common], [base[k] for k in common]
