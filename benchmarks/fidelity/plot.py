@@ -1,6 +1,6 @@
 """Plots of the evidence; needs matplotlib.
 
-    python benchmarks/fidelity/plot.py RESULTS.csv COSTS.json OUT_FOLDER
+    python benchmarks/fidelity/plot.py RESULTS.csv [more.csv ...] COSTS.json OUT_FOLDER
 
 ``RESULTS.csv`` is from ``summarise.py``, ``COSTS.json`` a cost profile.
 """
@@ -25,15 +25,17 @@ matplotlib.rcParams["svg.hashsalt"] = "reasonalloc"
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-def fidelity(path: str, out: Path) -> None:
+def fidelity(paths: list[str], out: Path) -> None:
     """KL against bytes, 95 % intervals over texts."""
     values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     names = {}
-    with Path(path).open() as file:
-        for row in csv.DictReader(file):
-            values[row["arm"]][100 * float(row["share"])].append(float(row["kl"]))
-            if row["budget"].isdecimal():
-                names[100 * float(row["share"])] = f"{row['budget']} tokens"
+    for path in paths:
+        with Path(path).open() as file:
+            for row in csv.DictReader(file):
+                arm = "best-bytes" if "bits=planned" in row["arm"] else row["arm"]
+                values[arm][100 * float(row["share"])].append(float(row["kl"]))
+                if arm == "rkv":
+                    names[100 * float(row["share"])] = f"{row['budget']} tokens"
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
     for arm, budgets in sorted(values.items(), key=lambda item: item[1][min(item[1])]):
@@ -46,7 +48,7 @@ def fidelity(path: str, out: Path) -> None:
             [max(mean - low, 0) for mean, (low, _) in zip(means, ends, strict=True)],
             [max(high - mean, 0) for mean, (_, high) in zip(means, ends, strict=True)],
         ]
-        width = 2.5 if arm == "best" else 1.0
+        width = 2.5 if arm in ("best", "best-bytes") else 1.0
         axes.errorbar(sizes, means, errors, label=arm, capsize=3, linewidth=width, marker="o")
     label = "KV bytes after a compression, % of the 16-bit full cache at the texts' mean length"
     axes.set(xscale="log", yscale="log", xlabel=label)
@@ -77,7 +79,7 @@ def budgets(path: str, out: Path, budget: int = 128) -> None:
 
 def main() -> None:
     """Write both plots."""
-    results, costs, folder = sys.argv[1:4]
+    *results, costs, folder = sys.argv[1:]
     fidelity(results, Path(folder))
     budgets(costs, Path(folder))
 
