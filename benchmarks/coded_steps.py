@@ -21,7 +21,7 @@ from reasonalloc.benchmark.machine import machine
 from reasonalloc.benchmark.shapes import SHAPES, build_shape
 from reasonalloc.benchmark.turns import decoder, in_turns
 from reasonalloc.config import CompressionConfig, Step
-from reasonalloc.planning.budget import plan_config
+from reasonalloc.planning.model_plan import plan_config
 
 
 def main() -> None:

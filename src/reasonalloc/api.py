@@ -20,8 +20,9 @@ from reasonalloc.evaluation.fidelity import fidelity
 from reasonalloc.evaluation.fidelity_result import FidelityResult
 from reasonalloc.integrations.hf import Attachment, BudgetCache, attach, detach
 from reasonalloc.loading import load_model
-from reasonalloc.planning.budget import BudgetPlan, plan
+from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import MemoryPlan
+from reasonalloc.planning.model_plan import plan
 from reasonalloc.policies import POLICIES, Candidates, ModelFacts, Policy
 from reasonalloc.texts import Trajectory
 

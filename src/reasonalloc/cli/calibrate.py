@@ -94,7 +94,8 @@ def command(
 ) -> None:
     """Measure a model once with its full cache: the Reasoning Wave, statistics, or costs."""
     config, name, path = settings
-    from reasonalloc.calibration.calibrate import check_texts, prepare
+    from reasonalloc.calibration.calibrate import check_texts
+    from reasonalloc.calibration.jobs import prepare
 
     check_texts(path, config, name)
     target = check_target(out, config.objective, "--out")

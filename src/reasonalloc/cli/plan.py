@@ -54,7 +54,7 @@ def command(
             f"--arm {context.params['arm']} has no budget to plan: choose an arm that compresses, "
             "the full cache is printed beside it"
         )
-    from reasonalloc.planning.budget import plan_config
+    from reasonalloc.planning.model_plan import plan_config
 
     if (config.prompt == "pin") != (prompt_tokens > 0):
         raise UsageError(

@@ -115,7 +115,7 @@ def command(
 
 def _load(model: o.ModelChoice, config: CompressionConfig | None) -> tuple[Any, Any]:
     """Return model and tokenizer; what cannot work is refused before the weights are loaded."""
-    from reasonalloc.planning.budget import plan_config
+    from reasonalloc.planning.model_plan import plan_config
     from reasonalloc.planning.shapes import layer_shapes, text_config
 
     model_config = model.load_config()
