@@ -23,8 +23,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from summarise import read_texts
+
 from reasonalloc.evaluation.intervals import bootstrap_ratio
-from reasonalloc.texts import Trajectory
 
 Row = dict[str, Any]
 
@@ -33,15 +34,6 @@ def read(path: Path) -> tuple[Row, list[Row]]:
     """Manifest and rows of a result file."""
     first, *rows = map(json.loads, path.read_text().splitlines())
     return first["manifest"], rows
-
-
-def read_kinds(path: Path) -> dict[str, str]:
-    """The kind of every text, in the file's order."""
-    kinds = {}
-    for row in map(json.loads, path.read_text().splitlines()):
-        key = Trajectory(tuple(row["prompt_ids"]), tuple(row["completion_ids"])).key
-        kinds[key] = row["kind"]
-    return kinds
 
 
 class Quantised:
@@ -190,7 +182,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, nargs="+", default=[])
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    kinds = read_kinds(args.texts)
+    kinds = {key: row["kind"] for key, row in read_texts(args.texts).items()}
     manifest, rows = read(args.quantised)
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:

@@ -59,6 +59,12 @@ def share(row: dict[str, Any], manifest: dict[str, Any], length: float) -> float
     return row["compressed_kv_bytes"] / row["full_16bit_kv_bytes"]
 
 
+def read_texts(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file of texts by their fingerprint, in the file's order."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {Trajectory(tuple(r["prompt_ids"]), tuple(r["completion_ids"])).key: r for r in rows}
+
+
 def difference(ours: list[float], base: list[float]) -> tuple[float, float, float]:
     """Mean difference and its interval."""
     gap = torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
@@ -71,12 +77,9 @@ def difference(ours: list[float], base: list[float]) -> tuple[float, float, floa
 def main() -> None:
     """Print and write the tables."""
     texts, out, *paths = sys.argv[1:]
-    kinds, lengths = {}, []
-    for line in Path(texts).read_text().splitlines():
-        row = json.loads(line)
-        key = Trajectory(tuple(row["prompt_ids"]), tuple(row["completion_ids"])).key
-        kinds[key] = row["kind"]
-        lengths.append(len(row["prompt_ids"]) + len(row["completion_ids"]) - 1)
+    rows = read_texts(Path(texts))
+    kinds = {key: row["kind"] for key, row in rows.items()}
+    lengths = [len(r["prompt_ids"]) + len(r["completion_ids"]) - 1 for r in rows.values()]
     table, shares = read(paths, sum(lengths) / len(lengths))
     labels = list(dict.fromkeys(kinds.values()))
     lines = [

@@ -40,11 +40,7 @@ def chat_prompt(tokenizer: Any, messages: list[Any]) -> tuple[int, ...]:
 
 def ended(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Return token ids of a completion's text, with the end of its turn if the template has one."""
-    end = end_of_turn(tokenizer)
-    ids = tuple(
-        tokenizer(_without_end(tokenizer, text, end), add_special_tokens=False)["input_ids"]
-    )
-    return ids if end is None else (*ids, end)
+    return _ended(tokenizer, text, end_of_turn(tokenizer))
 
 
 def answered_chat(
@@ -83,7 +79,13 @@ def answered_chat(
             f"the chat template drops {', '.join(sorted(others))} of the last message: "
             "write all of it as content or as completion"
         )
-    return prompt, ended(tokenizer, answer["content"])
+    return prompt, _ended(tokenizer, answer["content"], end)
+
+
+def _ended(tokenizer: Any, text: str, end: int | None) -> tuple[int, ...]:
+    own = _without_end(tokenizer, text, end)
+    ids = tuple(tokenizer(own, add_special_tokens=False)["input_ids"])
+    return ids if end is None else (*ids, end)
 
 
 def _render(tokenizer: Any, messages: list[Any], **options: Any) -> Any:

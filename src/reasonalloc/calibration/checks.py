@@ -200,8 +200,13 @@ def counter(on_progress: Callable[[int, int], None] | None, total: int) -> Calla
 def evicts(text: Trajectory, budget: int, interval: int, prompt: Prompt) -> bool:
     """Whether a text loses tokens at a budget per head, and any token comes after that."""
     tokens, steps = len(text.prompt_ids), len(text.completion_ids) - 2
-    pinned = tokens if prompt == "pin" else 0
+    pinned = pinned_tokens(text, prompt)
     return bool(compression_points(budget, 1, interval, tokens, steps, pinned))
+
+
+def pinned_tokens(text: Trajectory, prompt: Prompt) -> int:
+    """Return how many tokens of a text stay on top of a measured budget."""
+    return len(text.prompt_ids) if prompt == "pin" else 0
 
 
 def now(model: Any) -> float:

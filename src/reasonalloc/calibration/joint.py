@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.minimise import interpolate
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibration.checks import Estimate, counter, evicts, now
+from reasonalloc.calibration.checks import Estimate, counter, evicts, now, pinned_tokens
 from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
@@ -63,7 +63,7 @@ def budgets_to_check(
 
     interval = whole_number("interval", interval, 1)
     longest = max(
-        (0 if prompt == "pin" else len(t.prompt_ids)) + len(t.completion_ids) - 1
+        len(t.prompt_ids) + len(t.completion_ids) - 1 - pinned_tokens(t, prompt)
         for t in texts[:TEXTS]
     )
     if wanted is None:
