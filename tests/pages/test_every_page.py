@@ -43,8 +43,8 @@ LEGENDS = {
 STOPS = {
     "demo": ["h-table", "SUMMARY", "arm", "arm2", "layer", "head", "play", "step", "text"],
     "report": [
-        *("A", "A", "SUMMARY", "h-table-0", "SUMMARY", "h-paired-0", "SUMMARY"),
-        *("run-0", "problem-0", "left-0", "right-0", "SUMMARY", "left-text-0"),
+        *("A", "A", "SUMMARY", "h-table-0", "SUMMARY", "h-paired-0", "h-endings-0"),
+        *("SUMMARY", "run-0", "problem-0", "left-0", "right-0", "SUMMARY", "left-text-0"),
         *("right-text-0", "SUMMARY", "h-table-1", "SUMMARY"),
     ],
     "demand": ["h-layers"],
