@@ -15,7 +15,7 @@ VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 .PHONY: setup demo check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -60,7 +60,12 @@ docs: setup
 test: lint test-oldest suite
 
 suite: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not long'
+
+# Runs that are killed, resumed or divided, a training, 20,000 tokens: mostly processes that start and
+# wait, so three at once keep two cores busy.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m long
 
 # Lines and branches that the suite runs, below the tests' results and in coverage.xml.
 coverage: setup
@@ -95,7 +100,7 @@ TOUCHES_TRANSFORMERS := tests/hf/test_hf.py tests/hf/test_refusals.py tests/hf/t
 	tests/hf/test_loading.py tests/hf/test_sampling.py tests/hf/test_versions.py tests/hf/test_reads.py
 
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m 'not once' $(TOUCHES_TRANSFORMERS) \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m 'not once and not long' $(TOUCHES_TRANSFORMERS) \
 		tests/evaluation/test_eval.py tests/evaluation/test_ablation.py
 
 # What the index has today, within the limits of this machine's pip: looked up anew every time. A
@@ -107,7 +112,7 @@ test-newest:
 		torch transformers safetensors
 	$(NEWEST)/bin/python $(PIP) -e '.[cli]' \
 		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
-	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once' \
+	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once and not long' \
 		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py
 
 # New random examples, ten times as many. Whatever fails here becomes an @example of its test.

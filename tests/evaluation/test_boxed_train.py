@@ -31,6 +31,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     train(_options(tmp_path / "whole"))
     train(_options(tmp_path / "parts", stop_after=3))
@@ -123,6 +124,7 @@ def test_the_model_is_built_from_its_seed() -> None:
     assert sum(item.numel() for item in first.parameters()) * 4 < 8 * 2**20
 
 
+@pytest.mark.long
 def test_sixty_steps_with_a_kill_in_between(tmp_path: Path) -> None:
     """The command as a user starts it: killed once it has saved, started again, and it learns."""
     command = [sys.executable, "-m", "tools.boxed.train", "--steps", "60", "--quiet"]

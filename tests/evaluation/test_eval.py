@@ -290,6 +290,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_killed_at_random_moments(model: Path, whole: Path, tmp_path: Path) -> None:
     rng, before = random.Random(0), 0

@@ -92,6 +92,7 @@ def test_a_run_may_go_on_with_other_steps(
     assert any("do not compare their speed" in notice for notice in group.notices)
 
 
+@pytest.mark.long
 def test_workers(call: Call, model: Path, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     run = arguments(model, tmp_path, workers=2, step="compile", attention="cpp")
@@ -102,6 +103,7 @@ def test_workers(call: Call, model: Path, whole: Path, tmp_path: Path) -> None:
     assert code == 2 and "step='graph' needs a GPU" in err and err.count("error:") == 1
 
 
+@pytest.mark.long
 @gloo
 def test_two_processes(model: Path, whole: Path, tmp_path: Path) -> None:
     done = run(*arguments(model, tmp_path, arms="full,rkv", step="static"))

@@ -53,6 +53,7 @@ def workers_of(process: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not two_cores(), reason="needs two cores")
 def test_a_killed_worker_is_replaced(model: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
@@ -72,6 +73,7 @@ def test_a_killed_worker_is_replaced(model: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not two_cores(), reason="needs two cores")
 def test_mistakes_are_one_sentence(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -89,6 +91,7 @@ def test_mistakes_are_one_sentence(
     assert samples_in(tmp_path) == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not two_cores(), reason="needs two cores")
 def test_own_parts_reach_the_workers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(POLICIES, "_entries", POLICIES.entries())  # forgotten after it
@@ -126,6 +129,7 @@ def dying(ray: Any) -> type[Any]:
     return Worker
 
 
+@pytest.mark.long
 def test_a_chunk_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     died: list[int] = []
     observer: Any = SimpleNamespace(
@@ -169,6 +173,7 @@ def test_a_slow_start_is_tried_again(
     assert calls == [address or "local"] * tries
 
 
+@pytest.mark.long
 def test_a_model_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_worker_class", dying)
     nothing, observer = (None,) * 4, SimpleNamespace()

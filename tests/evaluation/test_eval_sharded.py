@@ -46,6 +46,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
+@pytest.mark.long
 @gloo
 def test_two_processes_sample_what_one_does(model: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
@@ -67,6 +68,7 @@ def test_two_processes_sample_what_one_does(model: Path, tmp_path: Path) -> None
     assert manifest == expected_manifest
 
 
+@pytest.mark.long
 @gloo
 def test_heads_that_trade_are_not_mixed_with_whole_models(model: Path, tmp_path: Path) -> None:
     changes = {"arms": "snapkv/uniform/reasonalloc", "limit": 1}

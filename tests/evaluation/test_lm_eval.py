@@ -187,6 +187,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_command_runs_gsm8k(call: Call, folder: Path, tasks: Path, tmp_path: Path) -> None:
     arguments = ["lm-eval", "--model_args", f"pretrained={folder},budget=16,interval=8"]
     arguments += ["--tasks", "gsm8k_local", "--include_path", str(tasks), "--limit", "3"]
@@ -201,6 +202,7 @@ def test_the_command_runs_gsm8k(call: Call, folder: Path, tasks: Path, tmp_path:
     assert config["kv_prompt"] == "evict"
 
 
+@pytest.mark.long
 def test_mistakes_on_the_command_line(call: Call, folder: Path, tasks: Path) -> None:
     args = f"pretrained={folder},budget=16"
     for arguments, message in (

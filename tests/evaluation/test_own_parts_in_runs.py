@@ -88,6 +88,7 @@ main(*sys.argv[1:])
 '''
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_evaluated_in_this_process_on_ray_and_replayed(tmp_path: Path) -> None:
     model, script = save_tiny(tmp_path / "model"), tmp_path / "script.py"

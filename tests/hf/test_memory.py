@@ -59,6 +59,7 @@ def test_full_bytes_are_what_the_full_cache_takes() -> None:
         assert plan.full_bytes(50) == held
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_twenty_thousand_tokens() -> None:
     """Neither memory nor time per step grows with the tokens generated."""
