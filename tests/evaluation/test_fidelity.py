@@ -165,6 +165,25 @@ def test_the_loss_at_ends_of_turns(tmp_path: Path) -> None:
     assert alone.summary[0]["end_nll"] is None and "end NLL" not in alone.table()
 
 
+def test_the_worst_tokens() -> None:
+    """1 % of each text's tokens, rounded up: one of 40, two of 150."""
+    texts = [trajectory(20, 41), trajectory(21, 151)]
+    arms = ["rkv", "random"]
+    result = fidelity(tiny("llama"), texts, arms=arms, budgets=12, interval=8, progress=False)
+    sums: list[list[float]] = []
+    for own, item in zip((result.rows[:2], result.rows[2:]), result.summary, strict=True):
+        pairs = zip(own, (1, 2), strict=True)
+        worst = [sorted(row["kl"], reverse=True)[:count] for row, count in pairs]
+        assert item["kl_worst"] == pytest.approx(sum(map(sum, worst)) / 3)
+        low, high = item["kl_worst_interval"]
+        assert low <= item["kl_worst"] <= high and item["kl_worst"] > item["kl"]
+        sums.append([*map(sum, worst)])
+    ratio = result.summary[1]["kl_worst_ratio_to_first"]["value"]
+    assert ratio == pytest.approx(sum(sums[1]) / sum(sums[0]))
+    assert "worst 1 %" in result.table()
+    assert result.frame_rows()[1]["kl_worst"] == pytest.approx(sums[0][1] / 2)
+
+
 class Said(Observer):
     """Keeps what it is told."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +24,8 @@ from reasonalloc.tables import Table
 from reasonalloc.texts import Trajectory
 
 POSITIONS = 8
+#: The share of a text's tokens that ``kl_worst`` looks at.
+WORST = 0.01
 #: What is said of end-of-turn tokens.
 ENDS = ("end_tokens", "end_nll", "end_kl")
 
@@ -72,7 +76,9 @@ class FidelityResult(Result):
         to the first arm of the same budget is paired: both arms of a draw see the same texts.
 
         Fields: ``arm``, ``budget``, ``trajectories``, ``tokens``, ``kl`` (nats), ``top1``,
-        ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_ratio_to_first``,
+        ``added_nll`` (nats), each with ``..._interval`` [low, high]; ``kl_worst``: mean KL of the
+        1 % of each text's tokens where it is largest; ``kl_ratio_to_first``,
+        ``kl_worst_ratio_to_first``,
         ``kl_by_position``, ``kl_by_kind``, ``kv_bytes``, ``full_bytes``, ``compressions``;
         ``end_tokens`` (end-of-turn tokens of all completions), ``end_nll`` and ``end_kl`` (means of
         added NLL and KL there, nats; None without any) and ``end_nll_interval``;
@@ -107,7 +113,7 @@ class FidelityResult(Result):
 
     def tables(self) -> list[Table]:
         """See ``Result``."""
-        titles = ["budget", "arm", "KL", "95 %", "ratio", "top-1", "NLL"]
+        titles = ["budget", "arm", "KL", "95 %", "ratio", "worst 1 %", "top-1", "NLL"]
         titles += ["end NLL", "KV share"] if any(self._places) else ["KV share"]
         heading = (
             f"Per token, {len(self.texts)} trajectories, compressed every {self.interval} tokens"
@@ -130,6 +136,7 @@ class FidelityResult(Result):
                 "budget": row["budget"],
                 "tokens": len(row["kl"]),
                 "kl": sum(row["kl"]) / len(row["kl"]),
+                "kl_worst": statistics.mean(_largest(row)),
                 "top1": sum(row["agree"]) / len(row["agree"]),
                 "added_nll": sum(row["added_nll"]) / len(row["added_nll"]),
                 "kv_bytes": row["kv_bytes"],
@@ -165,7 +172,8 @@ class FidelityResult(Result):
         few = ", which says little with so few." if len(self.texts) < 10 else "."
         return [
             *lines,
-            "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; NLL: added. "
+            "KL(full || compressed) in nats; ratio: of the first arm's KL, paired; worst 1 %: mean "
+            "KL of the 1 % of each text's tokens where it is largest; NLL: added. "
             f"Intervals: 95 %, bootstrap over trajectories{few}",
             *([f"end NLL: at the {ends} end-of-turn tokens of the texts."] if ends else []),
             *([] if self.reference is None else [f"KV share: {self.reference.title}."]),
@@ -186,19 +194,34 @@ def _line(own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict
     """Means of an arm's rows, one per text; ``base`` are those of the first arm."""
     tokens = [float(len(row["kl"])) for row in own]
     sums = [sum(row["kl"]) for row in own]
-    base_sums = [max(sum(row["kl"]), 1e-12) for row in base]
-    low, high = bootstrap_ratio(sums, base_sums)
+    worst = [_largest(row) for row in own]
+    worst_sums, worst_tokens = [*map(sum, worst)], [float(len(values)) for values in worst]
     return {
         "trajectories": len(own),
         "tokens": int(sum(tokens)),
         "kl": sum(sums) / sum(tokens),
         "kl_interval": bootstrap_ratio(sums, tokens),
-        "kl_ratio_to_first": {"value": sum(sums) / sum(base_sums), "low": low, "high": high},
+        "kl_ratio_to_first": _ratio(sums, [sum(row["kl"]) for row in base]),
+        "kl_worst": sum(worst_sums) / sum(worst_tokens),
+        "kl_worst_interval": bootstrap_ratio(worst_sums, worst_tokens),
+        "kl_worst_ratio_to_first": _ratio(worst_sums, [sum(_largest(row)) for row in base]),
         "top1": sum(sum(row["agree"]) for row in own) / sum(tokens),
         "top1_interval": bootstrap_ratio([float(sum(r["agree"])) for r in own], tokens),
         "added_nll": sum(sum(row["added_nll"]) for row in own) / sum(tokens),
         "added_nll_interval": bootstrap_ratio([sum(r["added_nll"]) for r in own], tokens),
     }
+
+
+def _largest(row: dict[str, Any]) -> list[float]:
+    """The share ``WORST`` of a text's KL values, the largest ones."""
+    return sorted(row["kl"])[-math.ceil(WORST * len(row["kl"])) :]
+
+
+def _ratio(sums: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Ratio of an arm's sums per text to those of the first arm, paired."""
+    base = [max(value, 1e-12) for value in base]
+    low, high = bootstrap_ratio(sums, base)
+    return {"value": sum(sums) / sum(base), "low": low, "high": high}
 
 
 def _at_ends(rows: Sequence[dict[str, Any]], places: Sequence[list[int]]) -> dict[str, Any]:
@@ -230,6 +253,7 @@ def _cells(item: dict[str, Any]) -> tuple[str, ...]:
         f"{item['kl']:.4f}",
         f"{low:.4f}-{high:.4f}",
         f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+        f"{item['kl_worst']:.3f}",
         f"{item['top1']:.3f}",
         f"{item['added_nll']:+.3f}",
         *([] if item["end_nll"] is None else [f"{item['end_nll']:+.3f}"]),
