@@ -219,9 +219,9 @@ def _largest(row: dict[str, Any]) -> list[float]:
 
 def _ratio(sums: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Ratio of an arm's sums per text to those of the first arm, paired."""
-    base = [max(value, 1e-12) for value in base]
-    low, high = bootstrap_ratio(sums, base)
-    return {"value": sum(sums) / sum(base), "low": low, "high": high}
+    least = [max(value, 1e-12) for value in base]
+    low, high = bootstrap_ratio(list(sums), least)
+    return {"value": sum(sums) / sum(least), "low": low, "high": high}
 
 
 def _at_ends(rows: Sequence[dict[str, Any]], places: Sequence[list[int]]) -> dict[str, Any]:
