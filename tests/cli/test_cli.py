@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from patience import PATIENCE
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS
 from reasonalloc.attention.interface import BACKENDS
@@ -204,7 +205,7 @@ def test_interrupt_keeps_the_text(endless: list[str]) -> None:
     first = process.stdout.read(40)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert all(word.startswith(("w", "user:", "assistant:")) for word in (first + out).split())
     assert "interrupted" in err and "KV cache now" in err
@@ -215,7 +216,7 @@ def test_interrupt_json(endless: list[str]) -> None:
     process = shell(*endless, "--json")
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)  # anywhere: while importing, loading or generating
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode in (130, -signal.SIGINT)  # the latter before main() is there
     assert "Traceback" not in err or process.returncode == -signal.SIGINT
     if out:
@@ -245,7 +246,7 @@ def test_broken_pipe(folder: str) -> None:
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=300) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     assert "Traceback" not in err and "BrokenPipe" not in err
 
 
@@ -254,7 +255,7 @@ def test_broken_pipe_of_a_table() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()
-    process.wait(timeout=300)
+    process.wait(timeout=PATIENCE)
     assert err == ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import PATIENCE
 from reasonalloc.attention import choose_backend
 from reasonalloc.errors import UsageError
 
@@ -25,7 +26,9 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: triton looks at its variables once, when it is imported."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
+    )
 
 
 def test_kernels_are_the_reference() -> None:

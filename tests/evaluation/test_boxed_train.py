@@ -17,6 +17,7 @@ from tools.boxed.train import STATE, TrainOptions, main, rate_factor, train
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patience import PATIENCE
 from reasonalloc.evaluation.tasks.chain import generate
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +133,7 @@ def test_sixty_steps_with_a_kill_in_between(tmp_path: Path) -> None:
     command += ["--save-every", "15", "--out", str(tmp_path)]
     running = subprocess.Popen(command, cwd=ROOT)
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + PATIENCE
         while not (tmp_path / STATE).exists() and time.monotonic() < end:
             time.sleep(0.1)
     finally:

@@ -21,6 +21,7 @@ import torch
 pytest.importorskip("typer")
 
 import tiny_folder
+from patience import PATIENCE
 from reasonalloc.cli import watch
 from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
@@ -260,7 +261,7 @@ def samples_in(out: Path) -> int:
 
 
 def wait_for(out: Path, samples: int, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 300  # Ray starts slowly on a busy machine
+    limit = time.monotonic() + PATIENCE
     while samples_in(out) < samples and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.005)
@@ -296,12 +297,12 @@ def test_killed_at_random_moments(model: Path, whole: Path, tmp_path: Path) -> N
     rng, before = random.Random(0), 0
     for _ in range(3):
         process = start([*arguments(model, tmp_path), str(rng.randrange(20_000))], KILLED)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == -signal.SIGKILL, err
         assert samples_in(tmp_path) > before  # goes on, not round in circles
         before = samples_in(tmp_path)
     process = start(arguments(model, tmp_path))
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert read(tmp_path) == read(whole)
 
@@ -311,7 +312,7 @@ def test_ctrl_c(model: Path, tmp_path: Path) -> None:
     process = start(arguments(model, tmp_path, limit=200))
     wait_for(tmp_path, 4, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err and out == ""
     done = samples_in(tmp_path)
     assert f"interrupted: {done} of 1200 samples" in " ".join(err.split())

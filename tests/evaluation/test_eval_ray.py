@@ -19,6 +19,7 @@ import psutil
 import torch
 from test_eval import arguments, read, samples_in, start, wait_for
 
+from patience import PATIENCE
 from reasonalloc.cli.main import main
 from reasonalloc.config import Arm
 from reasonalloc.errors import UsageError
@@ -63,11 +64,11 @@ def test_a_killed_worker_is_replaced(model: Path, tmp_path: Path) -> None:
     victims = workers_of(process)
     assert len(victims) == 2
     victims[0].kill()
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "died" in err and "takes its batch up again" in " ".join(err.split())
     assert read(there) == read(here)
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + PATIENCE
     while any(victim.is_running() for victim in victims):  # nothing stays behind
         assert time.monotonic() < limit
         time.sleep(0.1)

@@ -20,6 +20,7 @@ from test_eval import arguments, read
 
 import models
 import reasonalloc
+from patience import PATIENCE
 from reasonalloc.cli.main import main
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job
@@ -43,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *TORCHRUN, "-m", "reasonalloc", *arguments, "--tp-plan", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+    )
 
 
 @pytest.mark.long

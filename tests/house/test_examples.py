@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import reasonalloc
+from patience import PATIENCE
 from reasonalloc.policies import POLICIES
 from tiny_folder import save_tiny
 
@@ -157,7 +158,7 @@ def test_the_notebook_runs_from_top_to_bottom(
     notebook = nbformat.read(_EXAMPLES / "notebook.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "clear outputs before a commit"
     nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=PATIENCE, resources={"metadata": {"path": tmp_path}}
     ).execute()
     shown = [
         output["data"].get("text/html", "")

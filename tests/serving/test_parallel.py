@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
+
 LENGTHS = (40, 150, 7, 100)
 PROGRAM = """
 import json, sys
@@ -42,7 +44,7 @@ def test_two_processes(folder: Path, tmp_path: Path, clear: Callable[..., Any], 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from engines import random_prompts
 
+from patience import PATIENCE
+
 SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 LAYERS, KV_HEADS = 4, 2
 
@@ -31,7 +33,7 @@ class Server:
     log: Path
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as answer:
             text: str = answer.read().decode()
         return text
 
@@ -41,12 +43,9 @@ class Server:
 
     def metrics_when(self, wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
         """Metrics as soon as they are so; the last ones if they never are."""
-        found = self.metrics()
-        for _ in range(200):
-            if wanted(found):
-                break
+        limit = time.monotonic() + PATIENCE
+        while not wanted(found := self.metrics()) and time.monotonic() < limit:
             time.sleep(0.1)
-            found = self.metrics()
         return found
 
 
@@ -68,7 +67,8 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, env=environment)
     running = Server(f"http://127.0.0.1:{port}", process, folder, log)
     try:
-        for _ in range(600):
+        limit = time.monotonic() + PATIENCE
+        while time.monotonic() < limit:
             assert process.poll() is None, log.read_text()[-3000:]
             try:
                 running.get("/health")
@@ -162,7 +162,7 @@ def test_ctrl_c_stops_it(server: Server) -> None:
     ],
 )
 def test_refused_with_one_line(folder: Path, more: list[str], says: str) -> None:
-    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert says in line

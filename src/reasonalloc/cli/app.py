@@ -18,6 +18,7 @@ from reasonalloc.cli import (
     ls,
     plan,
     profile,
+    profiles,
     report,
     run,
     serve,
@@ -71,6 +72,7 @@ app.command(
 app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
 app.add_typer(profile.app, name="profile")
+app.command("profiles")(profiles.command)
 app.command("fidelity")(fidelity.command)
 app.command("report")(report.command)
 app.command(

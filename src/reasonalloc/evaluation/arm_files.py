@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.calibrated import file_kind
+from reasonalloc.calibrated.shipped import find_shipped, shipped_name
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
 from reasonalloc.parts import code_of
@@ -33,12 +34,15 @@ def list_files(profile: File | Sequence[File] | None) -> list[str]:
     return [os.fspath(path) for path in given]
 
 
-def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
-    """The given files by their kind, each of which some arm reads.
+def choose_files(
+    arms: Sequence[str], paths: Sequence[str], architecture: Callable[[], str] | None = None
+) -> dict[str, str]:
+    """The files by their kind, each of which some arm reads: given ones, else the package's own.
 
     Args:
         arms: their names.
         paths: what ``--profile`` named, in any order.
+        architecture: returns the model's ``config_hash``; None: the package's files are not used.
 
     Raises:
         UsageError: an arm's file is not there, two files of one kind, or one that nothing reads.
@@ -57,7 +61,11 @@ def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
         parsed = parse_arm(arm)
         wanted |= {} if parsed is None else dict.fromkeys(files_missing(parsed).values(), arm)
     for kind, arm in wanted.items():
-        if kind not in given:
+        own = None if kind in given or architecture is None else architecture()
+        shipped = None if own is None else find_shipped(kind, own)
+        if shipped is not None:
+            given[kind] = shipped
+        elif kind not in given:
             others = f", not {' or '.join(map(repr, paths))}" if paths else ""
             raise UsageError(
                 f"arm {arm!r} reads a {kind}{others}: add --profile FILE, made with "
@@ -70,6 +78,14 @@ def choose_files(arms: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
                 "one that reads it (see 'reasonalloc ls'), or leave it out"
             )
     return given
+
+
+def tell_shipped(files: dict[str, str], say: Callable[[str], object]) -> None:
+    """Say which files of the package are read."""
+    for kind, path in files.items():
+        model = shipped_name(path)
+        if model is not None:
+            say(f"arms read the {kind} of {model} that comes with the package")
 
 
 def as_settings(files: dict[str, str]) -> dict[str, Any]:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reasonalloc.config import Arm, PinOverflow, Prompt, Step
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import checks
-from reasonalloc.evaluation.arm_files import File, as_settings, choose_files, list_files
+from reasonalloc.evaluation.arm_files import (
+    File,
+    as_settings,
+    choose_files,
+    list_files,
+    tell_shipped,
+)
 from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import Job, Settings
 from reasonalloc.evaluation.chunks import Facts, ModelSpec
 from reasonalloc.evaluation.engines import make_solver
 from reasonalloc.evaluation.evaluation_result import EvaluationResult, Interrupted
 from reasonalloc.evaluation.folder import RunFolder
-from reasonalloc.evaluation.loaded import find_model
+from reasonalloc.evaluation.loaded import architecture, find_model
 from reasonalloc.evaluation.manifest import manifest
 from reasonalloc.evaluation.progress import Observer, make_observer
 from reasonalloc.evaluation.protocols import find_rules
@@ -125,7 +132,12 @@ def evaluate(
     rules = find_rules(protocol, samples, max_new_tokens, temperature, top_p, top_k)
     check_decoding(step, attention)
     names = read_arms(arms)
-    files = choose_files(names, list_files(profile))
+    workers = whole_number("workers", workers, 1)
+    options = ModelSpec("", dtype, device, trust_remote_code, device_map, tp_plan, engine)
+    source, loaded = find_model(model, tokenizer, options, workers, ray_address)
+    if loaded is not None and tokenizer is None:
+        raise UsageError("a loaded model needs its tokenizer: add tokenizer=")
+    files = choose_files(names, list_files(profile), partial(architecture, source, loaded))
     settings = Settings(
         interval=interval,
         window=window,
@@ -142,12 +154,7 @@ def evaluate(
     )
     jobs = _jobs(names, list_budgets(budgets), settings)
     batch_size = whole_number("batch_size", batch_size, 1)
-    workers = whole_number("workers", workers, 1)
     limit = None if limit is None else whole_number("limit", limit, 1)
-    options = ModelSpec("", dtype, device, trust_remote_code, device_map, tp_plan, engine)
-    source, loaded = find_model(model, tokenizer, options, workers, ray_address)
-    if loaded is not None and tokenizer is None:
-        raise UsageError("a loaded model needs its tokenizer: add tokenizer=")
     if kind.needs_math:
         from reasonalloc.evaluation.grading import require_math
 
@@ -169,7 +176,9 @@ def evaluate(
     )
     checks.check_engine(spec.model, settings)
     checks.check_parts(spec.model, settings, spec.remote)
-    return take_samples(spec, None if out is None else as_path("out", out), make_observer(progress))
+    observer = make_observer(progress)
+    tell_shipped(files, observer.note)
+    return take_samples(spec, None if out is None else as_path("out", out), observer)
 
 
 def find_task(task: str | Task) -> tuple[str, Task]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from reasonalloc.calibrated.demand import config_hash
@@ -16,6 +17,7 @@ from reasonalloc.evaluation.arm_files import (
     as_settings,
     choose_files,
     list_files,
+    tell_shipped,
 )
 from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import FULL, Job, Settings
@@ -23,7 +25,7 @@ from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.evaluation.completions import complete_missing, tell_no_end, turn_ends
 from reasonalloc.evaluation.fidelity_result import FidelityResult
 from reasonalloc.evaluation.kv_share import kv_sizes
-from reasonalloc.evaluation.loaded import find_model
+from reasonalloc.evaluation.loaded import architecture, find_model
 from reasonalloc.evaluation.progress import Observer, make_observer
 from reasonalloc.evaluation.records import ResultFile
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
@@ -101,7 +103,7 @@ def fidelity(
     """
     check_several(texts)
     observer = make_observer(progress)
-    shared = {
+    shared: dict[str, Any] = {
         "interval": interval,
         "window": window,
         "n_sink": n_sink,
@@ -114,12 +116,14 @@ def fidelity(
         "protect_prompt": protect_prompt,
         "kv_dtype": kv_dtype,
     }
-    configs, settings = _configs(
-        read_arms(arms), list_budgets(budgets), list_files(profile), shared | storage
-    )
-    generate = None if generate is None else whole_number("generate", generate, 2)
     options = ModelSpec("", dtype, device, trust_remote_code)
     source, loaded = find_model(model, tokenizer, options)
+    names, sizes = _compressing(arms, attention), list_budgets(budgets)
+    files = choose_files(names, list_files(profile), partial(architecture, source, loaded))
+    tell_shipped(files, observer.note)
+    settings = Settings(**as_settings(files), **shared, **storage)
+    configs = [settings.config(Job(name, size)) for size in sizes for name in names]
+    generate = None if generate is None else whole_number("generate", generate, 2)
     with observer.busy("Loading the model"):
         network, words = loaded or load_model(
             source.name, dtype, device, trust_remote_code=trust_remote_code
@@ -138,8 +142,8 @@ def fidelity(
         **shared,
         **settings.in_manifest,
     }
-    sizes = _sizes(configs, plans, trajectories)
-    results = _Results(out, manifest, configs, sizes)
+    held = _sizes(configs, plans, trajectories)
+    results = _Results(out, manifest, configs, held)
     with observer.counted("Replaying") as tell:
         _replay(network, trajectories, configs, results, tell)
     jobs = tuple((str(config.arm), config.given_budget) for config in configs)
@@ -148,14 +152,13 @@ def fidelity(
     )
 
 
-def _configs(
-    names: list[str], sizes: list[int | str], paths: list[str], shared: dict[str, Any]
-) -> tuple[list[CompressionConfig], Settings]:
+def _compressing(arms: Any, attention: str) -> list[str]:
+    """The names of the arms, if all of them can be replayed."""
+    names = read_arms(arms)
     if FULL in names:
         raise UsageError("arm 'full' is what all arms are compared with: leave it out")
-    check_decoding("eager", shared["attention"])
-    settings = Settings(**as_settings(choose_files(names, paths)), **shared)
-    return [settings.config(Job(name, size)) for size in sizes for name in names], settings
+    check_decoding("eager", attention)
+    return names
 
 
 def _load_texts(

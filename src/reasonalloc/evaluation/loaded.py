@@ -6,10 +6,12 @@ import os
 from dataclasses import fields, replace
 from typing import Any
 
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.integrations.hf.attachment import refuse_attached
-from reasonalloc.planning.shapes import model_name
+from reasonalloc.loading import load_config
+from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.texts import check_tokenizer
 
 
@@ -51,6 +53,20 @@ def find_model(
     if ray_address is not None:
         raise _no_effect("ray_address", ray_address)
     return ModelSpec(model_name(model)), (model, tokenizer)
+
+
+def architecture(source: ModelSpec, loaded: tuple[Any, Any] | None) -> str:
+    """Return the fingerprint of a model's architecture; of a name, its configuration is read.
+
+    Args:
+        source: as ``find_model`` returned it.
+        loaded: likewise.
+
+    Raises:
+        UsageError: it cannot be found or read.
+    """
+    model = load_config(source.name, source.trust_remote_code) if loaded is None else loaded[0]
+    return config_hash(text_config(model).to_dict())
 
 
 def _no_effect(name: str, value: Any) -> UsageError:

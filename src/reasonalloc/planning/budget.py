@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LayerQuery
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.shipped import shipped_name
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.ops.codes import row_format
@@ -22,6 +24,7 @@ from reasonalloc.planning.files import (
     make_layer_allocator,
     make_policy,
     other_cadence,
+    with_shipped,
 )
 from reasonalloc.planning.memory import LayerShape, MemoryPlan, row_bytes
 from reasonalloc.planning.sharding import HeadShard
@@ -79,7 +82,7 @@ class BudgetPlan(Shown):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         prompt = whole_number("prompt_tokens", self.prompt_tokens, 0, "tokens")
         object.__setattr__(self, "prompt_tokens", prompt)
-        object.__setattr__(self, "config", self._in_tokens())
+        object.__setattr__(self, "config", with_shipped(self._in_tokens(), self._fingerprint))
         check_profile(self.config)
         for shape in self._budgeted:
             row_format(self.config.kv_dtype, shape.head_dim, shape.head_dim, self.dtype, self.name)
@@ -244,6 +247,7 @@ class BudgetPlan(Shown):
             "window": config.window,
             "n_sink": config.n_sink,
             "kv_dtype": config.kv_dtype if self.formats is None else "planned",
+            "shipped_profile": self.shipped,
             "prompt": config.prompt,
             "prompt_tokens": self.prompt_tokens,
             "kv_bytes": {
@@ -265,13 +269,28 @@ class BudgetPlan(Shown):
         report = self.report(memory)
         return [size_table(report), layer_table(report["layers"])]
 
+    def notes(self) -> list[str]:
+        """Return which calibrated file of the package is read, if one is."""
+        if self.shipped is None:
+            return []
+        return [
+            f"Budgets by the profile of {self.shipped} that comes with the package. For another "
+            "model of this architecture calibrate your own."
+        ]
+
     def show(self, memory: int | None = None) -> None:
         """Print the tables on stdout.
 
         Args:
             memory: see ``report``.
         """
-        show(self.tables(memory))
+        show(self.tables(memory), notes=self.notes())
+
+    @cached_property
+    def shipped(self) -> str | None:
+        """Model of the calibrated file of the package that is read; None: none is."""
+        profile = self.config.profile
+        return None if profile is None else shipped_name(os.fspath(profile))
 
     @cached_property
     def _budgeted(self) -> list[LayerShape]:

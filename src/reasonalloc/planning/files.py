@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerAllocator
 from reasonalloc.calibrated import ReadsCalibrated
 from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.calibrated.shipped import find_shipped
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, Policy
@@ -25,6 +28,20 @@ def files_read(config: CompressionConfig) -> list[str]:
     """Return the paths of the files that the parts of an arm read."""
     parts = (part.with_file(config.profile) for part in readers(config.arm).values())
     return [part.path for part in parts if part.path]
+
+
+def with_shipped(config: CompressionConfig, config_hash: str) -> CompressionConfig:
+    """Return the settings with the package's own file for an architecture, if none was named.
+
+    Args:
+        config: the settings.
+        config_hash: of the model, see ``calibrated.demand.config_hash``.
+    """
+    kinds = set() if config.profile is not None else set(files_missing(config.arm).values())
+    if len(kinds) != 1:
+        return config
+    path = find_shipped(kinds.pop(), config_hash)
+    return config if path is None else replace(config, profile=path)
 
 
 def make_policy(config: CompressionConfig) -> Policy:

@@ -1,0 +1,1 @@
+"""Calibrated files that come with the package, by the fingerprint of the model they suit."""
