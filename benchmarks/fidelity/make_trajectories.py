@@ -1,18 +1,22 @@
 """Texts for the fidelity benchmark: five kinds, calibration and test kept apart.
 
-    python benchmarks/fidelity/make_trajectories.py MODEL MATH.jsonl GSM8K.jsonl OUT_FOLDER
+    python benchmarks/fidelity/make_trajectories.py MODEL MATH.jsonl GSM8K.jsonl OUT_FOLDER \\
+        [--chats N] [--dtype bfloat16]
 
 Worked solutions and question-answer pairs come from the two files (fields ``problem`` and
 ``solution``; ``question`` and ``answer``), code and technical prose from Python's standard library,
 licence prose from the installed packages, and generated text from the model itself, sampled with
 the full cache. Each trajectory has 48 prompt tokens and 720 completion tokens.
+
+``--chats`` adds problems of MATH through the chat template, N for calibration and 2 N for test,
+which the model answers greedily with the full cache in at most 720 tokens: answers that end count.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +25,14 @@ from typing import Any
 
 import torch
 
+from reasonalloc.evaluation.completions import complete_all, turn_ends
+from reasonalloc.evaluation.tasks.base import BOXED
 from reasonalloc.loading import load_model
+from reasonalloc.texts import Trajectory, as_trajectory
 
 PROMPT, COMPLETION = 48, 720
+#: Problems that chats ask, by their places in the file: no other kind of text uses them.
+CHATS = {"calibration": range(36, 100), "test": range(184, 250)}
 CODE = {
     "calibration": ("heapq", "textwrap", "csv"),
     "test": ("argparse", "statistics", "difflib", "configparser", "fractions"),
@@ -105,17 +114,59 @@ def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Ite
         yield "generated", _generated(model, tokenizer, text)
 
 
+def _chats(
+    model: Any, tokenizer: Any, math: str, split: str, count: int
+) -> Iterator[tuple[str, Trajectory]]:
+    """Chats of the model's own that end, in the order of the problems."""
+    rows = [json.loads(line) for line in Path(math).read_text().splitlines()]
+    problems = [rows[place]["problem"] for place in CHATS[split] if place < len(rows)]
+    ends, found = turn_ends(model, tokenizer), 0
+    while problems and found < count:
+        asked, problems = problems[:8], problems[8:]
+        texts = [
+            as_trajectory({"prompt": _asked(tokenizer, problem)}, tokenizer, "a chat")[0]
+            for problem in asked
+        ]
+        for text in complete_all(model, texts, COMPLETION):
+            if text.completion_ids[-1] in ends and found < count:
+                found += 1
+                yield "chats", text
+    if found < count:
+        raise SystemExit(f"{split}: only {found} of {count} chats end within {COMPLETION} tokens")
+
+
+def _asked(tokenizer: Any, problem: str) -> str:
+    chat = [{"role": "user", "content": f"{problem}\n\n{BOXED}"}]
+    text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return text
+
+
 def main() -> None:
     """Write ``calibration.jsonl`` and ``test.jsonl``."""
-    model_path, math, gsm8k, out = sys.argv[1:5]
-    model, tokenizer = load_model(model_path, "float32", "cpu")[:2]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model", "math", "gsm8k", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--chats", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model, args.dtype, "cpu")[:2]
     for split in ("calibration", "test"):
         lines = []
-        for kind, ids in _kinds(model, tokenizer, math, gsm8k, split):
-            row = {"kind": kind, "prompt_ids": ids[:PROMPT], "completion_ids": ids[PROMPT:]}
+        texts = (
+            (kind, Trajectory(tuple(ids[:PROMPT]), tuple(ids[PROMPT:])))
+            for kind, ids in _kinds(model, tokenizer, args.math, args.gsm8k, split)
+        )
+        wanted = args.chats * (1 + (split == "test"))
+        for kind, text in (*texts, *_chats(model, tokenizer, args.math, split, wanted)):
+            row = {
+                "kind": kind,
+                "prompt_ids": text.prompt_ids,
+                "completion_ids": text.completion_ids,
+            }
             lines.append(json.dumps(row, separators=(",", ":")))
-            print(split, kind, len(ids), repr(tokenizer.decode(ids[:24])), flush=True)
-        (Path(out) / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+            begin = repr(tokenizer.decode(text.prompt_ids[:24]))
+            print(split, kind, len(text.prompt_ids) + len(text.completion_ids), begin, flush=True)
+        (Path(args.out) / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
