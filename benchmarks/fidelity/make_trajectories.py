@@ -124,7 +124,7 @@ def _chats(
     while problems and found < count:
         asked, problems = problems[:8], problems[8:]
         texts = [
-            as_trajectory({"prompt": _asked(tokenizer, problem)}, tokenizer, "a chat")[0]
+            as_trajectory({"messages": [_question(problem)]}, tokenizer, "a chat")[0]
             for problem in asked
         ]
         for text in complete_all(model, texts, COMPLETION):
@@ -135,10 +135,8 @@ def _chats(
         raise SystemExit(f"{split}: only {found} of {count} chats end within {COMPLETION} tokens")
 
 
-def _asked(tokenizer: Any, problem: str) -> str:
-    chat = [{"role": "user", "content": f"{problem}\n\n{BOXED}"}]
-    text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return text
+def _question(problem: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{problem}\n\n{BOXED}"}
 
 
 def main() -> None:
