@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import Arm, CompressionConfig, PinOverflow, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.arm_files import (
@@ -34,7 +33,6 @@ from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
 from reasonalloc.planning.memory import MemoryPlan
-from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory, as_trajectory, check_several, load_trajectories
 from reasonalloc.whole import whole_number
 
@@ -137,7 +135,7 @@ def fidelity(
     tell_no_end(trajectories, ends, observer.note)
     manifest = {
         "model": source.name,
-        "config_hash": config_hash(text_config(network).to_dict()),
+        "config_hash": architecture(source, (network, words)),
         "dtype": str(network.dtype),
         **shared,
         **settings.in_manifest,
