@@ -15,7 +15,7 @@ VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 .PHONY: setup demo check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm clean bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -213,6 +213,12 @@ bench-gpu: setup
 		--arms rkv,rkv/uniform/reasonalloc --out bench-gpu-many.json
 	$(GPU_BENCH) --batch $(FULL_BATCH) --new-tokens 16384 --at 1024 --arms full \
 		--out bench-gpu-full.json
+
+clean-oldest:
+	rm -rf $(OLDEST)
+
+clean-newest:
+	rm -rf $(NEWEST)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site coverage.xml .coverage .import_linter_cache
