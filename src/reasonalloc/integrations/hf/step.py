@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.calls import CallCheck
+from reasonalloc.integrations.hf.calls import CallCheck, CallEnd
 from reasonalloc.integrations.hf.versions import given_cache
 from reasonalloc.planning.memory import LayerShape
 
@@ -26,7 +26,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     Args:
         step: ``eager``, ``static``, ``graph`` or ``compile``.
         model: a transformers model.
-        shapes: its attention layers.
+        shapes: its layers.
         parts: number of processes that share its heads.
 
     Raises:
@@ -39,7 +39,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
 
     if step == "eager":
         return
-    if not all(shape.compressible for shape in shapes):
+    if any(shape.sliding_window is not None for shape in shapes):
         raise refuse("the caches of its layers with a sliding window grow from step to step")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refuse("it does not take position_ids")
@@ -56,6 +56,8 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
+        if any(shape.state is not None for shape in shapes):
+            raise refuse("programs of steps with linear, Mamba or convolution layers are not known")
         from reasonalloc import cpu_step
 
         cpu_step.check(model.dtype)
@@ -88,7 +90,7 @@ def _is_foreign(hook: Any) -> bool:
     Calls that collect them are no steps that are repeated (``_EXTRA_OUTPUTS``).
     """
     place = getattr(hook, "__module__", None) or type(hook).__module__
-    return not isinstance(hook, CallCheck) and not place.startswith("transformers.")
+    return not isinstance(hook, (CallCheck, CallEnd)) and not place.startswith("transformers.")
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
