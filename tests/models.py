@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,6 +33,7 @@ from transformers import (
 )
 
 VOCAB = 97
+FULL = "full_attention"
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -46,6 +49,25 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.3,  # the usual 0.02 gives flat attention, and tests that see nothing
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def gpt_oss(config: dict[str, Any]) -> Any:
+    """With learned sinks that take between next to nothing and most of the attention."""
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            **config,
+            head_dim=16,
+            sliding_window=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.uniform_(-2, 5)
+    return model
+
 
 FACTORIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "llama": lambda c: LlamaForCausalLM(LlamaConfig(**c)),
@@ -65,6 +87,8 @@ FACTORIES: dict[str, Callable[[dict[str, Any]], Any]] = {
             layer_types=["sliding_attention", "full_attention", "full_attention"],
         )
     ),
+    "gpt_oss": lambda c: gpt_oss({"layer_types": ["sliding_attention", *2 * [FULL]], **c}),
+    "gpt_oss_full": lambda c: gpt_oss({"layer_types": 3 * [FULL], **c}),
     "olmo2": lambda c: Olmo2ForCausalLM(Olmo2Config(**c)),
     "qwen3_moe": lambda c: Qwen3MoeForCausalLM(Qwen3MoeConfig(**c, head_dim=16, **EXPERTS)),
     "mixtral": lambda c: MixtralForCausalLM(

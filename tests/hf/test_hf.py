@@ -225,9 +225,8 @@ def boundary(cache: Any) -> None:
     """Let the next boundary come now: the steps in which this sequence was masked count too."""
     for layer in cache.layers:
         layer.compressor.progress._since = 0
-        layer.compressor._compress(
-            layer.compressor.slab, layer.compressor.slab.as_rows(), 8**-0.5, None
-        )
+        slab = layer.compressor.slab
+        layer.compressor._compress(slab, slab.as_rows(), layer.compressor._logits)
 
 
 def test_forward_without_a_cache_is_untouched() -> None:

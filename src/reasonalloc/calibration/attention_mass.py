@@ -19,9 +19,10 @@ from reasonalloc.whole import whole_number
 
 
 def demand(weights: Tensor, rho: float) -> Tensor:
-    """Return the fewest keys whose attention masses sum to at least ``rho``, per KV head.
+    """Return the fewest keys whose attention masses sum to at least ``rho`` of all, per KV head.
 
-    The masses are averaged over the window's queries and over the query heads of the group.
+    The masses are averaged over the window's queries and over the query heads of the group. What a
+    learned sink takes is no key's mass.
 
     Args:
         weights: [kv_heads, group, window, n], see ``window_attention``.
@@ -32,7 +33,7 @@ def demand(weights: Tensor, rho: float) -> Tensor:
     """
     mass = weights.mean(dim=(1, 2))
     sums = mass.double().sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    return (sums < rho).sum(dim=-1).clamp_max(mass.shape[-1] - 1) + 1
+    return (sums < rho * sums[..., -1:]).sum(dim=-1).clamp_max(mass.shape[-1] - 1) + 1
 
 
 class _Demands(Observer):

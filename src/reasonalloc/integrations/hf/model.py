@@ -69,11 +69,6 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
             f"{name} cannot run under a KV budget: its attention does not go through transformers' "
             "AttentionInterface"
         )
-    for path, _ in model.named_parameters():
-        if path.endswith(".sinks"):
-            raise UnsupportedError(
-                f"{name} cannot run under a KV budget: it has learned attention sinks ({path})"
-            )
     return shapes
 
 
