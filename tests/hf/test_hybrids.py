@@ -279,8 +279,9 @@ class Collected:
 
 @needs_layers
 def test_what_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"step='compile' .* use step='eager'"):
-        reasonalloc.attach(made("bamba"), budget=64, step="compile")
+    for step in ("compile", "graph"):
+        with pytest.raises(UnsupportedError, match=rf"step='{step}' .* use step='eager'"):
+            reasonalloc.attach(made("bamba"), budget=64, step=step)
     model = made("jamba")
     with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
         cache = attached.new_cache()

@@ -38,7 +38,7 @@ def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
 
 def empty_layer() -> Any:
     """transformers' cache layer of a layer that caches nothing, such as an MLP."""
-    return cache_utils.DummyLayer()  # type: ignore[no-untyped-call]
+    return cache_utils.DummyLayer()
 
 
 class StateLayer(LinearAttentionLayer):
@@ -49,7 +49,7 @@ class StateLayer(LinearAttentionLayer):
     """
 
     def __init__(self, state: StateShape) -> None:
-        LinearAttentionLayer.__init__(self)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.__init__(self)
         self.state = state
 
     def lazy_initialization(
@@ -72,7 +72,7 @@ class StateLayer(LinearAttentionLayer):
             _check_size(conv_states[0, :, 0].numel() * kernel, self.state.conv)
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
         with torch.inference_mode(False), torch.no_grad():
-            LinearAttentionLayer.lazy_initialization(  # type: ignore[no-untyped-call]
+            LinearAttentionLayer.lazy_initialization(
                 self, conv_states, recurrent_states, state_idx, conv_kernel_size
             )
 
@@ -141,7 +141,8 @@ class StateLayer(LinearAttentionLayer):
 
     def _set_states(self, held: Mapping[str, Tensor], seen: bool) -> None:
         for name, tensor in held.items():
-            self.lazy_initialization(**{f"{name}_states": tensor})
+            given: dict[str, Any] = {f"{name}_states": tensor}
+            self.lazy_initialization(**given)
             with torch.inference_mode(False), torch.no_grad():
                 getattr(self, f"{name}_states")[0].copy_(tensor)
         self.has_previous_state[0] = seen

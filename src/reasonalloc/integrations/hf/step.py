@@ -45,6 +45,8 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         raise refuse("it does not take position_ids")
     if step == "static":
         return
+    if any(shape.state is not None for shape in shapes):
+        raise refuse("repeated steps of linear, Mamba or convolution layers were not tested")
     if step == "graph" and model.device.type != "cuda":
         raise UsageError(
             f"step='graph' needs a GPU, but the model is on {model.device}: use step='compile'"
@@ -56,8 +58,6 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
     if step == "compile":
-        if any(shape.state is not None for shape in shapes):
-            raise refuse("programs of steps with linear, Mamba or convolution layers are not known")
         from reasonalloc import cpu_step
 
         cpu_step.check(model.dtype)
