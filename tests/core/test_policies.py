@@ -64,9 +64,7 @@ def observed(policy: Policy, candidates: Candidates, seed: int) -> Candidates:
     st.booleans(),
 )
 @examples(25)
-def test_scores(
-    seed: int, lengths: list[list[int]], group: int, window: int, sunk: bool
-) -> None:
+def test_scores(seed: int, lengths: list[list[int]], group: int, window: int, sunk: bool) -> None:
     candidates = ragged(seed, lengths, group, window, sunk)
     assert set(SPECS) == set(POLICIES.entries()) - reference.NAMED_BY_A_FILE
     for name, parameters in SPECS.items():

@@ -136,7 +136,7 @@ def test_several_calls_do_not_influence_each_other() -> None:
         assert torch.equal(model.generate(prompt(30), max_new_tokens=40, **GREEDY), first)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("arm", ["rkv", "h2o/uniform/adakv"])
 def test_conversation_on_one_cache(name: str, arm: str) -> None:
     model = tiny(name)

@@ -119,11 +119,11 @@ class FixedStep(Step):
             ring = None if held.queries is None else held.queries.ring
             token = (new.query, new.key, new.value, seen)
             scaling, softcap, sinks = new.logits
-            how = (ring, scaling, softcap, self._watching, sinks)
+            how = (ring, scaling, softcap, self._watching)
             result = (
-                self._ops.step_coded(*token, slab, *how)
+                self._ops.step_coded(*token, slab, *how, sinks=sinks)
                 if isinstance(slab, CodedSlab)
-                else self._ops.step(*token, slab, *how)
+                else self._ops.step(*token, slab, *how, sinks=sinks)
             )
             if result is not None:
                 return result

@@ -23,13 +23,13 @@ from reasonalloc.attention.coded import CodedView
 from reasonalloc.attention.kernels.decode import (
     _block,
     _capped,
-    join,
     _on,
     _query,
     _share,
     _splits,
     _store_part,
     _weigh,
+    join,
 )
 from reasonalloc.ops.codes import GROUP, KINDS, RowFormat, rotated
 

@@ -288,14 +288,14 @@ extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys, co
                                       const int64_t* lengths, float* scores, int64_t batch,
                                       int64_t kv_heads, int64_t group, int64_t window,
                                       int64_t stored, int64_t n, int64_t width, int64_t kernel,
-                                      float lam, float threshold, float softcap,
-                                      const float* sinks, int kind, int threads) {
+                                      float lam, float threshold, float softcap, const float* sinks,
+                                      int kind, int threads) {
   int failed = kDone;
   by_kind(kind, [&](auto zero) {
     using T = decltype(zero);
-    failed =
-        rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
-                   group, window, stored, n, width, kernel, lam, threshold, softcap, sinks, threads);
+    failed = rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch,
+                        kv_heads, group, window, stored, n, width, kernel, lam, threshold, softcap,
+                        sinks, threads);
   });
   return failed;
 }
