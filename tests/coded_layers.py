@@ -100,7 +100,11 @@ def random_rows(form: RowFormat, count: int, generator: torch.Generator) -> Tens
 
 
 def dense_attention(
-    query: Tensor, slab: MadeCoded, scaling: float, softcap: float | None
+    query: Tensor,
+    slab: MadeCoded,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query head at a time over its tokens in float64; the result of ``decode_coded``."""
     batch, query_heads = query.shape[:2]
@@ -118,7 +122,9 @@ def dense_attention(
                 logits = keys @ query[b, q, 0].double().cpu() * scaling
                 if softcap is not None:
                     logits = torch.tanh(logits / softcap) * softcap
-                weights = logits.softmax(0)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[q : q + 1].double().cpu()])
+                weights = logits.softmax(0)[: length + tail]
                 out[b, q, 0] = weights @ values
                 received[b, first : first + length] += weights[:length]
                 received[b, behind : behind + tail] += weights[length:]

@@ -17,9 +17,9 @@ from reasonalloc.attention.kernels import coded, decode
 from reasonalloc.ops.codes import row_format
 
 INTEGERS = ("kv_heads", "uniform_run", "uniform_length", "slots", "count", "pool_bytes")
-INTEGERS += ("coded_slots", "room", "run_blocks")
+INTEGERS += ("coded_slots", "room", "run_blocks", "query_heads")
 FLOATS = ("scaling", "softcap")
-BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received"), "*fp32")
+BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received", "sinks"), "*fp32")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on sm_86 and sm_89
 CODED = (
     ("bf16", "int8:int4", 256),
@@ -102,7 +102,9 @@ def build_all_plain() -> None:
                 }
                 build(decode._split_kernel, pointers, constants | values, 4)
                 build(decode._received_kernel, pointers, constants, 4)
-            build(decode._join_kernel, data | BUFFERS, values | {"SPLITS_PAD": 4}, 1)
+            for sinks in (False, True):
+                constants = values | {"SPLITS_PAD": 4, "SINKS": sinks}
+                build(decode._join_kernel, data | BUFFERS, constants, 1)
 
 
 if __name__ == "__main__":

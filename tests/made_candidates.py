@@ -7,7 +7,9 @@ import torch
 from reasonalloc.policies import Candidates
 
 
-def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Candidates:
+def ragged(
+    seed: int, lengths: list[list[int]], group: int, window: int, sunk: bool = False
+) -> Candidates:
     """Random candidates; keys are clustered so that some are near-duplicates."""
     generator = torch.Generator().manual_seed(seed)
     batch, heads, dim = len(lengths), len(lengths[0]), 8
@@ -37,4 +39,5 @@ def ragged(seed: int, lengths: list[list[int]], group: int, window: int) -> Cand
         softcap=None,
         layer=3,
         seed=seed,
+        sinks=2 * torch.randn(heads, group, generator=generator) if sunk else None,
     )

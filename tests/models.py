@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -30,6 +33,7 @@ from transformers import (
 )
 
 VOCAB = 97
+FULL = "full_attention"
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -45,6 +49,25 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.3,  # the usual 0.02 gives flat attention, and tests that see nothing
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def gpt_oss(config: dict[str, Any]) -> Any:
+    """With learned sinks that take between next to nothing and most of the attention."""
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            **config,
+            head_dim=16,
+            sliding_window=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.uniform_(-2, 5)
+    return model
+
 
 FACTORIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "llama": lambda c: LlamaForCausalLM(LlamaConfig(**c)),
@@ -64,12 +87,121 @@ FACTORIES: dict[str, Callable[[dict[str, Any]], Any]] = {
             layer_types=["sliding_attention", "full_attention", "full_attention"],
         )
     ),
+    "gpt_oss": lambda c: gpt_oss({"layer_types": ["sliding_attention", *2 * [FULL]], **c}),
+    "gpt_oss_full": lambda c: gpt_oss({"layer_types": 3 * [FULL], **c}),
     "olmo2": lambda c: Olmo2ForCausalLM(Olmo2Config(**c)),
     "qwen3_moe": lambda c: Qwen3MoeForCausalLM(Qwen3MoeConfig(**c, head_dim=16, **EXPERTS)),
     "mixtral": lambda c: MixtralForCausalLM(
         MixtralConfig(**c, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     ),
 }
+
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+_MAMBA2: dict[str, Any] = {
+    **_MAMBA,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+_LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+
+#: Classes of hybrid models, looked up by name (older transformers lacks some), and their settings.
+HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            **_DELTA,
+            **EXPERTS,
+            "head_dim": 16,
+            "layer_types": _LINEAR_FIRST,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        {**_DELTA, "head_dim": 16, "layer_types": _LINEAR_FIRST},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_MAMBA2,
+            "layer_types": _LINEAR_FIRST,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+        },
+    ),
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**_MAMBA2, "attn_layer_indices": [1, 3]}),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            **_MAMBA,
+            "mamba_dt_rank": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {**_MAMBA2, "mamba_d_ssm": 96, "num_hidden_layers": 2},
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {
+            "conv_L_cache": 3,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "head_dim": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "ssm_state_size": 8,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+    ),
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        {
+            "layer_types": _LINEAR_FIRST,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+        },
+    ),
+}
+
+
+def hybrid(name: str, **changes: Any) -> Any:
+    """A hybrid model with seeded random weights, fp32, in evaluation mode."""
+    config, model, settings = HYBRIDS[name]
+    given = {**COMMON, "num_hidden_layers": 4, **settings, **changes}
+    torch.manual_seed(hash_name(name))
+    return getattr(transformers, model)(getattr(transformers, config)(**given)).eval()
 
 
 def tiny(name: str, **changes: Any) -> Any:

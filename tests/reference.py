@@ -27,6 +27,7 @@ class Head:
     head: int = 0
     seen: int = 0
     seed: int = 0
+    sinks: list[float] | None = None  # of the query heads
     projections: torch.Tensor | None = None  # [group, outputs, d], of the head's query heads
 
     @property
@@ -34,15 +35,20 @@ class Head:
         return len(self.positions)
 
 
-def softmax(values: list[float]) -> list[float]:
-    top = max(values)
-    powers = [math.exp(v - top) for v in values]
-    return [p / sum(powers) for p in powers]
+def softmax(values: list[float], sink: float | None = None) -> list[float]:
+    every = values if sink is None else [*values, sink]
+    top = max(every)
+    total = sum(math.exp(v - top) for v in every)
+    return [math.exp(v - top) / total for v in values]
 
 
 def logits(head: Head, group: int, query: int) -> list[float]:
     q = head.queries[group, query]
     return [float(q @ head.keys[i]) * head.scaling for i in range(head.n)]
+
+
+def sink(head: Head, group: int) -> float | None:
+    return None if head.sinks is None else head.sinks[group]
 
 
 def score_streaming_llm(head: Head, sinks: int = 4) -> list[float]:
@@ -58,7 +64,7 @@ def score_knorm(head: Head) -> list[float]:
 
 
 def score_tova(head: Head) -> list[float]:
-    groups = [softmax(logits(head, g, -1)) for g in range(head.queries.shape[0])]
+    groups = [softmax(logits(head, g, -1), sink(head, g)) for g in range(head.queries.shape[0])]
     return [sum(g[i] for g in groups) / len(groups) for i in range(head.n)]
 
 
@@ -91,7 +97,7 @@ def score_snapkv(head: Head, kernel: int = 5, pooling: str = "avg") -> list[floa
         for w, position in enumerate(head.query_positions):
             row = logits(head, g, w)
             visible = [i for i in range(head.n) if head.positions[i] <= position]
-            weights = softmax([row[i] for i in visible])
+            weights = softmax([row[i] for i in visible], sink(head, g))
             for i, weight in zip(visible, weights, strict=True):
                 if i < last:
                     sums[i] += weight / groups
@@ -164,7 +170,8 @@ def score_rkv(head: Head, lam: float = 0.1, kernel: int = 7, threshold: float = 
     sums = [0.0] * last
     for w in range(len(head.query_positions)):
         groups = [logits(head, g, w)[:last] for g in range(head.queries.shape[0])]
-        for i, weight in enumerate(softmax([max(column) for column in zip(*groups, strict=True)])):
+        largest = [max(column) for column in zip(*groups, strict=True)]
+        for i, weight in enumerate(softmax(largest, max(head.sinks) if head.sinks else None)):
             sums[i] += weight / len(head.query_positions)
     importance = _pool(sums, kernel, "max")
     columns = [0.0] * head.n

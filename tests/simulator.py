@@ -76,6 +76,7 @@ class Simulator:
         mask: torch.Tensor | None,
         scaling: float = 1.0,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         layer, heads, columns, end = module.layer_idx, key.shape[1], query.shape[2], key.shape[2]
@@ -98,7 +99,9 @@ class Simulator:
                     logits = key[0, h, visible] @ query[0, row, i] * scaling
                     if softcap is not None:
                         logits = torch.tanh(logits / softcap) * softcap
-                    weights = logits.float().softmax(0)
+                    if s_aux is not None:
+                        logits = torch.cat([logits, s_aux[row : row + 1]])
+                    weights = logits.float().softmax(0)[: len(visible)]
                     out[0, row, i] = weights @ value[0, h, visible]
                     for q, weight in zip(visible, weights.tolist(), strict=True):
                         means[q] = means.get(q, 0.0) + weight / group
@@ -127,6 +130,7 @@ class Simulator:
         group = recent.shape[0] // heads
         first = max(self.n_sink, self.prompt if self.protect_prompt else 0)
         scores, least, forced_sets = [], window, []
+        sinks = module.sinks.tolist() if hasattr(module, "sinks") else None
         for h in range(heads):
             kept = self.kept[layer][h]
             head = Head(
@@ -142,6 +146,7 @@ class Simulator:
                 head=h,
                 seen=end,
                 seed=self.seed,
+                sinks=sinks[h * group : (h + 1) * group] if sinks else None,
                 projections=module.o_proj.weight.detach()
                 .unflatten(1, (heads * group, -1))[:, h * group : (h + 1) * group]
                 .transpose(0, 1),

@@ -51,13 +51,14 @@ def random_slab(
 @given(
     st.integers(0, 10**6),
     lengths_of_heads(st.integers(1, 90), 3, 2),
-    st.integers(1, 4),
+    st.integers(1, 8),
     st.sampled_from([(8, 8), (24, 16), (64, 64), (80, 48)]),
     st.sampled_from([None, 2.0]),
     st.booleans(),
     st.sampled_from(DTYPES),
+    st.sampled_from([None, 0.0, 3.0, -200.0, 200.0]),
 )
-@examples(12)
+@examples(16)
 def test_decode_is_the_reference(
     seed: int,
     lengths: list[list[int]],
@@ -66,6 +67,7 @@ def test_decode_is_the_reference(
     softcap: float | None,
     uniform: bool,
     dtype: torch.dtype,
+    sink: float | None,
 ) -> None:
     if uniform:
         lengths = [[lengths[0][0]] * len(lengths[0])] * len(lengths)
@@ -73,13 +75,16 @@ def test_decode_is_the_reference(
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (len(lengths), len(lengths[0]) * group, 1, dims[0])
     query = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    sinks = None if sink is None else sink + torch.randn(shape[1], generator=generator)
+    sinks = None if sinks is None else sinks.to(DEVICE, dtype)
     for name in ("triton", "sdpa"):
-        found, received = BACKENDS.create(name).decode(query, slab, 0.3, softcap, True)
-        expected, weights = BACKENDS.create("eager").decode(query, slab, 0.3, softcap, True)
+        found, received = BACKENDS.create(name).decode(query, slab, 0.3, softcap, True, sinks)
+        slow = BACKENDS.create("eager")
+        expected, weights = slow.decode(query, slab, 0.3, softcap, True, sinks)
         limit = TOLERANCE[dtype]
         torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
         torch.testing.assert_close(received, weights, rtol=limit, atol=limit)
-        plain, nothing = BACKENDS.create(name).decode(query, slab, 0.3, softcap, False)
+        plain, nothing = BACKENDS.create(name).decode(query, slab, 0.3, softcap, False, sinks)
         torch.testing.assert_close(plain, expected, rtol=limit, atol=limit)
         assert nothing is None
 
@@ -92,8 +97,9 @@ def test_decode_is_the_reference(
     st.sampled_from([(24, 16), (64, 64), (80, 48), (32, 128), (256, 24)]),
     st.sampled_from([None, 2.0]),
     st.sampled_from(list(TOLERANCE)),
+    st.booleans(),
 )
-@examples(12)
+@examples(16)
 def test_coded_runs(
     seed: int,
     kinds: list[str],
@@ -102,6 +108,7 @@ def test_coded_runs(
     dims: tuple[int, int],
     softcap: float | None,
     dtype: torch.dtype,
+    sunk: bool,
 ) -> None:
     """One format for all heads, twice each or one per head; ragged runs, some empty."""
     kinds = kinds[:1] * same if same else kinds * 2
@@ -112,15 +119,16 @@ def test_coded_runs(
     tails = torch.randint(1, 80, shape, generator=generator)
     slab = made_coded(seed, kinds, lengths.tolist(), tails.tolist(), dims, dtype, DEVICE)
     query = torch.randn(2, len(kinds) * group, 1, dims[0], generator=generator).to(DEVICE, dtype)
-    expected, weights = dense_attention(query, slab, 0.3, softcap)
+    sinks = (2 * torch.randn(query.shape[1], generator=generator)).to(DEVICE) if sunk else None
+    expected, weights = dense_attention(query, slab, 0.3, softcap, sinks)
     backend = BACKENDS.create("triton")
-    out, received = backend.decode_coded(query, slab, 0.3, softcap, True)
+    out, received = backend.decode_coded(query, slab, 0.3, softcap, True, sinks)
     limit = TOLERANCE[dtype]
     torch.testing.assert_close(out.double().cpu(), expected, rtol=limit, atol=limit)
     limit = 1e-4 if dtype == torch.float32 or DEVICE.type == "cpu" else 1e-2
     assert received is not None
     torch.testing.assert_close(received.double().cpu(), weights, rtol=limit, atol=limit)
-    plain, nothing = backend.decode_coded(query, slab, 0.3, softcap, False)
+    plain, nothing = backend.decode_coded(query, slab, 0.3, softcap, False, sinks)
     assert torch.equal(plain, out) and nothing is None
 
 

@@ -36,6 +36,7 @@ def kinds_of(data: st.DataObject, heads: int) -> list[str]:
     st.sampled_from([(24, 16), (64, 64), (80, 48), (32, 128), (256, 24)]),
     st.sampled_from([None, 2.0]),
     st.sampled_from(list(TOLERANCE)),
+    st.booleans(),
 )
 @examples(80)
 def test_decode_coded(
@@ -46,6 +47,7 @@ def test_decode_coded(
     dims: tuple[int, int],
     softcap: float | None,
     dtype: torch.dtype,
+    sunk: bool,
 ) -> None:
     kinds = kinds_of(data, len(lengths[0]))
     tails = [[1 + (seed + length) % 7 for length in row] for row in lengths]
@@ -53,12 +55,14 @@ def test_decode_coded(
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (len(lengths), len(kinds) * group, 1, dims[0])
     query = torch.randn(shape, generator=generator).to(dtype)
-    expected, weights = dense_attention(query, slab, 0.3, softcap)
+    sinks = 2 * torch.randn(shape[1], generator=generator) if sunk else None
+    expected, weights = dense_attention(query, slab, 0.3, softcap, sinks)
     limit = TOLERANCE[dtype]
     for name in NAMES:
         for need_weights in (False, True):
             backend = BACKENDS.create(name)
-            out, received = backend.decode_coded(query, slab, 0.3, softcap, need_weights)
+            how = (0.3, softcap, need_weights, sinks)
+            out, received = backend.decode_coded(query, slab, *how)
             assert out.dtype == dtype and (received is not None) == need_weights
             torch.testing.assert_close(out.double(), expected, rtol=limit, atol=limit)
             if received is not None:

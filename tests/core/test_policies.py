@@ -61,10 +61,11 @@ def observed(policy: Policy, candidates: Candidates, seed: int) -> Candidates:
     lengths_of_heads(st.integers(9, 30), 2, 2),
     st.integers(1, 3),
     st.integers(1, 6),
+    st.booleans(),
 )
 @examples(25)
-def test_scores(seed: int, lengths: list[list[int]], group: int, window: int) -> None:
-    candidates = ragged(seed, lengths, group, window)
+def test_scores(seed: int, lengths: list[list[int]], group: int, window: int, sunk: bool) -> None:
+    candidates = ragged(seed, lengths, group, window, sunk)
     assert set(SPECS) == set(POLICIES.entries()) - reference.NAMED_BY_A_FILE
     for name, parameters in SPECS.items():
         arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
@@ -110,6 +111,7 @@ def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
         head=h,
         seen=int(c.seen[b]),
         seed=c.seed,
+        sinks=None if c.sinks is None else c.sinks[h].tolist(),
     )
 
 

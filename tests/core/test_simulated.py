@@ -101,6 +101,12 @@ def test_values_behind_the_output_projection(name: str) -> None:
         compare(name, 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
 
 
+@pytest.mark.parametrize("policy", sorted(set(SCORES) - {"tri_attention"}))
+def test_learned_sinks(policy: str) -> None:
+    heads = ("adakv", "reasonalloc")[len(policy) % 2]
+    compare("gpt_oss_full", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
+
+
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
 def test_recurrence_with_tokens_that_are_not_attended_to(threshold: float) -> None:
     policy = f"lazy_eviction(threshold={threshold})"

@@ -136,7 +136,7 @@ def test_several_calls_do_not_influence_each_other() -> None:
         assert torch.equal(model.generate(prompt(30), max_new_tokens=40, **GREEDY), first)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("arm", ["rkv", "h2o/uniform/adakv"])
 def test_conversation_on_one_cache(name: str, arm: str) -> None:
     model = tiny(name)
@@ -225,9 +225,8 @@ def boundary(cache: Any) -> None:
     """Let the next boundary come now: the steps in which this sequence was masked count too."""
     for layer in cache.layers:
         layer.compressor.progress._since = 0
-        layer.compressor._compress(
-            layer.compressor.slab, layer.compressor.slab.as_rows(), 8**-0.5, None
-        )
+        slab = layer.compressor.slab
+        layer.compressor._compress(slab, slab.as_rows(), layer.compressor._logits)
 
 
 def test_forward_without_a_cache_is_untouched() -> None:

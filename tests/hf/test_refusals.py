@@ -15,7 +15,6 @@ from transformers import (
     DynamicCache,
     Gemma4TextConfig,
     GenerationConfig,
-    GptOssConfig,
     MambaConfig,
     MistralConfig,
     Phi3Config,
@@ -111,18 +110,6 @@ MODELS: list[tuple[str, Any, str]] = [
             T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
         "encoder-decoder",
-    ),
-    (
-        "sinks",
-        lambda: AutoModelForCausalLM.from_config(
-            GptOssConfig(
-                **COMMON,
-                head_dim=8,
-                num_local_experts=4,
-                layer_types=["sliding_attention", "full_attention", "full_attention"],
-            )
-        ),
-        "learned attention sinks",
     ),
     (
         "sliding only",

@@ -98,6 +98,7 @@ def test_rows_from_outside(place: int) -> None:
         *(("keys", change) for change in (double, lambda keys: keys[..., :-1], to_meta)),
         *(("index", change) for change in (to_int, to_meta)),
         *(("lengths", change) for change in (to_int, shorter)),
+        *(("sinks", change) for change in (shorter, to_meta)),
     ],
 )
 def test_scores_of_rkv(name: str, change: Change) -> None:
@@ -114,6 +115,7 @@ def scores() -> dict[str, Any]:
         "kernel": 7,
         "threshold": 0.5,
         "softcap": None,
+        "sinks": torch.randn(HEADS, 2),
     }
 
 
@@ -170,6 +172,7 @@ def slab() -> dict[str, Any]:
         "lengths": torch.full((BATCH, HEADS), 2),
         "scaling": 0.3,
         "softcap": 0.0,
+        "sinks": torch.randn(2 * HEADS),
         "key": torch.randn(BATCH, HEADS, 1, DIM),
         "value": torch.randn(BATCH, HEADS, 1, DIM),
         "positions": torch.zeros(BATCH, SLOTS, dtype=torch.int32),
@@ -190,6 +193,7 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
 
 STORED = [
     ("query", double),
+    *(("sinks", change) for change in (double, shorter, spread)),
     *(("keys", change) for change in (double, spread)),
     *(("values", change) for change in (double, spread)),
     *(("offsets", change) for change in (to_int, shorter)),
@@ -254,7 +258,7 @@ def test_attention_outside(name: str, wrong: int) -> None:
     arguments[name].view(-1)[-1] = wrong
     given = list(arguments.values())
     with pytest.raises(RuntimeError, match="points outside"):
-        torch.ops.reasonalloc.ragged_decode(*given[:7], False)
+        torch.ops.reasonalloc.ragged_decode(*given[:8], False)
 
 
 def draft(operation: Operation, sizes: Any, out: Tensor, a: Tensor, b: Any = None) -> Draft:

@@ -66,25 +66,33 @@ def compare(got: Any, expected: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@given(layers(), st.integers(1, 16), st.sampled_from([None, 2.0]), st.sampled_from(list(TOLERANCE)))
+@given(
+    layers(),
+    st.integers(1, 16),
+    st.sampled_from([None, 2.0]),
+    st.sampled_from(list(TOLERANCE)),
+    st.booleans(),
+)
 @examples(120)
 def test_attention_is_the_reference(
-    slab: MadeCoded, group: int, softcap: float | None, dtype: torch.dtype
+    slab: MadeCoded, group: int, softcap: float | None, dtype: torch.dtype, sunk: bool
 ) -> None:
     query = query_for(slab, group, dtype)
     if group % 4 == 0:
         query = spread(query)
-    out, received = BACKENDS.create("cpp").decode_coded(query, slab, 0.3, softcap, True)
-    again, none = BACKENDS.create("cpp").decode_coded(query, slab, 0.3, softcap, False)
+    sinks = 2 * torch.randn(query.shape[1]) if sunk else None
+    how = (0.3, softcap, True, sinks)
+    out, received = BACKENDS.create("cpp").decode_coded(query, slab, *how)
+    again, none = BACKENDS.create("cpp").decode_coded(query, slab, 0.3, softcap, False, sinks)
     assert none is None and torch.equal(out, again)
-    compare((out, received), decode_coded(query, slab, 0.3, softcap, True), out.dtype)
+    compare((out, received), decode_coded(query, slab, *how), out.dtype)
 
 
 @pytest.mark.usefixtures("threads")
-@given(layers(spare=2), st.integers(1, 5), st.booleans(), st.booleans())
+@given(layers(spare=2), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans())
 @examples(60)
 def test_a_step_is_the_reference(
-    slab: MadeCoded, group: int, state: bool, need_weights: bool
+    slab: MadeCoded, group: int, state: bool, need_weights: bool, sunk: bool
 ) -> None:
     """Stored, noted, and attended to."""
     batch, heads, _, dim = slab.tail_keys.shape
@@ -93,15 +101,16 @@ def test_a_step_is_the_reference(
     slow, token = slab.copy(), (batch, heads, 1)
     ring = torch.zeros(batch, 3, heads * group, dim)
     seen = torch.randint(0, 1000, (batch,))
+    sinks = 2 * torch.randn(heads * group) if sunk else None
     for _ in range(2):
         query = query_for(slab, group, torch.float32)
         key = torch.randn(*token, dim).to(slab.tail_keys.dtype)
         value = torch.randn(*token, slab.tail_values.shape[3]).to(slab.tail_values.dtype)
         got = choose_operations(native=True).step_coded(
-            query, key, value, seen, slab, ring, 0.3, None, need_weights
+            query, key, value, seen, slab, ring, 0.3, None, need_weights, sinks
         )
         slow.store(key, value, seen)
-        expected = decode_coded(query, slow, 0.3, None, need_weights)
+        expected = decode_coded(query, slow, 0.3, None, need_weights, sinks)
         assert got is not None and (got[1] is None) == (not need_weights)
         compare(got, expected, got[0].dtype)
         for b in range(batch):
@@ -165,6 +174,7 @@ def arguments() -> dict[str, Any]:
         **coded._input_of(slab)._asdict(),
         "scaling": 0.3,
         "softcap": 0.0,
+        "sinks": torch.randn(2 * HEADS),
         "key": torch.randn(token),
         "value": torch.randn(token),
         "positions": slab.positions,
@@ -195,6 +205,7 @@ def shorter(tensor: Tensor) -> Tensor:
 Change = Callable[[Tensor], Tensor]
 WRONG: list[tuple[str, Change]] = [
     ("query", Tensor.double),
+    *(("sinks", change) for change in (Tensor.double, shorter, spread)),
     *(("pool", change) for change in (Tensor.char, spread, lambda pool: pool[:1])),
     *((n, c) for n in ("starts", "offsets", "lengths") for c in (Tensor.int, shorter)),
     *(("tail_keys", change) for change in (Tensor.double, spread, shorter)),
@@ -262,7 +273,7 @@ def test_formats_of_other_vectors_are_refused() -> None:
     read = coded._input_of(odd)._replace(kinds=[KINDS["int4"], 1])
     with pytest.raises(RuntimeError, match="odd widths, which int4 cannot hold"):
         query = query_for(odd, 1, torch.float32)
-        torch.ops.reasonalloc.coded_decode(query, *read, 0.3, 0.0, False)
+        torch.ops.reasonalloc.coded_decode(query, *read, 0.3, 0.0, None, False)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +302,7 @@ def test_what_points_outside_is_refused(name: str, wrong: int, message: str) -> 
     if name not in ("seen", "tail_lengths"):
         read = [given[field] for field in ("query", *coded.CodedInput._fields)]
         with pytest.raises(RuntimeError, match="points outside"):
-            torch.ops.reasonalloc.coded_decode(*read, 0.3, 0.0, False)
+            torch.ops.reasonalloc.coded_decode(*read, 0.3, 0.0, None, False)
 
 
 def test_a_tail_without_room_is_full() -> None:

@@ -44,6 +44,7 @@ LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([0, 1, 255, 256, 257, 5
     st.sampled_from([(8, 8), (24, 16), (64, 64), (80, 48), (130, 192)]),
     st.sampled_from([None, 2.0]),
     st.sampled_from(list(TOLERANCE)),
+    st.sampled_from([None, 0.0, 3.0, -200.0, 200.0]),
 )
 @examples(60)
 def test_attention_is_the_reference(
@@ -53,6 +54,7 @@ def test_attention_is_the_reference(
     dims: tuple[int, int],
     softcap: float | None,
     dtype: torch.dtype,
+    sink: float | None,
 ) -> None:
     slab = random_slab(seed, lengths, *dims, dtype, uniform=False)
     query = torch.randn(len(lengths), len(lengths[0]) * group, 1, dims[0]).to(dtype)
@@ -60,11 +62,12 @@ def test_attention_is_the_reference(
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     if seed % 3 == 0:  # under autocast
         slab.keys = slab.keys.float()
-    out, received = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, True)
-    again, none = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, False)
+    sinks = None if sink is None else (sink + torch.randn(query.shape[1])).to(dtype)
+    out, received = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, True, sinks)
+    again, none = BACKENDS.create("cpp").decode(query, slab, 0.3, softcap, False, sinks)
     assert none is None and torch.equal(out, again) and out.dtype == dtype
     slab.keys, slab.values = slab.keys.float(), slab.values.float()
-    slow, weights = BACKENDS.create("eager").decode(query.float(), slab, 0.3, softcap, True)
+    slow, weights = BACKENDS.create("eager").decode(query.float(), slab, 0.3, softcap, True, sinks)
     empty = (slab.lengths == 0).repeat_interleave(group, dim=1)[..., None, None]
     slow = slow.masked_fill(empty, 0.0)  # the reference looks at all slots then
     tolerance = TOLERANCE[dtype]
@@ -84,6 +87,7 @@ def test_attention_is_the_reference(
     st.sampled_from([None, 3.0]),
     st.sampled_from(["rkv", "rkv(lam=0.5, kernel=3, threshold=0.2)", "rkv(kernel=1, threshold=1)"]),
     st.sampled_from(list(TOLERANCE)),
+    st.sampled_from([None, 0.0, 3.0, -200.0, 200.0]),
 )
 @examples(60)
 def test_rkv_is_the_reference(
@@ -95,8 +99,12 @@ def test_rkv_is_the_reference(
     softcap: float | None,
     spec: str,
     dtype: torch.dtype,
+    sink: float | None,
 ) -> None:
     candidates = scattered(seed, lengths, group, window, dim, softcap, dtype)
+    if sink is not None:
+        sinks = sink + torch.randn(len(lengths[0]), group)
+        candidates = dataclasses.replace(candidates, sinks=sinks)
     policy = POLICIES.create(spec)
     fast = choose_operations(native=True).score(policy, candidates)
     slow = policy.score(candidates)

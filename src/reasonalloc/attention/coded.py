@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reasonalloc.ops.interface import CodedTokens
 from reasonalloc.ops.torch import take
+from reasonalloc.sinks import softmax
 
 
 class CodedView(CodedTokens, Protocol):
@@ -24,7 +25,12 @@ class CodedView(CodedTokens, Protocol):
 
 
 def decode_coded(
-    query: Tensor, slab: CodedView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: CodedView,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to runs and tails; see ``Backend.decode_coded``.
 
@@ -52,7 +58,8 @@ def decode_coded(
             logits = torch.tanh(logits / softcap) * softcap
         seen = torch.cat([held, tail], dim=1)[:, None]
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-        weights = logits.softmax(dim=-1) * seen
+        own = None if sinks is None else sinks.view(heads, group)[head]
+        weights = softmax(logits, own) * seen
         everything = torch.cat([values, slab.tail_values[:, head].float()], dim=1)
         outs.append(weights @ everything)
         if need_weights:

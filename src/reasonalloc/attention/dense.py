@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reasonalloc.sinks import softmax
+
 _BLOCK_ELEMENTS = 1 << 23  # explicit logits are worked off in blocks of queries
+_SINK_COLUMNS = 8  # of vectors that stand for sinks; the kernels of GPUs want multiples of 8
 
 
 def repeat_heads(tensor: Tensor, query_heads: int) -> Tensor:
@@ -24,6 +27,7 @@ def attend(
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of a chunk of queries.
 
@@ -33,11 +37,14 @@ def attend(
         mask: bool, broadcastable to [batch, query_heads, q, n], or None for a causal chunk whose
             last query sees the last key (``q == n`` or ``q == 1``).
         scaling, softcap: of the logits.
+        sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
 
     Returns:
         [batch, query_heads, q, value_dim].
     """
     heads = query.shape[1]
+    if softcap is None and sinks is not None:
+        return _attend_with_sinks(query, keys, values, mask, scaling, sinks)
     if softcap is None and mask is None:  # the fast kernels, without a mask and without copies
         return F.scaled_dot_product_attention(
             query,
@@ -52,9 +59,47 @@ def attend(
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     blocks = []
     for start, stop in _blocks(query, keys):
-        weights = _weights(query, keys, mask, scaling, softcap, start, stop)
+        weights = _weights(query, keys, mask, scaling, softcap, sinks, start, stop)
         blocks.append(weights.to(values.dtype) @ values)
     return torch.cat(blocks, dim=2)
+
+
+def _attend_with_sinks(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    sinks: Tensor,
+) -> Tensor:
+    """``attend`` by the fused kernels, which know no sinks: a key in front stands for them.
+
+    It is zero but for more columns, in which queries have their head's sink; its value is zero.
+    """
+    width, ahead = values.shape[-1], int(mask is None and query.shape[2] > 1)
+    columns = _sink_columns(sinks, query.dtype)[:, None].expand(*query.shape[:3], -1)
+    # A causal chunk stays square, which is what the kernels take: with a query in front as well.
+    query = F.pad(torch.cat([query, columns], dim=-1), (0, 0, ahead, 0))
+    whole, part = _rounded(1 / scaling, keys.dtype)
+    dim, keys = keys.shape[-1], F.pad(keys, (0, _SINK_COLUMNS, 1, 0))
+    for column, number in enumerate((whole, part, whole)):
+        keys[:, :, 0, dim + column] = number
+    values = F.pad(values, (0, max(0, keys.shape[-1] - width), 1, 0))
+    mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    return attend(query, keys, values, mask, scaling, None)[:, :, ahead:, :width]
+
+
+def _sink_columns(sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """[query_heads, columns]: each sink as a rounded number, that again, and what it lacks."""
+    whole = sinks.to(dtype)
+    part = (sinks.float() - whole.float()).to(dtype)
+    return F.pad(torch.stack([whole, whole, part], dim=-1), (0, _SINK_COLUMNS - 3))
+
+
+def _rounded(number: float, dtype: torch.dtype) -> tuple[float, float]:
+    """A number in a type, and what it lacks."""
+    whole = float(torch.tensor(number, dtype=dtype, device="cpu"))
+    return whole, number - whole
 
 
 def received_blocks(
@@ -64,6 +109,7 @@ def received_blocks(
     query_valid: Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Attention that each key receives from each query, in blocks of queries.
 
@@ -77,7 +123,7 @@ def received_blocks(
     batch, kv_heads, n, _ = keys.shape
     repeated = repeat_heads(keys, query.shape[1])
     for start, stop in _blocks(query, repeated):
-        weights = _weights(query, repeated, mask, scaling, softcap, start, stop)
+        weights = _weights(query, repeated, mask, scaling, softcap, sinks, start, stop)
         if query_valid is not None:
             weights = weights * query_valid[:, None, start:stop, None]
         yield start, stop, weights.view(batch, kv_heads, -1, stop - start, n).mean(dim=2)
@@ -95,6 +141,7 @@ def _weights(
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None,
     start: int,
     stop: int,
 ) -> Tensor:
@@ -107,4 +154,4 @@ def _weights(
         visible = torch.arange(n, device=query.device) <= rows
     else:
         visible = mask[:, :, start:stop]
-    return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(dim=-1)
+    return softmax(logits.masked_fill(~visible, torch.finfo(logits.dtype).min), sinks)

@@ -67,6 +67,7 @@ class Backend(ABC):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to everything that the slab holds.
 
@@ -76,6 +77,7 @@ class Backend(ABC):
             scaling: factor of the logits.
             softcap: soft-capping of the logits, or None.
             need_weights: also return what each slot received.
+            sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
 
         Returns:
             Output [batch, query_heads, 1, value_dim] and, if asked for, weights [batch, slots]
@@ -89,9 +91,10 @@ class Backend(ABC):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same over a slab whose older tokens are coded; slots are those of ``CodedView``."""
-        return decode_coded(query, slab, scaling, softcap, need_weights)
+        return decode_coded(query, slab, scaling, softcap, need_weights, sinks)
 
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "reasonalloc.attention.backends")

@@ -13,15 +13,16 @@ from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibration.observe import Observer, fingerprint, observe
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.model import check_measurable
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.whole import whole_number
 
 
 def demand(weights: Tensor, rho: float) -> Tensor:
-    """Return the fewest keys whose attention masses sum to at least ``rho``, per KV head.
+    """Return the fewest keys whose attention masses sum to at least ``rho`` of all, per KV head.
 
-    The masses are averaged over the window's queries and over the query heads of the group.
+    The masses are averaged over the window's queries and over the query heads of the group. What a
+    learned sink takes is no key's mass.
 
     Args:
         weights: [kv_heads, group, window, n], see ``window_attention``.
@@ -32,7 +33,7 @@ def demand(weights: Tensor, rho: float) -> Tensor:
     """
     mass = weights.mean(dim=(1, 2))
     sums = mass.double().sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    return (sums < rho).sum(dim=-1).clamp_max(mass.shape[-1] - 1) + 1
+    return (sums < rho * sums[..., -1:]).sum(dim=-1).clamp_max(mass.shape[-1] - 1) + 1
 
 
 class _Demands(Observer):
@@ -83,7 +84,7 @@ def attention_mass(
         raise UsageError(f"rho={rho} must lie between 0 and 1")
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     every, window = whole_number("every", every, 1), whole_number("window", window, 1)
-    budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
+    budgeted = [i for i, shape in enumerate(check_measurable(model)) if shape.compressible]
     observer = _Demands(budgeted, every, window, rho)
     means, maxima = [], []
     for index in observe(model, prompts, observer, max_new_tokens):

@@ -59,18 +59,18 @@ class _Tape:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        out, extra = attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
-        )
+        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        out, extra = attention_forward(module, query, key, value, attention_mask, **how)
         layer = module.layer_idx
         if layer in self._layers:
-            self.seen[layer] = Seen(
-                layer, query.detach(), key.detach(), value.detach(), out, scaling, softcap
-            )
+            sinks = None if s_aux is None else s_aux.detach()
+            inputs = (query.detach(), key.detach(), value.detach())
+            self.seen[layer] = Seen(layer, *inputs, out, scaling, softcap, sinks)
         return out, extra
 
 

@@ -28,6 +28,7 @@ class Seen:
         key, value: [1, kv_heads, n, ...]; keys after RoPE.
         output: [1, n, query_heads, value_dim].
         scaling, softcap: of the attention logits.
+        sinks: [query_heads] learned sinks, or None.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class Seen:
     output: Tensor
     scaling: float
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 @torch.no_grad()
@@ -91,6 +93,7 @@ def _replay(seen: Seen, prompt: int, config: CompressionConfig, policy: Policy) 
     for start, stop in pairwise([0, *range(prompt, tokens, config.interval), tokens]):
         parts = (seen.query, seen.key, seen.value)
         query, key, value = (part[:, :, start:stop] for part in parts)
-        out = layer.forward(query, key, value, None, seen.scaling, seen.softcap, replay=True)
+        how = (seen.scaling, seen.softcap, True, seen.sinks)
+        out = layer.forward(query, key, value, None, *how)
         pieces.append(out[0].transpose(0, 1))
     return torch.cat(pieces)

@@ -14,12 +14,17 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.sinks import softmax
 
 _IMPLEMENTATION = "reasonalloc-calibration"
 
 
 def window_attention(
-    queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention of the last queries to all keys: [kv_heads, group, window, n].
 
@@ -27,9 +32,10 @@ def window_attention(
         queries: [query_heads, window, head_dim], of the last ``window`` tokens, oldest first.
         keys: [kv_heads, n, head_dim], the last key belongs to the last query.
         scaling, softcap: of the attention logits.
+        sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
 
     Returns:
-        float32, rows sum to 1.
+        float32, rows sum to 1, to less with sinks.
     """
     kv_heads, n, head_dim = keys.shape
     window = queries.shape[1]
@@ -39,7 +45,8 @@ def window_attention(
         logits = torch.tanh(logits / softcap) * softcap
     newest = torch.arange(n - window, n, device=keys.device)
     future = torch.arange(n, device=keys.device) > newest[:, None]
-    return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+    own = None if sinks is None else sinks.view(kv_heads, -1)
+    return softmax(logits.masked_fill(future, -torch.inf)[None], own)[0]
 
 
 class Observer(ABC):
@@ -79,6 +86,7 @@ class Observer(ABC):
         attention_mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """Attend, and show what is seen."""
@@ -86,14 +94,12 @@ class Observer(ABC):
             scaling = query.shape[-1] ** -0.5
         layer = module.layer_idx
         if layer in self.layers:
-            self._watch(layer, query[0], key[0], scaling, softcap)
-        return attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
-        )
+            self._watch(layer, query[0], key[0], (scaling, softcap, s_aux))
+        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        return attention_forward(module, query, key, value, attention_mask, **how)
 
-    def _watch(
-        self, layer: int, query: Tensor, key: Tensor, scaling: float, softcap: float | None
-    ) -> None:
+    def _watch(self, layer: int, query: Tensor, key: Tensor, how: tuple[Any, ...]) -> None:
+        """Take a step of one sequence; ``how`` is the rest of ``window_attention``'s arguments."""
         seen = self._seen.get(layer, 0)
         self._seen[layer] = seen + query.shape[1]
         self.on_queries(layer, query, seen)
@@ -105,7 +111,7 @@ class Observer(ABC):
             self._steps[layer] = self._steps.get(layer, 0) + 1
             if self._steps[layer] % self.every == 0 and self._seen[layer] > self.window:
                 self.sampled.add(layer)
-                self.on_sample(layer, window_attention(recent, key, scaling, softcap))
+                self.on_sample(layer, window_attention(recent, key, *how))
 
 
 def observe(

@@ -129,6 +129,7 @@ class SuffixRunner:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         layer = module.layer_idx
@@ -136,11 +137,10 @@ class SuffixRunner:
             return self._replaced[1], None
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        output, _ = attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
-        )
+        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        output, _ = attention_forward(module, query, key, value, attention_mask, **how)
         if self._capturing and layer in self.layers:
-            self.seen[layer] = Seen(layer, query, key, value, output, scaling, softcap)
+            self.seen[layer] = Seen(layer, query, key, value, output, scaling, softcap, s_aux)
         return output, None
 
 

@@ -27,7 +27,7 @@ from reasonalloc.core.prefill import (
 )
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.core.steps import EagerStep, FixedStep, Held, StepInput
+from reasonalloc.core.steps import EagerStep, FixedStep, Held, Logits, StepInput
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
@@ -83,7 +83,7 @@ class LayerCompressor:
         self.slab: AnySlab | None = None
         self._queries: QueryWindow | None = None
         self.progress = Progress(Cadence(config.interval))
-        self._logits: tuple[float, float | None] = (1.0, None)  # scaling and softcap of the model
+        self._logits = Logits(1.0)  # of the model
         self.static = False
 
     @property
@@ -101,6 +101,7 @@ class LayerCompressor:
         scaling: float,
         softcap: float | None = None,
         replay: bool = False,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of new tokens over the cache and themselves; stores them, compresses if due.
 
@@ -116,6 +117,7 @@ class LayerCompressor:
             mask: [batch, 1, q, q] bool over the new tokens, or None if all are real and causal.
                 A key that the last query cannot see is padding and is not stored.
             scaling, softcap: of the attention logits.
+            sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
 
         Returns:
             [batch, query_heads, q, value_dim].
@@ -124,16 +126,16 @@ class LayerCompressor:
         self._check(slab, key)
         # Under autocast keys and values come in different types.
         key, value = key.to(slab.dtype), value.to(slab.dtype)
-        queries, progress = query.shape[2], self.progress
+        queries, progress, logits = query.shape[2], self.progress, Logits(scaling, softcap, sinks)
         replayed = replay and progress.columns > 0
         if replayed and queries > progress.until_boundary:
-            return self._in_pieces(query, key, value, mask, scaling, softcap)
+            return self._in_pieces(query, key, value, mask, logits)
         valid = new_tokens(mask, queries)
         if valid is not None:
             progress.spread(slab.batch, key.device)
         if queries == 1 and progress.columns > 0:
-            return self._decode(slab, query, key, value, valid, scaling, softcap)
-        return self._prefill(slab, query, key, value, mask, valid, scaling, softcap, replayed)
+            return self._decode(slab, query, key, value, valid, logits)
+        return self._prefill(slab, query, key, value, mask, valid, logits, replayed)
 
     def _check(self, slab: AnySlab, key: Tensor) -> None:
         """Refuse another batch size or type than the cache holds."""
@@ -154,16 +156,16 @@ class LayerCompressor:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
     ) -> Tensor:
         """Replay more decode steps than there are before the next boundary."""
         pieces, end, queries = [], 0, query.shape[2]
+        scaling, softcap, sinks = logits
         while end < queries:
             part = slice(end, end := min(end + self.progress.until_boundary, queries))
             own = None if mask is None else mask[..., part, part]
             new = (query[:, :, part], key[:, :, part], value[:, :, part])
-            pieces.append(self.forward(*new, own, scaling, softcap, replay=True))
+            pieces.append(self.forward(*new, own, scaling, softcap, True, sinks))
         return torch.cat(pieces, dim=2)
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> AnySlab:
@@ -232,13 +234,12 @@ class LayerCompressor:
         key: Tensor,
         value: Tensor,
         valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
     ) -> Tensor:
         step = self._fixed if self.static else self._eager
         held = Held(slab, self._queries, self.progress)
-        out = step.run(held, StepInput(query, key, value, valid, scaling, softcap))
-        self._logits = (scaling, softcap)
+        out = step.run(held, StepInput(query, key, value, valid, logits))
+        self._logits = logits
         if not self.static:
             self._settle(slab)
         return out
@@ -391,7 +392,7 @@ class LayerCompressor:
         if not self.progress.step(slab.kv_heads):
             return
         if self.progress.held > self._most:
-            self._compress(slab, slab.as_rows(), *self._logits)
+            self._compress(slab, slab.as_rows(), self._logits)
         elif isinstance(slab, CodedSlab):
             rows = slab.as_rows()
             slab.rewrite(rows, rows.held, None)
@@ -404,8 +405,7 @@ class LayerCompressor:
         value: Tensor,
         mask: Tensor | None,
         valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
         replayed: bool,
     ) -> Tensor:
         progress, columns = self.progress, key.shape[2]
@@ -418,11 +418,11 @@ class LayerCompressor:
         if self._pins(replayed):
             held = slab.kv_heads * self._pin(columns, valid)
             slab = self._make_room(slab, key, value)
-        out, rows = self._attend(past, query, key, value, mask, valid, scaling, softcap)
+        out, rows = self._attend(past, query, key, value, mask, valid, logits)
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
         if progress.prefill(columns, valid, held, replayed) and progress.held > self._most:
-            self._compress(slab, rows, scaling, softcap)
+            self._compress(slab, rows, logits)
             return out
         longest = rows.index.shape[-1]
         is_token = torch.arange(longest, device=key.device) < rows.lengths[..., None]
@@ -438,8 +438,7 @@ class LayerCompressor:
         value: Tensor,
         mask: Tensor | None,
         valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
     ) -> tuple[Tensor, Rows]:
         """Attend densely to the past and the new tokens; return what the layer holds then, too."""
         keys, values, visible = key, value, mask
@@ -447,11 +446,11 @@ class LayerCompressor:
             keys = torch.cat([past.gather(past.keys), key], dim=2)
             values = torch.cat([past.gather(past.values), value], dim=2)
             visible = over_past(past, mask, key.shape[2], query.shape[1])
-        out = attend(query, keys, values, visible, scaling, softcap)
+        out = attend(query, keys, values, visible, *logits)
         positions = new_positions(key, self.progress.seen, valid)
         state = None
         if self._policy.state_channels:
-            received = received_blocks(query, keys, visible, valid, scaling, softcap)
+            received = received_blocks(query, keys, visible, valid, *logits)
             state = observe_prefill(self._policy, past, positions, key.shape[1], received)
         return out, joined_rows(past, key, value, positions, valid, state)
 
@@ -490,10 +489,10 @@ class LayerCompressor:
             room.make_ragged()
         return room
 
-    def _compress(self, slab: AnySlab, rows: Rows, scaling: float, softcap: float | None) -> None:
+    def _compress(self, slab: AnySlab, rows: Rows, logits: Logits) -> None:
         seen, pinned = self.progress.seen, self.progress.pinned
         keep, budgets = decide(
-            self._candidates(slab, rows, scaling, softcap),
+            self._candidates(slab, rows, logits),
             self._config,
             self._policy,
             self._heads,
@@ -518,11 +517,10 @@ class LayerCompressor:
         columns = self.progress.columns
         self._recorder.add(columns, self.layer, budgets, slab.as_rows)
 
-    def _candidates(
-        self, slab: AnySlab, rows: Rows, scaling: float, softcap: float | None
-    ) -> Candidates:
+    def _candidates(self, slab: AnySlab, rows: Rows, logits: Logits) -> Candidates:
         """What the policy may know of the layer."""
         config, queries, seen = self._config, self._queries, self.progress.seen
+        sinks = logits.sinks
         return Candidates(
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
@@ -533,8 +531,9 @@ class LayerCompressor:
             state=None if rows.state is None else rows.gather(rows.state),
             seen=self.progress.per_sequence(slab.batch, slab.device),
             window=config.window,
-            scaling=scaling,
-            softcap=softcap,
+            scaling=logits.scaling,
+            softcap=logits.softcap,
+            sinks=None if sinks is None else sinks.view(slab.kv_heads, -1),
             layer=self.layer,
             seed=config.seed,
             stored=(rows.keys, rows.index),

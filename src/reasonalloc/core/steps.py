@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +26,19 @@ class Held:
     progress: Progress
 
 
+class Logits(NamedTuple):
+    """How attention logits become weights.
+
+    Attributes:
+        scaling, softcap: of the logits.
+        sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 @dataclass
 class StepInput:
     """What a decode step brings.
@@ -33,15 +47,14 @@ class StepInput:
         query: [batch, query_heads, 1, head_dim].
         key, value: [batch, kv_heads, 1, dim], in the types of the slab.
         valid: [batch, 1] bool, false where the token is padding; None if all are real.
-        scaling, softcap: of the attention logits.
+        logits: of the attention.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     valid: Tensor | None
-    scaling: float
-    softcap: float | None
+    logits: Logits
 
 
 class Step(ABC):
@@ -77,7 +90,8 @@ class Step(ABC):
         """Note the query of a token that is stored, and attend."""
         if held.queries is not None:
             held.queries.push(new.query, held.progress.seen, new.valid)
-        slab, how = held.slab, (new.scaling, new.softcap, self._watching)
+        scaling, softcap, sinks = new.logits
+        slab, how = held.slab, (scaling, softcap, self._watching, sinks)
         if isinstance(slab, CodedSlab):
             return self._backend.decode_coded(new.query, slab, *how)
         return self._backend.decode(new.query, slab, *how)
@@ -104,11 +118,12 @@ class FixedStep(Step):
         if new.valid is None:
             ring = None if held.queries is None else held.queries.ring
             token = (new.query, new.key, new.value, seen)
-            how = (ring, new.scaling, new.softcap, self._watching)
+            scaling, softcap, sinks = new.logits
+            how = (ring, scaling, softcap, self._watching)
             result = (
-                self._ops.step_coded(*token, slab, *how)
+                self._ops.step_coded(*token, slab, *how, sinks=sinks)
                 if isinstance(slab, CodedSlab)
-                else self._ops.step(*token, slab, *how)
+                else self._ops.step(*token, slab, *how, sinks=sinks)
             )
             if result is not None:
                 return result

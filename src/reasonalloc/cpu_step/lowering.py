@@ -157,7 +157,8 @@ def _product(call: Call) -> list[Draft] | None:
 
 
 def _attend(call: Call) -> list[Draft] | None:
-    query, keys, values, offsets, lengths, scaling, softcap, *token, need_weights = call.args
+    query, keys, values, offsets, lengths, *how, need_weights = call.args
+    scaling, softcap, sinks, *token = how
     new, (out, received) = NewToken(*token), call.result
     rows = (query, new.key, new.value)
     if any(t.stride(-1) != 1 for t in rows) or not offsets.is_contiguous():
@@ -175,6 +176,7 @@ def _attend(call: Call) -> list[Draft] | None:
             new._replace(key=placed(new.key), value=placed(new.value), seen=placed(new.seen)),
             placed(out),
             placed(received) if need_weights else None,
+            None if sinks is None else placed(sinks),
         )
 
     changed = [keys, values, lengths, new.positions, new.state, new.ring]
@@ -184,7 +186,7 @@ def _attend(call: Call) -> list[Draft] | None:
             Operation.ATTEND,
             (0, 0, 0, 0),
             share=Share.BLOCKS,
-            reads=[*rows, offsets, new.seen],
+            reads=[*rows, offsets, new.seen, *([] if sinks is None else [sinks])],
             writes=writes,
             attend=arguments,
         )
@@ -194,7 +196,7 @@ def _attend(call: Call) -> list[Draft] | None:
 def _attend_coded(call: Call) -> list[Draft] | None:
     query, *rest, need_weights = call.args
     count = len(CodedInput._fields)
-    read, (scaling, softcap, *token) = CodedInput(*rest[:count]), rest[count:]
+    read, (scaling, softcap, sinks, *token) = CodedInput(*rest[:count]), rest[count:]
     new, (out, received) = NewToken(*token), call.result
     rows, tables = (query, new.key, new.value), (read.starts, read.offsets, read.lengths)
     if any(t.stride(-1) != 1 for t in rows) or not all(t.is_contiguous() for t in tables):
@@ -210,6 +212,7 @@ def _attend_coded(call: Call) -> list[Draft] | None:
             new._replace(key=placed(new.key), value=placed(new.value), seen=placed(new.seen)),
             placed(out),
             placed(received) if need_weights else None,
+            None if sinks is None else placed(sinks),
         )
 
     changed = [read.tail_keys, read.tail_values, read.tail_lengths]
@@ -219,7 +222,7 @@ def _attend_coded(call: Call) -> list[Draft] | None:
             Operation.ATTEND_CODED,
             (0, 0, 0, 0),
             share=Share.BLOCKS,
-            reads=[*rows, *tables, read.pool, new.seen],
+            reads=[*rows, *tables, read.pool, new.seen, *([] if sinks is None else [sinks])],
             writes=[out, *changed, *([received] if need_weights else [])],
             attend=arguments,
         )

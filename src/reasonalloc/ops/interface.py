@@ -202,6 +202,7 @@ class Operations(ABC):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Store a token in every run, note its query and attend, all in one loop.
 
@@ -213,6 +214,7 @@ class Operations(ABC):
             ring: [batch, window, query_heads, head_dim] where the query is noted, or None.
             scaling, softcap: of the attention logits.
             need_weights: also return what each slot received.
+            sinks: [query_heads] learned sinks, see ``reasonalloc.sinks``, or None.
 
         Returns:
             As ``Backend.decode``; None if there is no such loop for these types: nothing was done.
@@ -230,11 +232,12 @@ class Operations(ABC):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Do the same as ``step`` where older tokens are coded: the new one goes into the tails.
 
         Args:
-            query, key, value, seen, ring, scaling, softcap, need_weights: see ``step``.
+            query, key, value, seen, ring, scaling, softcap, need_weights, sinks: see ``step``.
             runs: the storage.
 
         Returns:

@@ -44,7 +44,7 @@ class BudgetPlan(Shown):
 
     Attributes:
         config: the settings.
-        shapes: all attention layers of the model.
+        shapes: all layers of the model.
         text_config: transformers' configuration of the decoder.
         name: the model's name, for messages.
         load_rope, load_output_metrics: read the model's rotary embedding and output projections,
@@ -176,7 +176,7 @@ class BudgetPlan(Shown):
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
         """Return the KV bytes of the model's own cache after ``tokens`` tokens per sequence."""
-        return sum(shape.full_bytes(batch, tokens, itemsize) for shape in self.shapes)
+        return self.memory(batch, itemsize).full_bytes(tokens)
 
     def parts(self, shard: HeadShard) -> list[tuple[int, Sequence[int] | None]]:
         """Return what a process keeps of every compressible layer.

@@ -9,29 +9,32 @@ import torch
 from reasonalloc.core.cadence import most_coded, most_held, slots
 from reasonalloc.kinds import is_coded
 from reasonalloc.ops.codes import row_format
+from reasonalloc.planning.states import StateShape
 from reasonalloc.whole import whole_number
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One attention layer of a model.
+    """One layer of a model, as its cache sees it.
 
     Attributes:
-        kv_heads, query_heads: heads per layer.
+        kv_heads, query_heads: heads per layer; 0 in a layer without attention.
         head_dim: width of a key and of a value.
         sliding_window: tokens that the layer sees, or None if it sees everything. Layers with a
             sliding window keep their own cache and have no budget.
+        state: what a linear, Mamba or convolution layer keeps, also beside attention, or None.
     """
 
     kv_heads: int
     query_heads: int
     head_dim: int
     sliding_window: int | None = None
+    state: StateShape | None = None
 
     @property
     def compressible(self) -> bool:
         """Whether the layer has a budget."""
-        return self.sliding_window is None
+        return self.sliding_window is None and self.kv_heads > 0
 
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values in the model's own cache after ``tokens`` tokens."""
@@ -41,10 +44,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a cache with ``batch`` sequences. KV bytes are keys and values alone.
+    """Bytes of a cache with ``batch`` sequences.
+
+    KV bytes are those of keys and values, and of the states of layers that have some.
 
     Attributes:
-        shapes: all attention layers.
+        shapes: all layers.
         totals: retained tokens of each compressible layer right after a compression.
         batch: sequences.
         interval, window: cadence.
@@ -131,7 +136,8 @@ class MemoryPlan:
 
     def compressed_bytes(self, tokens: int) -> int:
         """Return the KV bytes in use right after a compression at ``tokens`` tokens each."""
-        return self.floor_bytes + self.sliding_bytes(whole_number("tokens", tokens, 0))
+        tokens = whole_number("tokens", tokens, 0)
+        return self.floor_bytes + self.state_bytes + self.sliding_bytes(tokens)
 
     @property
     def mean_tokens(self) -> float:
@@ -164,12 +170,20 @@ class MemoryPlan:
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the KV bytes of the whole cache after ``tokens`` tokens per sequence."""
-        return self.slab_bytes + self.sliding_bytes(whole_number("tokens", tokens, 0))
+        tokens = whole_number("tokens", tokens, 0)
+        return self.slab_bytes + self.state_bytes + self.sliding_bytes(tokens)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of linear, Mamba and convolution layers: always the same."""
+        states = [shape.state for shape in self.shapes if shape.state is not None]
+        return sum(state.nbytes(self.batch, self.itemsize) for state in states)
 
     def full_bytes(self, tokens: int) -> int:
         """Return the KV bytes of the full cache after ``tokens`` tokens per sequence."""
         tokens = whole_number("tokens", tokens, 0)
-        return sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)
+        kept = sum(s.full_bytes(self.batch, tokens, self.itemsize) for s in self.shapes)
+        return kept + self.state_bytes
 
 
 def row_bytes(shape: LayerShape, kv_dtype: str, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""The attention layers of a model, read from its configuration alone."""
+"""The layers of a model and what their caches hold, read from its configuration alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.states import state_shape
+
+#: Names of layers in older configurations.
+_LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
+_STATES = ("linear_attention", "conv", "hybrid")
+_EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
 
 
 def text_config(model: Any) -> Any:
@@ -28,11 +34,11 @@ def model_name(model: Any) -> str:
 
 
 def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
-    """Return the shapes of all attention layers, read from a model's (text) configuration.
+    """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: an encoder-decoder, latent attention (MLA), shared or linear layers, or
-            no layer that sees everything; says which.
+        UnsupportedError: an encoder-decoder, latent attention (MLA), shared layers, states of an
+            unknown form, or no layer that sees everything; says which.
     """
 
     def refuse(reason: str) -> UnsupportedError:
@@ -58,11 +64,19 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise refuse(f"layer {index} is of type {kind!r}, only full and sliding attention work")
+        if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
+            raise refuse(f"layer {index} is of type {kind!r}, which is not known")
+        state = state_shape(config, kind) if kind in _STATES else None
+        if kind in _STATES and state is None:
+            raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
+        heads = (kv_heads, query_heads, head_dim)
+        if kind in _EMPTY or kind in ("linear_attention", "conv"):
+            heads = (0, 0, 0)
         window = config.sliding_window if kind == "sliding_attention" else None
-        shapes.append(LayerShape(kv_heads, query_heads, head_dim, window))
+        shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
+        if not any(shape.kv_heads for shape in shapes):
+            raise refuse("it has no attention layer, so its cache does not grow")
         raise refuse(
             f"every layer has a sliding window of {config.sliding_window} tokens, so its cache is "
             "bounded already"
@@ -71,9 +85,9 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
 
 
 def _layer_types(config: Any, layers: int) -> list[str]:
-    types = getattr(config, "layer_types", None)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if types is not None:
-        return list(types)
+        return [_LEGACY.get(kind, kind) for kind in types]
     if getattr(config, "sliding_window", None) is not None:
         return ["sliding_attention"] * layers
     if getattr(config, "attention_chunk_size", None) is not None:

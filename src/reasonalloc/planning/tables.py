@@ -25,6 +25,7 @@ def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
                 "kv_heads": shape.kv_heads,
                 "head_dim": shape.head_dim,
                 "sliding_window": shape.sliding_window,
+                "state_bytes": one.state_bytes,
                 "budget_total": own[0] if own else None,
                 "budget_per_head": own[0] / shape.kv_heads if own else None,
                 "heads": [list(head) for head in coded[0]] if coded else None,
@@ -108,9 +109,19 @@ def _row(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     kept = first["budget_per_head"]
     return (
         str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']} (each)",
-        f"{first['kv_heads']} x {first['head_dim']}",
-        f"sliding, {first['sliding_window']}" if kept is None else f"{kept:g}",
+        f"{first['kv_heads']} x {first['head_dim']}" if first["kv_heads"] else "",
+        _kept(first),
         "" if kept is None else str(first["budget_total"]),
         human(first["kv_bytes_compressed"]),
         human(first["kv_bytes_full"]),
     )
+
+
+def _kept(layer: dict[str, Any]) -> str:
+    """Return what a layer keeps: tokens per head, a sliding window, a state, or nothing."""
+    state = f"state, {human(layer['state_bytes'])}" if layer["state_bytes"] else ""
+    if layer["budget_per_head"] is not None:
+        return f"{layer['budget_per_head']:g}" + (f"; {state}" if state else "")
+    if layer["sliding_window"] is not None:
+        return f"sliding, {layer['sliding_window']}"
+    return state or "nothing"

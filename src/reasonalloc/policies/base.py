@@ -37,6 +37,8 @@ class Candidates:
         window: most recent tokens that are always kept.
         scaling: factor of the attention logits.
         softcap: soft-capping of the attention logits, or None.
+        sinks: [kv_heads, group] learned sinks: logits that stand in the softmax of every query
+            beside those of the tokens (``reasonalloc.sinks``); None if the model has none.
         layer: index of the layer.
         seed: seed of the run.
         stored: where the keys lie, for loops that read them there: [batch, m, head_dim], and
@@ -57,6 +59,7 @@ class Candidates:
     layer: int
     seed: int
     stored: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from reasonalloc.errors import UsageError
 from reasonalloc.policies.base import POLICIES, Candidates, Policy, check_kernel, window_logits
+from reasonalloc.sinks import softmax
 
 # Similarity is worked off in blocks of rows: 2 MiB in fp32 fit a CPU's cache, 32 MiB fill a GPU.
 _CPU_BLOCK_ELEMENTS, _BLOCK_ELEMENTS = 1 << 19, 1 << 23
@@ -42,7 +43,8 @@ class RKV(Policy):
         logits = window_logits(candidates).amax(dim=2)
         evictable = candidates.evictable
         logits = logits.masked_fill(~evictable[:, :, None], torch.finfo(logits.dtype).min)
-        weights = logits.softmax(dim=-1).mean(dim=2).masked_fill(~evictable, 0.0)
+        sinks = None if candidates.sinks is None else candidates.sinks.amax(dim=-1)
+        weights = softmax(logits, sinks).mean(dim=2).masked_fill(~evictable, 0.0)
         return F.max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2)
 
 

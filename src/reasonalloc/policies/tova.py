@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.policies.base import POLICIES, Candidates, Policy, causal, window_logits
+from reasonalloc.sinks import softmax
 
 
 @POLICIES.register("tova", source="TOVA, arXiv 2401.06104, per KV head")
@@ -20,4 +21,4 @@ class Tova(Policy):
     def score(self, candidates: Candidates) -> Tensor:
         logits = window_logits(candidates)
         logits = logits.masked_fill(~causal(candidates), torch.finfo(logits.dtype).min)
-        return logits[:, :, :, -1].softmax(dim=-1).mean(dim=2)
+        return softmax(logits[:, :, :, -1], candidates.sinks).mean(dim=2)

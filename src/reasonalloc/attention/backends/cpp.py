@@ -35,10 +35,11 @@ class Cpp(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         from reasonalloc.ops.native.attention import decode
 
-        return decode(query, slab, scaling, softcap, need_weights)
+        return decode(query, slab, scaling, softcap, need_weights, sinks)
 
     def decode_coded(
         self,
@@ -47,7 +48,8 @@ class Cpp(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         from reasonalloc.ops.native.coded import decode
 
-        return decode(query, slab, scaling, softcap, need_weights)
+        return decode(query, slab, scaling, softcap, need_weights, sinks)

@@ -10,6 +10,7 @@ from reasonalloc.attention.backends.eager import Eager
 from reasonalloc.attention.coded import CodedView, one_format_rows
 from reasonalloc.attention.interface import BACKENDS, Backend, SlabView, run_mask, slot_mask
 from reasonalloc.ops.codes import rotated
+from reasonalloc.sinks import softmax
 
 _EAGER = Eager()
 
@@ -26,12 +27,13 @@ class Sdpa(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        plain = not need_weights and softcap is None
+        plain = not need_weights and softcap is None and sinks is None
         if query.device.type == "cpu" and not (plain and slab.uniform_length is not None):
-            return _products(query, slab, scaling, softcap, need_weights)
+            return _products(query, slab, scaling, softcap, need_weights, sinks)
         if not plain:  # what the fused kernels cannot give
-            return _EAGER.decode(query, slab, scaling, softcap, need_weights)
+            return _EAGER.decode(query, slab, scaling, softcap, need_weights, sinks)
         batch, query_heads, _, head_dim = query.shape
         heads = slab.kv_heads
         group = query_heads // heads
@@ -62,14 +64,20 @@ class Sdpa(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if len(set(slab.formats)) > 1:
-            return super().decode_coded(query, slab, scaling, softcap, need_weights)
-        return _coded_products(query, slab, scaling, softcap, need_weights)
+            return super().decode_coded(query, slab, scaling, softcap, need_weights, sinks)
+        return _coded_products(query, slab, scaling, softcap, need_weights, sinks)
 
 
 def _products(
-    query: Tensor, slab: SlabView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: SlabView,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Explicit products over the slab where it lies: on a CPU as fast as the fused kernel.
 
@@ -94,7 +102,7 @@ def _products(
         # empty. No logit is large enough to be seen beside it.
         own = slot_mask(slab)
         logits.add_(own.to(logits.dtype).sub_(1.0).mul_(1e30)[:, :, None])
-    weights = logits.softmax(dim=-1)
+    weights = softmax(logits, None if sinks is None else sinks.view(heads, -1))
     shape = (keys.shape[0], -1, keys.shape[1])
     out = torch.bmm(weights.view(shape).to(values.dtype), values)
     received = None
@@ -107,7 +115,12 @@ def _products(
 
 
 def _coded_products(
-    query: Tensor, slab: CodedView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: CodedView,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Explicit products in float32, with all runs as one and with each head's own tail.
 
@@ -128,7 +141,8 @@ def _coded_products(
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     # Added and finite for the reasons given in ``_products``.
     logits.add_(_own_tokens(slab).float().sub_(1.0).mul_(1e30)[:, :, None])
-    run, tail = logits.softmax(dim=-1).split([coded, room], dim=-1)
+    weights = softmax(logits, None if sinks is None else sinks.view(heads, group))
+    run, tail = weights.split([coded, room], dim=-1)
     out = torch.bmm(run.reshape(batch, query_heads, coded), values).view(batch, heads, group, -1)
     out = (out + tail @ slab.tail_values.float()).to(slab.tail_values.dtype)
     received = None

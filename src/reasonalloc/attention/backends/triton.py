@@ -41,11 +41,12 @@ class Triton(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         self.check(query.device)
         from reasonalloc.attention.kernels.decode import decode
 
-        return decode(query, slab, scaling, softcap, need_weights)
+        return decode(query, slab, scaling, softcap, need_weights, sinks)
 
     def decode_coded(
         self,
@@ -54,9 +55,10 @@ class Triton(Backend):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         self.check(query.device)
         from reasonalloc.attention.kernels.coded import decode_coded, readable
 
         decode = decode_coded if readable(slab.formats) else super().decode_coded
-        return decode(query, slab, scaling, softcap, need_weights)
+        return decode(query, slab, scaling, softcap, need_weights, sinks)

@@ -23,13 +23,13 @@ from reasonalloc.attention.coded import CodedView
 from reasonalloc.attention.kernels.decode import (
     _block,
     _capped,
-    _join_kernel,
     _on,
     _query,
     _share,
     _splits,
     _store_part,
     _weigh,
+    join,
 )
 from reasonalloc.ops.codes import GROUP, KINDS, RowFormat, rotated
 
@@ -288,15 +288,25 @@ def readable(formats: tuple[RowFormat, ...]) -> bool:
 
 
 def decode_coded(
-    query: Tensor, slab: CodedView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: CodedView,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and result of ``Backend.decode_coded``; of formats that are ``readable``."""
     with _on(query.device):
-        return _decode_coded(query, slab, scaling, softcap, need_weights)
+        return _decode_coded(query, slab, scaling, softcap, need_weights, sinks)
 
 
 def _decode_coded(
-    query: Tensor, slab: CodedView, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: CodedView,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     batch, query_heads, _, dim = query.shape
     vdim, rows = slab.tail_values.shape[-1], batch * query_heads
@@ -314,10 +324,7 @@ def _decode_coded(
     for form, heads in launches:
         _split(form, heads, queries, slab, buffers, numbers, (splits, tail_splits), constants)
     out = query.new_empty(batch, query_heads, 1, vdim, dtype=slab.tail_values.dtype)
-    _join_kernel[(rows,)](
-        *buffers, out, norms, VDIM=vdim, VDIM_PAD=_padded(vdim), SPLITS=splits + tail_splits,
-        SPLITS_PAD=triton.next_power_of_2(splits + tail_splits), num_warps=1,
-    )  # fmt: skip
+    join(parts, peaks, sums, sinks, out, norms)
     if not need_weights:
         return out, None
     received = torch.zeros(slab.positions.shape, **fresh)

@@ -131,8 +131,9 @@ def _split_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts, peaks, sums, out, norms,
+    parts, peaks, sums, sinks, out, norms, query_heads,
     VDIM: tl.constexpr, VDIM_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     split, vdim = tl.arange(0, SPLITS_PAD), tl.arange(0, VDIM_PAD)
@@ -140,8 +141,14 @@ def _join_kernel(
     peak = tl.load(peaks + head * SPLITS + split, mask=there, other=-1e30)
     total = tl.load(sums + head * SPLITS + split, mask=there, other=0.0)
     highest = tl.max(peak, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + head % query_heads)
+        highest = tl.maximum(highest, sink)
     weight = tl.exp(peak - highest)
-    whole = tl.maximum(tl.sum(total * weight, axis=0), 1e-30)  # of no token, the sum is 0
+    whole = tl.sum(total * weight, axis=0)
+    if SINKS:
+        whole += tl.exp(sink - highest)
+    whole = tl.maximum(whole, 1e-30)  # of no token, the sum is 0
     part = tl.load(
         parts + (head * SPLITS + split[:, None]) * VDIM + vdim[None, :],
         mask=there[:, None] & (vdim[None, :] < VDIM),
@@ -186,10 +193,11 @@ def decode(
     scaling: float,
     softcap: float | None,
     need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and result of ``Backend.decode``."""
     with _on(query.device):
-        return _decode(query, slab, scaling, softcap, need_weights)
+        return _decode(query, slab, scaling, softcap, need_weights, sinks)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -198,7 +206,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _decode(
-    query: Tensor, slab: Any, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: Any,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     batch, query_heads, _, dim = query.shape
     heads, vdim = slab.kv_heads, slab.values.shape[-1]
@@ -231,11 +244,7 @@ def _decode(
         query, slab.keys, slab.values, offsets, lengths, parts, peaks, sums, *numbers,
         VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, num_warps=4, num_stages=2, **shared,
     )  # fmt: skip
-    _join_kernel[(batch * query_heads,)](
-        parts, peaks, sums, out, norms,
-        VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
-        num_warps=1,
-    )  # fmt: skip
+    join(parts, peaks, sums, sinks, out, norms)
     if not need_weights:
         return out, None
     received = torch.zeros(batch, slots, **fresh)
@@ -245,6 +254,28 @@ def _decode(
         query, slab.keys, offsets, lengths, norms, received, *numbers, num_warps=4, **shared,
     )  # fmt: skip
     return out, received
+
+
+def join(
+    parts: Tensor, peaks: Tensor, sums: Tensor, sinks: Tensor | None, out: Tensor, norms: Tensor
+) -> None:
+    """Put the parts of all runs together.
+
+    Args:
+        parts: [batch * query_heads, splits, value_dim] float32; peaks, sums: the same without the
+            last dimension.
+        sinks: [query_heads], which stand in the softmax as well, or None.
+        out: [batch, query_heads, 1, value_dim], is written.
+        norms: [batch * query_heads] float32, is written: the log-sum-exp of every query head's
+            logits, its sink included.
+    """
+    rows, splits, vdim = parts.shape
+    own = norms if sinks is None else sinks.float().contiguous()  # a pointer that is not read
+    _join_kernel[(rows,)](
+        parts, peaks, sums, own, out, norms, out.shape[1],
+        VDIM=vdim, VDIM_PAD=max(16, triton.next_power_of_2(vdim)), SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits), SINKS=sinks is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def _block(dim: int, itemsize: int) -> int:

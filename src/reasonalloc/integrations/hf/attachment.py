@@ -39,7 +39,7 @@ from reasonalloc.errors import (
 )
 from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.calls import CallCheck, StepOfCache
+from reasonalloc.integrations.hf.calls import CallCheck, CallEnd, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
 from reasonalloc.integrations.hf.installed import Installed
@@ -64,7 +64,7 @@ class Attachment:
 
     Attributes:
         config: the settings.
-        shapes: all attention layers of the model.
+        shapes: all layers of the model.
         totals: retained tokens per layer under a budget, all its KV heads together.
         planned: the same per KV head, [layers][kv_heads], if the arm plans them beforehand.
         formats: tokens and format of older ones per KV head, [layers][kv_heads], if the arm plans
@@ -264,8 +264,12 @@ class Attachment:
         self._installed = Installed(model, stands, self._original)
         self._installed.check(model, CallCheck(self, inner=False))
         decoder = model.get_decoder()
-        if decoder is not None and decoder is not model:
+        if decoder is None or decoder is model:
+            decoder = model
+        else:
             self._installed.check(decoder, CallCheck(self, inner=True))
+        if any(shape.state is not None for shape in self.shapes):
+            self._installed.after(decoder, CallEnd())
 
     def chat(self, tokenizer: Any, **settings: Any) -> Chat:
         """A conversation whose earlier thoughts are dropped, see ``Chat``.

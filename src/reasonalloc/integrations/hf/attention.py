@@ -17,7 +17,7 @@ from reasonalloc.integrations.hf.slab_layer import layer_of
 
 IMPLEMENTATION = "reasonalloc"
 # Arguments of other attention features, which would be ignored silently.
-_UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "attention_sinks", "cache")
+_UNSUPPORTED = ("position_bias", "head_mask", "attention_sinks", "cache")
 
 
 def register() -> None:
@@ -76,6 +76,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface.
@@ -85,6 +86,7 @@ def attention_forward(
 
     Args:
         query: [batch, query_heads, q, head_dim]; key, value: [batch, kv_heads, n, head_dim].
+        s_aux: [query_heads] learned sinks, or None; name as in transformers.
 
     Returns:
         [batch, q, query_heads, head_dim] and no attention weights.
@@ -97,20 +99,45 @@ def attention_forward(
                 f"{type(module).__name__} passes {name!r} to its attention, which is not supported "
                 "under a KV budget: detach ReasonAlloc to run this model"
             )
+    _check_sinks(module, s_aux, query.shape[1], dropout)
     layer = layer_of(key)
     if layer is not None:
         _check_training(module, dropout)
-        out = layer.attend(query, key, value, attention_mask, scaling, softcap)
+        out = layer.attend(query, key, value, attention_mask, scaling, softcap, s_aux)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
-    elif softcap is not None:
-        out = attend(query, key, value, attention_mask, scaling, softcap)
+    elif softcap is not None or s_aux is not None:
+        out = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
         kwargs.pop("output_attentions", None)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_sinks(
+    module: torch.nn.Module, sinks: Tensor | None, query_heads: int, dropout: float
+) -> None:
+    """Refuse sinks that are not one logit for each query head, or that would not be heard of."""
+    name = type(module).__name__
+    if sinks is None:
+        if isinstance(getattr(module, "sinks", None), Tensor):
+            raise UnsupportedError(
+                f"{name} has learned sinks, which it does not pass to its attention as 's_aux': "
+                "detach ReasonAlloc to run this model"
+            )
+        return
+    if sinks.shape != (query_heads,):
+        raise UnsupportedError(
+            f"{name} has learned sinks of shape {list(sinks.shape)} for {query_heads} query heads, "
+            "but one of each is supported: detach ReasonAlloc to run this model"
+        )
+    if dropout:
+        raise UnsupportedError(
+            f"{name} has learned sinks and attention dropout {dropout}, which do not go together "
+            "here: call model.eval(), or detach ReasonAlloc"
+        )
 
 
 def _check_training(module: torch.nn.Module, dropout: float) -> None:

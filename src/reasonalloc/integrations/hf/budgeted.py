@@ -21,7 +21,7 @@ class Budgeted(Owner, Protocol):
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """All attention layers."""
+        """All layers."""
         ...
 
     @property

@@ -10,7 +10,11 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
@@ -23,6 +27,7 @@ from reasonalloc.integrations.hf.sliding import (
     shortened,
     sliding_content,
 )
+from reasonalloc.integrations.hf.states import SlabAndStateLayer, StateLayer, empty_layer
 from reasonalloc.planning.memory import LayerShape
 
 _BROKEN_OFF = (
@@ -32,9 +37,43 @@ _BROKEN_OFF = (
 
 
 def held_bytes(layers: Iterable[Any]) -> int:
-    """Bytes that cache layers of transformers' own hold for keys and values."""
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """Bytes that cache layers of transformers' own hold for keys, values and states."""
+    size = 0
+    for layer in layers:
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        for name in ("conv_states", "recurrent_states"):
+            held.extend(getattr(layer, name, {}).values())
+        size += sum(tensor.nbytes for tensor in held if tensor is not None)
+    return size
+
+
+def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
+    """An empty cache layer of what the model's configuration says."""
+    if compressor is not None:
+        if shape.state is None:
+            return SlabLayer(compressor, shape)
+        return SlabAndStateLayer(compressor, shape, shape.state)
+    if shape.sliding_window is not None:
+        return DynamicSlidingWindowLayer(sliding_window=shape.sliding_window)
+    return empty_layer() if shape.state is None else StateLayer(shape.state)
+
+
+def _detached(state: Tensor | None) -> Tensor | None:
+    """A state without the graph of the calls that made it, where gradients are recorded."""
+    return state.detach_() if state is not None and state.requires_grad else state
+
+
+def _copied(layer: Any, recorder: Recorder, sequences: Tensor | None) -> Any:
+    """A cache layer with the same content in memory of its own; see ``Slab.copy``."""
+    if isinstance(layer, SlabLayer):
+        return layer.copy(recorder, sequences)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return copied(layer, sequences)
+    if not isinstance(layer, StateLayer):
+        return empty_layer()
+    twin = StateLayer(layer.state)
+    twin.take_states(layer, sequences)
+    return twin
 
 
 class Owner(Protocol):
@@ -62,7 +101,7 @@ class BudgetCache(Cache):
     """The cache that ``attach`` gives to ``generate``; pass it on to continue a conversation.
 
     Args:
-        layers: one entry per model layer: a compressor, or None for a layer that slides.
+        layers: one entry per model layer: a compressor, or None for a layer without a budget.
         shapes: what the model's configuration says of each layer.
         recorder: collects the compressions of all layers.
         owner: the attachment that made the cache.
@@ -78,13 +117,11 @@ class BudgetCache(Cache):
         self.recorder = recorder
         self.owner = owner
         super().__init__(
-            layers=[
-                SlabLayer(layer, shape)
-                if layer is not None
-                else DynamicSlidingWindowLayer(sliding_window=shape.sliding_window or 0)
-                for layer, shape in zip(layers, shapes, strict=True)
-            ]
+            layers=[_layer(layer, shape) for layer, shape in zip(layers, shapes, strict=True)]
         )
+        self._first = next((i for i, shape in enumerate(shapes) if shape.kv_heads), 0)
+        #: Whether a call has looked at a state, and not ended yet; see ``settle``.
+        self._moving = False
         self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
         self.seen = SeenText()
@@ -107,8 +144,8 @@ class BudgetCache(Cache):
             raise UsageError(
                 "this cache belongs to a KV budget that was detached: attach again and start anew"
             )
-        if layer_idx == 0:
-            if not self.whole:
+        if layer_idx == self._first:
+            if not self._in_step:
                 raise UsageError(_BROKEN_OFF)
         elif self._latest is not None and self._latest.pending:
             raise UnsupportedError(FOREIGN_ATTENTION)
@@ -116,6 +153,28 @@ class BudgetCache(Cache):
         self._latest = layer if isinstance(layer, SlabLayer) else self._latest
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """State of a layer's convolution, [batch, ...], which the model may change; or None."""
+        self._moving = True
+        return _detached(super().get_conv_state(layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Recurrent state of a layer, [batch, ...], which the model may change; or None."""
+        self._moving = True
+        return _detached(super().get_recurrent_state(layer_idx, state_idx))
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per layer whether it has a state and no attention."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, SlabLayer)
+            for layer in self.layers
+        ]
+
+    def settle(self) -> None:
+        """Take note that a forward call has ended: all its states are the new ones."""
+        self._moving = False
 
     @property
     def single_tokens_are_real(self) -> bool:
@@ -168,6 +227,11 @@ class BudgetCache(Cache):
             return
         self.check_whole()
         self.check_batch(batch)
+        if past and columns > 1 and not all(layer.state.continues for layer in self._states):
+            raise UnsupportedError(
+                "the Mamba layers of this model start anew at every call with several tokens, so a "
+                "text cannot be continued: start with a new cache and the whole conversation"
+            )
         trusted = columns == 1 and past > 0 and self._trust_next
         self.single_tokens_are_real = self._trust_next
         self._trust_next = self._generating
@@ -181,6 +245,11 @@ class BudgetCache(Cache):
     @property
     def whole(self) -> bool:
         """Whether no call broke off in the middle: all layers have seen the same text."""
+        return self._in_step and not self._moving
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether all layers with keys have seen equally many tokens."""
         length = self.get_seq_length()
         return all(
             layer.get_seq_length() == length and not (isinstance(layer, SlabLayer) and layer.midway)
@@ -245,7 +314,15 @@ class BudgetCache(Cache):
                 )
             hidden = ~visible & (places >= 0)
             if bool(hidden.any()):
+                self._refuse_to_hide()
                 self._forget(hidden, past)
+
+    def _refuse_to_hide(self) -> None:
+        if self._states:
+            raise UnsupportedError(
+                "attention_mask hides tokens that layers with a state (linear attention, Mamba, "
+                "convolution) have taken in or would take in: start with a new cache"
+            )
 
     def _forget(self, hidden: Tensor, columns: int) -> None:
         """Drop visible columns, [batch, columns so far] bool, of which ``columns`` are kept."""
@@ -267,6 +344,8 @@ class BudgetCache(Cache):
         fresh = mask[:, -columns:].bool()
         if bool(fresh.all()):
             return
+        if columns == 1:
+            self._refuse_to_hide()  # the model hides nothing from a state in calls with one token
         places = self.seen.places(len(mask), mask.device)
         old = places[:, :-columns]
         new = following(old)[:, None] + fresh.long().cumsum(dim=1) - 1
@@ -285,6 +364,7 @@ class BudgetCache(Cache):
         if any(columns < layer.compressor.protected_columns for layer in self._compressed):
             return None if self.evicted_at else 0  # the new prompt is to be protected as a whole
         bounded = any(s.get_seq_length() >= s.sliding_window for s in self._sliding)
+        bounded = bounded or bool(self._states)
         if bounded or any(layer.compressor.keeps_state for layer in self._compressed):
             return None if self.evicted_at else 0
         return columns
@@ -323,7 +403,7 @@ class BudgetCache(Cache):
             )
         return (
             f"this cache cannot go back to its first {columns} tokens: its policy keeps numbers "
-            "per token, or a layer its sliding window, which cannot; start with a new cache"
+            "per token, or a layer a state or sliding window, which cannot; start with a new cache"
         )
 
     def go_back(self, columns: int) -> None:
@@ -336,8 +416,11 @@ class BudgetCache(Cache):
             self.check_whole()
         self._announced = 0
         if columns == 0:
+            self._moving = False
             for cleared in self._compressed:
                 cleared.clear()
+            for state in self._states:
+                state.clear_states()
         else:
             with torch.inference_mode(False), torch.no_grad():
                 slab = self._compressed[0].compressor.slab
@@ -362,8 +445,12 @@ class BudgetCache(Cache):
         tensors = dict(self.seen.content())
         numbers: dict[str, Any] = {"compressions": self.recorder.compressions}
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, SlabLayer):
+            if isinstance(layer, SlabAndStateLayer):
+                own, numbers[str(index)] = layer.content()
+            elif isinstance(layer, SlabLayer):
                 own, numbers[str(index)] = layer.compressor.content()
+            elif isinstance(layer, StateLayer):
+                own, numbers[str(index)] = layer.state_content()
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 own, numbers[str(index)] = sliding_content(layer)
             else:
@@ -390,6 +477,8 @@ class BudgetCache(Cache):
                 layer.fill(own, numbers[str(index)])
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = filled_sliding(layer, own, numbers[str(index)])
+            elif isinstance(layer, StateLayer):
+                layer.fill_states(own, numbers[str(index)])
         self.seen.fill(tensors)
         if not self.whole or self.get_seq_length() != self.seen.columns:
             raise ValueError("the layers have seen texts of different lengths")
@@ -452,13 +541,8 @@ class BudgetCache(Cache):
         self.check_whole()
         twin = BudgetCache((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
-            twin.layers = [
-                layer.copy(twin.recorder, sequences)
-                if isinstance(layer, SlabLayer)
-                else copied(layer, sequences)
-                for layer in self.layers
-                if isinstance(layer, (SlabLayer, DynamicSlidingWindowLayer))
-            ]
+            twin.layers = [_copied(layer, twin.recorder, sequences) for layer in self.layers]
+        twin._first = self._first
         twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
         twin.seen = self.seen.copy(sequences)
         return twin
@@ -525,24 +609,29 @@ class BudgetCache(Cache):
     def _sliding(self) -> list[DynamicSlidingWindowLayer]:
         return [s for s in self.layers if isinstance(s, DynamicSlidingWindowLayer)]
 
-    def _sliding_bytes(self) -> int:
-        return held_bytes(self._sliding)
+    @property
+    def _states(self) -> list[StateLayer]:
+        return [s for s in self.layers if isinstance(s, StateLayer)]
+
+    def _other_bytes(self) -> int:
+        """Bytes of the layers with a sliding window, and of states."""
+        return held_bytes(self._sliding) + sum(layer.state_bytes for layer in self._states)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held now for keys and values, over all layers."""
+        """Bytes held now for keys, values and states, over all layers."""
         slabs = [s.compressor.slab for s in self._compressed]
-        return sum(s.kv_bytes for s in slabs if s is not None) + self._sliding_bytes()
+        return sum(s.kv_bytes for s in slabs if s is not None) + self._other_bytes()
 
     @property
     def bookkeeping_bytes(self) -> int:
-        """Bytes held now besides keys and values."""
+        """Bytes held now besides keys, values and states."""
         return sum(s.compressor.bookkeeping_bytes for s in self._compressed)
 
     @property
     def used_kv_bytes(self) -> int:
-        """Bytes of keys and values of the tokens that are retained now. Waits for the device."""
-        size = self._sliding_bytes()
+        """Bytes of what is retained now, as ``kv_bytes``. Waits for the device."""
+        size = self._other_bytes()
         for layer in self._compressed:
             slab = layer.compressor.slab
             if slab is not None:

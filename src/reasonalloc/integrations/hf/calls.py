@@ -89,6 +89,18 @@ class CallCheck:
         cache.announce(known, batch, columns, mask, self._inner)
 
 
+class CallEnd:
+    """A forward hook: tells the cache that a call has ended, see ``BudgetCache.settle``."""
+
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """See ``torch.nn.Module.register_forward_hook``, ``with_kwargs=True``."""
+        cache = given_cache(kwargs)
+        if isinstance(cache, BudgetCache):
+            cache.settle()
+
+
 def _two_dimensional(mask: Tensor, cache: BudgetCache, batch: int, columns: int) -> Tensor | None:
     """What a mask over the new tokens alone, [batch, 1, q, q] bool, says of the whole text."""
     if mask.dtype != torch.bool or mask.shape[-1] != columns:

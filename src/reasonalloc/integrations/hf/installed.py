@@ -8,6 +8,13 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+)
+
 
 class Installed:
     """Attributes of a model that stand for its own, and hooks on its modules.
@@ -39,6 +46,11 @@ class Installed:
         handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         self._hooks.append((module, handle))
 
+    def after(self, module: Any, hook: Callable[..., Any]) -> None:
+        """Have a module's calls that ended well go through a hook last."""
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        self._hooks.append((module, handle))
+
     def remove(self) -> None:
         """Give the model its own attributes back, and take the hooks off.
 
@@ -60,8 +72,10 @@ class Installed:
         memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
         memo[id(model)] = model  # of bound methods: whoever copies the state knows the copy
         for module, handle in self._hooks:
-            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
-                memo[id(hooks)] = OrderedDict((k, v) for k, v in hooks.items() if k != handle.id)
+            for name in _HOOKS:
+                hooks = getattr(module, name)
+                own = memo.get(id(hooks), hooks)
+                memo[id(hooks)] = OrderedDict((k, v) for k, v in own.items() if k != handle.id)
         state = {k: v for k, v in model.__dict__.items() if k not in self._before}
         state |= {name: own for name, own in self._before.items() if own is not None}
         twin.__dict__.update(copy.deepcopy(state, memo))

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import layer_shapes, text_config
 
@@ -61,14 +62,27 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
     shapes = layer_shapes(text_config(model), name)
     if not hasattr(model, "generate"):
         raise UnsupportedError(f"{name} has no generate(): load it with AutoModelForCausalLM")
-    if not getattr(model, "_supports_attention_backend", False):
+    check_hybrid(shapes, name)
+    able = type(model)._can_set_attn_implementation()  # newer ones no longer say it themselves
+    if not getattr(model, "_supports_attention_backend", False) and not able:
         raise UnsupportedError(
             f"{name} cannot run under a KV budget: its attention does not go through transformers' "
             "AttentionInterface"
         )
-    for path, _ in model.named_parameters():
-        if path.endswith(".sinks"):
+    return shapes
+
+
+def check_measurable(model: Any) -> tuple[LayerShape, ...]:
+    """Shapes of a model's layers, all of which cache keys and values alone.
+
+    Raises:
+        UnsupportedError: it cannot work, or has other layers, which calibration does not follow.
+    """
+    shapes = check_model(model)
+    for index, shape in enumerate(shapes):
+        if not shape.kv_heads or shape.state is not None:
             raise UnsupportedError(
-                f"{name} cannot run under a KV budget: it has learned attention sinks ({path})"
+                f"{type(model).__name__} cannot be calibrated yet: layer {index} is no plain "
+                "attention layer (linear, Mamba, convolution, MLP); use an arm without a profile"
             )
     return shapes

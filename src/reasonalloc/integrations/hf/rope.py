@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from reasonalloc.attention.dense import repeat_heads
 from reasonalloc.errors import UnsupportedError
-from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.integrations.hf.attention import mask_forward
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.rotary import Rope, from_features, to_features, turns
@@ -65,7 +66,7 @@ def check_rotation(model: Any, rope: Rope, token: int) -> None:
     """Make sure that every layer under a budget rotates its queries as ``rope`` says.
 
     A text of one token gives the same hidden states at every position, since attention to a single
-    key has weight 1: so its queries must differ by the rotation alone.
+    key has weight 1 (learned sinks are left out): so its queries must differ by the rotation alone.
 
     Raises:
         UnsupportedError: a layer rotates otherwise (interleaved dimensions, layers without
@@ -89,9 +90,11 @@ def _queries(model: Any, token: int, position: int) -> dict[int, Tensor]:
     """Queries of every layer after RoPE, [query_heads, head_dim], of a text of one token."""
     queries: dict[int, Tensor] = {}
 
-    def note(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def note(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         queries[module.layer_idx] = query[0, :, 0].float().cpu()
-        return attention_forward(module, query, *args, **kwargs)
+        return repeat_heads(value, query.shape[1]).transpose(1, 2).contiguous(), None
 
     original = model.config._attn_implementation
     AttentionInterface.register(_IMPLEMENTATION, note)

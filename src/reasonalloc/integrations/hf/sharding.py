@@ -14,7 +14,7 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
     """How a model was divided by ``from_pretrained(tp_plan=...)``; one whole if it was not.
 
     Raises:
-        UnsupportedError: the KV heads cannot be divided equally.
+        UnsupportedError: the KV heads cannot be divided equally, or layers keep states.
     """
     size = getattr(model, "tp_size", None) or 1
     plan = getattr(model, "tp_plan", None) or {}
@@ -22,6 +22,11 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
     divided = any(str(name).endswith("k_proj") and how == "colwise" for name, how in plan.items())
     if size == 1 or not divided:
         return HeadShard()
+    if any(not shape.kv_heads or shape.state for shape in shapes):
+        raise UnsupportedError(
+            "tp_plan: a model with linear, Mamba or convolution layers cannot be divided among "
+            "processes under a KV budget: use device_map"
+        )
     heads = shapes[0].kv_heads
     if heads % size:
         raise UnsupportedError(

@@ -98,6 +98,7 @@ class SlabLayer(CacheLayerMixin):
         mask: Tensor | None,
         scaling: float,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Store the new tokens and attend, see ``LayerCompressor.forward``."""
         if value is not self._values:
@@ -106,8 +107,9 @@ class SlabLayer(CacheLayerMixin):
             mask = None
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
         with torch.inference_mode(False), torch.no_grad():
+            sinks = None if sinks is None else sinks.detach()
             out = self.compressor.forward(
-                query, key, value, mask, scaling, softcap, replay=self.replay
+                query, key, value, mask, scaling, softcap, self.replay, sinks
             )
         setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
         self._values = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.cache import BudgetCache
-from reasonalloc.integrations.hf.calls import CallCheck
+from reasonalloc.integrations.hf.calls import CallCheck, CallEnd
 from reasonalloc.integrations.hf.versions import given_cache
 from reasonalloc.planning.memory import LayerShape
 
@@ -26,7 +26,7 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
     Args:
         step: ``eager``, ``static``, ``graph`` or ``compile``.
         model: a transformers model.
-        shapes: its attention layers.
+        shapes: its layers.
         parts: number of processes that share its heads.
 
     Raises:
@@ -39,12 +39,14 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
 
     if step == "eager":
         return
-    if not all(shape.compressible for shape in shapes):
+    if any(shape.sliding_window is not None for shape in shapes):
         raise refuse("the caches of its layers with a sliding window grow from step to step")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refuse("it does not take position_ids")
     if step == "static":
         return
+    if any(shape.state is not None for shape in shapes):
+        raise refuse("repeated steps of linear, Mamba or convolution layers were not tested")
     if step == "graph" and model.device.type != "cuda":
         raise UsageError(
             f"step='graph' needs a GPU, but the model is on {model.device}: use step='compile'"
@@ -88,7 +90,7 @@ def _is_foreign(hook: Any) -> bool:
     Calls that collect them are no steps that are repeated (``_EXTRA_OUTPUTS``).
     """
     place = getattr(hook, "__module__", None) or type(hook).__module__
-    return not isinstance(hook, CallCheck) and not place.startswith("transformers.")
+    return not isinstance(hook, (CallCheck, CallEnd)) and not place.startswith("transformers.")
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

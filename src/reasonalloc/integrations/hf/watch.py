@@ -19,7 +19,7 @@ from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.loading import quiet
-from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.memory import LayerShape, MemoryPlan
 from reasonalloc.planning.shapes import layer_shapes, model_name, text_config
 from reasonalloc.tables import human
 
@@ -59,7 +59,7 @@ class Progress:
 
     Attributes:
         config: the settings, None for the full cache.
-        shapes: the model's attention layers.
+        shapes: the model's layers.
         dtype: of the cache.
         prompt_tokens: length of the prompt.
         cache: what the model writes to.
@@ -115,7 +115,8 @@ class Progress:
     @property
     def full_bytes(self) -> int:
         """What the model's own full cache takes at this length."""
-        return sum(s.full_bytes(1, self.cached_tokens, self.dtype.itemsize) for s in self.shapes)
+        plan = MemoryPlan(tuple(self.shapes), (), 1, 1, 1, self.dtype.itemsize)
+        return plan.full_bytes(self.cached_tokens)
 
     @property
     def bookkeeping_bytes(self) -> int:

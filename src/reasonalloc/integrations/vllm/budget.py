@@ -43,11 +43,13 @@ class EngineBudget(BudgetPlan):
 
     def _check_layers(self) -> None:
         for index, shape in enumerate(self.shapes):
-            if not shape.compressible:
-                raise UnsupportedError(
-                    f"{self.name} cannot run under a KV budget in vLLM yet: layer {index} has a "
-                    "sliding window; run it on transformers"
-                )
+            if shape.compressible and shape.state is None:
+                continue
+            what = "a sliding window" if shape.sliding_window else "a state, or no cache at all"
+            raise UnsupportedError(
+                f"{self.name} cannot run under a KV budget in vLLM yet: layer {index} has {what}; "
+                "run it on transformers"
+            )
         if self.kv_heads % self.ranks:
             raise UsageError(
                 f"tensor_parallel_size={self.ranks}: {self.kv_heads} KV heads cannot be divided "

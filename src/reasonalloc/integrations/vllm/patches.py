@@ -66,7 +66,12 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
         if plan is not None:
             from reasonalloc.integrations.vllm.backend import backend_of
 
-            if kwargs.get("attn_backend") is not None or kwargs.get("sinks") is not None:
+            if kwargs.get("sinks") is not None:
+                raise UnsupportedError(
+                    f"{plan.name} cannot run under a KV budget in vLLM: it has learned attention "
+                    "sinks; use transformers (reasonalloc.attach)"
+                )
+            if kwargs.get("attn_backend") is not None:
                 raise UnsupportedError(
                     f"{plan.name} cannot run under a KV budget: it brings its own attention"
                 )

@@ -168,6 +168,7 @@ struct Attend {
   int64_t room;
   int64_t before;  // slots of other tokens before these in `positions`, `state` and `received`
   double scaling, softcap;  // softcap 0: none
+  const float* sinks;       // of every query head; may be null
 
   // What is done otherwise where other tokens are coded.
   int64_t tokens(int64_t run) const;
@@ -321,10 +322,11 @@ void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch)
   const int64_t begin = plan.first[run], end = plan.first[run + 1];
   for (int64_t g = 0; g < a.group; ++g) {
     V* out = reinterpret_cast<V*>(a.out) + (run * a.group + g) * a.value_width;
-    float top = kLowest;
+    const float* sink = a.sinks ? a.sinks + run % a.kv_heads * a.group + g : nullptr;
+    float top = sink ? *sink : kLowest;
     for (int64_t c = begin; c < end; ++c)
       top = std::max(top, Scratch(a, scratch + c * per_chunk).largest[g]);
-    float total = 0.0f;
+    float total = sink ? std::exp(*sink - top) : 0.0f;
     for (int64_t c = begin; c < end; ++c) {
       const Scratch own(a, scratch + c * per_chunk);
       own.largest[g] = std::exp(own.largest[g] - top);

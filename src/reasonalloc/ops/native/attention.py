@@ -17,7 +17,7 @@ _TWO = ctypes.c_int64 * 2
 _operators = torch.library.Library("reasonalloc", "FRAGMENT")
 _READ = (
     "Tensor query, Tensor{} keys, Tensor{} values, Tensor offsets, Tensor{} lengths, "
-    "float scaling, float softcap, "
+    "float scaling, float softcap, Tensor? sinks, "
 )
 _operators.define(
     f"ragged_decode({_READ.format('', '', '')} bool need_weights) -> (Tensor, Tensor)"
@@ -48,12 +48,17 @@ class NewToken(NamedTuple):
 
 
 def decode(
-    query: Tensor, slab: Runs, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: Runs,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``Backend.decode``; softmax and sums are in float32, an empty run gives zeros."""
     out, received = torch.ops.reasonalloc.ragged_decode(
         *(query, slab.keys, slab.values, slab.offsets, slab.lengths),
-        *(scaling, softcap or 0.0, need_weights),
+        *(scaling, softcap or 0.0, as_floats(sinks), need_weights),
     )
     return out, received if need_weights else None
 
@@ -65,13 +70,19 @@ def step(
     scaling: float,
     softcap: float | None,
     need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Store a token in every run of a ragged slab, note its query, and attend as ``decode``."""
     out, received = torch.ops.reasonalloc.ragged_step(
         *(query, slab.keys, slab.values, slab.offsets, slab.lengths),
-        *(scaling, softcap or 0.0, *new, need_weights),
+        *(scaling, softcap or 0.0, as_floats(sinks), *new, need_weights),
     )
     return out, received if need_weights else None
+
+
+def as_floats(sinks: Tensor | None) -> Tensor | None:
+    """The same in float32 and contiguous."""
+    return None if sinks is None else sinks.float().contiguous()
 
 
 def arguments_of(
@@ -85,6 +96,7 @@ def arguments_of(
     new: NewToken | None,
     out: Tensor,
     received: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> Attend:
     """Arguments of the operators as those of the loop.
 
@@ -94,13 +106,14 @@ def arguments_of(
         scaling, softcap: of the logits; 0: no soft-capping.
         new: what is stored first, or None.
         out: [batch, query_heads, 1, value_dim]; received: [batch, slots] float32 or None.
+        sinks: [query_heads] float32, contiguous, or None.
 
     Raises:
         RuntimeError: one of them is not so.
     """
     arguments = Attend()
     arguments.offsets = address("offsets", offsets, torch.int64, (query.shape[0], lengths.shape[1]))
-    fill(arguments, query, keys, values, lengths, scaling, softcap, new, out, received)
+    fill(arguments, query, keys, values, lengths, scaling, softcap, new, out, received, sinks)
     return arguments
 
 
@@ -115,6 +128,7 @@ def fill(
     new: NewToken | None,
     out: Tensor,
     received: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Fill in all but ``offsets``, see ``arguments_of``; ``before`` is there already.
 
@@ -137,6 +151,8 @@ def fill(
     arguments.batch, arguments.kv_heads, arguments.group = batch, kv_heads, heads // kv_heads
     arguments.slots, arguments.width, arguments.value_width = slots, width, value_width
     arguments.scaling, arguments.softcap = scaling, softcap
+    if sinks is not None:
+        arguments.sinks = address("sinks", sinks, torch.float32, (heads,))
     if received is not None:
         of_received = batch, arguments.before + slots
         arguments.received = address("received", received, torch.float32, of_received)
@@ -176,13 +192,13 @@ def _results(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[T
 def _ragged(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Either operator; what is stored in between is a ``NewToken``."""
     out, received = _results(query, keys, values, *rest)
-    offsets, lengths, scaling, softcap, *token, need_weights = rest
+    offsets, lengths, scaling, softcap, sinks, *token, need_weights = rest
     query, offsets, new = with_rows(query), offsets.contiguous(), None
     if token:
         new = NewToken(with_rows(token[0]), with_rows(token[1]), *token[2:])
     weights = received if need_weights else None
     arguments = arguments_of(
-        query, keys, values, offsets, lengths, scaling, softcap, new, out, weights
+        query, keys, values, offsets, lengths, scaling, softcap, new, out, weights, sinks
     )
     code = library().reasonalloc_attend(ctypes.byref(arguments), torch.get_num_threads())
     if code:

@@ -28,7 +28,7 @@ SIZES: dict[str, Signature] = {
 _FUNCTIONS: dict[str, Signature] = {
     "attend": ([_P, _N], _N),
     "attend_coded": ([_P, _N], _N),
-    "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_N] * 2, _N),
+    "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_P] + [_N] * 2, _N),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
     "pooled_counts": ([_P] * 3 + [_I, _N] + [_I] * 3 + [_P, _N], _N),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reasonalloc.ops.codes import KINDS, VALUE_KINDS, Field, RowFormat
 from reasonalloc.ops.interface import CodedTokens
-from reasonalloc.ops.native.attention import NewToken, fill, with_rows
+from reasonalloc.ops.native.attention import NewToken, as_floats, fill, with_rows
 from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
 from reasonalloc.ops.native.structs import AttendCoded, Format
@@ -21,7 +21,7 @@ _operators = torch.library.Library("reasonalloc", "FRAGMENT")
 _READ = (
     "Tensor query, Tensor pool, Tensor starts, Tensor offsets, Tensor lengths, "
     "Tensor{} tail_keys, Tensor{} tail_values, Tensor{} tail_lengths, int[] kinds, "
-    "int coded_slots, float scaling, float softcap, "
+    "int coded_slots, float scaling, float softcap, Tensor? sinks, "
 )
 _operators.define(f"coded_decode({_READ.format('', '', '')} bool need_weights) -> (Tensor, Tensor)")
 _operators.define(
@@ -53,7 +53,12 @@ class CodedInput(NamedTuple):
 
 
 def decode(
-    query: Tensor, slab: CodedTokens, scaling: float, softcap: float | None, need_weights: bool
+    query: Tensor,
+    slab: CodedTokens,
+    scaling: float,
+    softcap: float | None,
+    need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``Backend.decode_coded``; softmax and sums are in float32, a head of nothing gives zeros.
 
@@ -61,7 +66,7 @@ def decode(
         RuntimeError: a tensor is not what C++ takes it for, or a run ends outside of its storage.
     """
     out, received = torch.ops.reasonalloc.coded_decode(
-        query, *_input_of(slab), scaling, softcap or 0.0, need_weights
+        query, *_input_of(slab), scaling, softcap or 0.0, as_floats(sinks), need_weights
     )
     return out, received if need_weights else None
 
@@ -73,10 +78,11 @@ def step(
     scaling: float,
     softcap: float | None,
     need_weights: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Store a token at the end of every tail, note its query, and attend as ``decode``."""
     out, received = torch.ops.reasonalloc.coded_step(
-        query, *_input_of(slab), scaling, softcap or 0.0, *new, need_weights
+        query, *_input_of(slab), scaling, softcap or 0.0, as_floats(sinks), *new, need_weights
     )
     return out, received if need_weights else None
 
@@ -159,6 +165,7 @@ def arguments_of(
     new: NewToken | None,
     out: Tensor,
     received: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> AttendCoded:
     """Arguments of the operators as those of the loop.
 
@@ -169,6 +176,7 @@ def arguments_of(
         new: what is stored first, or None; positions and state of all slots.
         out: [batch, query_heads, 1, value_dim].
         received: [batch, coded_slots + kv_heads * room] float32 or None.
+        sinks: [query_heads] float32, contiguous, or None.
 
     Raises:
         RuntimeError: one of them is not so.
@@ -214,6 +222,7 @@ def arguments_of(
         new,
         out,
         received,
+        sinks,
     )
     return arguments
 
@@ -235,11 +244,12 @@ def _coded(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     query = with_rows(query)
     count = len(CodedInput._fields)
     read = CodedInput(*rest[:count])
-    scaling, softcap, *token, need_weights = rest[count:]
+    scaling, softcap, sinks, *token, need_weights = rest[count:]
     tables = {name: getattr(read, name).contiguous() for name in ("starts", "offsets", "lengths")}
     new = NewToken(with_rows(token[0]), with_rows(token[1]), *token[2:]) if token else None
     weights = received if need_weights else None
-    arguments = arguments_of(query, read._replace(**tables), scaling, softcap, new, out, weights)
+    read, how = read._replace(**tables), (scaling, softcap)
+    arguments = arguments_of(query, read, *how, new, out, weights, sinks)
     code = library().reasonalloc_attend_coded(ctypes.byref(arguments), torch.get_num_threads())
     if code:
         raise failure(code)

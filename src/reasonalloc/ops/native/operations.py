@@ -68,10 +68,13 @@ class NativeOperations(Operations):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """See ``Operations.step``; under autocast the query may be of another type than noted."""
         new = _new_token(query, key, value, seen, runs, ring)
-        return None if new is None else step(query, runs, new, scaling, softcap, need_weights)
+        if new is None:
+            return None
+        return step(query, runs, new, scaling, softcap, need_weights, sinks)
 
     def step_coded(
         self,
@@ -84,12 +87,13 @@ class NativeOperations(Operations):
         scaling: float,
         softcap: float | None,
         need_weights: bool,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """See ``Operations.step_coded``; under autocast as ``step``."""
         new = _new_token(query, key, value, seen, runs, ring)
         if new is None:
             return None
-        return coded.step(query, runs, new, scaling, softcap, need_weights)
+        return coded.step(query, runs, new, scaling, softcap, need_weights, sinks)
 
 
 def _new_token(

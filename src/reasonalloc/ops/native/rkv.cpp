@@ -144,18 +144,22 @@ void redundancy_of(const Run& run, float threshold, int threads, std::vector<int
 }
 
 // Turns logits [padded] of the first `count` places into their softmax times `factor`, the rest
-// into zeros.
-void softmax(float* logits, int64_t count, int64_t padded, float factor) {
+// into zeros. A sink stands in its denominator.
+void softmax(float* logits, int64_t count, int64_t padded, float factor,
+             const float* sink = nullptr) {
   float largest;
-  const float share = factor / exponentiate(logits, count, &largest);
+  float total = exponentiate(logits, count, &largest);
+  if (sink) total += std::exp(*sink - largest);
+  const float share = factor / total;
   for (int64_t j = 0; j < count; ++j) logits[j] *= share;
   for (int64_t j = count; j < padded; ++j) logits[j] = 0.0f;
 }
 
-// Mean over the window of the softmax of the group's largest logits, over the evictable tokens.
+// Mean over the window of the softmax of the group's largest logits, over the evictable tokens and
+// the largest of the group's sinks, if it has any.
 void importance_of(const Run& run, const float* lengths_of_keys, const float* queries,
-                   int64_t group, int64_t window, float softcap, std::vector<float>& memory,
-                   float* out) {
+                   int64_t group, int64_t window, float softcap, const float* sinks,
+                   std::vector<float>& memory, float* out) {
   for (int64_t j = 0; j < run.padded; ++j) out[j] = 0.0f;
   const int64_t evictable = run.length - window;
   if (evictable <= 0) return;
@@ -178,6 +182,7 @@ void importance_of(const Run& run, const float* lengths_of_keys, const float* qu
           store(logits + (first + r) * run.padded + j, x);
         }
     }
+  const float* sink = sinks ? std::max_element(sinks, sinks + group) : nullptr;
   for (int64_t w = 0; w < window; ++w) {
     float* own = logits + w * run.padded;
     for (int64_t g = 1; g < group; ++g) {
@@ -187,7 +192,7 @@ void importance_of(const Run& run, const float* lengths_of_keys, const float* qu
         store(own + j, x > y ? x : y);
       }
     }
-    softmax(own, evictable, run.padded, 1.0f / float(window));
+    softmax(own, evictable, run.padded, 1.0f / float(window), sink);
     for (int64_t j = 0; j < run.padded; j += kLanes) store(out + j, load(out + j) + load(own + j));
   }
 }
@@ -202,7 +207,8 @@ struct RkvMemory {
 template <typename T>
 void score_run(const float* queries, const T* keys, const int64_t* index, int64_t length,
                int64_t group, int64_t window, int64_t width, float lam, int64_t kernel,
-               float threshold, float softcap, int threads, RkvMemory& memory, float* scores) {
+               float threshold, float softcap, const float* sinks, int threads, RkvMemory& memory,
+               float* scores) {
   const int64_t padded = (length + kTile - 1) / kTile * kTile;
   memory.units.resize(size_t(width * padded));
   memory.norms.assign(size_t(padded), 0.0f);
@@ -240,7 +246,7 @@ void score_run(const float* queries, const T* keys, const int64_t* index, int64_
     return dot(i, j) / (memory.norms[i] * memory.norms[j]);
   });
   softmax(redundancy, length, padded, 1.0f - lam);
-  importance_of(run, memory.norms.data(), queries, group, window, softcap, memory.logits,
+  importance_of(run, memory.norms.data(), queries, group, window, softcap, sinks, memory.logits,
                 importance);
   for (int64_t j = 0; j < length; ++j) {
     float most = 0.0f;  // the largest importance within the pooling kernel
@@ -255,7 +261,7 @@ template <typename T>
 int rkv_scores(const float* queries, const T* keys, const int64_t* index, const int64_t* lengths,
                float* scores, int64_t batch, int64_t kv_heads, int64_t group, int64_t window,
                int64_t stored, int64_t n, int64_t width, int64_t kernel, float lam, float threshold,
-               float softcap, int threads) {
+               float softcap, const float* sinks, int threads) {
   const int64_t runs = batch * kv_heads;
   auto score = [&](int64_t run, int shared_by) {
     static thread_local RkvMemory memory;
@@ -266,7 +272,8 @@ int rkv_scores(const float* queries, const T* keys, const int64_t* index, const 
     if (lengths[run] > 0)
       score_run(queries + run * group * window * width, keys + run / kv_heads * stored * width,
                 index + run * n, lengths[run], group, window, width, lam, kernel, threshold,
-                softcap, shared_by, memory, scores + run * n);
+                softcap, sinks ? sinks + run % kv_heads * group : nullptr, shared_by, memory,
+                scores + run * n);
     if (memory.units.size() > kKept) memory = {};  // of a long prompt
   };
   const bool shared = runs < threads;  // threads share a run
@@ -281,14 +288,14 @@ extern "C" int reasonalloc_rkv_scores(const float* queries, const void* keys, co
                                       const int64_t* lengths, float* scores, int64_t batch,
                                       int64_t kv_heads, int64_t group, int64_t window,
                                       int64_t stored, int64_t n, int64_t width, int64_t kernel,
-                                      float lam, float threshold, float softcap, int kind,
-                                      int threads) {
+                                      float lam, float threshold, float softcap, const float* sinks,
+                                      int kind, int threads) {
   int failed = kDone;
   by_kind(kind, [&](auto zero) {
     using T = decltype(zero);
-    failed =
-        rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch, kv_heads,
-                   group, window, stored, n, width, kernel, lam, threshold, softcap, threads);
+    failed = rkv_scores(queries, static_cast<const T*>(keys), index, lengths, scores, batch,
+                        kv_heads, group, window, stored, n, width, kernel, lam, threshold, softcap,
+                        sinks, threads);
   });
   return failed;
 }

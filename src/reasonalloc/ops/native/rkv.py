@@ -33,6 +33,7 @@ def score(policy: Any, candidates: Any) -> Tensor | None:
         kernel=policy.kernel,
         threshold=policy.threshold,
         softcap=candidates.softcap,
+        sinks=candidates.sinks,
     )
 
 
@@ -46,6 +47,7 @@ def rkv_scores(
     kernel: int,
     threshold: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The result of ``policies.rkv.RKV.score``, each head at the price of its own length.
 
@@ -56,6 +58,7 @@ def rkv_scores(
         lengths: [batch, kv_heads] int64, how many of them there are.
         lam, kernel, threshold: of the policy.
         softcap: of the logits, or None.
+        sinks: [kv_heads, group] learned sinks, or None.
 
     Returns:
         [batch, kv_heads, n] float32; 0 beyond ``lengths``.
@@ -67,6 +70,7 @@ def rkv_scores(
     queries, keys, index, lengths = (t.contiguous() for t in (queries, keys, index, lengths))
     group, window, width = queries.shape[2:]
     runs = batch, kv_heads
+    sinks = None if sinks is None else sinks.float().contiguous()
     scores = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
     failed = library().reasonalloc_rkv_scores(
         address("queries", queries, torch.float32, (*runs, group, window, width)),
@@ -85,6 +89,7 @@ def rkv_scores(
         lam,
         threshold,
         softcap or 0.0,
+        None if sinks is None else address("sinks", sinks, torch.float32, (kv_heads, group)),
         FLOATS[keys.dtype],
         torch.get_num_threads(),
     )

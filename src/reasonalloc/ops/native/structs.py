@@ -42,6 +42,7 @@ class Attend(ctypes.Structure):
         ("before", _I),
         ("scaling", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("sinks", _P),
     )
 
 

@@ -1,0 +1,205 @@
+"""Layers with a state beside or instead of keys: linear attention, Mamba, short convolutions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import LinearAttentionLayer
+
+from reasonalloc.core.compressor import LayerCompressor
+from reasonalloc.core.recorder import Recorder
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.slab_layer import SlabLayer
+from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.states import StateShape
+
+_KINDS = ("conv", "recurrent")
+
+
+def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
+    """Refuse models with layers that have no keys where transformers has no such cache layers.
+
+    Raises:
+        UnsupportedError: names what to install.
+    """
+    plain = all(shape.kv_heads and shape.state is None for shape in shapes)
+    made = inspect.signature(LinearAttentionLayer.__init__).parameters
+    if not plain and not (hasattr(cache_utils, "DummyLayer") and "number_of_states" in made):
+        raise UnsupportedError(
+            f"{name} cannot run under a KV budget with this transformers, which has other cache "
+            "layers for linear, Mamba and convolution layers: install transformers 5.23 or newer"
+        )
+
+
+def empty_layer() -> Any:
+    """transformers' cache layer of a layer that caches nothing, such as an MLP."""
+    return cache_utils.DummyLayer()
+
+
+class StateLayer(LinearAttentionLayer):
+    """A layer with a state of fixed size, as in transformers, of the planned bytes.
+
+    Args:
+        state: sizes that the model's configuration gives.
+    """
+
+    def __init__(self, state: StateShape) -> None:
+        LinearAttentionLayer.__init__(self)
+        self.state = state
+
+    def lazy_initialization(
+        self,
+        conv_states: Tensor | None = None,
+        recurrent_states: Tensor | None = None,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> None:
+        """Allocate a state, [batch, ...]: plain tensors, recurrent ones in float32.
+
+        Raises:
+            UnsupportedError: the state has another size than the plan.
+        """
+        if recurrent_states is not None:
+            _check_size(recurrent_states[0].numel(), self.state.recurrent)
+            recurrent_states = recurrent_states.float()
+        if conv_states is not None:
+            kernel = conv_kernel_size or conv_states.shape[-1]
+            _check_size(conv_states[0, :, 0].numel() * kernel, self.state.conv)
+        # A cache may be used inside and outside of inference mode; its tensors are plain ones.
+        with torch.inference_mode(False), torch.no_grad():
+            LinearAttentionLayer.lazy_initialization(
+                self, conv_states, recurrent_states, state_idx, conv_kernel_size
+            )
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take in new inputs of the convolution; see transformers' layer."""
+        with torch.inference_mode(False), torch.no_grad():
+            result: Tensor = LinearAttentionLayer.update_conv_state(self, *args, **kwargs)
+        return result
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take over a new recurrent state; see transformers' layer."""
+        with torch.inference_mode(False), torch.no_grad():
+            result: Tensor = LinearAttentionLayer.update_recurrent_state(self, *args, **kwargs)
+        return result
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """The states that are allocated, by name."""
+        held = {"conv": self.conv_states[0], "recurrent": self.recurrent_states[0]}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held now."""
+        return sum(tensor.nbytes for tensor in self.states.values())
+
+    def clear_states(self) -> None:
+        """Forget everything; the memory stays."""
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in self.states.values():
+                tensor.detach_().zero_()
+        self.has_previous_state[0] = False
+
+    def take_states(self, other: StateLayer, sequences: Tensor | None = None) -> None:
+        """Take over another layer's states in memory of its own.
+
+        Args:
+            other: of the same sizes.
+            sequences: [n] int64, which of the sequences, in this order; None: all.
+        """
+        held = other.states
+        if sequences is not None:
+            held = {name: tensor[sequences.to(tensor.device)] for name, tensor in held.items()}
+        self._set_states(held, other.has_previous_state[0])
+
+    def state_content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold."""
+        tensors = {f"state_{name}": tensor for name, tensor in self.states.items()}
+        return tensors, {"state_seen": bool(self.has_previous_state[0])}
+
+    def fill_states(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over what another layer held; see ``state_content``.
+
+        Raises:
+            ValueError, KeyError: something is missing or does not fit.
+        """
+        held = {k: tensors[f"state_{k}"] for k in _KINDS if f"state_{k}" in tensors}
+        sizes = {"conv": self.state.conv, "recurrent": self.state.recurrent}
+        wanted = {name: size for name, size in sizes.items() if size}
+        found = {name: tensor[0].numel() for name, tensor in held.items()}
+        if numbers["state_seen"] and found != wanted:
+            raise ValueError("the state of a layer does not fit")
+        if held.get("recurrent", torch.empty(0)).dtype != torch.float32:
+            raise ValueError("the recurrent state of a layer is not in float32")
+        self._set_states(held, bool(numbers["state_seen"]))
+
+    def _set_states(self, held: Mapping[str, Tensor], seen: bool) -> None:
+        for name, tensor in held.items():
+            given: dict[str, Any] = {f"{name}_states": tensor}
+            self.lazy_initialization(**given)
+            with torch.inference_mode(False), torch.no_grad():
+                getattr(self, f"{name}_states")[0].copy_(tensor)
+        self.has_previous_state[0] = seen
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the layers of a cache go back together, see ``BudgetCache.crop``."""
+        raise UnsupportedError("one layer cannot be cropped alone: call crop of the whole cache")
+
+
+class SlabAndStateLayer(SlabLayer, StateLayer):
+    """A layer with attention under a budget and a state, as in Falcon-H1.
+
+    Args:
+        compressor: storage and cadence.
+        shape: what the model's configuration says of the layer.
+        state: its part besides keys and values.
+    """
+
+    def __init__(self, compressor: LayerCompressor, shape: LayerShape, state: StateShape) -> None:
+        StateLayer.__init__(self, state)
+        SlabLayer.__init__(self, compressor, shape)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare the slab for keys and values, or allocate a state that is given by name."""
+        if len(args) == 2:
+            SlabLayer.lazy_initialization(self, *args)
+        else:
+            StateLayer.lazy_initialization(self, **kwargs)
+
+    def fill(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over what another layer held."""
+        kept = {k: v for k, v in tensors.items() if not k.startswith("state_")}
+        SlabLayer.fill(self, kept, numbers)
+        self.fill_states(tensors, numbers)
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold."""
+        tensors, numbers = self.compressor.content()
+        states, seen = self.state_content()
+        return {**tensors, **states}, {**numbers, **seen}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        SlabLayer.clear(self)
+        self.clear_states()
+
+    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlabAndStateLayer:
+        """The same content in memory of its own; see ``Slab.copy``."""
+        twin = SlabAndStateLayer(self.compressor.copy(recorder, sequences), self._shape, self.state)
+        twin._logical, twin.is_initialized = self._logical, self.is_initialized
+        twin.take_states(self, sequences)
+        return twin
+
+
+def _check_size(found: int, planned: int) -> None:
+    if found != planned:
+        raise UnsupportedError(
+            f"a layer keeps a state of {found} numbers per sequence, but the model's configuration "
+            f"says {planned}: its memory cannot be planned"
+        )

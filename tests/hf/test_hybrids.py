@@ -1,0 +1,318 @@
+"""Hybrid models: a budget for the layers whose cache grows, transformers' own states beside it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+import reasonalloc
+from models import HYBRIDS, hybrid, prompt
+from reasonalloc import UnsupportedError, UsageError, plan
+from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.states import check_hybrid
+from reasonalloc.planning.shapes import layer_shapes
+
+SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
+PADDED = [0, 9, 4]  # columns of padding in front of each sequence of the batch
+NAMES = [name for name, (_, model, _) in HYBRIDS.items() if hasattr(transformers, model)]
+CONTINUING = [name for name in NAMES if name != "jamba"]  # whose states several tokens go on from
+
+
+@functools.cache
+def made(name: str) -> Any:
+    return hybrid(name)
+
+
+def able() -> bool:
+    try:
+        check_hybrid(layer_shapes(hybrid("lfm2").config, "lfm2"), "lfm2")
+    except UnsupportedError:
+        return False
+    return True
+
+
+needs_layers = pytest.mark.skipif(not able(), reason="this transformers has other cache layers")
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Ids and mask of three prompts with unequal left padding."""
+    ids = prompt(26, 3, seed=5)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(PADDED):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    return ids, mask
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor, new: int, **settings: Any) -> Tensor:
+    """The new tokens, [batch, new]."""
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
+    return out[:, ids.shape[1] :]
+
+
+@pytest.mark.skipif(able(), reason="this transformers has the cache layers")
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "jamba", "bamba"])
+def test_older_transformers_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"install transformers 5\.23"):
+        reasonalloc.attach(made(name), **SMALL)
+
+
+@needs_layers
+@every
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_a_budget_that_holds_everything_changes_nothing(name: str) -> None:
+    model, (ids, mask) = made(name), batch()
+    full = generated(model, ids, mask, 100)
+    assert len(full.unique()) > 20
+    with reasonalloc.attach(model, budget=128):
+        assert torch.equal(generated(model, ids, mask, 100), full)
+
+
+@needs_layers
+@every
+def test_a_small_budget_in_a_batch(name: str) -> None:
+    """Tokens change; a sequence alone and static steps give the same; positions rise."""
+    model, (ids, mask) = made(name), batch()
+    full = generated(model, ids, mask, 24)
+    with reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        small = generated(model, ids, mask, 24, past_key_values=cache)
+        assert not torch.equal(small, full)
+        rising(cache)
+        own = ids[1:2, PADDED[1] :]
+        assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], small[1])
+    with reasonalloc.attach(model, **SMALL, step="static"):
+        assert torch.equal(generated(model, ids, mask, 24), small)
+
+
+def rising(cache: Any) -> None:
+    """Kept positions rise in every run, and all lie within the text."""
+    slabs = [layer.compressor.slab for layer in cache.layers if hasattr(layer, "compressor")]
+    assert slabs
+    for slab in slabs:
+        rows = slab.as_rows()
+        kept, lengths = rows.gather(rows.positions), rows.lengths
+        for row in range(slab.batch):
+            for head, length in enumerate(lengths[row].tolist()):
+                own = kept[row, head, :length]
+                assert bool((own[1:] > own[:-1]).all())
+                assert int(own[-1]) == cache.get_seq_length() - 1 - PADDED[row]
+
+
+@needs_layers
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
+    """Of the compressed cache, and of transformers' own, from the configuration's fields alone."""
+    model = made(name) if dtype == torch.float32 else hybrid(name).to(dtype)
+    kept = plan(model.config, batch=2, dtype=dtype, **SMALL).memory()
+    assert 0 < kept.state_bytes < kept.kv_bytes(30)
+    full = DynamicCache(config=model.config)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(prompt(30, 2), past_key_values=cache)
+        for step in range(10):
+            assert cache.kv_bytes == kept.kv_bytes(30 + step)
+            assert cache.bookkeeping_bytes == kept.bookkeeping_bytes
+            model(prompt(1, 2, seed=step), past_key_values=cache)
+        allocated = [t for layer in cache.layers for t in getattr(layer, "states", {}).values()]
+        assert sum(t.untyped_storage().nbytes() for t in allocated) == kept.state_bytes
+    with torch.no_grad():
+        model(prompt(30, 2), past_key_values=full)
+        model(prompt(1, 2), past_key_values=full)
+    assert held_bytes(full.layers) == kept.full_bytes(31)
+
+
+@needs_layers
+@pytest.mark.parametrize("name", CONTINUING)
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_two_turns(name: str) -> None:
+    """On one cache as in a fresh run, and as in a cache that was copied, saved or reset before."""
+    model, first, new = made(name), prompt(20, seed=1), prompt(7, seed=2)
+    with reasonalloc.attach(model, budget=128) as attached:
+        cache = attached.new_cache()
+        text = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        text = torch.cat([text, new], dim=1)
+        ones = torch.ones_like(text)
+        fresh = generated(model, text, ones, 8)
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+        cache.reset()
+        assert not cache.has_previous_state() and cache.get_seq_length() == 0
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+
+
+@needs_layers
+@every
+def test_copies_go_on_alike(name: str, tmp_path: Path) -> None:
+    """Deep copies, saved ones, repeated and selected sequences: the same next tokens."""
+    model, ids, token = made(name), prompt(24, 2, seed=3), prompt(1, 2, seed=4)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        attached.save_cache(cache, tmp_path / "cache.safetensors")
+        model(prompt(1, 2, seed=9), past_key_values=twin)  # which leaves the other as it was
+        repeated = copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(2)
+        swapped = copy.deepcopy(cache)
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        wanted = model(token, past_key_values=cache).logits
+        loaded = attached.load_cache(tmp_path / "cache.safetensors")
+        assert torch.equal(model(token, past_key_values=loaded).logits, wanted)
+        assert loaded.kv_bytes == cache.kv_bytes and loaded.is_linear == cache.is_linear
+        four = model(token.repeat_interleave(2, dim=0), past_key_values=repeated).logits
+        assert torch.allclose(four, wanted.repeat_interleave(2, dim=0), atol=1e-4)
+        assert torch.allclose(
+            model(token.flip(0), past_key_values=swapped).logits, wanted.flip(0), atol=1e-4
+        )
+
+
+@needs_layers
+@every
+def test_a_cache_answers_as_that_of_transformers(name: str) -> None:
+    model, ids = made(name), prompt(12, 2)
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=full)
+    with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
+        cache = attached.new_cache()
+        assert not cache.has_previous_state()
+        model(ids, past_key_values=cache)
+    assert cache.has_previous_state() and cache.is_linear == full.is_linear
+    assert cache.is_dummy == full.is_dummy and len(cache) == len(full)
+    assert cache.get_seq_length() == full.get_seq_length() == 12
+    for index, layer in enumerate(full.layers):
+        for kind in ("conv", "recurrent"):
+            own = getattr(layer, f"{kind}_states", {}).get(0)
+            if own is not None:
+                got = getattr(cache, f"get_{kind}_state")(index)
+                assert torch.allclose(got, own, atol=1e-4)
+
+
+@needs_layers
+def test_a_state_goes_back_to_the_start_alone() -> None:
+    model, ids = made("bamba"), prompt(20)
+    with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        assert cache.reach(10) == 0
+        with pytest.raises(UnsupportedError, match="a layer a state"):
+            cache.crop(10)
+        cache.go_back(0)
+        again = model(ids, past_key_values=cache).logits
+        assert torch.equal(again, model(ids, past_key_values=attached.new_cache()).logits)
+        mask = torch.ones(1, 23, dtype=torch.long)
+        mask[0, 15] = 0
+        with pytest.raises(UnsupportedError, match="layers with a state"):
+            model(prompt(3), past_key_values=cache, attention_mask=mask)
+
+
+@needs_layers
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_a_call_that_broke_off(layer: int) -> None:
+    """Before, in and after the layers with keys: a state may have moved."""
+    model = made("olmo_hybrid")
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(prompt(10), past_key_values=cache)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[layer].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(UsageError, match="interrupted or failed"):
+            model(prompt(1), past_key_values=cache)
+        cache.reset()
+        model(prompt(10), past_key_values=cache)
+
+
+@needs_layers
+def test_inside_and_outside_of_inference_mode() -> None:
+    """The states are plain tensors, and no call keeps the graph of the one before."""
+    model = made("falcon_h1")
+    with reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        with torch.inference_mode():
+            model(prompt(10), past_key_values=cache)
+        for step in range(3):
+            model(prompt(1, seed=step), past_key_values=cache)
+        assert copy.deepcopy(cache).get_seq_length() == 13
+
+
+@needs_layers
+def test_streams_and_detached_models() -> None:
+    model, ids = made("lfm2"), prompt(20)
+    own = generated(model, ids, torch.ones_like(ids), 12)
+    with reasonalloc.attach(model, **SMALL):
+        streamer = Collected()
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, streamer=streamer)
+        assert streamer.tokens == out[0].tolist()
+        twin = copy.deepcopy(model)
+    for plain in (model, twin):
+        assert not any(module._forward_hooks for module in plain.modules())
+        assert torch.equal(generated(plain, ids, torch.ones_like(ids), 12), own)
+
+
+class Collected:
+    """A streamer that keeps the ids."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens.extend(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Nothing to end."""
+
+
+@needs_layers
+def test_what_is_refused_by_name() -> None:
+    for step in ("compile", "graph"):
+        with pytest.raises(UnsupportedError, match=rf"step='{step}' .* use step='eager'"):
+            reasonalloc.attach(made("bamba"), budget=64, step=step)
+    model = made("jamba")
+    with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
+        cache = attached.new_cache()
+        model(prompt(10), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="start with a new cache and the whole"):
+            model(prompt(4), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="cannot be calibrated"):
+        reasonalloc.calibrate(made("lfm2"), None, [prompt(20)], progress=False)
+    with pytest.raises(UnsupportedError, match="state of an unknown form"):
+        config = copy.deepcopy(made("bamba").config)
+        config.mamba_d_state = None
+        layer_shapes(config, "it")
+
+
+@needs_layers
+def test_a_state_of_another_size_than_planned_is_refused() -> None:
+    model = hybrid("lfm2")
+    model.config.conv_L_cache = 5  # the layers were built with 3
+    with (
+        torch.no_grad(),
+        reasonalloc.attach(model, budget=64),
+        pytest.raises(UnsupportedError, match="its memory cannot be planned"),
+    ):
+        model(prompt(10), use_cache=True)
+
+
+@needs_layers
+def test_a_plan_shows_what_each_layer_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(made("nemotron_h").config, **SMALL).show()
+    shown = capsys.readouterr().out
+    assert "state, 5.00 KiB" in shown and "nothing" in shown
+    plan(made("falcon_h1").config, **SMALL).show()
+    assert "16; state, 4.75 KiB" in capsys.readouterr().out
