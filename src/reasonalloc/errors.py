@@ -18,6 +18,10 @@ class UnsupportedError(ReasonAllocError, NotImplementedError):
     """A model or a generation mode that cannot work under a KV budget."""
 
 
+class NothingToBudget(UnsupportedError):
+    """A model that is no decoder with causal attention over its own text: no KV cache grows."""
+
+
 class CompressionNeverHappened(UserWarning):
     """Compression was asked for, but no sequence ever grew past its budget."""
 

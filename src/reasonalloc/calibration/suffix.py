@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.integrations.hf.model import decoder_of
 from reasonalloc.planning.shapes import text_config
 
 _IMPLEMENTATION = "reasonalloc-suffix"
@@ -146,7 +147,7 @@ class SuffixRunner:
 
 def _decoder_layers(model: Any) -> list[nn.Module]:
     """Return the decoder's layers in order, or none where they are not found."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(model), "layers", None)
     wanted = text_config(model).num_hidden_layers
     if isinstance(layers, nn.ModuleList) and len(layers) == wanted:
         return list(layers)

@@ -16,6 +16,7 @@ from reasonalloc.cli import (
     fidelity,
     lm_eval,
     ls,
+    models,
     plan,
     profile,
     profiles,
@@ -72,6 +73,7 @@ app.command(
 app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
 app.add_typer(profile.app, name="profile")
+app.command("models")(models.command)
 app.command("profiles")(profiles.command)
 app.command("fidelity")(fidelity.command)
 app.command("report")(report.command)

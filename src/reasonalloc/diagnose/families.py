@@ -1,7 +1,9 @@
-"""Which model families of the installed transformers run under a KV budget: each is tried as a toy."""
+"""Which model families of the installed transformers run under a KV budget: tries toys."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,94 +12,20 @@ from typing import Any, Literal
 
 import torch
 
-from reasonalloc.errors import ReasonAllocError, UsageError, unknown_name
+from reasonalloc.diagnose.toys import text_default, toy_config
+from reasonalloc.errors import NothingToBudget, ReasonAllocError, unknown_name
+from reasonalloc.planning.shapes import layer_shapes
 
-Verdict = Literal["works", "refused", "fails", "not tried"]
+Verdict = Literal["works", "refused", "nothing to budget", "fails", "not tried"]
 
 PROMPT, NEW = 20, 40
-#: Sizes of a toy, by the names that configurations have for them.
-TOY: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "d_model": 64,
-    "n_embd": 64,
-    "embed_dim": 64,
-    "word_embed_proj_dim": 64,
-    "intermediate_size": 64,
-    "ffn_dim": 64,
-    "ffn_hidden_size": 64,
-    "n_inner": 64,
-    "block_ff_dim": 64,
-    "shared_expert_intermediate_size": 32,
-    "moe_intermediate_size": 32,
-    "intermediate_size_mlp": 64,
-    "shared_intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "n_layer": 4,
-    "n_layers": 4,
-    "num_layers": 4,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "num_key_value_heads": 2,
-    "multi_query_group_num": 2,
-    "head_dim": 16,
-    "global_head_dim": 16,
-    "kv_channels": 16,
-    "max_position_embeddings": 512,
-    "n_positions": 512,
-    "n_ctx": 512,
-    "max_seq_len": 512,
-    "sliding_window": 24,
-    "attention_chunk_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "qk_head_dim": 24,
-    "v_head_dim": 16,
-    "rotary_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "mamba_n_heads": 8,
-    "mamba_num_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_head_dim": 16,
-    "mamba_d_ssm": 128,
-    "mamba_d_state": 8,
-    "ssm_state_size": 8,
-    "state_size": 8,
-    "mamba_n_groups": 1,
-    "n_groups": 1,
-    "mamba_dt_rank": 4,
-    "mamba_chunk_size": 8,
-    "chunk_size": 8,
-    "conv_dim": 64,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 97,
-    "altup_num_inputs": 2,
-    "laurel_rank": 8,
-    "initializer_range": 0.3,
-    "init_std": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "attention_dropout": 0.0,
-    "use_cache": True,
+MOST_PARAMETERS = 20_000_000
+_TITLES: dict[Verdict, str] = {
+    "works": "Works",
+    "refused": "Refused",
+    "fails": "Fails",
+    "not tried": "Not tried: no toy could be made",
+    "nothing to budget": "Nothing to budget: no decoder with causal attention",
 }
 
 
@@ -109,9 +37,10 @@ class Family:
         name: ``model_type`` of its configurations.
         model: class of the model.
         verdict: ``works``: with a budget that evicts nothing a toy wrote the tokens of the full
-            cache, and a small budget compressed; ``refused``: ``attach`` said why not; ``fails``:
-            neither; ``not tried``: no toy could be made.
-        reason: what was said or seen; "" if it works.
+            cache, and a small budget compressed; ``refused``: ``attach`` said why not; ``nothing to
+            budget``: no decoder with causal attention; ``fails``: none of these; ``not tried``: no
+            toy could be made.
+        reason: what was said or seen; if it works: under which condition, or "".
         kinds: kinds of its layers, as transformers names them.
     """
 
@@ -122,11 +51,19 @@ class Family:
     kinds: tuple[str, ...] = ()
 
 
-def family_names() -> list[str]:
-    """Return the model types that the installed transformers can load as causal language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def share(families: Sequence[Family]) -> tuple[int, int]:
+    """Return how many families work, and of how many: those with something to budget."""
+    counted = [family for family in families if family.verdict != "nothing to budget"]
+    return sum(family.verdict == "works" for family in counted), len(counted)
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+def family_names() -> list[str]:
+    """Return the model types that the installed transformers can load as causal language models.
+
+    Of a model with other parts, such as a vision tower, its text model alone if that has a name.
+    """
+    names = _mapping()
+    return sorted(name for name in names if _text_type(name) not in names.keys() - {name})
 
 
 def try_families(names: Sequence[str] = ()) -> Iterator[Family]:
@@ -152,52 +89,79 @@ def try_family(name: str) -> Family:
     """Build a toy of a family, attach a budget and compare it with the full cache."""
     from reasonalloc.loading import quiet
 
-    model_name = _model_name(name)
     with quiet():
-        try:
-            config = toy_config(name)
-            kinds = _kinds(config)
-            torch.manual_seed(0)
-            model = _model_class(model_name)(config).eval()
-        except Exception as error:  # whatever a family's code says to sizes that it does not expect
-            return Family(name, model_name, "not tried", _line(error))
-        try:
-            return Family(name, model_name, *_compare(model), kinds)
-        except ReasonAllocError as error:
-            return Family(name, model_name, "refused", _line(error), kinds)
-        except Exception as error:
-            return Family(name, model_name, "fails", _line(error), kinds)
+        family = _try(name)
+        if "bounded already" not in family.reason:
+            return family
+        without = _try(name, sliding_window=None)
+    if without.verdict != "works":
+        return family
+    return dataclasses.replace(without, reason="if its sliding_window is None")
 
 
-def toy_config(name: str) -> Any:
-    """Return a configuration of a family with toy sizes and every kind of layer that it has.
-
-    Raises:
-        Exception: whatever the family's configuration says to such sizes.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[name]
-    whole = kind()
-    text = whole.get_text_config(decoder=True)
-    kind = type(text)
-    fields = {**vars(text), **dict.fromkeys(getattr(kind, "attribute_map", {}))}
-    given = {field: value for field, value in TOY.items() if field in fields}
-    for field in ("layer_types", "layers_block_type"):
-        types = fields.get(field)
-        if isinstance(types, list) and types:
-            given[field] = few_layers(types, given.get("num_hidden_layers", 4))
+def _try(name: str, **settings: Any) -> Family:
+    family = Family(name, _mapping()[name], "not tried")
     try:
-        return kind(**given)
-    except Exception:
-        given.pop("layers_block_type", None)
-        return kind(**given)
+        if _is_encoder_decoder(name):
+            reason = "an encoder-decoder family"
+            return dataclasses.replace(family, verdict="nothing to budget", reason=reason)
+        config = toy_config(name, **settings)
+        family = dataclasses.replace(family, kinds=_kinds(config))
+        model = _built(family.model, config)
+    except Exception as error:  # whatever a family's code says to sizes that it does not expect
+        said = {"reason": _line(error), **_refusal(name, family.model)}
+        return dataclasses.replace(family, **said)
+    try:
+        verdict, reason = _compare(model)
+    except NothingToBudget as error:
+        verdict, reason = "nothing to budget", _line(error)
+    except ReasonAllocError as error:
+        verdict, reason = "refused", _line(error)
+    except Exception as error:
+        verdict, reason = "fails", _line(error)
+    return dataclasses.replace(family, verdict=verdict, reason=reason)
 
 
-def few_layers(types: Sequence[str], count: int) -> list[str]:
-    """Return so many layers that have every kind in its order; the last kinds are repeated."""
-    kinds = list(dict.fromkeys(types))
-    return [*kinds, *kinds[::-1] * count][: max(count, len(kinds))]
+def as_page(families: Sequence[Family], transformers_version: str) -> str:
+    """Return the page ``docs/models.md``: a table of what works, and one of the rest."""
+    works, counted = share(families)
+    lines = [
+        "# Models",
+        "",
+        f"`reasonalloc models --page docs/models.md` wrote this page with transformers "
+        f"{transformers_version}: {works} of {counted} text model families with something to "
+        "budget work. Each family is tried as a toy with random weights: a budget that holds "
+        "everything must give the tokens of the full cache, and a small one must compress.",
+        "",
+    ]
+    for verdict, title in _TITLES.items():
+        chosen = [family for family in families if family.verdict == verdict]
+        if chosen:
+            lines += [f"## {title} ({len(chosen)})", "", *_rows(chosen, verdict == "works"), ""]
+    return "\n".join(lines)
+
+
+def _rows(families: Sequence[Family], works: bool) -> list[str]:
+    title = "layers" if works else "why"
+    lines = [f"| family | class | {title} |", "|---|---|---|"]
+    for family in families:
+        kinds = f"{', '.join(family.kinds)} {family.reason}".strip()
+        last = kinds if works else family.reason.replace("|", "\\|")
+        lines.append(f"| `{family.name}` | `{family.model}` | {last} |")
+    return lines
+
+
+def _refusal(name: str, model: str) -> dict[str, Any]:
+    """Return why a family is refused by its default configuration alone; nothing if it is not."""
+    try:
+        layer_shapes(text_default(name), model)
+    except NothingToBudget as error:
+        return {"verdict": "nothing to budget", "reason": _line(error)}
+    except ReasonAllocError as error:
+        return {"verdict": "refused", "reason": _line(error)}
+    except Exception:  # it has no default
+        return {}
+    return {}
 
 
 def _compare(model: Any) -> tuple[Verdict, str]:
@@ -205,29 +169,59 @@ def _compare(model: Any) -> tuple[Verdict, str]:
 
     ids = torch.randint(2, 97, (1, PROMPT))
     how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    with attach(model, budget=16, interval=8, window=4) as attached:  # refused before it runs
-        small = model.generate(ids, **how)
+    small: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
+    with attach(model, **small):  # refused before it runs
+        pass
+    try:
+        full = model.generate(ids, **how)
+    except Exception as error:
+        return "not tried", f"its toy does not generate: {_line(error)}"
+    with attach(model, **small) as attached:
+        compressed = model.generate(ids, **how)
         recorder = attached.recorder
         compressions = 0 if recorder is None else recorder.compressions
-    full = model.generate(ids, **how)
-    with attach(model, budget=PROMPT + NEW, interval=8, window=4):
+    with attach(model, **{**small, "budget": PROMPT + NEW}):
         whole = model.generate(ids, **how)
     if not torch.equal(whole, full):
-        return "fails", "with a budget that evicts nothing it writes other tokens than the full cache"
-    if small.shape != full.shape or not compressions:
+        return "fails", "a budget that evicts nothing gives other tokens than the full cache"
+    if compressed.shape != full.shape or not compressions:
         return "fails", "a small budget never compressed"
     return "works", ""
 
 
-def _model_name(name: str) -> str:
+def _built(name: str, config: Any) -> Any:
+    """Return a model with random weights.
+
+    Raises:
+        ValueError: it would be no toy; says how many parameters it would have.
+    """
+    kind: Any = getattr(importlib.import_module("transformers"), name)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in kind(copy.deepcopy(config)).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"its toy would have {size:,} parameters")
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+def _text_type(name: str) -> str:
+    try:
+        return str(text_default(name).model_type)
+    except Exception:  # a family without a default configuration
+        return name
+
+
+def _mapping() -> dict[str, str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-    return found if isinstance(found, str) else found[0]
+    names: dict[str, str | tuple[str, ...]] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return {k: v if isinstance(v, str) else v[0] for k, v in names.items()}
 
 
-def _model_class(name: str) -> Any:
-    return getattr(importlib.import_module("transformers"), name)
+def _is_encoder_decoder(name: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return bool(getattr(CONFIG_MAPPING[name](), "is_encoder_decoder", False))
 
 
 def _kinds(config: Any) -> tuple[str, ...]:
@@ -236,5 +230,7 @@ def _kinds(config: Any) -> tuple[str, ...]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, UsageError) else text[:300]
+    text = " ".join(str(error).split())
+    if isinstance(error, ReasonAllocError):
+        return text
+    return f"{type(error).__name__}: {text[:300]}".removesuffix(": ")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
 _STATES = ("linear_attention", "conv", "hybrid")
+_SPARSE = "its layers choose among their cached tokens themselves (sparse attention)"
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
 
 
@@ -37,34 +38,43 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: an encoder-decoder, latent attention (MLA), shared layers, states of an
-            unknown form, or no layer that sees everything; says which.
+        UnsupportedError: latent attention (MLA), shared layers, states of an unknown form, or no
+            layer that sees everything; says which.
+        NothingToBudget: an encoder-decoder, an encoder, or a model without attention.
     """
 
-    def refuse(reason: str) -> UnsupportedError:
-        return UnsupportedError(f"{name} cannot run under a KV budget: {reason}")
+    def refuse(reason: str, kind: type[UnsupportedError] = UnsupportedError) -> UnsupportedError:
+        return kind(f"{name} cannot run under a KV budget: {reason}")
 
     if getattr(config, "is_encoder_decoder", False):
-        raise refuse("it is an encoder-decoder model, only decoder-only models work")
+        reason = "it is an encoder-decoder model, only decoder-only models work"
+        raise refuse(reason, NothingToBudget)
+    if getattr(config, "index_topk", None):
+        raise refuse(f"{_SPARSE} (index_topk={config.index_topk})")
+    if getattr(config, "cross_attention_layers", None):
+        raise refuse("some of its layers attend to an image, not to the text")
     if getattr(config, "kv_lora_rank", None):
         raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("some of its layers share one KV cache")
-    if getattr(config, "use_bidirectional_attention", None) or not getattr(
-        config, "is_causal", True
-    ):
-        raise refuse("its attention is not causal")
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    if both_ways not in (None, False, "vision") or not getattr(config, "is_causal", True):
+        raise refuse("its attention is not causal", NothingToBudget)
     layers = getattr(config, "num_hidden_layers", None)
     query_heads = getattr(config, "num_attention_heads", None)
     if getattr(config, "per_layer_attributes", None) or hasattr(config, "global_head_dim"):
         raise refuse("the shapes of its layers differ")
     if not isinstance(layers, int) or not isinstance(query_heads, int):
+        if layers and query_heads is None:
+            raise refuse("it has no attention heads, so no KV cache grows", NothingToBudget)
         raise refuse("its configuration does not give the number of layers and attention heads")
-    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    kv_heads = _kv_heads(config) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
         if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
+            if any(word in kind for word in ("index", "sparse", "compress")):
+                raise refuse(f"{_SPARSE} (layer {index} is of type {kind!r})")
             raise refuse(f"layer {index} is of type {kind!r}, which is not known")
         state = state_shape(config, kind) if kind in _STATES else None
         if kind in _STATES and state is None:
@@ -76,12 +86,19 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
         if not any(shape.kv_heads for shape in shapes):
-            raise refuse("it has no attention layer, so its cache does not grow")
+            reason = "it has no attention layer, so its cache does not grow"
+            raise refuse(reason, NothingToBudget)
         raise refuse(
             f"every layer has a sliding window of {config.sliding_window} tokens, so its cache is "
             "bounded already"
         )
     return tuple(shapes)
+
+
+def _kv_heads(config: Any) -> int | None:
+    of_attention = getattr(config, "attn_config", None)  # DBRX
+    heads: int | None = getattr(of_attention, "kv_n_heads", None)
+    return heads or getattr(config, "num_key_value_heads", None)
 
 
 def _layer_types(config: Any, layers: int) -> list[str]:

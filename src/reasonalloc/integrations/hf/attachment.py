@@ -43,7 +43,7 @@ from reasonalloc.integrations.hf.calls import CallCheck, CallEnd, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
 from reasonalloc.integrations.hf.installed import Installed
-from reasonalloc.integrations.hf.model import check_model, inner_model
+from reasonalloc.integrations.hf.model import check_model, decoder_of, inner_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
@@ -263,10 +263,8 @@ class Attachment:
             stands["forward"] = StepOfCache(model.forward)
         self._installed = Installed(model, stands, self._original)
         self._installed.check(model, CallCheck(self, inner=False))
-        decoder = model.get_decoder()
-        if decoder is None or decoder is model:
-            decoder = model
-        else:
+        decoder = decoder_of(model)
+        if decoder is not model:
             self._installed.check(decoder, CallCheck(self, inner=True))
         if any(shape.state is not None for shape in self.shapes):
             self._installed.after(decoder, CallEnd())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.slab_layer import layer_of
 
 IMPLEMENTATION = "reasonalloc"
-# Arguments of other attention features, which would be ignored silently.
+# Arguments of other attention features, which would be ignored silently; so would any tensor of
+# numbers, see ``_check_arguments``.
 _UNSUPPORTED = ("position_bias", "head_mask", "attention_sinks", "cache")
 
 
@@ -93,12 +94,7 @@ def attention_forward(
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"{type(module).__name__} passes {name!r} to its attention, which is not supported "
-                "under a KV budget: detach ReasonAlloc to run this model"
-            )
+    _check_arguments(module, kwargs)
     _check_sinks(module, s_aux, query.shape[1], dropout)
     layer = layer_of(key)
     if layer is not None:
@@ -114,6 +110,17 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_arguments(module: torch.nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse what would change the attention and is not known here."""
+    for name, value in given.items():
+        numbers = isinstance(value, Tensor) and value.is_floating_point()
+        if numbers or (name in _UNSUPPORTED and value is not None):
+            raise UnsupportedError(
+                f"{type(module).__name__} passes {name!r} to its attention, which is not supported "
+                "under a KV budget: detach ReasonAlloc to run this model"
+            )
 
 
 def _check_sinks(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import NothingToBudget, UnsupportedError
 from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import layer_shapes, text_config
@@ -32,6 +32,14 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model()
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the decoder inside a model that reads tokens and the cache; it may be the model."""
+    found = model.get_decoder()
+    if not isinstance(found, PreTrainedModel):  # ModernBERT's output layer has that name
+        found = model.base_model
+    return model if found is None else found
+
+
 def check_adapter(model: Any) -> None:
     """Refuse a PEFT model that puts tokens of its own in front of the text.
 
@@ -52,6 +60,7 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
 
     Raises:
         UnsupportedError: it cannot work, with the reason.
+        NothingToBudget: it is no decoder with causal attention.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -63,6 +72,7 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
     if not hasattr(model, "generate"):
         raise UnsupportedError(f"{name} has no generate(): load it with AutoModelForCausalLM")
     check_hybrid(shapes, name)
+    _check_causal(model, name)
     able = type(model)._can_set_attn_implementation()  # newer ones no longer say it themselves
     if not getattr(model, "_supports_attention_backend", False) and not able:
         raise UnsupportedError(
@@ -70,6 +80,19 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
             "AttentionInterface"
         )
     return shapes
+
+
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse a model whose attention modules all look ahead, such as BERT with an LM head."""
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
+    encodes = getattr(model.config, "is_decoder", None) is False
+    known_by_module = bool(causal) and not any(causal)
+    if known_by_module or (encodes and hasattr(model.config, "add_cross_attention")):
+        remedy = ": set is_decoder=True" if encodes else ""
+        raise NothingToBudget(
+            f"{name} cannot run under a KV budget: its attention is not causal{remedy}"
+        )
 
 
 def check_measurable(model: Any) -> tuple[LayerShape, ...]:
