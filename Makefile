@@ -14,7 +14,7 @@ KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check lint format docs test suite coverage fuzz sanitize sanitize-fast \
+.PHONY: setup demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
 	test-oldest test-newest test-random test-long test-vllm clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
@@ -72,6 +72,10 @@ coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered \
 		--cov-report=xml
 
+# Which model families of the newest transformers work: ten minutes of one core.
+models: newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/reasonalloc models --page docs/models.md
+
 # The loops in C++ with AddressSanitizer and UndefinedBehaviorSanitizer: three minutes of one core.
 # The short one takes half of that.
 SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ASAN_OPTIONS=detect_leaks=0 \
@@ -105,13 +109,15 @@ test-oldest: $(OLDEST)/.ready
 
 # What the index has today, within the limits of this machine's pip: looked up anew every time. A
 # release that is newer than NEWEST_TESTED (integrations/hf/versions.py) fails here.
-test-newest:
+newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(PIP) --upgrade pip
 	$(NEWEST)/bin/python $(PIP) --upgrade \
 		torch transformers safetensors
 	$(NEWEST)/bin/python $(PIP) -e '.[cli]' \
 		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
+
+test-newest: newest
 	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once and not long' \
 		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py
 

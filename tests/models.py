@@ -206,6 +206,8 @@ def hybrid(name: str, **changes: Any) -> Any:
 
 def tiny(name: str, **changes: Any) -> Any:
     """A model with seeded random weights, fp32, in evaluation mode."""
+    if name in HYBRIDS:
+        return hybrid(name, **changes)
     torch.manual_seed(hash_name(name))
     model = FACTORIES[name]({**COMMON, **changes}).eval()
     if name == "gemma2":  # older transformers' sdpa ignores soft-capping

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import prompt, tiny
+from models import HYBRIDS, prompt, tiny
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration import ablation, fisher, joint_costs
 from reasonalloc.calibration.checks import checked
@@ -71,7 +71,7 @@ def seen_by(model: Any, layer: int, trajectory: Trajectory) -> Seen:
 
 @pytest.mark.parametrize("prompt", ["evict", "pin"])
 @pytest.mark.parametrize("policy", ["rkv", "h2o", "value_aware"])
-@pytest.mark.parametrize(("name", "layer"), [("llama", 0), ("gemma2", 1)])
+@pytest.mark.parametrize(("name", "layer"), [("llama", 0), ("gemma2", 1), ("gpt_oss", 1)])
 def test_a_replayed_layer_is_that_of_a_compressed_model(
     name: str, layer: int, policy: str, prompt: Prompt
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_budget_that_holds_all_but_the_last_boundary_is_not_replayed() -> None
     torch.testing.assert_close(found[0][:41], seen.output[0, :41], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *HYBRIDS])
 def test_costs_rank_heads_as_measured_ones_and_equal_small_ones(name: str) -> None:
     model, texts = tiny(name, initializer_range=0.1), [text(), text(10, 41, seed=3)]
     budgets = (10, 16, 24, 60)

@@ -16,9 +16,11 @@ from transformers import DynamicCache
 import reasonalloc
 from models import HYBRIDS, hybrid, prompt
 from reasonalloc import UnsupportedError, UsageError, plan
+from reasonalloc.calibration.fisher import fisher
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.shapes import layer_shapes
+from reasonalloc.texts import Trajectory
 
 SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
 PADDED = [0, 9, 4]  # columns of padding in front of each sequence of the batch
@@ -289,12 +291,35 @@ def test_what_is_refused_by_name() -> None:
         model(prompt(1), past_key_values=cache)
         with pytest.raises(UnsupportedError, match="start with a new cache and the whole"):
             model(prompt(4), past_key_values=cache)
-    with pytest.raises(UnsupportedError, match="cannot be calibrated"):
-        reasonalloc.calibrate(made("lfm2"), None, [prompt(20)], progress=False)
     with pytest.raises(UnsupportedError, match="state of an unknown form"):
         config = copy.deepcopy(made("bamba").config)
         config.mamba_d_state = None
         layer_shapes(config, "it")
+
+
+@needs_layers
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
+def test_costs_are_of_the_layers_with_a_budget(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    ids = prompt(70, seed=3)[0].tolist()
+    text = Trajectory(tuple(ids[:20]), tuple(ids[20:]))
+    (costs,) = fisher(
+        model,
+        [text],
+        policies=["value_aware"],
+        budgets=(10, 16, 24),
+        interval=SMALL["interval"],
+        window=SMALL["window"],
+        samples=2,
+    )
+    costs.save(tmp_path / "costs.json")
+    layers = [shape for shape in layer_shapes(model.config, name) if shape.compressible]
+    assert costs.layers == len(layers)
+    settings = {**SMALL, "budget": 16, "arm": "best", "profile": tmp_path / "costs.json"}
+    with reasonalloc.attach(model, **settings) as attached:
+        assert sum(attached.totals) == len(layers) * layers[0].kv_heads * 16
+        model.generate(prompt(20), max_new_tokens=30, do_sample=False)
+        assert attached.recorder is not None and attached.recorder.compressions
 
 
 @needs_layers

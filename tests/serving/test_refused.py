@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from engines import greedy, random_prompts
 
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.vllm import patches
 from reasonalloc.integrations.vllm.patches import PATCHES, Patch
 
 
@@ -37,6 +39,17 @@ def test_refused(
 ) -> None:
     with pytest.raises((UsageError, UnsupportedError), match=says):
         engine({"budget": 64, **settings}, **arguments)
+
+
+def test_learned_sinks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.config
+
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: None)
+    monkeypatch.setattr(patches, "find_budget", lambda config: SimpleNamespace(name="a model"))
+    wrap = next(p.wrap for p in PATCHES if p.wrap is patches._budget_backend)
+    made = wrap(lambda self, **kwargs: pytest.fail("it was made"))
+    with pytest.raises(UnsupportedError, match=r"a model cannot run.*learned attention sinks"):
+        made(None, sinks=[0.0])
 
 
 def test_speculation_is_refused(engine: Callable[..., Any]) -> None:

@@ -93,19 +93,3 @@ def _check_causal(model: Any, name: str) -> None:
         raise NothingToBudget(
             f"{name} cannot run under a KV budget: its attention is not causal{remedy}"
         )
-
-
-def check_measurable(model: Any) -> tuple[LayerShape, ...]:
-    """Shapes of a model's layers, all of which cache keys and values alone.
-
-    Raises:
-        UnsupportedError: it cannot work, or has other layers, which calibration does not follow.
-    """
-    shapes = check_model(model)
-    for index, shape in enumerate(shapes):
-        if not shape.kv_heads or shape.state is not None:
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be calibrated yet: layer {index} is no plain "
-                "attention layer (linear, Mamba, convolution, MLP); use an arm without a profile"
-            )
-    return shapes
