@@ -94,6 +94,9 @@ TOY: dict[str, Any] = {
 #: Fields that some families leave at 1.
 _AT_MOST = {"num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"}
 _AT_MOST |= {"num_key_value_heads", "multi_query_group_num"}
+#: Fields that are set where a family leaves them to be computed.
+_EVEN_IF_NONE = {"num_key_value_heads", "head_dim"}
+_EVEN_IF_NONE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 #: What a family needs besides, for a toy with all of its layers.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -107,7 +110,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
-    "ministral": {"head_dim": 16},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
 }
 
@@ -148,10 +150,10 @@ def _sizes(config: Any) -> dict[str, Any]:
             default, size = getattr(config, field, None), TOY[field]
         except Exception:  # it differs between layers
             continue
-        if field.endswith("_token_id"):
+        if field in _AT_MOST and default is not None:
+            given[field] = min(default, size)
+        elif default is not None or field in _EVEN_IF_NONE:
             given[field] = size
-        elif default is not None:
-            given[field] = min(default, size) if field in _AT_MOST else size
     for field in ("layer_types", "layers_block_type"):
         types = getattr(config, field, None) if field in vars(config) else None
         if isinstance(types, list) and types:

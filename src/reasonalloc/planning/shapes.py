@@ -51,6 +51,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse(reason, NothingToBudget)
     if getattr(config, "index_topk", None):
         raise refuse(f"{_SPARSE} (index_topk={config.index_topk})")
+    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        raise refuse("it runs some of its layers in loops, each with a cache of its own")
     if getattr(config, "cross_attention_layers", None):
         raise refuse("some of its layers attend to an image, not to the text")
     if getattr(config, "kv_lora_rank", None):
