@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from coded_layers import KINDS, random_rows
 from examples import examples
 from reasonalloc.errors import UsageError
-from reasonalloc.ops.codes import GROUP, VALUE_KINDS, Field, parse_kinds, rotated, row_format
+from reasonalloc.ops.codes import (
+    GROUP,
+    VALUE_KINDS,
+    Field,
+    RowFormat,
+    parse_kinds,
+    rotated,
+    row_format,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Half a step of the smallest numbers of float16, which scales and offsets are rounded to.
@@ -156,6 +164,12 @@ def test_auto_keeps_every_bit(dtype: torch.dtype) -> None:
     read = row_format("auto", 24, 24, dtype)
     for back, given_ in zip(read.decode(read.encode(keys, values)), (keys, values), strict=True):
         assert back.dtype == dtype and torch.equal(back, given_)
+
+
+def test_a_single_row_whose_values_begin_at_an_odd_byte() -> None:
+    form = RowFormat(Field("int8", 33, torch.float32), Field("auto", 7, torch.float32))
+    keys, values = torch.randn(1, 33), torch.randn(1, 7)
+    assert torch.equal(form.decode(form.encode(keys, values))[1], values)
 
 
 def test_names_of_formats() -> None:

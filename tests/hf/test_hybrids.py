@@ -335,7 +335,10 @@ def test_a_state_of_another_size_than_planned_is_refused() -> None:
 
 
 @needs_layers
-def test_a_plan_shows_what_each_layer_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_what_each_layer_keeps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     plan(made("nemotron_h").config, **SMALL).show()
     shown = capsys.readouterr().out
     assert "state, 5.00 KiB" in shown and "nothing" in shown

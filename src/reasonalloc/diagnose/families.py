@@ -167,7 +167,7 @@ def _refusal(name: str, model: str) -> dict[str, Any]:
 def _compare(model: Any) -> tuple[Verdict, str]:
     from reasonalloc import attach
 
-    ids = torch.randint(2, 97, (1, PROMPT))
+    ids = torch.randint(2, 97, (1, PROMPT), device=model.device)
     how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     small: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
     with attach(model, **small):  # refused before it runs

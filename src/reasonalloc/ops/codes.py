@@ -102,7 +102,8 @@ class Field:
             unrotate: give the vector itself; else as it was encoded, for rotated queries.
         """
         if self.kind == "auto":
-            return codes.contiguous().view(self.dtype)
+            # A copy: a single row may begin at an address that its type does not allow.
+            return codes.clone(memory_format=torch.contiguous_format).view(self.dtype)
         if self.kind in ("int4", "int4h"):
             x = _decode_int4(codes, numbers, self.dim)
             return rotated(x) if unrotate and self.kind == "int4h" else x

@@ -403,7 +403,8 @@ class BudgetCache(Cache):
             )
         return (
             f"this cache cannot go back to its first {columns} tokens: its policy keeps numbers "
-            "per token, or a layer a state or sliding window, which cannot; start with a new cache"
+            "per token, or a layer its sliding window or state, which cannot; start with a new "
+            "cache"
         )
 
     def go_back(self, columns: int) -> None:

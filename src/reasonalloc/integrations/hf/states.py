@@ -135,7 +135,7 @@ class StateLayer(LinearAttentionLayer):
         found = {name: tensor[0].numel() for name, tensor in held.items()}
         if numbers["state_seen"] and found != wanted:
             raise ValueError("the state of a layer does not fit")
-        if held.get("recurrent", torch.empty(0)).dtype != torch.float32:
+        if "recurrent" in held and held["recurrent"].dtype != torch.float32:
             raise ValueError("the recurrent state of a layer is not in float32")
         self._set_states(held, bool(numbers["state_seen"]))
 
