@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
 _STATES = ("linear_attention", "conv", "hybrid")
+_INDEXED = (
+    "an indexer chooses the tokens that attention sees by a key of every token, which a budget "
+    "would evict"
+)
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
 
 
@@ -37,8 +42,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: an encoder-decoder, latent attention (MLA), shared layers, states of an
-            unknown form, or no layer that sees everything; says which.
+        UnsupportedError: an encoder-decoder, an indexer, latent attention (MLA) of an unknown form,
+            shared layers, states of an unknown form, or no layer that sees everything; says which.
     """
 
     def refuse(reason: str) -> UnsupportedError:
@@ -46,8 +51,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder model, only decoder-only models work")
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
+    if getattr(config, "index_topk", None):
+        raise refuse(f"index_topk={config.index_topk}: {_INDEXED}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("some of its layers share one KV cache")
     if getattr(config, "use_bidirectional_attention", None) or not getattr(
@@ -62,8 +67,11 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse("its configuration does not give the number of layers and attention heads")
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    latent = latent_shape(config, query_heads, refuse)
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
+        if kind == "indexed_attention":
+            raise refuse(f"layer {index} is of type {kind!r}: {_INDEXED}")
         if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
             raise refuse(f"layer {index} is of type {kind!r}, which is not known")
         state = state_shape(config, kind) if kind in _STATES else None
@@ -72,6 +80,9 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         heads = (kv_heads, query_heads, head_dim)
         if kind in _EMPTY or kind in ("linear_attention", "conv"):
             heads = (0, 0, 0)
+        if latent is not None and kind == "full_attention":
+            shapes.append(_latent_layer(latent))
+            continue
         window = config.sliding_window if kind == "sliding_attention" else None
         shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
@@ -82,6 +93,14 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
             "bounded already"
         )
     return tuple(shapes)
+
+
+def _latent_layer(latent: LatentShape) -> LayerShape:
+    """Return a layer with latent attention, as its cache sees it."""
+    if latent.cached:  # one vector per token, which all heads read
+        return LayerShape(1, latent.heads, latent.numbers, value_dim=0, latent=latent)
+    heads, key_dim, value_dim = latent.heads, latent.key_dim, latent.value_dim
+    return LayerShape(heads, heads, key_dim, value_dim=value_dim, latent=latent)
 
 
 def _layer_types(config: Any, layers: int) -> list[str]:

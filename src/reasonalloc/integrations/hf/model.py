@@ -80,6 +80,11 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     """
     shapes = check_model(model)
     for index, shape in enumerate(shapes):
+        if shape.latent is not None:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be calibrated yet: layer {index} uses latent "
+                "attention (MLA); use an arm without a profile"
+            )
         if not shape.kv_heads or shape.state is not None:
             raise UnsupportedError(
                 f"{type(model).__name__} cannot be calibrated yet: layer {index} is no plain "
