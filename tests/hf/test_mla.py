@@ -208,6 +208,46 @@ def test_less_budget_is_farther_from_the_full_cache(policy: str) -> None:
     assert abs(found[-1]) < 1e-5
 
 
+@pytest.mark.parametrize("policy", ["rkv", "value_aware"])
+def test_a_known_text_is_replayed_as_it_is_decoded(policy: str) -> None:
+    model, text = made("deepseek_v3"), prompt(90, 2, seed=4)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL, policy=policy) as attached:
+        caches = [attached.new_cache(), attached.new_cache()]
+        for cache in caches:
+            model(text[:, :20], past_key_values=cache)
+        with caches[0].replaying():
+            replayed = model(text[:, 20:], past_key_values=caches[0]).logits
+        single = [model(text[:, [at]], past_key_values=caches[1]).logits for at in range(20, 90)]
+        torch.testing.assert_close(replayed, torch.cat(single, dim=1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["rkv", "value_aware"])
+def test_a_pinned_prompt_stays(policy: str) -> None:
+    model, ids = made("deepseek_v3"), prompt(20, 2)
+    with reasonalloc.attach(model, **SMALL, policy=policy, prompt="pin") as attached:
+        cache = attached.new_cache()
+        generated(model, ids, torch.ones_like(ids), 40, past_key_values=cache)
+        assert cache.kv_bytes == attached.plan(2, prompt_tokens=20).kv_bytes(59)
+    for layer in cache.layers:
+        rows = layer.compressor.slab.as_rows()
+        assert bool((rows.gather(rows.positions)[..., :20] == torch.arange(20)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Rounding may turn a near-tie, after which texts part: the first tokens must agree."""
+    model, (ids, mask) = latent("deepseek_v3").to(dtype), batch()
+    full = generated(model, ids, mask, 4)
+    with reasonalloc.attach(model, budget=90):
+        assert torch.equal(generated(model, ids, mask, 4), full)
+    with reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        assert generated(model, ids, mask, 30, past_key_values=cache).shape == (3, 30)
+    slab = cache.layers[0].compressor.slab
+    assert slab.keys.dtype == dtype and bool(torch.isfinite(slab.keys).all())
+
+
 def divergence(model: Any, text: Tensor) -> Tensor:
     """Log probabilities of a known text's tokens after its first 24, decoded one by one."""
     logits = []
@@ -271,6 +311,20 @@ def test_projections_that_are_no_plain_matrix_or_change() -> None:
         assert torch.equal(out, without(model, ids, mask))
     with reasonalloc.attach(model, **SMALL):
         assert not torch.equal(generated(model, ids, mask, 30), out)
+
+
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_an_adapter_of_the_expansion() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["kv_b_proj"], init_lora_weights=False)
+    model, (ids, mask) = peft.get_peft_model(latent("youtu"), config).eval(), batch()
+    full = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    assert not torch.equal(full[:, 26:], generated(made("youtu"), ids, mask, 40))
+    with reasonalloc.attach(model, budget=128):
+        assert torch.equal(
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False),
+            full,
+        )
 
 
 def without(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         heads = (kv_heads, query_heads, head_dim)
         if kind in _EMPTY or kind in ("linear_attention", "conv"):
             heads = (0, 0, 0)
+        if latent is not None and kind in ("sliding_attention", "hybrid"):
+            raise refuse(f"layer {index} is of type {kind!r} and uses latent attention (MLA)")
         if latent is not None and kind == "full_attention":
             shapes.append(_latent_layer(latent))
             continue

@@ -55,6 +55,7 @@ class Unexpanded:
     def __init__(self, module: Any, shape: LayerShape) -> None:
         self._module = module
         self._shape = shape
+        self._expand = getattr(module, _EXPAND)
         self._read: LatentHeads | None = None
         self._version: tuple[int, int] | None = None
 
@@ -62,7 +63,7 @@ class Unexpanded:
         """Return keys and values, or latents and rotary keys as they are."""
         layer = layer_of(latents)
         if not isinstance(layer, LatentLayer):
-            keys, values = getattr(type(self._module), _EXPAND)(self._module, latents, rotary)
+            keys, values = self._expand(latents, rotary)
             return keys, values
         if not layer.compressor.static:
             layer.heads = self._heads(latents)
