@@ -374,6 +374,19 @@ def test_what_cannot_read_latents_is_refused_by_name() -> None:
             reasonalloc.attach(model, **SMALL, attention="triton")
 
 
+@pytest.mark.skipif(cached(), reason="this transformers caches latents")
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4h", "int8:int4"])
+def test_expanded_keys_and_values_in_fewer_bits(kv_dtype: str) -> None:
+    """Of different widths: backends agree, bytes are as planned."""
+    model, (ids, mask), outs = made("deepseek_v3"), batch(), []
+    for attention in BACKENDS:
+        with reasonalloc.attach(model, **SMALL, kv_dtype=kv_dtype, attention=attention) as attached:
+            cache = attached.new_cache()
+            outs.append(generated(model, ids, mask, 30, past_key_values=cache))
+            assert cache.kv_bytes == attached.plan(3).kv_bytes(cache.get_seq_length())
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 def test_a_plan_compares_a_latent_with_what_it_expands_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
