@@ -357,6 +357,10 @@ def test_what_is_refused_by_name() -> None:
     config.v_head_dim = None
     with pytest.raises(UnsupportedError, match="its v_head_dim=None is no width"):
         layer_shapes(config, "it")
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = 2
+    with pytest.raises(UnsupportedError, match=r"num_key_value_heads=2 differs .* set them alike"):
+        layer_shapes(config, "it")
     own = type("Own", (type(config),), {"__module__": "transformers_modules.own"})
     with pytest.raises(UnsupportedError, match="load it without trust_remote_code"):
         layer_shapes(own(), "it")

@@ -58,7 +58,8 @@ def latent_shape(
         None if the attention of the model knows no latents.
 
     Raises:
-        UnsupportedError: sizes are missing, or the model's code is not part of transformers.
+        UnsupportedError: sizes are missing or do not fit, or the model's code is not part of
+            transformers.
     """
     if not getattr(config, "kv_lora_rank", None):
         return None
@@ -68,6 +69,11 @@ def latent_shape(
         if not isinstance(size, int) or size < 1:
             raise refuse(f"it uses latent attention (MLA), and its {name}={size!r} is no width")
         sizes.append(size)
+    if (runs := getattr(config, "num_key_value_heads", None) or heads) != heads:
+        raise refuse(
+            f"it uses latent attention (MLA), in which every query head has a key, but its "
+            f"num_key_value_heads={runs} differs from num_attention_heads={heads}: set them alike"
+        )
     rank, rotary, plain, value = sizes
     return LatentShape(rank, rotary, heads, plain + rotary, value, _cached(config, refuse))
 
