@@ -195,6 +195,81 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
+_MLA_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+_MLA_MOE: dict[str, Any] = {**_MLA, **_MLA_EXPERTS, "first_k_dense_replace": 1}
+
+#: Classes of models with latent attention, looked up by name, and their settings.
+LATENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", _MLA_MOE),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA_MOE),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**_MLA, **_MLA_EXPERTS}),
+    "mistral4": ("Mistral4Config", "Mistral4ForCausalLM", _MLA_MOE),
+    "minicpm3": ("MiniCPM3Config", "MiniCPM3ForCausalLM", _MLA),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        {
+            **_MLA,
+            "num_layers": 2,
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "head_dim": 8,
+        },
+    ),
+    "youtu": ("YoutuConfig", "YoutuForCausalLM", {**_MLA, "q_lora_rank": None}),
+    "axk1": ("AXK1Config", "AXK1ForCausalLM", {**_MLA, **_MLA_EXPERTS}),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        {
+            **_MLA_MOE,
+            "num_local_experts": 4,
+            "num_hidden_layers": 4,
+            "layer_types": _LINEAR_FIRST,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+        },
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        "BailingHybridForCausalLM",
+        {
+            **_MLA_MOE,
+            "num_local_experts": 4,
+            "num_hidden_layers": 4,
+            "layer_types": _LINEAR_FIRST,
+            "head_dim": 8,
+        },
+    ),
+}
+
+
+def latent(name: str, **changes: Any) -> Any:
+    """A model with latent attention, seeded random weights, fp32, in evaluation mode."""
+    config, model, settings = LATENTS[name]
+    given = {**COMMON, **settings, **changes}
+    if name == "longcat_flash":
+        given.pop("num_hidden_layers"), given.pop("intermediate_size")
+    torch.manual_seed(hash_name(name))
+    return getattr(transformers, model)(getattr(transformers, config)(**given)).eval()
+
 
 def hybrid(name: str, **changes: Any) -> Any:
     """A hybrid model with seeded random weights, fp32, in evaluation mode."""

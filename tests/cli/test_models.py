@@ -30,8 +30,10 @@ WORK = (
     "falcon_h1",
     "lfm2",
     "nemotron_h",
+    "deepseek_v3",
+    "glm4_moe_lite",
 )
-REFUSED = {"deepseek_v32": "sparse", "deepseek_v4": "sparse"}
+REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DeepseekV3Config,
+    DeepseekV32Config,
     DiffLlamaConfig,
     DynamicCache,
     Gemma4TextConfig,
@@ -86,9 +86,9 @@ def test_attach_twice() -> None:
 
 MODELS: list[tuple[str, Any, str]] = [
     (
-        "mla",
+        "indexer",
         lambda: AutoModelForCausalLM.from_config(
-            DeepseekV3Config(
+            DeepseekV32Config(
                 **{**COMMON, "num_key_value_heads": 6},
                 n_routed_experts=4,
                 num_experts_per_tok=2,
@@ -100,9 +100,12 @@ MODELS: list[tuple[str, Any, str]] = [
                 qk_rope_head_dim=8,
                 qk_nope_head_dim=8,
                 v_head_dim=16,
+                index_topk=8,
+                index_head_dim=8,
+                index_n_heads=2,
             )
         ),
-        "multi-head latent attention",
+        "index_topk=8: an indexer chooses",
     ),
     (
         "encoder-decoder",

@@ -110,23 +110,25 @@ def received_blocks(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None = None,
+    runs: int | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Attention that each key receives from each query, in blocks of queries.
 
     Arguments as for ``attend``; ``query_valid`` is [batch, q] bool, or None if every query is a
-    real token.
+    real token; ``runs`` is the number of heads that tokens are stored for: None: ``kv_heads``.
 
     Yields:
-        First and last (exclusive) query of a block, and weights [batch, kv_heads, stop - start, n]
+        First and last (exclusive) query of a block, and weights [batch, runs, stop - start, n]
         float32, averaged over the query heads of the group; 0 for padding.
     """
     batch, kv_heads, n, _ = keys.shape
+    runs = kv_heads if runs is None else runs
     repeated = repeat_heads(keys, query.shape[1])
     for start, stop in _blocks(query, repeated):
         weights = _weights(query, repeated, mask, scaling, softcap, sinks, start, stop)
         if query_valid is not None:
             weights = weights * query_valid[:, None, start:stop, None]
-        yield start, stop, weights.view(batch, kv_heads, -1, stop - start, n).mean(dim=2)
+        yield start, stop, weights.view(batch, runs, -1, stop - start, n).mean(dim=2)
 
 
 def _blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.model import check_measurable
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.integrations.hf.rope import read_rope
@@ -77,7 +77,7 @@ def checked(
         UsageError: a wrong argument; names it.
         UnsupportedError: a model that cannot run under a budget.
     """
-    shapes = check_model(model)
+    shapes = check_measurable(model)
     _check_texts(model, texts, kinds)
     budgets = whole_numbers("budgets", budgets)
     if len(budgets) < 2 or sorted(set(budgets)) != budgets:

@@ -15,7 +15,7 @@ from reasonalloc.calibrated.statistics import Statistics
 from reasonalloc.calibration.observe import Observer, fingerprint, observe
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.model import check_measurable
 from reasonalloc.integrations.hf.rope import check_rotation, read_rope
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.rotary import Rope, to_features, turns
@@ -149,7 +149,7 @@ def statistics(
     every, window = whole_number("every", every, 1), whole_number("window", window)
     if window < 2:
         raise UsageError(f"window={window}: a variance over queries needs at least 2")
-    budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
+    budgeted = [i for i, shape in enumerate(check_measurable(model)) if shape.compressible]
     rope, reason = _rope(model, prompts)
     observer = _Statistics(budgeted, every, window, rope)
     spreads: list[Tensor] = []

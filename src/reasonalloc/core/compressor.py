@@ -12,6 +12,7 @@ from torch import Tensor
 from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
 from reasonalloc.attention.dense import attend, received_blocks
+from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.boundary import decide
@@ -53,6 +54,8 @@ class LayerCompressor:
         slab: the tokens; None before the first.
         progress: the counters.
         static: decode steps read nothing of the host, and leave its part to ``advance``.
+        latent: how heads read what is stored, if keys are latents (MLA) and values are empty; set
+            before ``forward``. None where keys and values are stored.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class LayerCompressor:
         self.progress = Progress(Cadence(config.interval))
         self._logits = Logits(1.0)  # of the model
         self.static = False
+        self.latent: LatentHeads | None = None
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -114,6 +118,7 @@ class LayerCompressor:
         Args:
             query: [batch, query_heads, q, head_dim] after RoPE.
             key: [batch, kv_heads, q, head_dim] after RoPE; value: [batch, kv_heads, q, value_dim].
+                Of latents: [batch, 1, q, rank + rotary] and [batch, 1, q, 0].
             mask: [batch, 1, q, q] bool over the new tokens, or None if all are real and causal.
                 A key that the last query cannot see is padding and is not stored.
             scaling, softcap: of the attention logits.
@@ -237,7 +242,7 @@ class LayerCompressor:
         logits: Logits,
     ) -> Tensor:
         step = self._fixed if self.static else self._eager
-        held = Held(slab, self._queries, self.progress)
+        held = Held(slab, self._queries, self.progress, self.latent)
         out = step.run(held, StepInput(query, key, value, valid, logits))
         self._logits = logits
         if not self.static:
@@ -345,14 +350,14 @@ class LayerCompressor:
         return tensors, {**self.progress.content(), "equal": equal}
 
     def fill(
-        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], query_heads: int
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], queries: tuple[int, int]
     ) -> None:
         """Take over what a layer with the same settings held; see ``content``.
 
         Args:
             tensors: where this layer is to be; none of an empty layer.
             numbers: read from a file, and not trusted.
-            query_heads: of the layer.
+            queries: query heads of the layer, and their width.
 
         Raises:
             ValueError, KeyError, TypeError: something is missing or does not fit.
@@ -368,7 +373,7 @@ class LayerCompressor:
         if given != own:  # before so much is allocated
             raise ValueError(f"{given} slots, not {own}")
         slab = self._allocate(
-            keys.new_empty(batch, query_heads, 1, keys.shape[-1]),
+            keys.new_empty(batch, queries[0], 1, queries[1]),
             keys.new_empty(batch, kv_heads, 1, keys.shape[-1]),
             values.new_empty(batch, kv_heads, 1, values.shape[-1]),
         )
@@ -446,11 +451,13 @@ class LayerCompressor:
             keys = torch.cat([past.gather(past.keys), key], dim=2)
             values = torch.cat([past.gather(past.values), value], dim=2)
             visible = over_past(past, mask, key.shape[2], query.shape[1])
+        if self.latent is not None:
+            keys, values = self.latent.expand(keys)
         out = attend(query, keys, values, visible, *logits)
         positions = new_positions(key, self.progress.seen, valid)
         state = None
         if self._policy.state_channels:
-            received = received_blocks(query, keys, visible, valid, *logits)
+            received = received_blocks(query, keys, visible, valid, *logits, runs=key.shape[1])
             state = observe_prefill(self._policy, past, positions, key.shape[1], received)
         return out, joined_rows(past, key, value, positions, valid, state)
 
@@ -520,13 +527,16 @@ class LayerCompressor:
     def _candidates(self, slab: AnySlab, rows: Rows, logits: Logits) -> Candidates:
         """What the policy may know of the layer."""
         config, queries, seen = self._config, self._queries, self.progress.seen
-        sinks = logits.sinks
+        sinks, latent = logits.sinks, self.latent
+        asked = None if queries is None else queries.read(seen, slab)
+        if latent is not None and asked is not None:
+            asked = latent.scored_queries(asked)
         return Candidates(
             lengths=rows.lengths,
             positions=rows.gather(rows.positions).long(),
-            load_keys=lambda: rows.gather(rows.keys),
-            load_values=lambda: rows.gather(rows.values),
-            queries=None if queries is None else queries.read(seen, slab),
+            load_keys=lambda: _scored_keys(rows, latent),
+            load_values=lambda: _scored_values(rows, latent),
+            queries=asked,
             query_positions=None if queries is None else queries.positions(seen),
             state=None if rows.state is None else rows.gather(rows.state),
             seen=self.progress.per_sequence(slab.batch, slab.device),
@@ -536,8 +546,21 @@ class LayerCompressor:
             sinks=None if sinks is None else sinks.view(slab.kv_heads, -1),
             layer=self.layer,
             seed=config.seed,
-            stored=(rows.keys, rows.index),
+            stored=(rows.keys, rows.index) if latent is None else None,
         )
+
+
+def _scored_keys(rows: Rows, latent: LatentHeads | None) -> Tensor:
+    """[batch, kv_heads, n, dim]: the keys that policies see."""
+    keys = rows.gather(rows.keys)
+    return keys if latent is None else latent.scored_keys(keys)
+
+
+def _scored_values(rows: Rows, latent: LatentHeads | None) -> Tensor:
+    """[batch, kv_heads, n, value_dim]: the values that policies see."""
+    if latent is None:
+        return rows.gather(rows.values)
+    return latent.scored_values(rows.gather(rows.keys))
 
 
 def _check_positions(slab: AnySlab, seen: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from reasonalloc.attention import Backend
+from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab
 from reasonalloc.core.observation import observe_step
 from reasonalloc.core.progress import Progress
@@ -19,11 +20,16 @@ from reasonalloc.policies import Policy
 
 @dataclass
 class Held:
-    """What a layer holds: its tokens, the queries of its window, its counters."""
+    """What a layer holds: its tokens, the queries of its window, its counters.
+
+    Attributes:
+        latent: how heads read the tokens, if these are latents; else None.
+    """
 
     slab: AnySlab
     queries: QueryWindow | None
     progress: Progress
+    latent: LatentHeads | None = None
 
 
 class Logits(NamedTuple):
@@ -94,6 +100,8 @@ class Step(ABC):
         slab, how = held.slab, (scaling, softcap, self._watching, sinks)
         if isinstance(slab, CodedSlab):
             return self._backend.decode_coded(new.query, slab, *how)
+        if held.latent is not None:
+            return held.latent.decode(self._backend, new.query, slab, *how)
         return self._backend.decode(new.query, slab, *how)
 
 
@@ -115,7 +123,7 @@ class FixedStep(Step):
     def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
         slab = held.slab
         seen = held.progress.spread(slab.batch, new.key.device)
-        if new.valid is None:
+        if new.valid is None and held.latent is None:
             ring = None if held.queries is None else held.queries.ring
             token = (new.query, new.key, new.value, seen)
             scaling, softcap, sinks = new.logits

@@ -177,7 +177,7 @@ class VllmSolver:
         plan = self._plans.get(job)
         tokens = len(prompt) + len(completion) - 1  # the last token is never fed
         block = self._llm.llm_engine.vllm_config.cache_config.block_size
-        whole = sum(2 * s.kv_heads * s.head_dim for s in self._shapes) * self._dtype.itemsize
+        whole = sum(s.kv_heads * sum(s.dims) for s in self._shapes) * self._dtype.itemsize
         full = -(-tokens // block) * block * whole
         return {
             "arm": job.arm,

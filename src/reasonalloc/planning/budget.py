@@ -17,7 +17,7 @@ from reasonalloc.allocators.layer import LayerQuery
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.shipped import shipped_name
 from reasonalloc.config import CompressionConfig
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.ops.codes import row_format
 from reasonalloc.planning.files import (
     check_profile,
@@ -28,7 +28,7 @@ from reasonalloc.planning.files import (
 )
 from reasonalloc.planning.memory import LayerShape, MemoryPlan, row_bytes
 from reasonalloc.planning.sharding import HeadShard
-from reasonalloc.planning.tables import layer_sizes, layer_table, size_table
+from reasonalloc.planning.tables import latent_sizes, layer_sizes, layer_table, size_table
 from reasonalloc.policies import ModelFacts, Policy
 from reasonalloc.rotary import Rope
 from reasonalloc.tables import Shown, Table, human, show
@@ -85,11 +85,21 @@ class BudgetPlan(Shown):
         object.__setattr__(self, "config", with_shipped(self._in_tokens(), self._fingerprint))
         check_profile(self.config)
         for shape in self._budgeted:
-            row_format(self.config.kv_dtype, shape.head_dim, shape.head_dim, self.dtype, self.name)
+            self._check_kv_dtype(shape)
         object.__setattr__(self, "policy", self._bind_policy())
         object.__setattr__(self, "formats", self._plan_formats(self.config.budget))
         object.__setattr__(self, "totals", self.totals_at(self.config.budget))
         object.__setattr__(self, "planned", self._plan_heads())
+
+    def _check_kv_dtype(self, shape: LayerShape) -> None:
+        """Refuse a format that a layer's keys and values cannot be kept in."""
+        kind = self.config.kv_dtype
+        if self.config.coded and shape.latent is not None and shape.latent.cached:
+            raise UnsupportedError(
+                f"kv_dtype={kind!r}: {self.name} caches latents (MLA), which are not kept in fewer "
+                "bits yet: leave it out"
+            )
+        row_format(kind, *shape.dims, self.dtype, self.name)
 
     def _in_tokens(self) -> CompressionConfig:
         """Return the settings with a budget in tokens: as many as fit, if it was given in bytes."""
@@ -255,6 +265,7 @@ class BudgetPlan(Shown):
                 "compressed": plan.kv_bytes(self.tokens),
                 "after_compression": plan.compressed_bytes(self.tokens),
             },
+            "latent": latent_sizes(plan),
             "bookkeeping_bytes": plan.bookkeeping_bytes,
             "layers": layer_sizes(plan, self.tokens),
             "memory": fits,
@@ -306,7 +317,7 @@ class BudgetPlan(Shown):
             config_hash=self._fingerprint,
             layers=len(self._budgeted),
             query_heads=self._budgeted[0].query_heads,
-            head_dim=self._budgeted[0].head_dim,
+            head_dim=self._budgeted[0].query_dim,
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
         )

@@ -9,6 +9,7 @@ import torch
 from reasonalloc.core.cadence import most_coded, most_held, slots
 from reasonalloc.kinds import is_coded
 from reasonalloc.ops.codes import row_format
+from reasonalloc.planning.latents import LatentShape
 from reasonalloc.planning.states import StateShape
 from reasonalloc.whole import whole_number
 
@@ -19,10 +20,12 @@ class LayerShape:
 
     Attributes:
         kv_heads, query_heads: heads per layer; 0 in a layer without attention.
-        head_dim: width of a key and of a value.
+        head_dim: width of a key and, unless ``value_dim`` says otherwise, of a value.
         sliding_window: tokens that the layer sees, or None if it sees everything. Layers with a
             sliding window keep their own cache and have no budget.
         state: what a linear, Mamba or convolution layer keeps, also beside attention, or None.
+        value_dim: width of a value, or None; 0 if a token is one vector, its latent.
+        latent: what latent attention (MLA) makes of a token, or None in any other layer.
     """
 
     kv_heads: int
@@ -30,6 +33,25 @@ class LayerShape:
     head_dim: int
     sliding_window: int | None = None
     state: StateShape | None = None
+    value_dim: int | None = None
+    latent: LatentShape | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Widths of a key and of a value, as they are stored."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a query."""
+        return self.head_dim if self.latent is None else self.latent.key_dim
+
+    @property
+    def handed(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of either tensor that the model hands to its cache."""
+        if self.latent is not None and self.latent.cached:
+            return (1, self.latent.rank), (1, self.latent.rotary)
+        return (self.kv_heads, self.dims[0]), (self.kv_heads, self.dims[1])
 
     @property
     def compressible(self) -> bool:
@@ -39,7 +61,7 @@ class LayerShape:
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values in the model's own cache after ``tokens`` tokens."""
         kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
-        return 2 * batch * self.kv_heads * kept * self.head_dim * itemsize
+        return batch * self.kv_heads * kept * sum(self.dims) * itemsize
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,7 @@ class MemoryPlan:
         """KV bytes of the slabs: the same after any number of tokens; more per pinned turn."""
         size = 0
         for index, (shape, total) in enumerate(self._slabs):
-            plain = 2 * shape.head_dim * self.itemsize
+            plain = sum(shape.dims) * self.itemsize
             if self.coded:
                 size += self._coded_bytes(index, shape, total)
                 size += shape.kv_heads * self._room * plain
@@ -127,7 +149,7 @@ class MemoryPlan:
         """KV bytes in use right after a compression."""
         size = 0
         for index, (shape, total) in enumerate(self._slabs):
-            plain, heads = 2 * shape.head_dim * self.itemsize, shape.kv_heads
+            plain, heads = sum(shape.dims) * self.itemsize, shape.kv_heads
             if self.coded:
                 size += self._coded_bytes(index, shape, total) + heads * self.window * plain
             else:
@@ -156,7 +178,7 @@ class MemoryPlan:
             size += self.batch * (held * per_slot + tables * heads * 8)
             if self.keeps_queries:
                 size += (
-                    self.batch * self.window * shape.query_heads * shape.head_dim * self.itemsize
+                    self.batch * self.window * shape.query_heads * shape.query_dim * self.itemsize
                 )
         return size
 
@@ -195,4 +217,4 @@ def row_bytes(shape: LayerShape, kv_dtype: str, itemsize: int) -> int:
         itemsize: bytes of one number of the model's dtype.
     """
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[itemsize]
-    return row_format(kv_dtype, shape.head_dim, shape.head_dim, dtype).width
+    return row_format(kv_dtype, *shape.dims, dtype).width

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
+from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
 _STATES = ("linear_attention", "conv", "hybrid")
-_SPARSE = "its layers choose among their cached tokens themselves (sparse attention)"
+_INDEXED = (
+    "an indexer chooses the tokens that attention sees by a key of every token, which a budget "
+    "would evict"
+)
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
 
 
@@ -38,8 +42,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: latent attention (MLA), shared layers, states of an unknown form, or no
-            layer that sees everything; says which.
+        UnsupportedError: an indexer, latent attention (MLA) of an unknown form, shared layers,
+            states of an unknown form, or no layer that sees everything; says which.
         NothingToBudget: an encoder-decoder, an encoder, or a model without attention.
     """
 
@@ -50,13 +54,11 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         reason = "it is an encoder-decoder model, only decoder-only models work"
         raise refuse(reason, NothingToBudget)
     if getattr(config, "index_topk", None):
-        raise refuse(f"{_SPARSE} (index_topk={config.index_topk})")
+        raise refuse(f"index_topk={config.index_topk}: {_INDEXED}")
     if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
         raise refuse("it runs some of its layers in loops, each with a cache of its own")
     if getattr(config, "cross_attention_layers", None):
         raise refuse("some of its layers attend to an image, not to the text")
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("some of its layers share one KV cache")
     both_ways = getattr(config, "use_bidirectional_attention", None)
@@ -72,11 +74,12 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse("its configuration does not give the number of layers and attention heads")
     kv_heads = _kv_heads(config) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    latent = latent_shape(config, query_heads, refuse)
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
         if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
             if any(word in kind for word in ("index", "sparse", "compress")):
-                raise refuse(f"{_SPARSE} (layer {index} is of type {kind!r})")
+                raise refuse(f"layer {index} is of type {kind!r}: {_INDEXED}")
             raise refuse(f"layer {index} is of type {kind!r}, which is not known")
         state = state_shape(config, kind) if kind in _STATES else None
         if kind in _STATES and state is None:
@@ -84,6 +87,11 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         heads = (kv_heads, query_heads, head_dim)
         if kind in _EMPTY or kind in ("linear_attention", "conv"):
             heads = (0, 0, 0)
+        if latent is not None and kind in ("sliding_attention", "hybrid"):
+            raise refuse(f"layer {index} is of type {kind!r} and uses latent attention (MLA)")
+        if latent is not None and kind == "full_attention":
+            shapes.append(_latent_layer(latent))
+            continue
         window = config.sliding_window if kind == "sliding_attention" else None
         shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
@@ -101,6 +109,14 @@ def _kv_heads(config: Any) -> int | None:
     of_attention = getattr(config, "attn_config", None)  # DBRX
     heads: int | None = getattr(of_attention, "kv_n_heads", None)
     return heads or getattr(config, "num_key_value_heads", None)
+
+
+def _latent_layer(latent: LatentShape) -> LayerShape:
+    """Return a layer with latent attention, as its cache sees it."""
+    if latent.cached:  # one vector per token, which all heads read
+        return LayerShape(1, latent.heads, latent.numbers, value_dim=0, latent=latent)
+    heads, key_dim, value_dim = latent.heads, latent.key_dim, latent.value_dim
+    return LayerShape(heads, heads, key_dim, value_dim=value_dim, latent=latent)
 
 
 def _layer_types(config: Any, layers: int) -> list[str]:

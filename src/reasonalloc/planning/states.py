@@ -18,6 +18,7 @@ _DELTA = (
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
 )
+_KIMI_DELTA = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
 _MAMBA1 = ("mamba_expand", "hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank")
 
 
@@ -57,6 +58,9 @@ def state_shape(config: Any, kind: str) -> StateShape | None:
         key_heads, key_dim, value_heads, value_dim, kernel = delta
         channels = 2 * key_heads * key_dim + value_heads * value_dim
         return StateShape(channels * kernel, value_heads * key_dim * value_dim)
+    if (delta := _fields(config, _KIMI_DELTA)) is not None:
+        heads, width, kernel = delta
+        return StateShape(3 * heads * width * kernel, heads * width * width)
     for names in _MAMBA2:
         if (mamba := _fields(config, names)) is not None:
             heads, width, state, groups, kernel = mamba

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from reasonalloc.planning.latents import LATENTS_SINCE
 from reasonalloc.planning.memory import MemoryPlan
 from reasonalloc.tables import Table, human
 
@@ -24,6 +25,7 @@ def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
                 "layer": index,
                 "kv_heads": shape.kv_heads,
                 "head_dim": shape.head_dim,
+                "value_dim": shape.dims[1],
                 "sliding_window": shape.sliding_window,
                 "state_bytes": one.state_bytes,
                 "budget_total": own[0] if own else None,
@@ -50,6 +52,7 @@ def size_table(report: dict[str, Any]) -> Table:
         ("cache", f"{report['dtype']}, batch {report['batch']}, {report['tokens']} tokens each"),
         *_older(report),
         *_prompt(report),
+        *_latents(report),
         ("full cache", human(full)),
         ("compressed", f"{human(compressed)} ({change})"),
         ("  in use after a compression", human(sizes["after_compression"])),
@@ -81,6 +84,34 @@ def _prompt(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [("pinned prompt", f"{report['prompt_tokens']} tokens per head, on top of the budget")]
 
 
+def latent_sizes(plan: MemoryPlan) -> dict[str, Any] | None:
+    """Return what a token takes in a layer with latent attention; None if there is none."""
+    latent = next((shape.latent for shape in plan.shapes if shape.latent is not None), None)
+    if latent is None:
+        return None
+    return {
+        "cached": latent.cached,
+        "heads": latent.heads,
+        "token_bytes": latent.numbers * plan.itemsize,
+        "expanded_token_bytes": latent.expanded_numbers * plan.itemsize,
+    }
+
+
+def _latents(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if (latent := report["latent"]) is None:
+        return []
+    one, expanded = human(latent["token_bytes"]), human(latent["expanded_token_bytes"])
+    whole = f"keys and values of {latent['heads']} heads"
+    if latent["cached"]:
+        return [("a token of a layer", f"a latent, {one}; {whole} would take {expanded}")]
+    return [
+        (
+            "a token of a layer",
+            f"{whole}, {expanded}; transformers {LATENTS_SINCE} and newer caches latents, {one}",
+        )
+    ]
+
+
 def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
     """Return the budget and the bytes of each layer; equal neighbours share a row."""
     columns = (
@@ -109,12 +140,18 @@ def _row(group: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     kept = first["budget_per_head"]
     return (
         str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']} (each)",
-        f"{first['kv_heads']} x {first['head_dim']}" if first["kv_heads"] else "",
+        f"{first['kv_heads']} x {_width(first)}" if first["kv_heads"] else "",
         _kept(first),
         "" if kept is None else str(first["budget_total"]),
         human(first["kv_bytes_compressed"]),
         human(first["kv_bytes_full"]),
     )
+
+
+def _width(layer: dict[str, Any]) -> str:
+    """Return the width of a key, and that of a value if it is another."""
+    key, value = layer["head_dim"], layer["value_dim"]
+    return f"{key}" if value in (0, key) else f"{key}+{value}"
 
 
 def _kept(layer: dict[str, Any]) -> str:

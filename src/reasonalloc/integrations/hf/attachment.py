@@ -43,6 +43,7 @@ from reasonalloc.integrations.hf.calls import CallCheck, CallEnd, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
 from reasonalloc.integrations.hf.installed import Installed
+from reasonalloc.integrations.hf.latent import Unexpanded, check_latents, latent_modules
 from reasonalloc.integrations.hf.model import check_model, decoder_of, inner_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
@@ -77,6 +78,7 @@ class Attachment:
         self.shapes = check_model(model)
         self.shard = find_shard(model, self.shapes)
         check_step(config.step, model, self.shapes, self.shard.size)
+        check_latents(config.attention, model, self.shapes)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(
             config.attention, model.device, model.dtype, compiled=config.step == "compile"
@@ -266,6 +268,9 @@ class Attachment:
         decoder = decoder_of(model)
         if decoder is not model:
             self._installed.check(decoder, CallCheck(self, inner=True))
+        for layer, module in latent_modules(model, self.shapes).items():
+            stand = Unexpanded(module, self.shapes[layer])
+            self._installed.place(module, {"expand_kv": stand})
         if any(shape.state is not None for shape in self.shapes):
             self._installed.after(decoder, CallEnd())
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, SlabLayer
 from reasonalloc.integrations.hf.sliding import (
@@ -50,6 +51,8 @@ def held_bytes(layers: Iterable[Any]) -> int:
 def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
     """An empty cache layer of what the model's configuration says."""
     if compressor is not None:
+        if shape.latent is not None and shape.latent.cached:
+            return LatentLayer(compressor, shape)
         if shape.state is None:
             return SlabLayer(compressor, shape)
         return SlabAndStateLayer(compressor, shape, shape.state)

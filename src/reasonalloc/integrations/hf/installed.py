@@ -16,6 +16,37 @@ _HOOKS = (
 )
 
 
+class _Placed:
+    """Attributes of a module that stand for its own.
+
+    Args:
+        module: to set them on.
+        stands: by name.
+    """
+
+    def __init__(self, module: Any, stands: dict[str, Any]) -> None:
+        self._module, self._stands = module, stands
+        self.before = {name: module.__dict__.get(name) for name in stands}
+        module.__dict__.update(stands)
+
+    def plain(self) -> dict[str, Any]:
+        """The module's attributes without what was placed."""
+        state = {k: v for k, v in self._module.__dict__.items() if k not in self.before}
+        return state | {name: own for name, own in self.before.items() if own is not None}
+
+    def remove(self) -> None:
+        """Give the module its own attributes back.
+
+        What somebody else has put in the place of an attribute since stays.
+        """
+        for name, own in self.before.items():
+            if self._module.__dict__.get(name) is not self._stands[name]:
+                continue
+            del self._module.__dict__[name]
+            if own is not None:
+                self._module.__dict__[name] = own
+
+
 class Installed:
     """Attributes of a model that stand for its own, and hooks on its modules.
 
@@ -32,14 +63,18 @@ class Installed:
         self._original = original
         self._hooks: list[tuple[Any, Any]] = []  # modules and what removes their hooks
         self.forward: Callable[..., Any] = model.forward
-        stands = {**stands, "__getstate__": self._plain_state}
-        self._stands = stands
-        self._before = {name: model.__dict__.get(name) for name in stands}
-        model.__dict__.update(stands)
+        self._placed = _Placed(model, {**stands, "__getstate__": self._plain_state})
+        self._inside: list[_Placed] = []
 
     def own(self, name: str) -> Any:
         """What the model itself, not its class, had under a name before; None if nothing."""
-        return self._before.get(name)
+        return self._placed.before.get(name)
+
+    def place(self, module: Any, stands: dict[str, Any]) -> None:
+        """Set attributes on a module of the model, which stand for its own."""
+        inside: _Placed  # known by the time that the module is copied
+        inside = _Placed(module, {**stands, "__getstate__": lambda: inside.plain()})
+        self._inside.append(inside)
 
     def check(self, module: Any, hook: Callable[..., Any]) -> None:
         """Have a module's calls go through a hook first."""
@@ -52,16 +87,9 @@ class Installed:
         self._hooks.append((module, handle))
 
     def remove(self) -> None:
-        """Give the model its own attributes back, and take the hooks off.
-
-        What somebody else has put in the place of an attribute since stays.
-        """
-        for name, own in self._before.items():
-            if self._model.__dict__.get(name) is not self._stands[name]:
-                continue
-            del self._model.__dict__[name]
-            if own is not None:
-                self._model.__dict__[name] = own
+        """Give the model its own attributes back, and take the hooks off."""
+        for placed in (self._placed, *self._inside):
+            placed.remove()
         for _, handle in self._hooks:
             handle.remove()
 
@@ -76,8 +104,6 @@ class Installed:
                 hooks = getattr(module, name)
                 own = memo.get(id(hooks), hooks)
                 memo[id(hooks)] = OrderedDict((k, v) for k, v in own.items() if k != handle.id)
-        state = {k: v for k, v in model.__dict__.items() if k not in self._before}
-        state |= {name: own for name, own in self._before.items() if own is not None}
-        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin.__dict__.update(copy.deepcopy(self._placed.plain(), memo))
         twin.set_attn_implementation(self._original)
         return dict(twin.__dict__)

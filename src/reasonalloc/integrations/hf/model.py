@@ -93,3 +93,18 @@ def _check_causal(model: Any, name: str) -> None:
         raise NothingToBudget(
             f"{name} cannot run under a KV budget: its attention is not causal{remedy}"
         )
+
+
+def check_measurable(model: Any) -> tuple[LayerShape, ...]:
+    """Shapes of a model's layers, all of which calibration can follow.
+
+    Raises:
+        UnsupportedError: it cannot work, or has latent attention.
+    """
+    shapes = check_model(model)
+    if any(shape.latent is not None for shape in shapes):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be calibrated yet: it uses latent attention (MLA); use "
+            "an arm without a profile"
+        )
+    return shapes

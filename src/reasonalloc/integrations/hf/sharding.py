@@ -14,11 +14,16 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
     """How a model was divided by ``from_pretrained(tp_plan=...)``; one whole if it was not.
 
     Raises:
-        UnsupportedError: the KV heads cannot be divided equally, or layers keep states.
+        UnsupportedError: the KV heads cannot be divided equally, or layers keep states or latents.
     """
     size = getattr(model, "tp_size", None) or 1
     plan = getattr(model, "tp_plan", None) or {}
     # Some plans gather fused projections again: every process then attends with all heads.
+    if size > 1 and any(shape.latent is not None for shape in shapes):
+        raise UnsupportedError(
+            "tp_plan: a model with latent attention (MLA) cannot be divided among processes under "
+            "a KV budget: use device_map"
+        )
     divided = any(str(name).endswith("k_proj") and how == "colwise" for name, how in plan.items())
     if size == 1 or not divided:
         return HeadShard()

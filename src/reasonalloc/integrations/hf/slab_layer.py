@@ -69,13 +69,14 @@ class SlabLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
-        shape = (key_states.shape[1], key_states.shape[3])
-        if shape != (self._shape.kv_heads, self._shape.head_dim):
-            raise UnsupportedError(
-                f"layer {self.compressor.layer} has {shape[0]} KV heads of width {shape[1]}, but "
-                f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
-                "its memory cannot be planned"
-            )
+        found = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        for what, shape, planned in zip(("keys", "values"), found, self._shape.handed, strict=True):
+            if shape != planned:
+                raise UnsupportedError(
+                    f"layer {self.compressor.layer} has {what} of {shape[0]} KV heads of width "
+                    f"{shape[1]}, but the model's configuration says {planned[0]} of {planned[1]}: "
+                    "its memory cannot be planned"
+                )
         self.is_initialized = True
 
     def update(
@@ -108,12 +109,15 @@ class SlabLayer(CacheLayerMixin):
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
         with torch.inference_mode(False), torch.no_grad():
             sinks = None if sinks is None else sinks.detach()
-            out = self.compressor.forward(
-                query, key, value, mask, scaling, softcap, self.replay, sinks
-            )
+            new = self._stored(key, value)
+            out = self.compressor.forward(query, *new, mask, scaling, softcap, self.replay, sinks)
         setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
         self._values = None
         return out
+
+    def _stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the slab keeps of what the model handed to the cache."""
+        return key, value
 
     def advance(self) -> None:
         """The host's part of a static step, see ``LayerCompressor.advance``."""
@@ -149,11 +153,12 @@ class SlabLayer(CacheLayerMixin):
         """Take over what another layer held, see ``LayerCompressor.fill``."""
         shape = self._shape
         if tensors:
-            keys = tensors["tail_keys" if "tail_keys" in tensors else "keys"]
-            if (tensors["lengths"].shape[-1], keys.shape[-1]) != (shape.kv_heads, shape.head_dim):
+            tail = "tail_" if "tail_keys" in tensors else ""
+            dims = tuple(tensors[f"{tail}{name}"].shape[-1] for name in ("keys", "values"))
+            if (tensors["lengths"].shape[-1], dims) != (shape.kv_heads, shape.dims):
                 raise ValueError(f"layer {self.compressor.layer} has another shape")
             self.is_initialized = True
-        self.compressor.fill(tensors, numbers, shape.query_heads)
+        self.compressor.fill(tensors, numbers, (shape.query_heads, shape.query_dim))
         self._logical = int(numbers["columns"])
 
     def clear(self) -> None:
