@@ -154,6 +154,12 @@ def _sizes(config: Any) -> dict[str, Any]:
             given[field] = min(default, size)
         elif default is not None or field in _EVEN_IF_NONE:
             given[field] = size
+    if getattr(config, "kv_lora_rank", None):  # every head has a key of its own
+        own = {
+            "num_key_value_heads": TOY["num_attention_heads"],
+            "head_dim": TOY["qk_rope_head_dim"],
+        }
+        given |= {field: size for field, size in own.items() if field in given}
     for field in ("layer_types", "layers_block_type"):
         types = getattr(config, field, None) if field in vars(config) else None
         if isinstance(types, list) and types:
