@@ -195,10 +195,38 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+#: The same of models whose layers differ in what they see.
+UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 32,
+        },
+    ),
+}
+
 
 def hybrid(name: str, **changes: Any) -> Any:
     """A hybrid model with seeded random weights, fp32, in evaluation mode."""
-    config, model, settings = HYBRIDS[name]
+    return _made(name, HYBRIDS, changes)
+
+
+def unequal(name: str, **changes: Any) -> Any:
+    """A model whose layers differ, likewise."""
+    return _made(name, UNEQUAL, changes)
+
+
+def _made(
+    name: str, table: dict[str, tuple[str, str, dict[str, Any]]], changes: dict[str, Any]
+) -> Any:
+    config, model, settings = table[name]
     given = {**COMMON, "num_hidden_layers": 4, **settings, **changes}
     torch.manual_seed(hash_name(name))
     return getattr(transformers, model)(getattr(transformers, config)(**given)).eval()

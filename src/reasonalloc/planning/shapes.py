@@ -12,6 +12,8 @@ from reasonalloc.planning.states import state_shape
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
 _STATES = ("linear_attention", "conv", "hybrid")
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
+#: The field with the tokens that a layer keeps at most, by the type of the layer.
+_BOUNDS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def text_config(model: Any) -> Any:
@@ -64,7 +66,7 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
-        if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
+        if kind not in ("full_attention", *_BOUNDS, *_STATES, *_EMPTY):
             raise refuse(f"layer {index} is of type {kind!r}, which is not known")
         state = state_shape(config, kind) if kind in _STATES else None
         if kind in _STATES and state is None:
@@ -72,13 +74,14 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         heads = (kv_heads, query_heads, head_dim)
         if kind in _EMPTY or kind in ("linear_attention", "conv"):
             heads = (0, 0, 0)
-        window = config.sliding_window if kind == "sliding_attention" else None
+        window = getattr(config, _BOUNDS[kind]) if kind in _BOUNDS else None
         shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
         if not any(shape.kv_heads for shape in shapes):
             raise refuse("it has no attention layer, so its cache does not grow")
+        most = max(shape.sliding_window or 0 for shape in shapes)
         raise refuse(
-            f"every layer has a sliding window of {config.sliding_window} tokens, so its cache is "
+            f"every layer keeps {most} tokens at most (sliding window, chunks), so its cache is "
             "bounded already"
         )
     return tuple(shapes)
