@@ -6,6 +6,7 @@ from typing import Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.per_layer import layer_config, layer_heads
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
@@ -48,22 +49,19 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder model, only decoder-only models work")
-    if getattr(config, "kv_lora_rank", None):
+    layers = getattr(config, "num_hidden_layers", None)
+    first = layer_config(config, 0) if isinstance(layers, int) else config
+    if getattr(first, "kv_lora_rank", None):
         raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("some of its layers share one KV cache")
-    if getattr(config, "use_bidirectional_attention", None) or not getattr(
-        config, "is_causal", True
-    ):
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if bidirectional not in (None, False, "vision") or not getattr(config, "is_causal", True):
         raise refuse("its attention is not causal")
-    layers = getattr(config, "num_hidden_layers", None)
-    query_heads = getattr(config, "num_attention_heads", None)
-    if getattr(config, "per_layer_attributes", None) or hasattr(config, "global_head_dim"):
-        raise refuse("the shapes of its layers differ")
-    if not isinstance(layers, int) or not isinstance(query_heads, int):
+    if not isinstance(layers, int) or not isinstance(
+        getattr(first, "num_attention_heads", None), int
+    ):
         raise refuse("its configuration does not give the number of layers and attention heads")
-    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     shapes = []
     for index, kind in enumerate(_layer_types(config, layers)):
         if kind not in ("full_attention", *_BOUNDS, *_STATES, *_EMPTY):
@@ -71,10 +69,15 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         state = state_shape(config, kind) if kind in _STATES else None
         if kind in _STATES and state is None:
             raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
-        heads = (kv_heads, query_heads, head_dim)
-        if kind in _EMPTY or kind in ("linear_attention", "conv"):
-            heads = (0, 0, 0)
-        window = getattr(config, _BOUNDS[kind]) if kind in _BOUNDS else None
+        own = layer_config(config, index)
+        if skipped := getattr(own, "skip", None):
+            raise refuse(f"layer {index} skips {', '.join(skipped)}")
+        heads = (0, 0, 0)
+        if kind not in (*_EMPTY, "linear_attention", "conv"):
+            heads = layer_heads(config, index, kind)
+            if (values := getattr(own, "v_head_dim", None)) not in (None, heads[2]):
+                raise refuse(f"v_head_dim={values}: its values have another width than its keys")
+        window = getattr(own, _BOUNDS[kind]) if kind in _BOUNDS else None
         shapes.append(LayerShape(*heads, window, state))
     if not any(shape.compressible for shape in shapes):
         if not any(shape.kv_heads for shape in shapes):

@@ -85,4 +85,9 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
                 f"{type(model).__name__} cannot be calibrated yet: layer {index} is no plain "
                 "attention layer (linear, Mamba, convolution, MLP); use an arm without a profile"
             )
+    if len({(s.kv_heads, s.query_heads, s.head_dim) for s in shapes if s.compressible}) > 1:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be calibrated yet: its layers under a budget differ in "
+            "shape; use an arm without a profile"
+        )
     return shapes

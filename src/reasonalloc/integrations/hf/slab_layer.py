@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.sliding import check_width
 from reasonalloc.planning.memory import LayerShape
 
 _TAG = "_reasonalloc_layer"
@@ -69,13 +70,7 @@ class SlabLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
-        shape = (key_states.shape[1], key_states.shape[3])
-        if shape != (self._shape.kv_heads, self._shape.head_dim):
-            raise UnsupportedError(
-                f"layer {self.compressor.layer} has {shape[0]} KV heads of width {shape[1]}, but "
-                f"the model's configuration says {self._shape.kv_heads} of {self._shape.head_dim}: "
-                "its memory cannot be planned"
-            )
+        check_width(f"layer {self.compressor.layer}", self._shape, key_states, value_states)
         self.is_initialized = True
 
     def update(
