@@ -260,6 +260,63 @@ LATENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "sliding_window": 24,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+}
+_SLIDING_FIRST = ["sliding_attention", FULL, "sliding_attention", FULL]
+
+#: The same of models whose layers differ: in what they see, in their shapes.
+UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 32,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "layer_types": _SLIDING_FIRST,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    "gemma4_full": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "layer_types": 4 * [FULL],
+        },
+    ),
+    "laguna": (
+        "LagunaConfig",
+        "LagunaForCausalLM",
+        {
+            **EXPERTS,
+            "head_dim": 16,
+            "layer_types": [FULL, "sliding_attention", FULL, FULL],
+            "num_attention_heads_per_layer": [6, 9, 6, 3],
+            "sliding_window": 24,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+
 
 def latent(name: str, **changes: Any) -> Any:
     """A model with latent attention, seeded random weights, fp32, in evaluation mode."""
@@ -273,7 +330,32 @@ def latent(name: str, **changes: Any) -> Any:
 
 def hybrid(name: str, **changes: Any) -> Any:
     """A hybrid model with seeded random weights, fp32, in evaluation mode."""
-    config, model, settings = HYBRIDS[name]
+    return _made(name, HYBRIDS, changes)
+
+
+def unequal(name: str, **changes: Any) -> Any:
+    """A model whose layers differ, likewise."""
+    return _made(name, UNEQUAL, changes)
+
+
+def unequal_heads() -> Any:
+    """A Llama whose layers have 3, 1 and 2 KV heads, as the configuration of each says."""
+    model = tiny("llama")
+    for layer, heads in ((1, 1), (2, 2)):
+        attention = model.model.layers[layer].self_attn
+        attention.num_key_value_groups = 6 // heads
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(attention, name).weight[: heads * attention.head_dim]
+            getattr(attention, name).weight = torch.nn.Parameter(weight.clone())
+    heads = {1: {"num_key_value_heads": 1}, 2: {"num_key_value_heads": 2}}
+    model.config.per_layer_config = heads
+    return model
+
+
+def _made(
+    name: str, table: dict[str, tuple[str, str, dict[str, Any]]], changes: dict[str, Any]
+) -> Any:
+    config, model, settings = table[name]
     given = {**COMMON, "num_hidden_layers": 4, **settings, **changes}
     torch.manual_seed(hash_name(name))
     return getattr(transformers, model)(getattr(transformers, config)(**given)).eval()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reasonalloc
+from generations import PADDED, SMALL, batch, check_rising, generated
 from models import HYBRIDS, hybrid, prompt
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.calibration.fisher import fisher
@@ -22,8 +23,6 @@ from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.texts import Trajectory
 
-SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
-PADDED = [0, 9, 4]  # columns of padding in front of each sequence of the batch
 NAMES = [name for name, (_, model, _) in HYBRIDS.items() if hasattr(transformers, model)]
 CONTINUING = [name for name in NAMES if name != "jamba"]  # whose states several tokens go on from
 
@@ -43,21 +42,6 @@ def able() -> bool:
 
 needs_layers = pytest.mark.skipif(not able(), reason="this transformers has other cache layers")
 every = pytest.mark.parametrize("name", NAMES)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    """Ids and mask of three prompts with unequal left padding."""
-    ids = prompt(26, 3, seed=5)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate(PADDED):
-        ids[row, :padding], mask[row, :padding] = 0, 0
-    return ids, mask
-
-
-def generated(model: Any, ids: Tensor, mask: Tensor, new: int, **settings: Any) -> Tensor:
-    """The new tokens, [batch, new]."""
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
-    return out[:, ids.shape[1] :]
 
 
 @pytest.mark.skipif(able(), reason="this transformers has the cache layers")
@@ -88,25 +72,11 @@ def test_a_small_budget_in_a_batch(name: str) -> None:
         cache = attached.new_cache()
         small = generated(model, ids, mask, 24, past_key_values=cache)
         assert not torch.equal(small, full)
-        rising(cache)
+        check_rising(cache)
         own = ids[1:2, PADDED[1] :]
         assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], small[1])
     with reasonalloc.attach(model, **SMALL, step="static"):
         assert torch.equal(generated(model, ids, mask, 24), small)
-
-
-def rising(cache: Any) -> None:
-    """Kept positions rise in every run, and all lie within the text."""
-    slabs = [layer.compressor.slab for layer in cache.layers if hasattr(layer, "compressor")]
-    assert slabs
-    for slab in slabs:
-        rows = slab.as_rows()
-        kept, lengths = rows.gather(rows.positions), rows.lengths
-        for row in range(slab.batch):
-            for head, length in enumerate(lengths[row].tolist()):
-                own = kept[row, head, :length]
-                assert bool((own[1:] > own[:-1]).all())
-                assert int(own[-1]) == cache.get_seq_length() - 1 - PADDED[row]
 
 
 @needs_layers

@@ -13,7 +13,6 @@ from transformers import (
     DeepseekV32Config,
     DiffLlamaConfig,
     DynamicCache,
-    Gemma4TextConfig,
     GenerationConfig,
     MambaConfig,
     MistralConfig,
@@ -24,7 +23,6 @@ from transformers import (
 import reasonalloc
 from models import COMMON, prompt, tiny
 from reasonalloc import UnsupportedError, UsageError
-from reasonalloc.planning.shapes import layer_shapes
 
 
 def one_sentence(error: BaseException) -> None:
@@ -66,13 +64,6 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         reasonalloc.attach(model, **settings)
     one_sentence(caught.value)
     assert "generate" not in model.__dict__  # nothing half attached
-
-
-def test_layers_of_different_shapes() -> None:
-    """The one whose attribute says so has another name in older transformers."""
-    config = Gemma4TextConfig(**COMMON, head_dim=8)
-    with pytest.raises(UnsupportedError, match="shapes of its layers differ"):
-        layer_shapes(config, "Gemma4")
 
 
 def test_attach_twice() -> None:

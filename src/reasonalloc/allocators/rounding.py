@@ -11,19 +11,25 @@ from reasonalloc.ops import TORCH
 
 
 def shares_of(
-    demand: Tensor | Sequence[float], total: int, lower: int, upper: int, exponent: float
+    demand: Tensor | Sequence[float],
+    total: int,
+    lower: int | Sequence[int],
+    upper: int,
+    exponent: float,
 ) -> list[int]:
     """Divide ``total`` as ``Operations.robustify`` does, all in numbers of the host.
 
     Args:
         demand: [n], non-negative.
-        total: what to divide, ``n * lower <= total <= n * upper``.
-        lower, upper: bounds of every share.
+        total: what to divide, between the sums of the bounds.
+        lower, upper: bounds of every share; ``lower`` also of each.
         exponent: flattens the demand (below 1).
     """
     wanted = torch.as_tensor(demand, dtype=torch.float64, device="cpu")
-    bounds = torch.tensor([total, lower, upper], dtype=torch.int64, device="cpu")
+    whole, least, most = (
+        torch.tensor(number, dtype=torch.int64, device="cpu") for number in (total, lower, upper)
+    )
     budgets = TORCH.robustify(
-        wanted, bounds[0], bounds[1].expand_as(wanted), bounds[2].expand_as(wanted), exponent
+        wanted, whole, least.expand_as(wanted), most.expand_as(wanted), exponent
     )
     return [int(b) for b in budgets]

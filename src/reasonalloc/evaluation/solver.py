@@ -181,10 +181,13 @@ class Solver:
     def _points(self, job: Job, prompt: int, completion: int) -> list[list[int]]:
         """Per layer under a budget, tokens of a sequence at its compressions."""
         plan = self._plan(job)
-        heads = next(shape.kv_heads for shape in self._shapes if shape.compressible)
+        heads = [shape.kv_heads for shape in self._shapes if shape.compressible]
         pinned = self._pinned(job, prompt)
         steps = self._settings.interval, prompt, completion - 1, pinned
-        return [compression_points(total, heads, *steps) for total in plan.triggers]
+        return [
+            compression_points(total, own, *steps)
+            for total, own in zip(plan.triggers, heads, strict=False)  # the full cache has none
+        ]
 
     def _pinned(self, job: Job, prompt: int) -> int:
         """Tokens of a prompt that are kept on top of the budget."""

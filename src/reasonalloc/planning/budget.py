@@ -20,6 +20,7 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.ops.codes import row_format
 from reasonalloc.planning.files import (
+    check_alike,
     check_profile,
     make_layer_allocator,
     make_policy,
@@ -82,6 +83,8 @@ class BudgetPlan(Shown):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         prompt = whole_number("prompt_tokens", self.prompt_tokens, 0, "tokens")
         object.__setattr__(self, "prompt_tokens", prompt)
+        if not self._alike:
+            check_alike(self.config, self.name)
         object.__setattr__(self, "config", with_shipped(self._in_tokens(), self._fingerprint))
         check_profile(self.config)
         for shape in self._budgeted:
@@ -106,14 +109,14 @@ class BudgetPlan(Shown):
         config, size = self.config, self.config.size
         if size is None:
             return config
-        item, heads = self.dtype.itemsize, self.kv_heads
+        item = self.dtype.itemsize
         allowed = size.size or int(
             size.share * sum(shape.full_bytes(1, size.tokens, item) for shape in self._budgeted)
         )
 
         def needed(tokens: int) -> int:
             """Bytes do not depend on how tokens are divided among equal layers and heads."""
-            totals = (tokens * heads,) * len(self._budgeted)
+            totals = tuple(tokens * shape.kv_heads for shape in self._budgeted)
             return MemoryPlan(
                 tuple(self._budgeted),
                 totals,
@@ -144,9 +147,11 @@ class BudgetPlan(Shown):
         given = make_layer_allocator(self.config).allocate(query)
         name = f"layers={self.config.arm.layers!r}: what allocate() returned"
         totals = whole_numbers(name, given)
-        if sum(totals) != query.total or len(totals) != query.layers or min(totals) < query.least:
+        few = any(total < least for total, least in zip(totals, query.leasts, strict=False))
+        if sum(totals) != query.total or len(totals) != query.layers or few:
+            least = query.least if self._alike else list(query.leasts)
             raise UsageError(
-                f"{name}, {totals}, must be {query.layers} numbers of at least {query.least} that "
+                f"{name}, {totals}, must be {query.layers} numbers of at least {least} that "
                 f"sum to {query.total}"
             )
         return tuple(totals)
@@ -199,8 +204,8 @@ class BudgetPlan(Shown):
         """
         planned = self.planned or [None] * len(self.totals)
         own = []
-        for total, heads in zip(self.totals, planned, strict=True):
-            tokens = shard.total(total, heads, self.kv_heads)
+        for shape, total, heads in zip(self._budgeted, self.totals, planned, strict=True):
+            tokens = shard.total(total, heads, shape.kv_heads)
             own.append((tokens, None if heads is None else shard.heads(heads)))
         return own
 
@@ -219,8 +224,13 @@ class BudgetPlan(Shown):
 
     @property
     def kv_heads(self) -> int:
-        """KV heads of a compressible layer, all processes together."""
+        """KV heads of the first compressible layer, all processes together."""
         return self._budgeted[0].kv_heads
+
+    @property
+    def _alike(self) -> bool:
+        """Whether all layers under a budget have the same shape."""
+        return len({(s.kv_heads, s.query_heads, s.head_dim) for s in self._budgeted}) == 1
 
     @property
     def other_cadence(self) -> str | None:
@@ -365,10 +375,10 @@ class BudgetPlan(Shown):
             )
         name = f"layers={arm.layers!r}: what plan_heads() returned"
         rows = tuple(tuple(whole_numbers(name, layer, 0)) for layer in heads)
-        for row, total in zip(rows, self.totals, strict=False):
-            if len(row) != self.kv_heads or sum(row) != total:
+        for row, total, shape in zip(rows, self.totals, self._budgeted, strict=False):
+            if len(row) != shape.kv_heads or sum(row) != total:
                 raise UsageError(
-                    f"{name} for a layer, {list(row)}, must be {self.kv_heads} numbers that sum "
+                    f"{name} for a layer, {list(row)}, must be {shape.kv_heads} numbers that sum "
                     f"to its total of {total}"
                 )
         if len(rows) != len(self.totals):
@@ -388,4 +398,5 @@ class BudgetPlan(Shown):
             row_bytes=lambda kind, item: row_bytes(
                 self._budgeted[0], kind, item or self.dtype.itemsize
             ),
+            heads=tuple(shape.kv_heads for shape in self._budgeted),
         )

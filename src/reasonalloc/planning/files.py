@@ -9,7 +9,7 @@ from reasonalloc.calibrated import ReadsCalibrated
 from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.calibrated.shipped import find_shipped
 from reasonalloc.config import Arm, CompressionConfig
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.policies import POLICIES, Policy
 
 
@@ -79,6 +79,29 @@ def check_profile(config: CompressionConfig) -> None:
         raise UsageError(
             f"{given}: policy={arm.policy!r} and layers={arm.layers!r} read different kinds of "
             "files: name both in parentheses, as tri_attention(path=FILE) and profile(path=FILE)"
+        )
+
+
+def check_alike(config: CompressionConfig, name: str) -> None:
+    """Refuse what counts on one shape of all layers under a budget.
+
+    Args:
+        config: the settings.
+        name: of a model whose layers differ in shape.
+
+    Raises:
+        UnsupportedError: a part of the arm reads a calibrated file, or the budget is in bytes.
+    """
+    arm = config.arm
+    for part in readers(arm):
+        raise UnsupportedError(
+            f"{part}={getattr(arm, part)!r} reads a calibrated file, and {name} cannot be "
+            "calibrated yet: its layers under a budget differ in shape; use an arm without a file"
+        )
+    if config.size is not None and str(arm.layers) != "uniform":
+        raise UnsupportedError(
+            f"budget={config.size.text!r}: layers={arm.layers!r} divides bytes among layers of "
+            f"{name} that differ in shape: use layers='uniform', or give the budget in tokens"
         )
 
 

@@ -21,8 +21,8 @@ class LayerShape:
     Attributes:
         kv_heads, query_heads: heads per layer; 0 in a layer without attention.
         head_dim: width of a key and, unless ``value_dim`` says otherwise, of a value.
-        sliding_window: tokens that the layer sees, or None if it sees everything. Layers with a
-            sliding window keep their own cache and have no budget.
+        sliding_window: tokens that the layer sees at most, in a window or a chunk, or None if it
+            sees everything. Layers with a window or chunks keep their own cache and have no budget.
         state: what a linear, Mamba or convolution layer keeps, also beside attention, or None.
         value_dim: width of a value, or None; 0 if a token is one vector, its latent.
         latent: what latent attention (MLA) makes of a token, or None in any other layer.

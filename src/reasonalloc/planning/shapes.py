@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
 from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.per_layer import layer_config, layer_heads
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
@@ -17,6 +19,8 @@ _INDEXED = (
     "would evict"
 )
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
+#: The field with the tokens that a layer keeps at most, by the type of the layer.
+_BOUNDS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def text_config(model: Any) -> Any:
@@ -50,9 +54,39 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     def refuse(reason: str, kind: type[UnsupportedError] = UnsupportedError) -> UnsupportedError:
         return kind(f"{name} cannot run under a KV budget: {reason}")
 
+    _check_attention(config, refuse)
+    layers = getattr(config, "num_hidden_layers", None)
+    first = layer_config(config, 0) if isinstance(layers, int) else config
+    query_heads = getattr(first, "num_attention_heads", None)
+    if not isinstance(layers, int) or not isinstance(query_heads, int):
+        if layers and query_heads is None:
+            raise refuse("it has no attention heads, so no KV cache grows", NothingToBudget)
+        raise refuse("its configuration does not give the number of layers and attention heads")
+    latent = latent_shape(first, query_heads, refuse)
+    shapes = tuple(
+        _layer_shape(config, index, kind, latent, refuse)
+        for index, kind in enumerate(_layer_types(config, layers))
+    )
+    if any(shape.compressible for shape in shapes):
+        return shapes
+    if not any(shape.kv_heads for shape in shapes):
+        reason = "it has no attention layer, so its cache does not grow"
+        raise refuse(reason, NothingToBudget)
+    most = max(shape.sliding_window or 0 for shape in shapes)
+    raise refuse(
+        f"every layer keeps {most} tokens at most (sliding window, chunks), so its cache is "
+        "bounded already"
+    )
+
+
+def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> None:
+    """Refuse attention of a kind that has no keys of its own text, or chooses among them."""
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder model, only decoder-only models work"
         raise refuse(reason, NothingToBudget)
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    if both_ways not in (None, False, "vision") or not getattr(config, "is_causal", True):
+        raise refuse("its attention is not causal", NothingToBudget)
     if getattr(config, "index_topk", None):
         raise refuse(f"index_topk={config.index_topk}: {_INDEXED}")
     if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
@@ -61,54 +95,37 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse("some of its layers attend to an image, not to the text")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("some of its layers share one KV cache")
-    both_ways = getattr(config, "use_bidirectional_attention", None)
-    if both_ways not in (None, False, "vision") or not getattr(config, "is_causal", True):
-        raise refuse("its attention is not causal", NothingToBudget)
-    layers = getattr(config, "num_hidden_layers", None)
-    query_heads = getattr(config, "num_attention_heads", None)
-    if getattr(config, "per_layer_attributes", None) or hasattr(config, "global_head_dim"):
-        raise refuse("the shapes of its layers differ")
-    if not isinstance(layers, int) or not isinstance(query_heads, int):
-        if layers and query_heads is None:
-            raise refuse("it has no attention heads, so no KV cache grows", NothingToBudget)
-        raise refuse("its configuration does not give the number of layers and attention heads")
-    kv_heads = _kv_heads(config) or query_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    latent = latent_shape(config, query_heads, refuse)
-    shapes = []
-    for index, kind in enumerate(_layer_types(config, layers)):
-        if kind not in ("full_attention", "sliding_attention", *_STATES, *_EMPTY):
-            if any(word in kind for word in ("index", "sparse", "compress")):
-                raise refuse(f"layer {index} is of type {kind!r}: {_INDEXED}")
-            raise refuse(f"layer {index} is of type {kind!r}, which is not known")
-        state = state_shape(config, kind) if kind in _STATES else None
-        if kind in _STATES and state is None:
-            raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
-        heads = (kv_heads, query_heads, head_dim)
-        if kind in _EMPTY or kind in ("linear_attention", "conv"):
-            heads = (0, 0, 0)
-        if latent is not None and kind in ("sliding_attention", "hybrid"):
+
+
+def _layer_shape(
+    config: Any,
+    index: int,
+    kind: str,
+    latent: LatentShape | None,
+    refuse: Callable[..., UnsupportedError],
+) -> LayerShape:
+    """Return the shape of one layer, of a type such as ``full_attention``."""
+    if kind not in ("full_attention", *_BOUNDS, *_STATES, *_EMPTY):
+        if any(word in kind for word in ("index", "sparse", "compress")):
+            raise refuse(f"layer {index} is of type {kind!r}: {_INDEXED}")
+        raise refuse(f"layer {index} is of type {kind!r}, which is not known")
+    state = state_shape(config, kind) if kind in _STATES else None
+    if kind in _STATES and state is None:
+        raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
+    if kind in (*_EMPTY, "linear_attention", "conv"):
+        return LayerShape(0, 0, 0, None, state)
+    own = layer_config(config, index)
+    if skipped := getattr(own, "skip", None):
+        raise refuse(f"layer {index} skips {', '.join(skipped)}")
+    if latent is not None:
+        if kind != "full_attention":
             raise refuse(f"layer {index} is of type {kind!r} and uses latent attention (MLA)")
-        if latent is not None and kind == "full_attention":
-            shapes.append(_latent_layer(latent))
-            continue
-        window = config.sliding_window if kind == "sliding_attention" else None
-        shapes.append(LayerShape(*heads, window, state))
-    if not any(shape.compressible for shape in shapes):
-        if not any(shape.kv_heads for shape in shapes):
-            reason = "it has no attention layer, so its cache does not grow"
-            raise refuse(reason, NothingToBudget)
-        raise refuse(
-            f"every layer has a sliding window of {config.sliding_window} tokens, so its cache is "
-            "bounded already"
-        )
-    return tuple(shapes)
-
-
-def _kv_heads(config: Any) -> int | None:
-    of_attention = getattr(config, "attn_config", None)  # DBRX
-    heads: int | None = getattr(of_attention, "kv_n_heads", None)
-    return heads or getattr(config, "num_key_value_heads", None)
+        return _latent_layer(latent)
+    kv_heads, query_heads, head_dim = layer_heads(config, index, kind)
+    value_dim = getattr(own, "v_head_dim", None)
+    window = getattr(own, _BOUNDS[kind]) if kind in _BOUNDS else None
+    other = None if value_dim == head_dim else value_dim
+    return LayerShape(kv_heads, query_heads, head_dim, window, state, other)
 
 
 def _latent_layer(latent: LatentShape) -> LayerShape:

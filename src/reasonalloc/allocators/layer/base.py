@@ -15,7 +15,7 @@ class LayerQuery:
 
     Attributes:
         layers: number of layers that hold a compressible cache.
-        kv_heads: KV heads per layer.
+        kv_heads: KV heads per layer; of the first where they differ.
         budget: mean retained tokens per (layer, KV head).
         window: always-kept recent tokens per head.
         n_sink: always-kept first tokens per head.
@@ -23,6 +23,7 @@ class LayerQuery:
         config_hash: fingerprint of the model's configuration (``calibrated.demand.config_hash``).
         row_bytes: gives the bytes of a token of one head in a format of ``kv_dtype``, and with
             numbers of so many bytes at full width (0: the model's).
+        heads: KV heads of each layer; left out: ``kv_heads`` everywhere.
     """
 
     layers: int
@@ -33,16 +34,26 @@ class LayerQuery:
     model_id: str = ""
     config_hash: str = ""
     row_bytes: Callable[[str, int], int] | None = None
+    heads: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            object.__setattr__(self, "heads", (self.kv_heads,) * self.layers)
 
     @property
     def total(self) -> int:
         """Retained tokens of the whole model."""
-        return self.layers * self.kv_heads * self.budget
+        return sum(self.heads) * self.budget
 
     @property
     def least(self) -> int:
-        """Smallest total of one layer: window and sinks of every head."""
-        return self.kv_heads * (self.window + self.n_sink)
+        """Smallest total of one layer: window and sinks of every head, where it has most heads."""
+        return max(self.heads) * (self.window + self.n_sink)
+
+    @property
+    def leasts(self) -> tuple[int, ...]:
+        """Smallest total of each layer."""
+        return tuple(heads * (self.window + self.n_sink) for heads in self.heads)
 
 
 class LayerAllocator(ABC):
@@ -50,7 +61,7 @@ class LayerAllocator(ABC):
 
     @abstractmethod
     def allocate(self, query: LayerQuery) -> list[int]:
-        """Return ``layers`` integers >= ``query.least`` that sum to ``query.total``."""
+        """Return ``layers`` integers >= ``query.leasts`` that sum to ``query.total``."""
 
     def plan_heads(self, query: LayerQuery) -> list[list[int]] | None:
         """Return tokens of every head, [layers][kv_heads], for the head allocator ``planned``.

@@ -23,11 +23,11 @@ class Pyramid(LayerAllocator):
         least = free / self.beta
         most = 2 * free - least
         steps = max(query.layers - 1, 1)
-        heads = query.kv_heads
         # One more than the window per head, so that every layer keeps some history.
-        lower = min(query.least + heads, heads * query.budget)
+        kept = min(query.window + query.n_sink + 1, query.budget)
+        lower = [heads * kept for heads in query.heads]
         shape = [
             (most - layer * (most - least) / steps + query.window) * heads
-            for layer in range(query.layers)
+            for layer, heads in enumerate(query.heads)
         ]
         return shares_of(shape, query.total, lower, query.total, exponent=1.0)

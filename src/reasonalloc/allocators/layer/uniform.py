@@ -8,7 +8,7 @@ from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, 
 @LAYER_ALLOCATORS.register("uniform", source="the usual default; R-KV, SnapKV, H2O")
 @dataclass(frozen=True)
 class Uniform(LayerAllocator):
-    """The same total for every layer."""
+    """As many tokens per KV head in every layer."""
 
     def allocate(self, query: LayerQuery) -> list[int]:
-        return [query.kv_heads * query.budget] * query.layers
+        return [heads * query.budget for heads in query.heads]

@@ -10,11 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
@@ -23,6 +19,7 @@ from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, SlabLayer
 from reasonalloc.integrations.hf.sliding import (
+    SlidingLayer,
     copied,
     filled_sliding,
     shortened,
@@ -57,7 +54,7 @@ def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
             return SlabLayer(compressor, shape)
         return SlabAndStateLayer(compressor, shape, shape.state)
     if shape.sliding_window is not None:
-        return DynamicSlidingWindowLayer(sliding_window=shape.sliding_window)
+        return SlidingLayer(shape)
     return empty_layer() if shape.state is None else StateLayer(shape.state)
 
 
@@ -70,7 +67,7 @@ def _copied(layer: Any, recorder: Recorder, sequences: Tensor | None) -> Any:
     """A cache layer with the same content in memory of its own; see ``Slab.copy``."""
     if isinstance(layer, SlabLayer):
         return layer.copy(recorder, sequences)
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if isinstance(layer, SlidingLayer):
         return copied(layer, sequences)
     if not isinstance(layer, StateLayer):
         return empty_layer()
@@ -433,7 +430,7 @@ class BudgetCache(Cache):
                     late = torch.arange(places.shape[1], device=places.device) >= columns
                     self._forget(late & (places >= 0), columns)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer):
+            if isinstance(layer, SlidingLayer):
                 self.layers[index] = shortened(layer, columns)
         self.seen.go_back(columns)
 
@@ -455,7 +452,7 @@ class BudgetCache(Cache):
                 own, numbers[str(index)] = layer.compressor.content()
             elif isinstance(layer, StateLayer):
                 own, numbers[str(index)] = layer.state_content()
-            elif isinstance(layer, DynamicSlidingWindowLayer):
+            elif isinstance(layer, SlidingLayer):
                 own, numbers[str(index)] = sliding_content(layer)
             else:
                 continue
@@ -479,7 +476,7 @@ class BudgetCache(Cache):
             }
             if isinstance(layer, SlabLayer):
                 layer.fill(own, numbers[str(index)])
-            elif isinstance(layer, DynamicSlidingWindowLayer):
+            elif isinstance(layer, SlidingLayer):
                 self.layers[index] = filled_sliding(layer, own, numbers[str(index)])
             elif isinstance(layer, StateLayer):
                 layer.fill_states(own, numbers[str(index)])
@@ -610,8 +607,8 @@ class BudgetCache(Cache):
                 layer.replay = False
 
     @property
-    def _sliding(self) -> list[DynamicSlidingWindowLayer]:
-        return [s for s in self.layers if isinstance(s, DynamicSlidingWindowLayer)]
+    def _sliding(self) -> list[SlidingLayer]:
+        return [s for s in self.layers if isinstance(s, SlidingLayer)]
 
     @property
     def _states(self) -> list[StateLayer]:

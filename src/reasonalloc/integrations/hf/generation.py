@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -249,10 +251,9 @@ def _check_prompt(
     if not seen or settings.pin_turns:
         settings.pinned(_new_tokens(given("attention_mask"), columns - seen) if seen else tokens)
     if settings.prompt == "protect" and not seen:
-        shape = next(s for s in attachment.shapes if s.compressible)
-        room = min(attachment.totals) // shape.kv_heads - settings.window
+        room = int(_least_kept(attachment, attachment.totals)) - settings.window
         if tokens > room:
-            need = _budget_for(attachment, (tokens + settings.window) * shape.kv_heads)
+            need = _budget_for(attachment, tokens + settings.window)
             raised = (
                 "use layers='uniform'" if need is None else f"raise the budget to at least {need}"
             )
@@ -271,18 +272,24 @@ def _new_tokens(mask: Any, columns: int) -> int:
 
 
 def _budget_for(attachment: Budgeted, least: int) -> int | None:
-    """A budget at which every layer keeps ``least`` tokens; None if 64 times the budget do not do.
+    """A budget at which heads of all layers keep ``least`` tokens; None if 64 times it do not do.
 
     With equal layers the smallest one; with unequal layers it may be a little more.
     """
     budget = attachment.config.budget
-    smallest = min(attachment.totals)
+    smallest = _least_kept(attachment, attachment.totals)
     while smallest < least:
-        budget = max(budget + 1, -(-budget * least // smallest))
+        budget = max(budget + 1, math.ceil(budget * least / smallest))
         if budget > 64 * attachment.config.budget:
             return None
-        smallest = min(attachment.totals_at(budget))
+        smallest = _least_kept(attachment, attachment.totals_at(budget))
     return budget
+
+
+def _least_kept(attachment: Budgeted, totals: Sequence[int]) -> Fraction:
+    """Tokens of a KV head in the layer where it keeps least, with these totals of layers."""
+    heads = [shape.kv_heads for shape in attachment.shapes if shape.compressible]
+    return min(Fraction(total, own) for total, own in zip(totals, heads, strict=True))
 
 
 def rope_switch(config: Any) -> int | None:

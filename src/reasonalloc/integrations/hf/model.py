@@ -107,4 +107,9 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
             f"{type(model).__name__} cannot be calibrated yet: it uses latent attention (MLA); use "
             "an arm without a profile"
         )
+    if len({(s.kv_heads, s.query_heads, s.dims) for s in shapes if s.compressible}) > 1:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be calibrated yet: its layers under a budget differ in "
+            "shape; use an arm without a profile"
+        )
     return shapes

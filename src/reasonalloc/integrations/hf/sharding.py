@@ -32,12 +32,12 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
             "tp_plan: a model with linear, Mamba or convolution layers cannot be divided among "
             "processes under a KV budget: use device_map"
         )
-    heads = shapes[0].kv_heads
-    if heads % size:
-        raise UnsupportedError(
-            f"tp_plan: {heads} KV heads cannot be divided among {size} processes under a KV "
-            f"budget: start a number of them that divides {heads}"
-        )
+    for heads in sorted({shape.kv_heads for shape in shapes}):
+        if heads % size:
+            raise UnsupportedError(
+                f"tp_plan: {heads} KV heads cannot be divided among {size} processes under a KV "
+                f"budget: start a number of them that divides {heads}"
+            )
     mesh: Any = model._device_mesh
     named = "tp" in (mesh.mesh_dim_names or ())
     return HeadShard(mesh.get_local_rank("tp") if named else mesh.get_local_rank(), size)

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.sliding import check_width
 from reasonalloc.planning.memory import LayerShape
 
 _TAG = "_reasonalloc_layer"
@@ -69,14 +70,7 @@ class SlabLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
-        found = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
-        for what, shape, planned in zip(("keys", "values"), found, self._shape.handed, strict=True):
-            if shape != planned:
-                raise UnsupportedError(
-                    f"layer {self.compressor.layer} has {what} of {shape[0]} KV heads of width "
-                    f"{shape[1]}, but the model's configuration says {planned[0]} of {planned[1]}: "
-                    "its memory cannot be planned"
-                )
+        check_width(f"layer {self.compressor.layer}", self._shape, key_states, value_states)
         self.is_initialized = True
 
     def update(

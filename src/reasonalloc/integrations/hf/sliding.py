@@ -8,10 +8,49 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.planning.memory import LayerShape
 
-def shortened(layer: DynamicSlidingWindowLayer, columns: int) -> DynamicSlidingWindowLayer:
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """A layer with a sliding window or chunks, as in transformers, of the planned bytes.
+
+    Args:
+        shape: what the model's configuration says of the layer.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(sliding_window=shape.sliding_window or 0)
+        self.shape = shape
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Check the shapes, [batch, kv_heads, q, head_dim].
+
+        Raises:
+            UnsupportedError: they differ from the plan.
+        """
+        check_width("a layer with a sliding window", self.shape, key_states, value_states)
+        super().lazy_initialization(key_states, value_states)
+
+
+def check_width(what: str, shape: LayerShape, key: Tensor, value: Tensor) -> None:
+    """Refuse keys and values, [batch, heads, q, width], of other sizes than planned.
+
+    Raises:
+        UnsupportedError: says which.
+    """
+    found = tuple((x.shape[1], x.shape[3]) for x in (key, value))
+    for part, own, planned in zip(("keys", "values"), found, shape.handed, strict=True):
+        if own != planned:
+            raise UnsupportedError(
+                f"{what} has {part} of {own[0]} KV heads of width {own[1]}, but the model's "
+                f"configuration says {planned[0]} of {planned[1]}: its memory cannot be planned"
+            )
+
+
+def shortened(layer: SlidingLayer, columns: int) -> SlidingLayer:
     """A sliding layer with its first ``columns``, all of which it still holds."""
-    twin = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    twin = SlidingLayer(layer.shape)
     if columns and layer.keys is not None and layer.values is not None:
         twin.lazy_initialization(layer.keys, layer.values)
         twin.keys, twin.values = (
@@ -21,11 +60,9 @@ def shortened(layer: DynamicSlidingWindowLayer, columns: int) -> DynamicSlidingW
     return twin
 
 
-def copied(
-    layer: DynamicSlidingWindowLayer, sequences: Tensor | None = None
-) -> DynamicSlidingWindowLayer:
+def copied(layer: SlidingLayer, sequences: Tensor | None = None) -> SlidingLayer:
     """The same content in memory of its own; see ``Slab.copy``."""
-    twin = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    twin = SlidingLayer(layer.shape)
     if layer.keys is not None and layer.values is not None:
         twin.lazy_initialization(layer.keys, layer.values)
         rows = slice(None) if sequences is None else sequences.to(layer.keys.device)
@@ -34,7 +71,7 @@ def copied(
     return twin
 
 
-def sliding_content(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def sliding_content(layer: SlidingLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that a layer holds, as tensors by name and as numbers that JSON can hold."""
     held = {"keys": layer.keys, "values": layer.values}
     tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -42,14 +79,14 @@ def sliding_content(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor]
 
 
 def filled_sliding(
-    layer: DynamicSlidingWindowLayer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> DynamicSlidingWindowLayer:
+    layer: SlidingLayer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> SlidingLayer:
     """A layer like an empty one, with what another held.
 
     Raises:
         ValueError, KeyError: something is missing or does not fit.
     """
-    twin = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    twin = SlidingLayer(layer.shape)
     columns = int(numbers["columns"])
     if tensors:
         keys, values = tensors["keys"], tensors["values"]

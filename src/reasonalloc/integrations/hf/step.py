@@ -15,6 +15,7 @@ from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import CallCheck, CallEnd
 from reasonalloc.integrations.hf.versions import given_cache
 from reasonalloc.planning.memory import LayerShape
+from reasonalloc.planning.shapes import text_config
 
 # Results that a replay would overwrite while somebody still holds them.
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -45,6 +46,8 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         raise refuse("it does not take position_ids")
     if step == "static":
         return
+    if getattr(text_config(model), "attn_temperature_tuning", False):
+        raise refuse("its attention's temperature follows a position that the host counts")
     if any(shape.state is not None for shape in shapes):
         raise refuse("repeated steps of linear, Mamba or convolution layers were not tested")
     if step == "graph" and model.device.type != "cuda":

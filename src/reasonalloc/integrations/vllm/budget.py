@@ -51,6 +51,11 @@ class EngineBudget(BudgetPlan):
                 f"{self.name} cannot run under a KV budget in vLLM yet: layer {index} has {what}; "
                 "run it on transformers"
             )
+        if not self._alike:
+            raise UnsupportedError(
+                f"{self.name} cannot run under a KV budget in vLLM yet: its layers differ in "
+                "shape; run it on transformers"
+            )
         if self.kv_heads % self.ranks:
             raise UsageError(
                 f"tensor_parallel_size={self.ranks}: {self.kv_heads} KV heads cannot be divided "

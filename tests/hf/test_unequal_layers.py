@@ -1,0 +1,227 @@
+"""Models whose layers differ: in what they see, in their shapes, or in whose cache they read."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+import reasonalloc
+from generations import PADDED, SMALL, batch, check_rising, generated
+from models import COMMON, UNEQUAL, prompt, unequal, unequal_heads
+from reasonalloc import UnsupportedError, plan
+from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.planning.shapes import layer_shapes
+
+NAMES = [name for name, (_, model, _) in UNEQUAL.items() if hasattr(transformers, model)]
+every = pytest.mark.parametrize("name", NAMES)
+
+
+@functools.cache
+def made(name: str) -> Any:
+    return unequal(name)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_a_budget_that_holds_everything_changes_nothing(name: str) -> None:
+    model, (ids, mask) = made(name), batch()
+    full = generated(model, ids, mask, 100)
+    assert len(full.unique()) > 20
+    with reasonalloc.attach(model, budget=128):
+        assert torch.equal(generated(model, ids, mask, 100), full)
+
+
+@every
+def test_a_small_budget_in_a_batch(name: str) -> None:
+    """Tokens change; a sequence alone and static steps give the same; positions rise."""
+    model, (ids, mask) = made(name), batch()
+    full = generated(model, ids, mask, 24)
+    with reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        small = generated(model, ids, mask, 24, past_key_values=cache)
+        assert not torch.equal(small, full)
+        check_rising(cache)
+        own = ids[1:2, PADDED[1] :]
+        assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], small[1])
+        bounded = any(shape.sliding_window is not None for shape in attached.shapes)
+    if bounded:
+        with pytest.raises(UnsupportedError, match="grow from step to step: use step='eager'"):
+            reasonalloc.attach(model, **SMALL, step="static")
+        return
+    with reasonalloc.attach(model, **SMALL, step="static"):
+        assert torch.equal(generated(model, ids, mask, 24), small)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
+    """Of the compressed cache, and of transformers' own, from the configuration's fields alone."""
+    model = made(name) if dtype == torch.float32 else unequal(name).to(dtype)
+    kept = plan(model.config, batch=2, dtype=dtype, **SMALL).memory()
+    full = DynamicCache(config=model.config)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(prompt(30, 2), past_key_values=cache)
+        for step in range(10):
+            assert cache.kv_bytes == kept.kv_bytes(30 + step)
+            assert cache.bookkeeping_bytes == kept.bookkeeping_bytes
+            model(prompt(1, 2, seed=step), past_key_values=cache)
+    with torch.no_grad():
+        model(prompt(30, 2), past_key_values=full)
+        model(prompt(10, 2), past_key_values=full)
+    bounded = [shape.sliding_window is not None for shape in kept.shapes]
+    if full.is_sliding == bounded:  # older transformers forget it of Gemma 4 without shared layers
+        assert held_bytes(full.layers) == kept.full_bytes(40)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_two_turns(name: str) -> None:
+    """On one cache as in a fresh run, and as in a cache that was reset before."""
+    model, first, new = made(name), prompt(20, seed=1), prompt(27, seed=2)
+    with reasonalloc.attach(model, budget=128) as attached:
+        cache = attached.new_cache()
+        text = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        text = torch.cat([text, new], dim=1)
+        ones = torch.ones_like(text)
+        fresh = generated(model, text, ones, 8)
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+        cache.reset()
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+
+
+@every
+def test_copies_go_on_alike(name: str, tmp_path: Path) -> None:
+    """Deep copies, saved ones, repeated and selected sequences: the same next tokens."""
+    model, ids = made(name), prompt(40, 2, seed=3)
+
+    def following(cache: Any, rows: Tensor) -> Tensor:
+        """Logits of the next ten tokens, over a boundary, of sequences with these first tokens."""
+        return torch.stack(
+            [
+                model((rows + step) % 90 + 2, past_key_values=cache).logits[:, 0]
+                for step in range(10)
+            ]
+        )
+
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache, rows = attached.new_cache(), torch.tensor([[5], [17]])
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        attached.save_cache(cache, tmp_path / "cache.safetensors")
+        following(twin, rows + 1)  # which leaves the other as it was
+        repeated, swapped = copy.deepcopy(cache), copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(2)
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        wanted = following(cache, rows)
+        loaded = attached.load_cache(tmp_path / "cache.safetensors")
+        assert torch.equal(following(loaded, rows), wanted)
+        assert loaded.kv_bytes == cache.kv_bytes
+        four = following(repeated, rows.repeat_interleave(2, dim=0))
+        assert torch.allclose(four, wanted.repeat_interleave(2, dim=1), atol=1e-3)
+        assert torch.allclose(following(swapped, rows.flip(0)), wanted.flip(1), atol=1e-3)
+
+
+@pytest.mark.skipif("llama4" not in NAMES, reason="this transformers has no Llama 4")
+def test_a_temperature_that_the_host_counts() -> None:
+    """Without chunked layers static steps follow it; steps that are repeated would not."""
+    model, ids = unequal("llama4", no_rope_layer_interval=1, floor_scale=8), prompt(20)
+    tokens = []
+    for step in ("eager", "static"):
+        with reasonalloc.attach(model, **SMALL, step=step):
+            tokens.append(model.generate(ids, max_new_tokens=24, do_sample=False))
+    assert torch.equal(*tokens)
+    for step in ("compile", "graph"):
+        with pytest.raises(UnsupportedError, match="temperature follows a position"):
+            reasonalloc.attach(model, **SMALL, step=step)
+
+
+def test_chunks_alone_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="every layer keeps 32 tokens at most"):
+        plan(unequal("llama4", no_rope_layer_interval=9).config, **SMALL)
+
+
+needs_configs_per_layer = pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedConfig, "per_layer_config"),
+    reason="this transformers has one configuration for all layers",
+)
+
+
+@needs_configs_per_layer
+@pytest.mark.parametrize("arm", ["rkv", "rkv/pyramid/reasonalloc", "random/uniform/adakv"])
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_kv_heads_that_differ_among_layers_under_a_budget(arm: str) -> None:
+    """A budget counts tokens per KV head: sums and bytes are exact, whatever divides them."""
+    model, (ids, mask) = unequal_heads(), batch()
+    full = generated(model, ids, mask, 40)
+    with reasonalloc.attach(model, budget=2048, arm=arm):
+        assert torch.equal(generated(model, ids, mask, 40), full)
+    written = []
+    for step in ("eager", "static"):
+        with reasonalloc.attach(model, **SMALL, arm=arm, step=step) as attached:
+            assert [shape.kv_heads for shape in attached.shapes] == [3, 1, 2]
+            assert sum(attached.totals) == 6 * SMALL["budget"]
+            if "pyramid" not in arm:
+                assert attached.totals == (48, 16, 32)
+            cache = attached.new_cache()
+            written.append(generated(model, ids, mask, 24, past_key_values=cache))
+            check_rising(cache)
+            kept = attached.plan(batch=3)
+            assert (cache.kv_bytes, cache.bookkeeping_bytes) == (
+                kept.kv_bytes(49),
+                kept.bookkeeping_bytes,
+            )
+            own = ids[1:2, PADDED[1] :]
+            assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], written[-1][1])
+    assert torch.equal(*written) and not torch.equal(written[0], full[:, :24])
+
+
+@needs_configs_per_layer
+def test_budgets_of_layers_with_different_kv_heads() -> None:
+    model = unequal_heads()
+    least = plan(model, budget=12, interval=4, window=4, layers="pyramid")
+    assert sum(least.totals) == 72 and all(
+        total >= 5 * shape.kv_heads for total, shape in zip(least.totals, least.shapes, strict=True)
+    )
+    size = least.memory().slab_bytes
+    by_bytes = plan(model, budget=f"{size}B", interval=4, window=4)
+    assert by_bytes.memory().slab_bytes == size and by_bytes.config.budget == 12
+    for settings in ({"layers": "profile"}, {"arm": "best"}, {"policy": "tri_attention"}):
+        with pytest.raises(UnsupportedError, match="under a budget differ in shape; use an arm"):
+            plan(model, budget=16, **settings)
+    with pytest.raises(UnsupportedError, match="use layers='uniform', or give the budget in"):
+        plan(model, budget="64KiB", layers="pyramid", interval=4, window=4)
+    with pytest.raises(UnsupportedError, match="cannot be calibrated yet: its layers under"):
+        reasonalloc.calibrate(model, None, [prompt(20)], progress=False)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "MiMoV2FlashConfig"), reason="this transformers has no MiMo"
+)
+def test_values_of_another_width_are_refused() -> None:
+    settings = {**COMMON, "head_dim": 16, "v_head_dim": 8, "n_routed_experts": 4}
+    config = transformers.MiMoV2FlashConfig(**settings)
+    with pytest.raises(UnsupportedError, match="v_head_dim=8: its values have another width"):
+        layer_shapes(config, "MiMo")
+
+
+@needs_configs_per_layer
+def test_layers_that_do_not_fit_the_plan_are_refused() -> None:
+    """One with a sliding window too, of which the first call tells."""
+    model = unequal("gemma4")
+    model.config.sliding_window = 30  # the field is read again; heads are of the modules
+    model.config.per_layer_config = {1: {"head_dim": 24}, 3: {"head_dim": 24}}
+    with (
+        torch.no_grad(),
+        reasonalloc.attach(model, budget=64),
+        pytest.raises(UnsupportedError, match=r"2 KV heads of width 24, .* says 3 of 24"),
+    ):
+        model(prompt(10), use_cache=True)
