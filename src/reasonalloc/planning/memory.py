@@ -18,11 +18,14 @@ class LayerShape:
     """One layer of a model, as its cache sees it.
 
     Attributes:
-        kv_heads, query_heads: heads per layer; 0 in a layer without attention.
+        kv_heads, query_heads: heads per layer; 0 in a layer that has no cache of keys. Query heads
+            are those of all layers that read the cache.
         head_dim: width of a key and of a value.
         sliding_window: tokens that the layer sees at most, in a window or a chunk, or None if it
             sees everything. Layers with a window or chunks keep their own cache and have no budget.
         state: what a linear, Mamba or convolution layer keeps, also beside attention, or None.
+        readers: other layers that read this layer's cache, by index.
+        reads: the layer whose cache this one reads instead of having its own, or None.
     """
 
     kv_heads: int
@@ -30,6 +33,8 @@ class LayerShape:
     head_dim: int
     sliding_window: int | None = None
     state: StateShape | None = None
+    readers: tuple[int, ...] = ()
+    reads: int | None = None
 
     @property
     def compressible(self) -> bool:

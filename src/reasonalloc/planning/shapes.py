@@ -6,7 +6,7 @@ from typing import Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.planning.memory import LayerShape
-from reasonalloc.planning.per_layer import layer_config, layer_heads
+from reasonalloc.planning.per_layer import layer_config, layer_heads, share, sources
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
@@ -40,7 +40,7 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: an encoder-decoder, latent attention (MLA), shared layers, states of an
+        UnsupportedError: an encoder-decoder, latent attention (MLA), states of an
             unknown form, or no layer that sees everything; says which.
     """
 
@@ -53,8 +53,6 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     first = layer_config(config, 0) if isinstance(layers, int) else config
     if getattr(first, "kv_lora_rank", None):
         raise refuse("it uses multi-head latent attention (MLA), which has no per-head keys")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise refuse("some of its layers share one KV cache")
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     if bidirectional not in (None, False, "vision") or not getattr(config, "is_causal", True):
         raise refuse("its attention is not causal")
@@ -62,8 +60,9 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         getattr(first, "num_attention_heads", None), int
     ):
         raise refuse("its configuration does not give the number of layers and attention heads")
-    shapes = []
-    for index, kind in enumerate(_layer_types(config, layers)):
+    shapes: list[LayerShape] = []
+    kinds = _layer_types(config, layers)
+    for index, kind in enumerate(kinds):
         if kind not in ("full_attention", *_BOUNDS, *_STATES, *_EMPTY):
             raise refuse(f"layer {index} is of type {kind!r}, which is not known")
         state = state_shape(config, kind) if kind in _STATES else None
@@ -79,6 +78,7 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
                 raise refuse(f"v_head_dim={values}: its values have another width than its keys")
         window = getattr(own, _BOUNDS[kind]) if kind in _BOUNDS else None
         shapes.append(LayerShape(*heads, window, state))
+    shapes = share(shapes, sources(config, kinds, refuse))
     if not any(shape.compressible for shape in shapes):
         if not any(shape.kv_heads for shape in shapes):
             raise refuse("it has no attention layer, so its cache does not grow")

@@ -80,10 +80,11 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     """
     shapes = check_model(model)
     for index, shape in enumerate(shapes):
-        if not shape.kv_heads or shape.state is not None:
+        if not shape.kv_heads or shape.state is not None or shape.readers:
             raise UnsupportedError(
                 f"{type(model).__name__} cannot be calibrated yet: layer {index} is no plain "
-                "attention layer (linear, Mamba, convolution, MLP); use an arm without a profile"
+                "attention layer with a cache of its own (linear, Mamba, convolution, MLP, shared "
+                "cache); use an arm without a profile"
             )
     if len({(s.kv_heads, s.query_heads, s.head_dim) for s in shapes if s.compressible}) > 1:
         raise UnsupportedError(
