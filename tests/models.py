@@ -267,6 +267,15 @@ _GEMMA4: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8,
 }
+_GEMMA3N: dict[str, Any] = {
+    "head_dim": 16,
+    "sliding_window": 24,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "altup_num_inputs": 2,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 2,
+}
 _SLIDING_FIRST = ["sliding_attention", FULL, "sliding_attention", FULL]
 
 #: The same of models whose layers differ: in what they see, in their shapes.
@@ -302,6 +311,31 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_GEMMA4,
             "layer_types": 4 * [FULL],
         },
+    ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {**_GEMMA3N, "num_hidden_layers": 6, "layer_types": 3 * _SLIDING_FIRST[:2]},
+    ),
+    "gemma3n_full": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {**_GEMMA3N, "layer_types": 4 * [FULL]},
+    ),
+    "gemma4_shared": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 7,
+            "layer_types": [*_SLIDING_FIRST, FULL, *_SLIDING_FIRST[:2]],
+            "num_kv_shared_layers": 3,
+        },
+    ),
+    "gemma4_full_shared": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {**_GEMMA4, "layer_types": 4 * [FULL], "num_kv_shared_layers": 2},
     ),
     "laguna": (
         "LagunaConfig",

@@ -30,6 +30,9 @@ WORK = (
     "falcon_h1",
     "lfm2",
     "nemotron_h",
+    "mimo_v2_flash",
+    "llama4_text",
+    "laguna",
     "deepseek_v3",
     "glm4_moe_lite",
 )

@@ -16,11 +16,18 @@ from transformers import DynamicCache
 import reasonalloc
 from generations import PADDED, SMALL, batch, check_rising, generated
 from models import COMMON, UNEQUAL, prompt, unequal, unequal_heads
-from reasonalloc import UnsupportedError, plan
+from reasonalloc import UnsupportedError, UsageError, plan
+from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.replay import replay_logits
+from reasonalloc.integrations.vllm.budget import make_budget
 from reasonalloc.planning.shapes import layer_shapes
+from reasonalloc.texts import Trajectory
 
-NAMES = [name for name, (_, model, _) in UNEQUAL.items() if hasattr(transformers, model)]
+KNOWN = [name for name, (_, model, _) in UNEQUAL.items() if hasattr(transformers, model)]
+SHARED = [name for name in KNOWN if "num_kv_shared_layers" in UNEQUAL[name][2]]
+ABLE = hasattr(transformers.cache_utils, "DummyLayer")
+NAMES = [name for name in KNOWN if ABLE or name not in SHARED]
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -225,3 +232,145 @@ def test_layers_that_do_not_fit_the_plan_are_refused() -> None:
         pytest.raises(UnsupportedError, match=r"2 KV heads of width 24, .* says 3 of 24"),
     ):
         model(prompt(10), use_cache=True)
+
+
+needs_layers = pytest.mark.skipif(not ABLE, reason="this transformers has other cache layers")
+
+
+@pytest.mark.skipif(ABLE, reason="this transformers has the cache layers")
+@pytest.mark.parametrize("name", SHARED)
+def test_older_transformers_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"install transformers 5\.23"):
+        reasonalloc.attach(made(name), **SMALL)
+
+
+@needs_layers
+def test_whose_cache_layers_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """A layer reads that of the last one of its type before; the queries of all are counted."""
+    planned = plan(made("gemma4_shared").config, **SMALL)
+    assert [shape.reads for shape in planned.shapes] == [None, None, None, None, 3, 2, 3]
+    assert [shape.readers for shape in planned.shapes] == [(), (), (5,), (4, 6), (), (), ()]
+    assert [shape.query_heads for shape in planned.shapes if shape.compressible] == [6, 18]
+    assert planned.totals == (48, 48)
+    planned.show()
+    assert "layer 3's" in capsys.readouterr().out
+    with pytest.raises(UnsupportedError, match="no layer of it has"):
+        config = copy.deepcopy(made("gemma4_shared").config)
+        config.num_kv_shared_layers = 7
+        layer_shapes(config, "it")
+
+
+@needs_layers
+@pytest.mark.parametrize("name", ["gemma3n_full", "gemma4_shared"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arm": "h2o/uniform/reasonalloc"},
+        {"policy": "lazy_eviction"},
+        {"policy": "value_aware(metric=output)"},
+        {"prompt": "pin"},
+        {"kv_dtype": "int8:int4"},
+        {"kv_dtype": "int8", "policy": "h2o"},
+    ],
+)
+def test_settings_on_shared_caches(name: str, settings: dict[str, Any]) -> None:
+    """In a batch as alone, with static steps too, in the planned bytes."""
+    model, (ids, mask) = made(name), batch()
+    own, tokens = ids[1:2, PADDED[1] :], []
+    for step in ("eager", "static") if name == "gemma3n_full" else ("eager",):
+        with reasonalloc.attach(model, **SMALL, **settings, step=step) as attached:
+            cache = attached.new_cache()
+            tokens.append(generated(model, ids, mask, 24, past_key_values=cache))
+            assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], tokens[-1][1])
+            kept = attached.plan(batch=3, prompt_tokens=26)
+            assert cache.kv_bytes == kept.kv_bytes(49)
+            assert cache.bookkeeping_bytes == kept.bookkeeping_bytes
+    assert torch.equal(tokens[0], tokens[-1])
+
+
+@needs_layers
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4_full_shared"])
+def test_a_replay_is_what_decoding_gives(name: str) -> None:
+    """All layers go from boundary to boundary together, whatever the pieces are."""
+    model, ids, fed = made(name), prompt(20, seed=4), prompt(30, seed=5)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL, policy="h2o") as attached:
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        slowly = [model(token, past_key_values=cache).logits[0] for token in fed.split(1, dim=1)]
+        text = Trajectory(tuple(ids[0].tolist()), (*fed[0].tolist(), 2))
+        replayed = attached.new_cache()
+        with replayed.replaying():
+            pieces = list(replay_logits(model, text, replayed))
+        assert [len(piece) for piece in pieces] == [1, 30]
+        assert torch.allclose(pieces[1], torch.cat(slowly), atol=1e-3)
+        assert replayed.retained_tokens == cache.retained_tokens
+        with replayed.replaying(), pytest.raises(ValueError, match="up to its boundaries"):
+            model(prompt(9), past_key_values=replayed)
+
+
+@needs_layers
+def test_what_is_refused_of_shared_caches_by_name() -> None:
+    model = made("gemma4_full_shared")
+    for step in ("compile", "graph"):
+        with pytest.raises(UnsupportedError, match=rf"step='{step}' .* share a cache were not"):
+            reasonalloc.attach(model, **SMALL, step=step)
+    with pytest.raises(UnsupportedError, match="no plain attention layer with a cache of its own"):
+        reasonalloc.calibrate(model, None, [prompt(20)], progress=False)
+    with pytest.raises(UnsupportedError, match=r"layer 1 has a cache that layers \[2, 3\] read"):
+        make_budget(CompressionConfig(budget=16), "it", model.config, 1)
+
+
+@needs_layers
+@pytest.mark.parametrize("name", SHARED)
+def test_a_call_that_broke_off_between_readers(name: str) -> None:
+    """The owner has attended, a reader has not: the cache is out of step until it is reset."""
+    model = made(name)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        wanted = model(prompt(30), past_key_values=cache).logits
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(UsageError, match="interrupted or failed"):
+            model(prompt(1), past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(prompt(30), past_key_values=cache).logits, wanted)
+
+
+@needs_layers
+def test_keys_that_reach_a_reader_as_copies_are_refused() -> None:
+    """As on several devices: a reader would see the new tokens alone."""
+    model = unequal("gemma4_full_shared")
+    kept = {}
+
+    def take(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        states = kwargs["shared_kv_states"]
+        for kind, pair in states.items():
+            kept[kind] = tuple(tensor.clone() for tensor in pair)
+            states[kind] = kept[kind]
+        return args, kwargs
+
+    model.model.layers[3].register_forward_pre_hook(take, with_kwargs=True)
+    with (
+        torch.no_grad(),
+        reasonalloc.attach(model, **SMALL),
+        pytest.raises(UnsupportedError, match="in copies"),
+    ):
+        model.generate(prompt(20), max_new_tokens=1)
+
+
+@needs_layers
+def test_a_cache_with_readers_goes_back() -> None:
+    model, ids = made("gemma3n_full"), prompt(20)
+    with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        cache.crop(12)
+        again = model(ids[:, 12:], past_key_values=cache).logits
+        fresh = model(ids, past_key_values=attached.new_cache()).logits[:, 12:]
+        assert torch.allclose(again, fresh, atol=1e-3)

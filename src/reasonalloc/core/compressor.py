@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
-from reasonalloc.attention.dense import attend, received_blocks
+from reasonalloc.attention.dense import received_blocks
 from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
@@ -19,12 +19,12 @@ from reasonalloc.core.boundary import decide
 from reasonalloc.core.cadence import Cadence, most_coded, slots
 from reasonalloc.core.observation import observe_prefill
 from reasonalloc.core.prefill import (
+    Chunk,
     check_protected,
     joined_rows,
     most_tokens,
     new_positions,
     new_tokens,
-    over_past,
 )
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.recorder import Recorder
@@ -89,6 +89,11 @@ class LayerCompressor:
         self._logits = Logits(1.0)  # of the model
         self.static = False
         self.latent: LatentHeads | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Layers that have yet to attend with the latest tokens; see ``SharedCompressor``."""
+        return 0
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -413,6 +418,21 @@ class LayerCompressor:
         logits: Logits,
         replayed: bool,
     ) -> Tensor:
+        chunk = self._open(slab, key, value, mask, valid, replayed)
+        out = chunk.attend(query, logits)
+        self._close(chunk, query, logits)
+        return out
+
+    def _open(
+        self,
+        slab: AnySlab,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        replayed: bool,
+    ) -> Chunk:
+        """Make room for new tokens; return what their queries see."""
         progress, columns = self.progress, key.shape[2]
         past = slab.as_rows() if progress.columns else None
         if progress.columns == 0 and self._config.prompt == "protect":
@@ -423,43 +443,41 @@ class LayerCompressor:
         if self._pins(replayed):
             held = slab.kv_heads * self._pin(columns, valid)
             slab = self._make_room(slab, key, value)
-        out, rows = self._attend(past, query, key, value, mask, valid, logits)
+        return Chunk(slab, past, key, value, mask, valid, held, replayed, self.latent)
+
+    def _close(self, chunk: Chunk, query: Tensor, logits: Logits) -> None:
+        """Store new tokens that have attended, and compress if that is due.
+
+        Args:
+            chunk: the tokens.
+            query: [batch, query_heads, q, head_dim], of all that read the layer.
+            logits: of their attention.
+        """
+        slab, key, progress, valid = chunk.slab, chunk.key, self.progress, chunk.valid
+        rows, columns = self._rows_after(chunk, query, logits), key.shape[2]
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
-        if progress.prefill(columns, valid, held, replayed) and progress.held > self._most:
+        due = progress.prefill(columns, valid, chunk.held, chunk.replayed)
+        if due and progress.held > self._most:
             self._compress(slab, rows, logits)
-            return out
+            return
         longest = rows.index.shape[-1]
         is_token = torch.arange(longest, device=key.device) < rows.lengths[..., None]
         alike = isinstance(progress.seen, int) and slab.uniform_length is not None
         slab.rewrite(rows, is_token, longest if alike else None, settle=progress.at_boundary)
-        return out
 
-    def _attend(
-        self,
-        past: Rows | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        valid: Tensor | None,
-        logits: Logits,
-    ) -> tuple[Tensor, Rows]:
-        """Attend densely to the past and the new tokens; return what the layer holds then, too."""
-        keys, values, visible = key, value, mask
-        if past is not None:
-            keys = torch.cat([past.gather(past.keys), key], dim=2)
-            values = torch.cat([past.gather(past.values), value], dim=2)
-            visible = over_past(past, mask, key.shape[2], query.shape[1])
-        if self.latent is not None:
-            keys, values = self.latent.expand(keys)
-        out = attend(query, keys, values, visible, *logits)
+    def _rows_after(self, chunk: Chunk, query: Tensor, logits: Logits) -> Rows:
+        """What the layer holds after new tokens, before anything is evicted."""
+        key, valid, past = chunk.key, chunk.valid, chunk.past
         positions = new_positions(key, self.progress.seen, valid)
         state = None
         if self._policy.state_channels:
-            received = received_blocks(query, keys, visible, valid, *logits, runs=key.shape[1])
+            visible = chunk.visible(query.shape[1])
+            received = received_blocks(
+                query, chunk.keys, visible, valid, *logits, runs=key.shape[1]
+            )
             state = observe_prefill(self._policy, past, positions, key.shape[1], received)
-        return out, joined_rows(past, key, value, positions, valid, state)
+        return joined_rows(past, key, chunk.value, positions, valid, state)
 
     def _pins(self, replayed: bool) -> bool:
         """Whether the tokens of this prefill are to be pinned."""

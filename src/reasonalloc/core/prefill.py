@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from reasonalloc.attention.dense import repeat_heads
-from reasonalloc.cache import Rows
+from reasonalloc.attention.dense import attend, repeat_heads
+from reasonalloc.attention.latent import LatentHeads
+from reasonalloc.cache import AnySlab, Rows
+from reasonalloc.core.steps import Logits
 from reasonalloc.errors import UnsupportedError, UsageError
 
 
@@ -124,3 +128,53 @@ def joined_rows(
         lengths = is_token.sum(dim=-1)
     coded = 0 if past is None else past.coded
     return Rows(flat_keys, flat_values, positions, flat_state, index.contiguous(), lengths, coded)
+
+
+@dataclass
+class Chunk:
+    """Several new tokens of a layer, and what their queries see.
+
+    Attributes:
+        slab: where they are to be stored.
+        past: what the layer held before, or None.
+        key, value: [batch, kv_heads, q, ...], of the new tokens.
+        mask: [batch, 1, q, q] bool over the new tokens, or None if all are real and causal.
+        valid: [batch, q] bool, false at padding; None if all are real.
+        held: upper bound of the new tokens of a sequence that are not pinned, over all heads.
+        replayed: they are decode steps.
+        latent: how heads read them, if they are latents.
+        keys, values: [batch, kv_heads, past + q, ...]; of latents those of every head.
+    """
+
+    slab: AnySlab
+    past: Rows | None
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    valid: Tensor | None
+    held: int
+    replayed: bool
+    latent: LatentHeads | None = None
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    _visible: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.keys, self.values = self.key, self.value
+        if (past := self.past) is not None:
+            self.keys = torch.cat([past.gather(past.keys), self.key], dim=2)
+            self.values = torch.cat([past.gather(past.values), self.value], dim=2)
+        if self.latent is not None:
+            self.keys, self.values = self.latent.expand(self.keys)
+
+    def visible(self, query_heads: int) -> Tensor | None:
+        """[batch, query_heads, q, past + q] bool, or the mask if there is no past."""
+        if self.past is None:
+            return self.mask
+        if self._visible is None or self._visible.shape[1] != query_heads:
+            self._visible = over_past(self.past, self.mask, self.key.shape[2], query_heads)
+        return self._visible
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        """Attention of queries [batch, query_heads, q, head_dim]: [batch, query_heads, q, dim]."""
+        return attend(query, self.keys, self.values, self.visible(query.shape[1]), *logits)

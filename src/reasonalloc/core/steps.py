@@ -81,36 +81,52 @@ class Step(ABC):
             [batch, query_heads, 1, value_dim].
         """
         out, received = self._attend(held, new)
+        self._count(held, new, received)
+        return out
+
+    @abstractmethod
+    def store(self, held: Held, new: StepInput) -> None:
+        """Store the new token; its query is not looked at."""
+
+    def read(self, held: Held, query: Tensor, logits: Logits) -> tuple[Tensor, Tensor | None]:
+        """Attend to what is stored; as ``Backend.decode``."""
+        scaling, softcap, sinks = logits
+        slab, how = held.slab, (scaling, softcap, self._watching, sinks)
+        if isinstance(slab, CodedSlab):
+            return self._backend.decode_coded(query, slab, *how)
+        if held.latent is not None:
+            return held.latent.decode(self._backend, query, slab, *how)
+        return self._backend.decode(query, slab, *how)
+
+    def finish(self, held: Held, new: StepInput, received: Tensor | None) -> None:
+        """Note the query of a token that is stored, and the attention that tokens received."""
+        self._note(held, new)
+        self._count(held, new, received)
+
+    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
+        """Store, note and attend; as ``Backend.decode``."""
+        self.store(held, new)
+        self._note(held, new)
+        return self.read(held, new.query, new.logits)
+
+    def _note(self, held: Held, new: StepInput) -> None:
+        if held.queries is not None:
+            held.queries.push(new.query, held.progress.seen, new.valid)
+
+    def _count(self, held: Held, new: StepInput, received: Tensor | None) -> None:
         slab, progress = held.slab, held.progress
         if received is not None:
             group = new.query.shape[1] // slab.kv_heads
             observe_step(self._policy, slab, received, group, progress.seen, new.valid)
         progress.note(new.valid)
-        return out
-
-    @abstractmethod
-    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
-        """Store, note and attend; as ``Backend.decode``."""
-
-    def _read(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
-        """Note the query of a token that is stored, and attend."""
-        if held.queries is not None:
-            held.queries.push(new.query, held.progress.seen, new.valid)
-        scaling, softcap, sinks = new.logits
-        slab, how = held.slab, (scaling, softcap, self._watching, sinks)
-        if isinstance(slab, CodedSlab):
-            return self._backend.decode_coded(new.query, slab, *how)
-        if held.latent is not None:
-            return held.latent.decode(self._backend, new.query, slab, *how)
-        return self._backend.decode(new.query, slab, *how)
 
 
 class EagerStep(Step):
     """Reads lengths and positions where they are: on the host while sequences are alike."""
 
-    def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
+    def store(self, held: Held, new: StepInput) -> None:
+        """Store the new token where the host says."""
         held.slab.append(new.key, new.value, held.progress.seen, new.valid)
-        return self._read(held, new)
 
 
 class FixedStep(Step):
@@ -119,6 +135,11 @@ class FixedStep(Step):
     Lengths, offsets and positions are on the device, where they stay at one address, and so do
     keys, values, queries and the policy's state.
     """
+
+    def store(self, held: Held, new: StepInput) -> None:
+        """Store the new token where the device says."""
+        seen = held.progress.spread(held.slab.batch, new.key.device)
+        held.slab.store(new.key, new.value, seen, new.valid)
 
     def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
         slab = held.slab
@@ -135,5 +156,4 @@ class FixedStep(Step):
             )
             if result is not None:
                 return result
-        slab.store(new.key, new.value, seen, new.valid)
-        return self._read(held, new)
+        return super()._attend(held, new)

@@ -57,7 +57,7 @@ TOY: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "qk_head_dim": 24,
-    "v_head_dim": 16,
+    "v_head_dim": 12,
     "rotary_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

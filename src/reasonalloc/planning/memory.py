@@ -19,13 +19,16 @@ class LayerShape:
     """One layer of a model, as its cache sees it.
 
     Attributes:
-        kv_heads, query_heads: heads per layer; 0 in a layer without attention.
+        kv_heads, query_heads: heads per layer; 0 in a layer that has no cache of keys. Query heads
+            are those of all layers that read the cache.
         head_dim: width of a key and, unless ``value_dim`` says otherwise, of a value.
         sliding_window: tokens that the layer sees at most, in a window or a chunk, or None if it
             sees everything. Layers with a window or chunks keep their own cache and have no budget.
         state: what a linear, Mamba or convolution layer keeps, also beside attention, or None.
         value_dim: width of a value, or None; 0 if a token is one vector, its latent.
         latent: what latent attention (MLA) makes of a token, or None in any other layer.
+        readers: other layers that read this layer's cache, by index.
+        reads: the layer whose cache this one reads instead of having its own, or None.
     """
 
     kv_heads: int
@@ -35,6 +38,8 @@ class LayerShape:
     state: StateShape | None = None
     value_dim: int | None = None
     latent: LatentShape | None = None
+    readers: tuple[int, ...] = ()
+    reads: int | None = None
 
     @property
     def dims(self) -> tuple[int, int]:

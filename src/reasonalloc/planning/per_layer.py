@@ -1,8 +1,13 @@
-"""What configurations say of single layers: their heads."""
+"""What configurations say of single layers: their heads, and whose cache they read."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.planning.memory import LayerShape
 
 
 def layer_config(config: Any, layer: int) -> Any:
@@ -33,3 +38,45 @@ def layer_heads(config: Any, layer: int, kind: str) -> tuple[int, int, int]:
     elif kind == "sliding_attention" and getattr(config, "model_type", "") == "mimo_v2_flash":
         kv_heads = 2 * kv_heads  # which no field says
     return kv_heads, query_heads, head_dim
+
+
+def sources(
+    config: Any, kinds: Sequence[str], refuse: Callable[[str], UnsupportedError]
+) -> dict[int, int]:
+    """Return the layer whose cache each layer without an own one reads.
+
+    The last ``num_kv_shared_layers`` layers read that of the last layer of their type before them
+    (Gemma 3n, Gemma 4).
+
+    Args:
+        config: transformers' configuration of the decoder.
+        kinds: type of each layer.
+        refuse: makes an error of a reason.
+
+    Raises:
+        UnsupportedError: there is none, as in models that read the cache of another model.
+    """
+    first = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    last = {kind: layer for layer, kind in enumerate(kinds[: max(first, 0)])}
+    for kind in set(kinds[max(first, 0) :]) - set(last):
+        raise refuse(f"layers of type {kind!r} read a shared cache that no layer of it has")
+    return {layer: last[kinds[layer]] for layer in range(first, len(kinds))}
+
+
+def share(shapes: Sequence[LayerShape], read: dict[int, int]) -> list[LayerShape]:
+    """Return layers as their caches see them, where some read the cache of others.
+
+    Args:
+        shapes: of all layers, as if each had its own cache.
+        read: from ``sources``.
+    """
+    shared = list(shapes)
+    for layer, source in read.items():
+        owner = shared[source]
+        shared[source] = dataclasses.replace(
+            owner,
+            query_heads=owner.query_heads + shapes[layer].query_heads,
+            readers=(*owner.readers, layer),
+        )
+        shared[layer] = LayerShape(0, 0, 0, reads=source)
+    return shared

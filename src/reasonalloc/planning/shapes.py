@@ -8,7 +8,7 @@ from typing import Any
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
 from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
-from reasonalloc.planning.per_layer import layer_config, layer_heads
+from reasonalloc.planning.per_layer import layer_config, layer_heads, share, sources
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
@@ -46,8 +46,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers, read from a model's (text) configuration.
 
     Raises:
-        UnsupportedError: an indexer, latent attention (MLA) of an unknown form, shared layers,
-            states of an unknown form, or no layer that sees everything; says which.
+        UnsupportedError: an indexer, latent attention (MLA) of an unknown form, states of
+            an unknown form, or no layer that sees everything; says which.
         NothingToBudget: an encoder-decoder, an encoder, or a model without attention.
     """
 
@@ -63,10 +63,9 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
             raise refuse("it has no attention heads, so no KV cache grows", NothingToBudget)
         raise refuse("its configuration does not give the number of layers and attention heads")
     latent = latent_shape(first, query_heads, refuse)
-    shapes = tuple(
-        _layer_shape(config, index, kind, latent, refuse)
-        for index, kind in enumerate(_layer_types(config, layers))
-    )
+    kinds = _layer_types(config, layers)
+    own = [_layer_shape(config, index, kind, latent, refuse) for index, kind in enumerate(kinds)]
+    shapes = tuple(share(own, sources(config, kinds, refuse)))
     if any(shape.compressible for shape in shapes):
         return shapes
     if not any(shape.kv_heads for shape in shapes):
@@ -93,8 +92,6 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         raise refuse("it runs some of its layers in loops, each with a cache of its own")
     if getattr(config, "cross_attention_layers", None):
         raise refuse("some of its layers attend to an image, not to the text")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise refuse("some of its layers share one KV cache")
 
 
 def _layer_shape(

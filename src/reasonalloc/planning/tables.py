@@ -28,6 +28,7 @@ def layer_sizes(plan: MemoryPlan, tokens: int) -> list[dict[str, Any]]:
                 "value_dim": shape.dims[1],
                 "sliding_window": shape.sliding_window,
                 "state_bytes": one.state_bytes,
+                "reads": shape.reads,
                 "budget_total": own[0] if own else None,
                 "budget_per_head": own[0] / shape.kv_heads if own else None,
                 "heads": [list(head) for head in coded[0]] if coded else None,
@@ -155,10 +156,12 @@ def _width(layer: dict[str, Any]) -> str:
 
 
 def _kept(layer: dict[str, Any]) -> str:
-    """Return what a layer keeps: tokens per head, a sliding window, a state, or nothing."""
+    """Return what a layer keeps: tokens per head, a sliding window, a state, another's, or none."""
     state = f"state, {human(layer['state_bytes'])}" if layer["state_bytes"] else ""
     if layer["budget_per_head"] is not None:
         return f"{layer['budget_per_head']:g}" + (f"; {state}" if state else "")
     if layer["sliding_window"] is not None:
         return f"sliding, {layer['sliding_window']}"
+    if layer["reads"] is not None:
+        return f"layer {layer['reads']}'s"
     return state or "nothing"

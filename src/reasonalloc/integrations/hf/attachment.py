@@ -31,6 +31,7 @@ from reasonalloc.config import (
 )
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
+from reasonalloc.core.shared import SharedCompressor
 from reasonalloc.errors import (
     CompressionNeverHappened,
     OtherCadence,
@@ -183,19 +184,21 @@ class Attachment:
                 layers.append(None)
                 continue
             total, planned = next(parts)
-            layers.append(
-                LayerCompressor(
-                    index,
-                    total,
-                    self.config,
-                    self._plan.policy,
-                    self._heads,
-                    self._backend,
-                    recorder,
-                    planned,
-                    next(formats),
-                )
+            settings = (
+                index,
+                total,
+                self.config,
+                self._plan.policy,
+                self._heads,
+                self._backend,
+                recorder,
+                planned,
+                next(formats),
             )
+            if shape.readers:
+                layers.append(SharedCompressor(*settings, readers=1 + len(shape.readers)))
+            else:
+                layers.append(LayerCompressor(*settings))
         shapes = tuple(self.shard.shape(shape) for shape in self.shapes)
         cache = BudgetCache(layers, shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
@@ -271,7 +274,7 @@ class Attachment:
         for layer, module in latent_modules(model, self.shapes).items():
             stand = Unexpanded(module, self.shapes[layer])
             self._installed.place(module, {"expand_kv": stand})
-        if any(shape.state is not None for shape in self.shapes):
+        if any(shape.state is not None or shape.readers for shape in self.shapes):
             self._installed.after(decoder, CallEnd())
 
     def chat(self, tokenizer: Any, **settings: Any) -> Chat:

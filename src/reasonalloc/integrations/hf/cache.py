@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
+from reasonalloc.core.shared import SharedCompressor
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
-from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, SlabLayer
+from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
 from reasonalloc.integrations.hf.sliding import (
     SlidingLayer,
     copied,
@@ -173,8 +175,14 @@ class BudgetCache(Cache):
         ]
 
     def settle(self) -> None:
-        """Take note that a forward call has ended: all its states are the new ones."""
+        """Take note that a forward call has ended: all its states are the new ones.
+
+        Raises:
+            UnsupportedError: a layer was to be read by others that have not read it.
+        """
         self._moving = False
+        if any(layer.waiting for layer in self._compressed):
+            raise UnsupportedError(UNREAD)
 
     @property
     def single_tokens_are_real(self) -> bool:
@@ -605,6 +613,19 @@ class BudgetCache(Cache):
         finally:
             for layer in self._compressed:
                 layer.replay = False
+
+    @property
+    def replayable(self) -> int:
+        """Most tokens that one call may replay.
+
+        All layers that read a shared cache see the same tokens, so none of them goes over a
+        boundary before the others.
+        """
+        layers = [layer.compressor for layer in self._compressed]
+        return min(
+            (one.progress.until_boundary for one in layers if isinstance(one, SharedCompressor)),
+            default=sys.maxsize,
+        )
 
     @property
     def _sliding(self) -> list[SlidingLayer]:

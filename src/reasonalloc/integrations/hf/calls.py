@@ -60,6 +60,8 @@ class CallCheck:
             check_gradients()
             check_checkpointing(module)
         self._announce(cache, kwargs)
+        if self._inner and isinstance(kwargs.get("logits_to_keep"), int):
+            kwargs["logits_to_keep"] = 0  # Gemma 4 would leave out queries of a shared cache
         return args, kwargs
 
     def _would_cache(self, module: Any, kwargs: dict[str, Any]) -> bool:

@@ -102,10 +102,10 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
         UnsupportedError: it cannot work, or has latent attention.
     """
     shapes = check_model(model)
-    if any(shape.latent is not None for shape in shapes):
+    if any(shape.latent is not None or shape.readers for shape in shapes):
         raise UnsupportedError(
-            f"{type(model).__name__} cannot be calibrated yet: it uses latent attention (MLA); use "
-            "an arm without a profile"
+            f"{type(model).__name__} cannot be calibrated yet: it uses latent attention (MLA) or "
+            "layers that share a cache; use an arm without a profile"
         )
     if len({(s.kv_heads, s.query_heads, s.dims) for s in shapes if s.compressible}) > 1:
         raise UnsupportedError(

@@ -23,7 +23,8 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
 
     Returns:
         [kv_heads, value_dim, value_dim] float32 on the CPU: ``W^T W`` of the columns ``W`` of the
-        output projection that belong to a query head, averaged over the KV head's group.
+        output projection that belong to a query head, averaged over the KV head's group, in
+        all layers that read it.
 
     Raises:
         UnsupportedError: a layer's output projection cannot be read, or is divided.
@@ -48,15 +49,19 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
     for layer, shape in enumerate(shapes):
         if not shape.compressible:
             continue
-        weight = weights.get(layer)
-        if weight is None or weight.shape[1] % shape.query_heads:
+        readers = [weights[own] for own in (layer, *shape.readers) if own in weights]
+        heads = shape.query_heads // (1 + len(shape.readers))
+        if len(readers) <= len(shape.readers) or any(w.shape[1] % heads for w in readers):
             raise UnsupportedError(
                 f"metric='output': the output projection of {type(model).__name__}'s layer {layer} "
                 "is no plain matrix (quantised, or of an unknown name): use metric='value'"
             )
-        heads = weight.float().unflatten(1, (shape.query_heads, -1))
-        metric = torch.einsum("ohd,ohe->hde", heads, heads)
-        metrics[layer] = metric.unflatten(0, (shape.kv_heads, -1)).mean(dim=1).cpu()
+        each = [
+            torch.einsum("ohd,ohe->hde", own, own)
+            for own in (weight.float().unflatten(1, (heads, -1)) for weight in readers)
+        ]
+        metric = torch.stack(each).unflatten(1, (shape.kv_heads, -1))
+        metrics[layer] = metric.mean(dim=(0, 2)).cpu()
     return metrics
 
 

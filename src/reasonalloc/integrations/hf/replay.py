@@ -3,6 +3,7 @@
 The text is replayed hundreds of tokens at a time, which gives exactly what token-by-token decoding
 under the same eviction gives: a layer's output for a token depends on the layer's earlier inputs
 alone, so that each layer can go from boundary to boundary through all of them before the next one.
+Layers that share a cache go from boundary to boundary together.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Te
     fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
     out = model(prompt, **with_cache({}, cache), use_cache=True, logits_to_keep=1)
     yield out.logits[0]
-    for start in range(0, fed.shape[1], PIECE):
-        piece = fed[:, start : start + PIECE]
-        out = model(piece, **with_cache({}, cache_of(out)), use_cache=True)
-        yield out.logits[0]
+    for piece in fed.split(PIECE, dim=1):
+        parts = []
+        while piece.shape[1]:
+            fits = PIECE if cache is None else cache.replayable
+            out = model(piece[:, :fits], **with_cache({}, cache_of(out)), use_cache=True)
+            parts.append(out.logits[0])
+            piece = piece[:, fits:]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def check_text(model: Any, trajectory: Trajectory) -> None:

@@ -29,8 +29,8 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
         return HeadShard()
     if any(not shape.kv_heads or shape.state for shape in shapes):
         raise UnsupportedError(
-            "tp_plan: a model with linear, Mamba or convolution layers cannot be divided among "
-            "processes under a KV budget: use device_map"
+            "tp_plan: a model with linear, Mamba or convolution layers, or with layers that share "
+            "a cache, cannot be divided among processes under a KV budget: do without tp_plan"
         )
     for heads in sorted({shape.kv_heads for shape in shapes}):
         if heads % size:

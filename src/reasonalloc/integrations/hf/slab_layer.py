@@ -21,6 +21,12 @@ FOREIGN_ATTENTION = (
     "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
 )
 
+UNREAD = (
+    "this model does not read a cache that several of its layers share as its configuration says, "
+    "or hands its keys on in copies (device_map), which cannot run under a KV budget: keep the "
+    "model on one device, or detach ReasonAlloc to run it"
+)
+
 
 def layer_of(key: Tensor) -> SlabLayer | None:
     """The compressed layer that these keys were handed to, or None.
@@ -59,14 +65,21 @@ class SlabLayer(CacheLayerMixin):
         self._values: Tensor | None = None
 
     @property
+    def waiting(self) -> int:
+        """Layers that have yet to attend with the tokens of this call, of those that read it."""
+        if self._values is None:
+            return 0
+        return self.compressor.waiting or 1 + len(self._shape.readers)
+
+    @property
     def pending(self) -> bool:
-        """Whether tokens were announced and not attended to."""
-        return self._values is not None
+        """Whether tokens were announced and this layer itself has not attended to them."""
+        return self.waiting > len(self._shape.readers)
 
     @property
     def midway(self) -> bool:
         """Whether a call broke off in this layer, or after it in a static step."""
-        return self.pending or self.compressor.unsettled
+        return self._values is not None or self.compressor.unsettled
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check the shapes; the slab is allocated by the first attention call."""
@@ -105,8 +118,9 @@ class SlabLayer(CacheLayerMixin):
             sinks = None if sinks is None else sinks.detach()
             new = self._stored(key, value)
             out = self.compressor.forward(query, *new, mask, scaling, softcap, self.replay, sinks)
-        setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
-        self._values = None
+        if not self.compressor.waiting:  # no other layer reads these keys
+            setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
+            self._values = None
         return out
 
     def _stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
     if not plain and not (hasattr(cache_utils, "DummyLayer") and "number_of_states" in made):
         raise UnsupportedError(
             f"{name} cannot run under a KV budget with this transformers, which has other cache "
-            "layers for linear, Mamba and convolution layers: install transformers 5.23 or newer"
+            "layers for linear, Mamba and convolution layers, and for layers that read another's: "
+            "install transformers 5.23 or newer"
         )
 
 
