@@ -43,9 +43,9 @@ class EngineBudget(BudgetPlan):
 
     def _check_layers(self) -> None:
         for index, shape in enumerate(self.shapes):
-            if shape.compressible and shape.state is None and shape.latent is None:
-                if not shape.readers:
-                    continue
+            plain = shape.state is None and shape.latent is None and not shape.readers
+            if shape.compressible and plain:
+                continue
             what = "a sliding window" if shape.sliding_window else "a state, or no cache at all"
             what = what if shape.latent is None else "latent attention (MLA)"
             what = f"a cache that layers {list(shape.readers)} read" if shape.readers else what
