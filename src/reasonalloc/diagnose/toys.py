@@ -97,6 +97,7 @@ _AT_MOST |= {"num_key_value_heads", "multi_query_group_num"}
 #: Fields that are set where a family leaves them to be computed.
 _EVEN_IF_NONE = {"num_key_value_heads", "head_dim"}
 _EVEN_IF_NONE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
 #: What a family needs besides, for a toy with all of its layers.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -107,6 +108,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": _SLIDING_AND_FULL,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": _SLIDING_AND_FULL},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
