@@ -374,3 +374,25 @@ def test_a_cache_with_readers_goes_back() -> None:
         again = model(ids[:, 12:], past_key_values=cache).logits
         fresh = model(ids, past_key_values=attached.new_cache()).logits[:, 12:]
         assert torch.allclose(again, fresh, atol=1e-3)
+
+
+@needs_layers
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_inside_a_multimodal_model() -> None:
+    """As checkpoints come; text alone."""
+    text = made("gemma4_shared").config.to_dict()
+    special = {f"{name}_token_id": 90 + i for i, name in enumerate(("image", "video", "audio"))}
+    special |= {f"{name}_token_id": 93 + i for i, name in enumerate(("boi", "eoi", "boa", "eoa"))}
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=None, audio_config=None, **special
+    )
+    torch.manual_seed(1)
+    model, (ids, mask) = transformers.Gemma4ForConditionalGeneration(config).eval(), batch()
+    ids = ids % 90
+    full = generated(model, ids, mask, 60)
+    with reasonalloc.attach(model, budget=128):
+        assert torch.equal(generated(model, ids, mask, 60), full)
+    with reasonalloc.attach(model, **SMALL):
+        small, own = generated(model, ids, mask, 60), ids[1:2, PADDED[1] :]
+        assert not torch.equal(small, full)
+        assert torch.equal(generated(model, own, torch.ones_like(own), 60)[0], small[1])

@@ -455,6 +455,7 @@ class LayerCompressor:
         """
         slab, key, progress, valid = chunk.slab, chunk.key, self.progress, chunk.valid
         rows, columns = self._rows_after(chunk, query, logits), key.shape[2]
+        chunk.release()
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
         due = progress.prefill(columns, valid, chunk.held, chunk.replayed)

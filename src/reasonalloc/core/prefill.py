@@ -175,6 +175,10 @@ class Chunk:
             self._visible = over_past(self.past, self.mask, self.key.shape[2], query_heads)
         return self._visible
 
+    def release(self) -> None:
+        """Free what attention alone needs."""
+        self.keys, self.values, self._visible = self.key, self.value, None
+
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         """Attention of queries [batch, query_heads, q, head_dim]: [batch, query_heads, q, dim]."""
         return attend(query, self.keys, self.values, self.visible(query.shape[1]), *logits)
