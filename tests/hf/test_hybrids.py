@@ -176,7 +176,7 @@ def test_a_state_goes_back_to_the_start_alone() -> None:
         cache = attached.new_cache()
         model(ids, past_key_values=cache)
         assert cache.reach(10) == 0
-        with pytest.raises(UnsupportedError, match="a layer a state"):
+        with pytest.raises(UnsupportedError, match="its sliding window or state"):
             cache.crop(10)
         cache.go_back(0)
         again = model(ids, past_key_values=cache).logits
