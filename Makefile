@@ -119,7 +119,8 @@ newest:
 
 test-newest: newest
 	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once and not long' \
-		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py
+		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py \
+		tests/cli/test_models.py
 
 # New random examples, ten times as many. Whatever fails here becomes an @example of its test.
 RANDOM_TESTS = $$(grep -rl --include="*.py" @given tests)

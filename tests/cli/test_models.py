@@ -33,6 +33,8 @@ WORK = (
     "mimo_v2_flash",
     "llama4_text",
     "laguna",
+    "gemma3n_text",
+    "gemma4_text",
     "deepseek_v3",
     "glm4_moe_lite",
 )
