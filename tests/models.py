@@ -337,6 +337,22 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma4ForCausalLM",
         {**_GEMMA4, "layer_types": 4 * [FULL], "num_kv_shared_layers": 2},
     ),
+    "mimo_v2_flash": (  # values of another width than keys; sinks in layers with a window
+        "MiMoV2FlashConfig",
+        "MiMoV2FlashForCausalLM",
+        {
+            "head_dim": 16,
+            "v_head_dim": 8,
+            "sliding_window": 24,
+            "num_hidden_layers": 4,
+            "layer_types": _SLIDING_FIRST,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "laguna": (
         "LagunaConfig",
         "LagunaForCausalLM",

@@ -99,17 +99,20 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     """Shapes of a model's layers, all of which calibration can follow.
 
     Raises:
-        UnsupportedError: it cannot work, or has latent attention.
+        UnsupportedError: it cannot work, or has latent attention, layers that share a cache, or
+            layers under a budget of different shapes.
     """
     shapes = check_model(model)
-    if any(shape.latent is not None or shape.readers for shape in shapes):
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be calibrated yet: it uses latent attention (MLA) or "
-            "layers that share a cache; use an arm without a profile"
-        )
-    if len({(s.kv_heads, s.query_heads, s.dims) for s in shapes if s.compressible}) > 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be calibrated yet: its layers under a budget differ in "
-            "shape; use an arm without a profile"
-        )
+    budgeted = [shape for shape in shapes if shape.compressible]
+    unequal = len({(shape.kv_heads, shape.query_heads, shape.dims) for shape in budgeted}) > 1
+    for present, what in (
+        (any(shape.latent is not None for shape in shapes), "latent attention (MLA)"),
+        (any(shape.readers for shape in shapes), "layers that share a cache"),
+        (unequal, "layers under a budget that differ in shape"),
+    ):
+        if present:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be calibrated yet: it has {what}; use an arm "
+                "without a profile"
+            )
     return shapes
