@@ -63,7 +63,7 @@ def splitting(model: Any, cache: Any, device: torch.device) -> Iterator[Split]:
 
     with ExitStack() as stack:
         ALL_ATTENTION_FUNCTIONS[name] = timed(original, "attention")
-        stack.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, name, original)
+        stack.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, name)  # what is registered stands again
         cache.update = timed(cache.update, "attention")
         stack.callback(cache.__dict__.pop, "update")
         if isinstance(cache, BudgetCache):
