@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,5 +91,22 @@ def _cached(config: Any, refuse: Callable[[str], UnsupportedError]) -> bool:
             "known: load it without trust_remote_code"
         )
     package, _, name = home.rpartition(".")
-    modeling = importlib.import_module(f"{package}.{name.replace('configuration', 'modeling')}")
-    return any(hasattr(kind, "expand_kv") for kind in vars(modeling).values())
+    modeling = f"{package}.{name.replace('configuration', 'modeling')}"
+    if importlib.util.find_spec(modeling) is None:  # a configuration of another family's model
+        modeling = _home_of_model(config.model_type, refuse)
+    kinds = vars(importlib.import_module(modeling)).values()
+    return any(hasattr(kind, "expand_kv") for kind in kinds)
+
+
+def _home_of_model(model_type: str, refuse: Callable[[str], UnsupportedError]) -> str:
+    """Return the module of the causal language model that transformers loads for a model type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if not isinstance(name, str):
+        raise refuse(
+            f"it uses latent attention (MLA), and transformers has no model for {model_type!r}"
+        )
+    home: str = getattr(transformers, name).__module__
+    return home
