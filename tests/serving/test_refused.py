@@ -44,6 +44,8 @@ def test_refused(
 def test_learned_sinks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config
 
+    import reasonalloc.integrations.vllm.backend  # noqa: F401 (imported now, it keeps the real one)
+
     monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: None)
     monkeypatch.setattr(patches, "find_budget", lambda config: SimpleNamespace(name="a model"))
     wrap = next(p.wrap for p in PATCHES if p.wrap is patches._budget_backend)
