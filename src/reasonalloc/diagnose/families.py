@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ def family_names() -> list[str]:
     Of a model with other parts, such as a vision tower, its text model alone if that has a name.
     """
     names = _mapping()
-    return sorted(name for name in names if _text_type(name) not in names.keys() - {name})
+    return sorted(name for name in names if _is_listed(name, names))
 
 
 def try_families(names: Sequence[str] = ()) -> Iterator[Family]:
@@ -75,11 +75,11 @@ def try_families(names: Sequence[str] = ()) -> Iterator[Family]:
     Raises:
         UsageError: transformers has no such family.
     """
-    known = family_names()
+    known = _mapping()
     for name in names:
-        if name not in known:
-            raise unknown_name("family", name, dict.fromkeys(known))
-    for name in names or known:
+        if name not in known or not _is_listed(name, known):
+            raise unknown_name("family", name, family_names())
+    for name in names or family_names():
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             yield try_family(name)
@@ -204,11 +204,13 @@ def _built(name: str, config: Any) -> Any:
     return kind(config).eval()
 
 
-def _text_type(name: str) -> str:
+def _is_listed(name: str, names: Container[str]) -> bool:
+    """Return whether a family is not that of a text model with a name of its own."""
     try:
-        return str(text_default(name).model_type)
+        text = text_default(name).model_type
     except Exception:  # a family without a default configuration
-        return name
+        return True
+    return text == name or text not in names
 
 
 def _mapping() -> dict[str, str]:

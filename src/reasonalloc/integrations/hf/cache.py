@@ -20,13 +20,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
-from reasonalloc.integrations.hf.sliding import (
-    SlidingLayer,
-    copied,
-    filled_sliding,
-    shortened,
-    sliding_content,
-)
+from reasonalloc.integrations.hf.sliding import SlidingLayer
 from reasonalloc.integrations.hf.states import SlabAndStateLayer, StateLayer, empty_layer
 from reasonalloc.planning.memory import LayerShape
 
@@ -54,7 +48,7 @@ def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
             return LatentLayer(compressor, shape)
         if shape.state is None:
             return SlabLayer(compressor, shape)
-        return SlabAndStateLayer(compressor, shape, shape.state)
+        return SlabAndStateLayer(compressor, shape)
     if shape.sliding_window is not None:
         return SlidingLayer(shape)
     return empty_layer() if shape.state is None else StateLayer(shape.state)
@@ -65,17 +59,8 @@ def _detached(state: Tensor | None) -> Tensor | None:
     return state.detach_() if state is not None and state.requires_grad else state
 
 
-def _copied(layer: Any, recorder: Recorder, sequences: Tensor | None) -> Any:
-    """A cache layer with the same content in memory of its own; see ``Slab.copy``."""
-    if isinstance(layer, SlabLayer):
-        return layer.copy(recorder, sequences)
-    if isinstance(layer, SlidingLayer):
-        return copied(layer, sequences)
-    if not isinstance(layer, StateLayer):
-        return empty_layer()
-    twin = StateLayer(layer.state)
-    twin.take_states(layer, sequences)
-    return twin
+#: Layers that can copy what they hold, and give and take it; the others hold nothing.
+_HOLDING = (SlabLayer, SlidingLayer, StateLayer)
 
 
 class Owner(Protocol):
@@ -439,7 +424,7 @@ class BudgetCache(Cache):
                     self._forget(late & (places >= 0), columns)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SlidingLayer):
-                self.layers[index] = shortened(layer, columns)
+                self.layers[index] = layer.shortened(columns)
         self.seen.go_back(columns)
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -454,17 +439,9 @@ class BudgetCache(Cache):
         tensors = dict(self.seen.content())
         numbers: dict[str, Any] = {"compressions": self.recorder.compressions}
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, SlabAndStateLayer):
+            if isinstance(layer, _HOLDING):
                 own, numbers[str(index)] = layer.content()
-            elif isinstance(layer, SlabLayer):
-                own, numbers[str(index)] = layer.compressor.content()
-            elif isinstance(layer, StateLayer):
-                own, numbers[str(index)] = layer.state_content()
-            elif isinstance(layer, SlidingLayer):
-                own, numbers[str(index)] = sliding_content(layer)
-            else:
-                continue
-            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+                tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         return tensors, numbers
 
     def fill(
@@ -482,12 +459,8 @@ class BudgetCache(Cache):
                 for name, tensor in tensors.items()
                 if name.startswith(start)
             }
-            if isinstance(layer, SlabLayer):
+            if isinstance(layer, _HOLDING):
                 layer.fill(own, numbers[str(index)])
-            elif isinstance(layer, SlidingLayer):
-                self.layers[index] = filled_sliding(layer, own, numbers[str(index)])
-            elif isinstance(layer, StateLayer):
-                layer.fill_states(own, numbers[str(index)])
         self.seen.fill(tensors)
         if not self.whole or self.get_seq_length() != self.seen.columns:
             raise ValueError("the layers have seen texts of different lengths")
@@ -550,7 +523,12 @@ class BudgetCache(Cache):
         self.check_whole()
         twin = BudgetCache((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
-            twin.layers = [_copied(layer, twin.recorder, sequences) for layer in self.layers]
+            twin.layers = [
+                layer.copy(twin.recorder, sequences)
+                if isinstance(layer, _HOLDING)
+                else empty_layer()
+                for layer in self.layers
+            ]
         twin._first = self._first
         twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
         twin.seen = self.seen.copy(sequences)

@@ -36,8 +36,7 @@ class LatentLayer(SlabLayer):
 
     def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> LatentLayer:
         """The same content in memory of its own; see ``Slab.copy``."""
-        twin = LatentLayer(self.compressor.copy(recorder, sequences), self._shape)
-        twin._logical, twin.is_initialized = self._logical, self.is_initialized
+        twin = super().copy(recorder, sequences)
         twin.heads = self.heads
         return twin
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf.sliding import check_width
 from reasonalloc.planning.memory import LayerShape
 
+_Own = TypeVar("_Own", bound="SlabLayer")
 _TAG = "_reasonalloc_layer"
 FOREIGN_ATTENTION = (
     "this model changes its keys or values between cache and attention, or attends twice to the "
@@ -174,9 +175,13 @@ class SlabLayer(CacheLayerMixin):
         self.compressor.clear()
         self._logical, self._values = 0, None
 
-    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlabLayer:
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold."""
+        return self.compressor.content()
+
+    def copy(self: _Own, recorder: Recorder, sequences: Tensor | None = None) -> _Own:
         """The same content in memory of its own; see ``Slab.copy``."""
-        twin = SlabLayer(self.compressor.copy(recorder, sequences), self._shape)
+        twin = type(self)(self.compressor.copy(recorder, sequences), self._shape)
         twin._logical, twin.is_initialized = self._logical, self.is_initialized
         return twin
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.planning.memory import LayerShape
 
@@ -32,6 +33,49 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         check_width("a layer with a sliding window", self.shape, key_states, value_states)
         super().lazy_initialization(key_states, value_states)
 
+    def shortened(self, columns: int) -> SlidingLayer:
+        """A layer with the first ``columns``, all of which this one still holds."""
+        twin = SlidingLayer(self.shape)
+        if columns and self.keys is not None and self.values is not None:
+            twin.lazy_initialization(self.keys, self.values)
+            twin.keys, twin.values = (
+                kept[:, :, :columns].clone() for kept in (self.keys, self.values)
+            )
+            twin.cumulative_length = columns
+        return twin
+
+    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlidingLayer:
+        """The same content in memory of its own; see ``Slab.copy``."""
+        twin = SlidingLayer(self.shape)
+        if self.keys is not None and self.values is not None:
+            twin.lazy_initialization(self.keys, self.values)
+            rows = slice(None) if sequences is None else sequences.to(self.keys.device)
+            twin.keys, twin.values = self.keys[rows].clone(), self.values[rows].clone()
+            twin.cumulative_length = self.cumulative_length
+        return twin
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it holds, as tensors by name and as numbers that JSON can hold."""
+        held = {"keys": self.keys, "values": self.values}
+        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return tensors, {"columns": self.cumulative_length}
+
+    def fill(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over what another layer held, while this one is empty.
+
+        Raises:
+            ValueError, KeyError: something is missing or does not fit.
+        """
+        columns = int(numbers["columns"])
+        if tensors:
+            keys, values = tensors["keys"], tensors["values"]
+            held = min(columns, self.sliding_window - 1)
+            if keys.dim() != 4 or keys.shape[2] != held or keys.shape[:3] != values.shape[:3]:
+                raise ValueError("the layers with a sliding window do not fit")
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+            self.cumulative_length = columns
+
 
 def check_width(what: str, shape: LayerShape, key: Tensor, value: Tensor) -> None:
     """Refuse keys and values, [batch, heads, q, width], of other sizes than planned.
@@ -46,54 +90,3 @@ def check_width(what: str, shape: LayerShape, key: Tensor, value: Tensor) -> Non
                 f"{what} has {part} of {own[0]} KV heads of width {own[1]}, but the model's "
                 f"configuration says {planned[0]} of {planned[1]}: its memory cannot be planned"
             )
-
-
-def shortened(layer: SlidingLayer, columns: int) -> SlidingLayer:
-    """A sliding layer with its first ``columns``, all of which it still holds."""
-    twin = SlidingLayer(layer.shape)
-    if columns and layer.keys is not None and layer.values is not None:
-        twin.lazy_initialization(layer.keys, layer.values)
-        twin.keys, twin.values = (
-            kept[:, :, :columns].clone() for kept in (layer.keys, layer.values)
-        )
-        twin.cumulative_length = columns
-    return twin
-
-
-def copied(layer: SlidingLayer, sequences: Tensor | None = None) -> SlidingLayer:
-    """The same content in memory of its own; see ``Slab.copy``."""
-    twin = SlidingLayer(layer.shape)
-    if layer.keys is not None and layer.values is not None:
-        twin.lazy_initialization(layer.keys, layer.values)
-        rows = slice(None) if sequences is None else sequences.to(layer.keys.device)
-        twin.keys, twin.values = layer.keys[rows].clone(), layer.values[rows].clone()
-        twin.cumulative_length = layer.cumulative_length
-    return twin
-
-
-def sliding_content(layer: SlidingLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that a layer holds, as tensors by name and as numbers that JSON can hold."""
-    held = {"keys": layer.keys, "values": layer.values}
-    tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
-    return tensors, {"columns": layer.cumulative_length}
-
-
-def filled_sliding(
-    layer: SlidingLayer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> SlidingLayer:
-    """A layer like an empty one, with what another held.
-
-    Raises:
-        ValueError, KeyError: something is missing or does not fit.
-    """
-    twin = SlidingLayer(layer.shape)
-    columns = int(numbers["columns"])
-    if tensors:
-        keys, values = tensors["keys"], tensors["values"]
-        held = min(columns, layer.sliding_window - 1)
-        if keys.dim() != 4 or keys.shape[2] != held or keys.shape[:3] != values.shape[:3]:
-            raise ValueError("the layers with a sliding window do not fit")
-        twin.lazy_initialization(keys, values)
-        twin.keys, twin.values = keys, values
-        twin.cumulative_length = columns
-    return twin

@@ -140,6 +140,20 @@ class StateLayer(LinearAttentionLayer):
             raise ValueError("the recurrent state of a layer is not in float32")
         self._set_states(held, bool(numbers["state_seen"]))
 
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As ``state_content``: it holds nothing else."""
+        return self.state_content()
+
+    def fill(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """As ``fill_states``."""
+        self.fill_states(tensors, numbers)
+
+    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> StateLayer:
+        """The same content in memory of its own; see ``Slab.copy``."""
+        twin = StateLayer(self.state)
+        twin.take_states(self, sequences)
+        return twin
+
     def _set_states(self, held: Mapping[str, Tensor], seen: bool) -> None:
         for name, tensor in held.items():
             given: dict[str, Any] = {f"{name}_states": tensor}
@@ -158,12 +172,13 @@ class SlabAndStateLayer(SlabLayer, StateLayer):
 
     Args:
         compressor: storage and cadence.
-        shape: what the model's configuration says of the layer.
-        state: its part besides keys and values.
+        shape: what the model's configuration says of the layer, which has a state.
     """
 
-    def __init__(self, compressor: LayerCompressor, shape: LayerShape, state: StateShape) -> None:
-        StateLayer.__init__(self, state)
+    def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
+        if shape.state is None:
+            raise RuntimeError("a layer without a state")
+        StateLayer.__init__(self, shape.state)
         SlabLayer.__init__(self, compressor, shape)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -181,7 +196,7 @@ class SlabAndStateLayer(SlabLayer, StateLayer):
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that it holds, as tensors by name and as numbers that JSON can hold."""
-        tensors, numbers = self.compressor.content()
+        tensors, numbers = SlabLayer.content(self)
         states, seen = self.state_content()
         return {**tensors, **states}, {**numbers, **seen}
 
@@ -192,8 +207,7 @@ class SlabAndStateLayer(SlabLayer, StateLayer):
 
     def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlabAndStateLayer:
         """The same content in memory of its own; see ``Slab.copy``."""
-        twin = SlabAndStateLayer(self.compressor.copy(recorder, sequences), self._shape, self.state)
-        twin._logical, twin.is_initialized = self._logical, self.is_initialized
+        twin = SlabLayer.copy(self, recorder, sequences)
         twin.take_states(self, sequences)
         return twin
 

@@ -43,12 +43,16 @@ class EngineBudget(BudgetPlan):
 
     def _check_layers(self) -> None:
         for index, shape in enumerate(self.shapes):
-            plain = shape.state is None and shape.latent is None and not shape.readers
-            if shape.compressible and plain:
+            if shape.readers:
+                what = f"a cache that layers {list(shape.readers)} read"
+            elif shape.latent is not None:
+                what = "latent attention (MLA)"
+            elif shape.sliding_window is not None:
+                what = "a sliding window"
+            elif shape.state is not None or not shape.kv_heads:
+                what = "a state, or no cache at all"
+            else:
                 continue
-            what = "a sliding window" if shape.sliding_window else "a state, or no cache at all"
-            what = what if shape.latent is None else "latent attention (MLA)"
-            what = f"a cache that layers {list(shape.readers)} read" if shape.readers else what
             raise UnsupportedError(
                 f"{self.name} cannot run under a KV budget in vLLM yet: layer {index} has {what}; "
                 "run it on transformers"
