@@ -1,13 +1,17 @@
-"""Batches with unequal padding, what models write after them, and what caches hold then."""
+"""What holds of every model: batches with unequal padding, turns, and what caches hold then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+import reasonalloc
 from models import prompt
+from reasonalloc.planning.memory import MemoryPlan
 
 SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
 PADDED = [0, 9, 4]  # columns of padding in front of each sequence of the batch
@@ -40,3 +44,67 @@ def check_rising(cache: Any) -> None:
                 own = kept[row, head, :length]
                 assert bool((own[1:] > own[:-1]).all())
                 assert int(own[-1]) == cache.get_seq_length() - 1 - PADDED[row]
+
+
+def check_a_budget_for_everything(model: Any, **settings: Any) -> None:
+    """It changes nothing, and neither does having had it."""
+    ids, mask = batch()
+    full = generated(model, ids, mask, 100)
+    assert len(full.unique()) > 20
+    with reasonalloc.attach(model, budget=128, **settings):
+        assert torch.equal(generated(model, ids, mask, 100), full)
+    assert torch.equal(generated(model, ids, mask, 100), full)
+
+
+def check_a_small_budget(model: Any, new: int, static: bool = True, **settings: Any) -> None:
+    """Tokens change; a sequence alone and static steps give the same; positions rise."""
+    ids, mask = batch()
+    full = generated(model, ids, mask, new)
+    with reasonalloc.attach(model, **SMALL, **settings) as attached:
+        cache = attached.new_cache()
+        small = generated(model, ids, mask, new, past_key_values=cache)
+        assert not torch.equal(small, full)
+        check_rising(cache)
+        own = ids[1:2, PADDED[1] :]
+        assert torch.equal(generated(model, own, torch.ones_like(own), new)[0], small[1])
+    if static:
+        with reasonalloc.attach(model, **SMALL, **settings, step="static"):
+            assert torch.equal(generated(model, ids, mask, new), small)
+
+
+def check_planned_bytes(model: Any, planned: MemoryPlan) -> Any:
+    """A cache of two sequences has them after a prompt of 30 tokens and ten more; returns it."""
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(prompt(30, 2), past_key_values=cache)
+        for step in range(10):
+            assert cache.kv_bytes == planned.kv_bytes(30 + step)
+            assert cache.bookkeeping_bytes == planned.bookkeeping_bytes
+            model(prompt(1, 2, seed=step), past_key_values=cache)
+    return cache
+
+
+def full_cache(model: Any, more: int) -> DynamicCache:
+    """transformers' own cache after 30 tokens and ``more`` of two sequences."""
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt(30, 2), past_key_values=full)
+        model(prompt(more, 2), past_key_values=full)
+    return full
+
+
+def check_two_turns(
+    model: Any, new: int, after_reset: Callable[[Any], None] = lambda cache: None
+) -> None:
+    """A turn of ``new`` tokens on a cache is as in a fresh run, also after the cache was reset."""
+    first, question = prompt(20, seed=1), prompt(new, seed=2)
+    with reasonalloc.attach(model, budget=128) as attached:
+        cache = attached.new_cache()
+        text = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        text = torch.cat([text, question], dim=1)
+        ones = torch.ones_like(text)
+        fresh = generated(model, text, ones, 8)
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+        cache.reset()
+        after_reset(cache)
+        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)

@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reasonalloc
-from generations import PADDED, SMALL, batch, check_rising, generated
+from generations import (
+    SMALL,
+    check_a_budget_for_everything,
+    check_a_small_budget,
+    check_planned_bytes,
+    check_two_turns,
+    full_cache,
+    generated,
+)
 from models import HYBRIDS, hybrid, prompt
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.calibration.fisher import fisher
@@ -55,28 +63,14 @@ def test_older_transformers_is_refused_by_name(name: str) -> None:
 @every
 @pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
 def test_a_budget_that_holds_everything_changes_nothing(name: str) -> None:
-    model, (ids, mask) = made(name), batch()
-    full = generated(model, ids, mask, 100)
-    assert len(full.unique()) > 20
-    with reasonalloc.attach(model, budget=128):
-        assert torch.equal(generated(model, ids, mask, 100), full)
+    check_a_budget_for_everything(made(name))
 
 
 @needs_layers
 @every
 def test_a_small_budget_in_a_batch(name: str) -> None:
     """Tokens change; a sequence alone and static steps give the same; positions rise."""
-    model, (ids, mask) = made(name), batch()
-    full = generated(model, ids, mask, 24)
-    with reasonalloc.attach(model, **SMALL) as attached:
-        cache = attached.new_cache()
-        small = generated(model, ids, mask, 24, past_key_values=cache)
-        assert not torch.equal(small, full)
-        check_rising(cache)
-        own = ids[1:2, PADDED[1] :]
-        assert torch.equal(generated(model, own, torch.ones_like(own), 24)[0], small[1])
-    with reasonalloc.attach(model, **SMALL, step="static"):
-        assert torch.equal(generated(model, ids, mask, 24), small)
+    check_a_small_budget(made(name), 24)
 
 
 @needs_layers
@@ -87,20 +81,14 @@ def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
     model = made(name) if dtype == torch.float32 else hybrid(name).to(dtype)
     kept = plan(model.config, batch=2, dtype=dtype, **SMALL).memory()
     assert 0 < kept.state_bytes < kept.kv_bytes(30)
-    full = DynamicCache(config=model.config)
-    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
-        cache = attached.new_cache()
-        model(prompt(30, 2), past_key_values=cache)
-        for step in range(10):
-            assert cache.kv_bytes == kept.kv_bytes(30 + step)
-            assert cache.bookkeeping_bytes == kept.bookkeeping_bytes
-            model(prompt(1, 2, seed=step), past_key_values=cache)
-        allocated = [t for layer in cache.layers for t in getattr(layer, "states", {}).values()]
-        assert sum(t.untyped_storage().nbytes() for t in allocated) == kept.state_bytes
-    with torch.no_grad():
-        model(prompt(30, 2), past_key_values=full)
-        model(prompt(1, 2), past_key_values=full)
-    assert held_bytes(full.layers) == kept.full_bytes(31)
+    cache = check_planned_bytes(model, kept)
+    allocated = [t for layer in cache.layers for t in getattr(layer, "states", {}).values()]
+    assert sum(t.untyped_storage().nbytes() for t in allocated) == kept.state_bytes
+    assert held_bytes(full_cache(model, 1).layers) == kept.full_bytes(31)
+
+
+def _starts_anew(cache: Any) -> None:
+    assert not cache.has_previous_state() and cache.get_seq_length() == 0
 
 
 @needs_layers
@@ -108,17 +96,7 @@ def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
 def test_two_turns(name: str) -> None:
     """On one cache as in a fresh run, and as in a cache that was copied, saved or reset before."""
-    model, first, new = made(name), prompt(20, seed=1), prompt(7, seed=2)
-    with reasonalloc.attach(model, budget=128) as attached:
-        cache = attached.new_cache()
-        text = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
-        text = torch.cat([text, new], dim=1)
-        ones = torch.ones_like(text)
-        fresh = generated(model, text, ones, 8)
-        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
-        cache.reset()
-        assert not cache.has_previous_state() and cache.get_seq_length() == 0
-        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+    check_two_turns(made(name), 7, _starts_anew)
 
 
 @needs_layers

@@ -12,17 +12,24 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 import reasonalloc
+from generations import (
+    SMALL,
+    batch,
+    check_a_budget_for_everything,
+    check_a_small_budget,
+    check_planned_bytes,
+    check_two_turns,
+    full_cache,
+    generated,
+)
 from models import LATENTS, latent, prompt
 from reasonalloc import UnsupportedError, plan
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.planning.shapes import layer_shapes
 
-SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
-PADDED = [0, 9, 4]  # columns of padding in front of each sequence of the batch
 NAMES = [name for name, (_, model, _) in LATENTS.items() if hasattr(transformers, model)]
 VALUE = "value_aware/uniform/uniform"
 BACKENDS = ("eager", "sdpa", "cpp")
@@ -44,62 +51,18 @@ every = pytest.mark.parametrize("name", NAMES)
 needs_latents = pytest.mark.skipif(not cached(), reason="this transformers expands latents first")
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Ids and mask of three prompts with unequal left padding."""
-    ids = prompt(26, 3, seed=5)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate(PADDED):
-        ids[row, :padding], mask[row, :padding] = 0, 0
-    return ids, mask
-
-
-def generated(model: Any, ids: Tensor, mask: Tensor, new: int, **settings: Any) -> Tensor:
-    """The new tokens, [batch, new]."""
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
-    return out[:, ids.shape[1] :]
-
-
 @every
 @pytest.mark.parametrize("arm", ["rkv", VALUE])
 @pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
 def test_a_budget_that_holds_everything_changes_nothing(name: str, arm: str) -> None:
-    model, (ids, mask) = made(name), batch()
-    full = generated(model, ids, mask, 100)
-    assert len(full.unique()) > 20
-    with reasonalloc.attach(model, budget=128, arm=arm):
-        assert torch.equal(generated(model, ids, mask, 100), full)
-    assert torch.equal(generated(model, ids, mask, 100), full)
+    check_a_budget_for_everything(made(name), arm=arm)
 
 
 @every
 def test_a_small_budget_in_a_batch(name: str) -> None:
     """Tokens change; a sequence alone and static steps give the same; positions rise."""
-    model, (ids, mask) = made(name), batch()
-    full = generated(model, ids, mask, 40)
     for arm in ("rkv", VALUE):
-        with reasonalloc.attach(model, arm=arm, **SMALL) as attached:
-            cache = attached.new_cache()
-            small = generated(model, ids, mask, 40, past_key_values=cache)
-            assert not torch.equal(small, full)
-            rising(cache)
-            own = ids[1:2, PADDED[1] :]
-            assert torch.equal(generated(model, own, torch.ones_like(own), 40)[0], small[1])
-        with reasonalloc.attach(model, arm=arm, **SMALL, step="static"):
-            assert torch.equal(generated(model, ids, mask, 40), small)
-
-
-def rising(cache: Any) -> None:
-    """Kept positions rise in every run, and all lie within the text."""
-    slabs = [layer.compressor.slab for layer in cache.layers if hasattr(layer, "compressor")]
-    assert slabs
-    for slab in slabs:
-        rows = slab.as_rows()
-        kept, lengths = rows.gather(rows.positions), rows.lengths
-        for row in range(slab.batch):
-            for head, length in enumerate(lengths[row].tolist()):
-                own = kept[row, head, :length]
-                assert bool((own[1:] > own[:-1]).all())
-                assert int(own[-1]) == cache.get_seq_length() - 1 - PADDED[row]
+        check_a_small_budget(made(name), 40, arm=arm)
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
@@ -133,18 +96,8 @@ def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
     """Of the compressed cache, and of transformers' own, from the configuration's fields alone."""
     model = made(name) if dtype == torch.float32 else latent(name).to(dtype)
     kept = plan(model.config, batch=2, dtype=dtype, **SMALL).memory()
-    full = DynamicCache(config=model.config)
-    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
-        cache = attached.new_cache()
-        model(prompt(30, 2), past_key_values=cache)
-        for step in range(10):
-            assert cache.kv_bytes == kept.kv_bytes(30 + step)
-            assert cache.bookkeeping_bytes == kept.bookkeeping_bytes
-            model(prompt(1, 2, seed=step), past_key_values=cache)
-    with torch.no_grad():
-        model(prompt(30, 2), past_key_values=full)
-        model(prompt(1, 2), past_key_values=full)
-    assert held_bytes(full.layers) == kept.full_bytes(31)
+    cache = check_planned_bytes(model, kept)
+    assert held_bytes(full_cache(model, 1).layers) == kept.full_bytes(31)
     if cached():
         latents = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
         rows = sum(layer.compressor.slab.slots for layer in latents)
@@ -157,16 +110,7 @@ def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
 def test_two_turns(name: str) -> None:
     """On one cache as in a fresh run."""
-    model, first, new = made(name), prompt(20, seed=1), prompt(7, seed=2)
-    with reasonalloc.attach(model, budget=128) as attached:
-        cache = attached.new_cache()
-        text = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
-        text = torch.cat([text, new], dim=1)
-        ones = torch.ones_like(text)
-        fresh = generated(model, text, ones, 8)
-        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
-        cache.reset()
-        assert torch.equal(generated(model, text, ones, 8, past_key_values=cache), fresh)
+    check_two_turns(made(name), 7)
 
 
 @pytest.mark.parametrize("arm", ["rkv", VALUE])
