@@ -105,6 +105,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["models", "lama"]) == 2
     assert "did you mean 'llama'?" in capsys.readouterr().err
+    assert main(["models", "gemma3"]) == 2
+    assert "give 'gemma3_text'" in capsys.readouterr().err
     assert main(["models", "llama", "--page", str(tmp_path / "no" / "m.md")]) == 2
     assert "make it first" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from reasonalloc.diagnose.toys import text_default, toy_config
-from reasonalloc.errors import NothingToBudget, ReasonAllocError, unknown_name
+from reasonalloc.errors import NothingToBudget, ReasonAllocError, UsageError, unknown_name
 from reasonalloc.planning.shapes import layer_shapes
 
 Verdict = Literal["works", "refused", "nothing to budget", "fails", "not tried"]
@@ -73,12 +73,15 @@ def try_families(names: Sequence[str] = ()) -> Iterator[Family]:
         names: model types; none: all.
 
     Raises:
-        UsageError: transformers has no such family.
+        UsageError: transformers has no such family, or its text model has a name of its own.
     """
     known = _mapping()
     for name in names:
-        if name not in known or not _is_listed(name, known):
+        if name not in known:
             raise unknown_name("family", name, family_names())
+        if not _is_listed(name, known):
+            text = text_default(name).model_type
+            raise UsageError(f"family {name!r} has more parts than its text model: give {text!r}")
     for name in names or family_names():
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
