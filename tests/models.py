@@ -368,6 +368,12 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+#: Whether transformers has cache layers for layers without keys (5.23, which wants Python 3.11).
+ABLE = hasattr(transformers.cache_utils, "DummyLayer")
+#: Hybrids that run here.
+RUNNING = [name for name in HYBRIDS if ABLE and hasattr(transformers, HYBRIDS[name][1])]
+
+
 def latent(name: str, **changes: Any) -> Any:
     """A model with latent attention, seeded random weights, fp32, in evaluation mode."""
     config, model, settings = LATENTS[name]

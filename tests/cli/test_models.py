@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from models import ABLE
 from reasonalloc.cli.main import main
 from reasonalloc.diagnose import families
 from reasonalloc.diagnose.families import Family, as_page, share, try_family
@@ -38,11 +39,14 @@ WORK = (
     "deepseek_v3",
     "glm4_moe_lite",
 )
+# Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
+LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
+LAYERS |= {"nemotron_h", "gemma3n_text", "gemma4_text"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", [name for name in WORK if ABLE or name not in LAYERS])
 def test_works(name: str) -> None:
     family = try_family(name)
     assert (family.verdict, family.reason) == ("works", "")

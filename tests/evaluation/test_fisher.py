@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import HYBRIDS, prompt, tiny
+from models import RUNNING, prompt, tiny
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibration import ablation, fisher, joint_costs
 from reasonalloc.calibration.checks import checked
@@ -99,7 +99,7 @@ def test_a_replayed_layer_is_that_of_a_compressed_model(
                 list(replay_logits(model, trajectory, cache))
             assert cache.recorder.compressions > (3 if prompt == "evict" else 1)
         hook.remove()
-        torch.testing.assert_close(ours.flatten(1), torch.cat(pieces), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.flatten(1), torch.cat(pieces), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(ours, seen.output[0], atol=1e-3)
         torch.testing.assert_close(ours[:25], seen.output[0, :25], rtol=1e-4, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_a_budget_that_holds_all_but_the_last_boundary_is_not_replayed() -> None
     torch.testing.assert_close(found[0][:41], seen.output[0, :41], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", *HYBRIDS])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *RUNNING])
 def test_costs_rank_heads_as_measured_ones_and_equal_small_ones(name: str) -> None:
     model, texts = tiny(name, initializer_range=0.1), [text(), text(10, 41, seed=3)]
     budgets = (10, 16, 24, 60)

@@ -23,11 +23,10 @@ from generations import (
     full_cache,
     generated,
 )
-from models import HYBRIDS, hybrid, prompt
+from models import ABLE, HYBRIDS, hybrid, prompt
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.calibration.fisher import fisher
 from reasonalloc.integrations.hf.cache import held_bytes
-from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.texts import Trajectory
 
@@ -40,19 +39,11 @@ def made(name: str) -> Any:
     return hybrid(name)
 
 
-def able() -> bool:
-    try:
-        check_hybrid(layer_shapes(hybrid("lfm2").config, "lfm2"), "lfm2")
-    except UnsupportedError:
-        return False
-    return True
-
-
-needs_layers = pytest.mark.skipif(not able(), reason="this transformers has other cache layers")
+needs_layers = pytest.mark.skipif(not ABLE, reason="this transformers has other cache layers")
 every = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.mark.skipif(able(), reason="this transformers has the cache layers")
+@pytest.mark.skipif(ABLE, reason="this transformers has the cache layers")
 @pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "jamba", "bamba"])
 def test_older_transformers_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=r"install transformers 5\.23"):

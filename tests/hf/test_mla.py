@@ -24,13 +24,15 @@ from generations import (
     full_cache,
     generated,
 )
-from models import LATENTS, latent, prompt
+from models import ABLE, LATENTS, latent, prompt
 from reasonalloc import UnsupportedError, plan
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.planning.shapes import layer_shapes
 
-NAMES = [name for name, (_, model, _) in LATENTS.items() if hasattr(transformers, model)]
+KNOWN = [name for name, (_, model, _) in LATENTS.items() if hasattr(transformers, model)]
+HYBRIDS = ("kimi_linear", "bailing_hybrid")
+NAMES = [name for name in KNOWN if ABLE or name not in HYBRIDS]
 VALUE = "value_aware/uniform/uniform"
 BACKENDS = ("eager", "sdpa", "cpp")
 

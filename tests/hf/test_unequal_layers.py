@@ -25,7 +25,7 @@ from generations import (
     full_cache,
     generated,
 )
-from models import UNEQUAL, prompt, unequal, unequal_heads
+from models import ABLE, UNEQUAL, prompt, unequal, unequal_heads
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf.cache import held_bytes
@@ -36,7 +36,6 @@ from reasonalloc.texts import Trajectory
 
 KNOWN = [name for name, (_, model, _) in UNEQUAL.items() if hasattr(transformers, model)]
 SHARED = [name for name in KNOWN if "num_kv_shared_layers" in UNEQUAL[name][2]]
-ABLE = hasattr(transformers.cache_utils, "DummyLayer")
 NAMES = [name for name in KNOWN if ABLE or name not in SHARED]
 every = pytest.mark.parametrize("name", NAMES)
 
