@@ -200,7 +200,9 @@ def score_random(head: Head) -> list[float]:
     return [(_mix((key + p) & mask) & ((1 << 24) - 1)) / (1 << 24) for p in head.positions]
 
 
-def score_value_aware(head: Head, half_life: float = 32.0, metric: str = "value") -> list[float]:
+def score_value_aware(
+    head: Head, half_life: float = 32.0, metric: str = "value", sinks: int = 4
+) -> list[float]:
     scores = []
     mean = sum(head.values[i] for i in range(head.n)) / head.n
     for i, token in enumerate(head.received):
@@ -212,7 +214,8 @@ def score_value_aware(head: Head, half_life: float = 32.0, metric: str = "value"
             assert head.projections is not None
             moved = [sum(float(x) ** 2 for x in part @ away) for part in head.projections]
             distance = math.sqrt(sum(moved) / len(moved))
-        scores.append(attention / weight * distance)
+        first = head.positions[i] < sinks
+        scores.append(math.inf if first else attention / weight * distance)
     return scores
 
 

@@ -29,7 +29,7 @@ SPECS = {
     "tri_attention": {"horizon": 100},
     "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
     "random": {},
-    "value_aware": {"half_life": 5},
+    "value_aware": {"half_life": 5, "sinks": 2},
 }
 
 
@@ -153,6 +153,7 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
         "tri_attention(horizon=0)",
         "value_aware(half_life=0)",
         "value_aware(metric=norm)",
+        "value_aware(sinks=-1)",
     ],
 )
 def test_parameters_are_checked(spec: str) -> None:

@@ -20,11 +20,13 @@ class ValueAware(Policy):
     ``half_life`` queries; the value counts by its distance from the mean value of the head's
     tokens, since attention that is lost falls to the others. ``metric="output"`` measures that
     distance behind the output projection (its mean square over the group's query heads) instead of
-    before it.
+    before it. The first ``sinks`` tokens stay: heads look there when they have nothing to look for,
+    which no average over the last queries foretells.
     """
 
     half_life: float = 32.0
     metric: str = "value"
+    sinks: int = 4
     state_channels: ClassVar[int] = 1
     _roots: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -38,6 +40,8 @@ class ValueAware(Policy):
             )
         if self.metric not in ("value", "output"):
             raise UsageError(f"value_aware: metric={self.metric!r} must be 'value' or 'output'")
+        if self.sinks < 0:
+            raise UsageError(f"value_aware: sinks={self.sinks} must not be negative")
 
     def bind(self, model: ModelFacts) -> Policy:
         if self.metric == "value" or model.load_output_metrics is None:
@@ -72,7 +76,7 @@ class ValueAware(Policy):
         if self.metric == "output":
             away = away @ self._root(candidates.layer, away.device)
         score: Tensor = attention * torch.linalg.vector_norm(away, dim=-1)
-        return score
+        return score.masked_fill(candidates.positions < self.sinks, torch.inf)
 
     def _root(self, layer: int, device: torch.device) -> Tensor:
         """[kv_heads, value_dim, value_dim] ``R`` with ``R R^T`` the layer's metric."""
