@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -72,22 +72,30 @@ def _cut(tokenizer: Any, pieces: Iterator[str]) -> list[int]:
     raise SystemExit(f"only {len(ids)} tokens: take a longer text")
 
 
-def _generated(model: Any, tokenizer: Any, text: str) -> list[int]:
-    chat = [{"role": "user", "content": text}]
+def _generated(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Answers of the model, sampled in one batch, with their prompts."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [[{"role": "user", "content": text}] for text in texts],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     torch.manual_seed(0)
-    width = inputs["input_ids"].shape[1]
+    new = PROMPT + COMPLETION - int(inputs["attention_mask"].sum(dim=1).min())
     out = model.generate(
         **inputs,
-        min_new_tokens=PROMPT + COMPLETION - width,
-        max_new_tokens=PROMPT + COMPLETION - width,
+        min_new_tokens=new,
+        max_new_tokens=new,
         do_sample=True,
         temperature=0.8,
         top_p=0.95,
     )
-    return [int(token) for token in out[0]]
+    begins = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
+    rows = [row[begin:].tolist() for row, begin in zip(out, begins, strict=True)]
+    return [row[: PROMPT + COMPLETION] for row in rows]
 
 
 def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Iterator[Any]:
@@ -110,8 +118,8 @@ def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Ite
         licence = Path(torch.__file__).parents[1] / f"torch-{torch.__version__}.dist-info"
         texts = sorted(licence.rglob("LICENSE*"), key=lambda p: p.stat().st_size)
         yield "prose", _cut(tokenizer, iter([texts[-1].read_text(errors="replace")[4000:]]))
-    for text in ASKED[split]:
-        yield "generated", _generated(model, tokenizer, text)
+    for ids in _generated(model, tokenizer, ASKED[split]):
+        yield "generated", ids
 
 
 def _chats(
@@ -122,12 +130,12 @@ def _chats(
     problems = [rows[place]["problem"] for place in CHATS[split] if place < len(rows)]
     ends, found = turn_ends(model, tokenizer), 0
     while problems and found < count:
-        asked, problems = problems[:8], problems[8:]
+        asked, problems = problems[: 2 * count], problems[2 * count :]
         texts = [
             as_trajectory({"messages": [_question(problem)]}, tokenizer, "a chat")[0]
             for problem in asked
         ]
-        for text in complete_all(model, texts, COMPLETION):
+        for text in complete_all(model, texts, COMPLETION, batch=2 * count):
             if text.completion_ids[-1] in ends and found < count:
                 found += 1
                 yield "chats", text
