@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 import reasonalloc
 from made_costs import of_model
@@ -74,6 +74,24 @@ def test_budgets_are_those_of_the_whole_file(arm: str, budget: int) -> None:
     pairs = zip(found.totals, whole.totals, strict=True)
     assert sum(abs(a - b) for a, b in pairs) <= 4
     assert sum(found.totals) == sum(whole.totals) or arm == "best-bytes"
+
+
+def test_costs_of_the_coder_are_found() -> None:
+    """By its configuration on the hub, which a GGUF file does not have word by word."""
+    config = Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    found = reasonalloc.plan(config, arm="best", budget=64, interval=64)
+    assert found.shipped == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+    assert sum(found.totals) == 64 * 2 * 28 and len(set(found.totals)) > 10
+    with pytest.raises(UsageError, match="--kv-dtypes"):  # one format was measured
+        reasonalloc.plan(config, arm="best-bytes", budget=64, interval=64)
 
 
 def test_attach_reads_it(own: Path) -> None:
