@@ -4,7 +4,8 @@
 #     bash benchmarks/referee/run.sh MODEL PROMPTS COSTS OUT
 #
 # PROMPTS: a folder with maths.jsonl, questions.jsonl, code.jsonl and documents.jsonl (make_prompts.py).
-# COSTS: a cost profile of the model. Hours of one core for SmolLM2-135M. Tables from OUT:
+# COSTS: a cost profile of the model, with costs of layers (fidelity/smollm2-costs-bits.json).
+# Hours of one core for SmolLM2-135M. Tables from OUT:
 # python benchmarks/referee/tables.py OUT
 set -euo pipefail
 model=$1 prompts=$2 costs=$3 out=$4
