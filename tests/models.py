@@ -32,6 +32,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from reasonalloc.integrations.hf.states import holds_states
+
 VOCAB = 97
 FULL = "full_attention"
 COMMON: dict[str, Any] = {
@@ -369,7 +371,7 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 #: Whether transformers has cache layers for layers without keys (5.23, which wants Python 3.11).
-ABLE = hasattr(transformers.cache_utils, "DummyLayer")
+ABLE = holds_states()
 #: Hybrids that run here.
 RUNNING = [name for name in HYBRIDS if ABLE and hasattr(transformers, HYBRIDS[name][1])]
 

@@ -60,5 +60,5 @@ arms=rkv,reasonalloc
 for gamma in 0 0.25 1; do arms+=",rkv/profile(gamma=$gamma)/reasonalloc"; done
 for beta in 0.25 1; do arms+=",rkv/profile/reasonalloc(beta=$beta)"; done
 for mu in 0 0.5 0.75; do arms+=",rkv/profile/reasonalloc(mu=$mu)"; done
-for norm in raw; do arms+=",rkv/profile/reasonalloc(score_norm=$norm)"; done
+arms+=",rkv/profile/reasonalloc(score_norm=raw)"
 replay knobs "$arms" --budgets 128 --interval 64 --profile "$out/wave-maths.json"

@@ -21,6 +21,12 @@ from reasonalloc.planning.states import StateShape
 _KINDS = ("conv", "recurrent")
 
 
+def holds_states() -> bool:
+    """Whether the installed transformers has the cache layers that hybrids need."""
+    made = inspect.signature(LinearAttentionLayer.__init__).parameters
+    return hasattr(cache_utils, "DummyLayer") and "number_of_states" in made
+
+
 def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
     """Refuse models with layers that have no keys where transformers has no such cache layers.
 
@@ -28,8 +34,7 @@ def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
         UnsupportedError: names what to install.
     """
     plain = all(shape.kv_heads and shape.state is None for shape in shapes)
-    made = inspect.signature(LinearAttentionLayer.__init__).parameters
-    if not plain and not (hasattr(cache_utils, "DummyLayer") and "number_of_states" in made):
+    if not plain and not holds_states():
         raise UnsupportedError(
             f"{name} cannot run under a KV budget with this transformers, which has other cache "
             "layers for linear, Mamba and convolution layers, and for layers that read another's: "
