@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.calibrated.predictor import FEATURES, Predictor, as_json
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.shapes import text_config
+
+
+def predictor(layers: list[int], heads: int, seed: int = 0) -> Predictor:
+    generator = random.Random(seed)  # no tensors: some tests are under fake ones here
+    weights = [[[generator.gauss(0, 1) for _ in FEATURES] for _ in range(heads)] for _ in layers]
+    return Predictor(layers, weights)
 
 
 def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> CostProfile:
@@ -38,4 +47,6 @@ def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> Co
 def of_model(model: Any, seed: int = 0) -> CostProfile:
     shapes = [shape for shape in check_model(model) if shape.compressible]
     fingerprint = config_hash(text_config(model).to_dict())
-    return make(len(shapes), shapes[0].kv_heads, fingerprint=fingerprint, seed=seed)
+    made = make(len(shapes), shapes[0].kv_heads, fingerprint=fingerprint, seed=seed)
+    layers = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
+    return replace(made, foretells=as_json(predictor(layers, shapes[0].kv_heads, seed)))

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+import made_costs
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.statistics import Statistics
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import POLICIES, Policy
+from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.policies.tri_attention import TriAttention
 from reasonalloc.rotary import Rope
 
@@ -49,11 +51,13 @@ def of_model(model: Any, seed: int = 0) -> Statistics:
     return make(layers, shapes[0].query_heads, rope, fingerprint=fingerprint, seed=seed)
 
 
-def ready(spec: str, layer: int, query_heads: int, head_dim: int) -> Policy:
+def ready(spec: str, layer: int, query_heads: int, head_dim: int, kv_heads: int = 3) -> Policy:
     """A policy that has whatever it reads; a quarter of the width is not rotated."""
     policy = POLICIES.create(spec)
     if isinstance(policy, TriAttention):
         pairs = head_dim * 3 // 8
         rope = Rope(tuple(0.5**i for i in range(pairs)), 1.0, head_dim)
         return policy.with_statistics(make([layer - 1, layer], query_heads, rope))
+    if isinstance(policy, PredictedLoss):
+        return policy.with_predictor(made_costs.predictor([layer - 1, layer], kv_heads))
     return policy

@@ -219,6 +219,23 @@ def score_value_aware(
     return scores
 
 
+def score_predicted_loss(head: Head, predictor: Any, sinks: int = 4) -> list[float]:
+    weights = predictor.weights[predictor.layers.index(head.layer)][head.head]
+    scores = []
+    mean = sum(head.values[i] for i in range(head.n)) / head.n
+    for i, token in enumerate(head.received):
+        known = []
+        for half_life in (8.0, 128.0):
+            attention = sum(w * 0.5 ** ((head.seen - 1 - at) / half_life) for at, w in token)
+            queries = sum(0.5 ** (k / half_life) for k in range(head.seen - head.positions[i]))
+            known.append(math.log(attention / queries + 1e-6))
+        distance = math.sqrt(sum(float(x) ** 2 for x in head.values[i] - mean))
+        known += [math.log(head.seen - head.positions[i]), math.log(max(distance, 1e-6)), 1.0]
+        score = sum(w * x for w, x in zip(weights, known, strict=True))
+        scores.append(math.inf if head.positions[i] < sinks else score)
+    return scores
+
+
 SCORES: dict[str, Any] = {
     "streaming_llm": score_streaming_llm,
     "knorm": score_knorm,
@@ -229,6 +246,7 @@ SCORES: dict[str, Any] = {
     "rkv": score_rkv,
     "tri_attention": score_tri_attention,
     "value_aware": score_value_aware,
+    "predicted_loss": score_predicted_loss,
     "random": score_random,
 }
 # Policies that stand for another one, which has a reference.

@@ -34,6 +34,7 @@ class Simulator:
         statistics: Any = None,
         planned: Sequence[Sequence[int]] | None = None,
         pin: bool = False,
+        predictor: Any = None,
     ) -> None:
         self.model = model
         self.policy, _, parameters = policy.rstrip(")").partition("(")
@@ -43,6 +44,8 @@ class Simulator:
         }
         if statistics is not None:
             self.parameters["statistics"] = statistics
+        if predictor is not None:
+            self.parameters["predictor"] = predictor
         self.totals, self.heads = totals, heads
         self.planned = planned
         self.interval, self.window = interval, window

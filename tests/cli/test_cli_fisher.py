@@ -46,12 +46,12 @@ def test_from_texts_to_the_best_arm(call: Call, folder: Path, texts: Path, tmp_p
     base = ["calibrate", folder, "--objective", "fisher", "--texts", texts, "-o", out, *SMALL]
     code, text, err = call(*base, "--check", "20", "--json")
     assert code == 0, err
-    assert "318 tokens will run through the model, forwards and backwards" in err
+    assert "636 tokens will run through the model, forwards and backwards" in err
     assert "then 530 to check" in err and "rounding" not in err
     data, profile = json.loads(text), load_costs(out)
     assert profile.objective == "fisher" and profile.kinds == ["up", ""] and profile.samples == 2
     assert data["policy"] == profile.policy and data["costs"] == profile.curves()
-    assert set(data["joint"]) == {"value_aware", "rkv"}
+    assert set(data["joint"]) == {"predicted_loss", "rkv"}
     assert data["joint"][profile.policy] == profile.joint
     measured = {name: entries[0]["measured"] for name, entries in data["joint"].items()}
     assert min(measured, key=lambda name: measured[name]) == profile.policy
@@ -117,7 +117,7 @@ def test_tables_show_some_of_many_budgets(
         ),
         (["--check", "a"], "check='a' must be whole numbers"),
         (["--check", "4,32"], "at least 8 (the window)"),
-        (["--check", "0"], "policy='value_aware,rkv': which of them is kept"),
+        (["--check", "0"], "policy='predicted_loss,rkv': which of them is kept"),
         (["--policy", "rkv,rvk"], "did you mean 'rkv'"),
         (["--policy", "calibrated"], "name a policy of its own"),
         (["--policy", ","], "policies: none given"),

@@ -51,7 +51,7 @@ def test_event_and_decode_step(policy: str, heads: str) -> None:
         window = QueryWindow(query, WINDOW)
         window.push(query, torch.full((BATCH,), N - 1), torch.ones(BATCH, 1, dtype=torch.bool))
         rows = slab.as_rows()
-        made = ready(policy, 1, HEADS * GROUP, DIM)
+        made = ready(policy, 1, HEADS * GROUP, DIM, HEADS)
         if made.state_channels:
             state = torch.zeros(BATCH, HEADS * N, made.state_channels)
             received = torch.ones(BATCH, 3, HEADS * N)

@@ -16,6 +16,7 @@ from made_candidates import ragged
 from made_statistics import ready
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
+from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.policies.tri_attention import TriAttention
 from strategies import lengths_of_heads
 
@@ -30,6 +31,7 @@ SPECS = {
     "rkv": {"lam": 0.5, "kernel": 3, "threshold": 0.2},
     "random": {},
     "value_aware": {"half_life": 5, "sinks": 2},
+    "predicted_loss": {"sinks": 2},
 }
 
 
@@ -70,7 +72,8 @@ def test_scores(seed: int, lengths: list[list[int]], group: int, window: int, su
     for name, parameters in SPECS.items():
         arguments = ", ".join(f"{k}={v}" for k, v in parameters.items())
         for spec, kwargs in ((name, {}), (f"{name}({arguments})", parameters)):
-            policy = ready(spec, candidates.layer, len(lengths[0]) * group, 8)
+            heads = len(lengths[0])
+            policy = ready(spec, candidates.layer, heads * group, 8, heads)
             own = extra(policy)
             fast = policy.score(observed(policy, candidates, seed))
             assert fast.dtype == torch.float32 and fast.shape == candidates.positions.shape
@@ -86,6 +89,8 @@ def test_scores(seed: int, lengths: list[list[int]], group: int, window: int, su
 
 def extra(policy: Policy) -> dict[str, Any]:
     """What the reference needs besides the parameters."""
+    if isinstance(policy, PredictedLoss):
+        return {"predictor": policy._predictor}
     return {"statistics": policy._statistics} if isinstance(policy, TriAttention) else {}
 
 
@@ -154,6 +159,7 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
         "value_aware(half_life=0)",
         "value_aware(metric=norm)",
         "value_aware(sinks=-1)",
+        "predicted_loss(sinks=-1)",
     ],
 )
 def test_parameters_are_checked(spec: str) -> None:

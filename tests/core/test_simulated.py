@@ -59,6 +59,7 @@ def compare(name: str, length: int, tokens: int, **settings: object) -> None:
         statistics if policy.startswith("tri_attention") else None,
         planned,
         config.prompt == "pin",
+        made["costs"].predictor if policy.startswith("predicted_loss") else None,
     )
     assert slow.generate(ids, tokens) == fast[0, length:].tolist()
     for layer in range(len(totals)):
@@ -82,7 +83,7 @@ def with_file(policy: str, layers: str, folder: Path) -> dict[str, object]:
     settings: dict[str, object] = {"policy": policy, "layers": layers}
     if policy == "tri_attention" or layers in ("cake", "dynamickv"):
         settings["statistics"] = folder / "statistics.safetensors"
-    if layers.startswith("cost"):
+    if layers.startswith("cost") or policy == "predicted_loss":
         settings["costs"] = folder / "costs.json"
     return settings
 
@@ -101,7 +102,7 @@ def test_values_behind_the_output_projection(name: str) -> None:
         compare(name, 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)
 
 
-@pytest.mark.parametrize("policy", sorted(set(SCORES) - {"tri_attention"}))
+@pytest.mark.parametrize("policy", sorted(set(SCORES) - {"tri_attention", "predicted_loss"}))
 def test_learned_sinks(policy: str) -> None:
     heads = ("adakv", "reasonalloc")[len(policy) % 2]
     compare("gpt_oss_full", 45, 50, budget=20, policy=policy, heads=heads, interval=8, window=4)

@@ -226,8 +226,12 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
 
 
 def test_the_estimate_counts_passes() -> None:
-    found = estimate(tiny("llama"), [text(25, 36), text(10, 21)], samples=3, budgets=(10, 16))
-    assert found.forward_tokens == (60 + 30) * 4 and found.seconds > 0
+    texts = [text(25, 36), text(10, 21)]
+    for policies, passes in ((["rkv", "h2o"], 1), (["predicted_loss"], 2)):
+        found = estimate(
+            tiny("llama"), texts, policies=policies, samples=3, budgets=(10, 16), **CADENCE
+        )
+        assert found.forward_tokens == passes * (60 + 30) * 4 and found.seconds > 0
 
 
 def test_all_heads_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from reasonalloc.calibrated.predictor import read_predictor
 from reasonalloc.calibrated.reading import (
     check_choice,
     check_fields,
@@ -16,8 +17,9 @@ from reasonalloc.calibrated.reading import (
 from reasonalloc.errors import UsageError
 from reasonalloc.kinds import is_coded
 
-#: Version 1 had no ``layer_costs``, version 2 no ``coded``, version 3 no ``prompt``; all are read.
-SCHEMA_VERSION = 4
+#: Version 1 had no ``layer_costs``, version 2 no ``coded``, version 3 no ``prompt``, version 4 no
+#: ``foretells``; all are read.
+SCHEMA_VERSION = 5
 #: How costs were measured: one head compressed at a time and replayed, or estimated to second
 #: order from gradients (see ``calibration``).
 OBJECTIVES = ("kl", "fisher")
@@ -44,7 +46,9 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     if data.get("version") == 2:
         data = {"coded": {}, **data, "version": 3}
     if data.get("version") == 3:
-        data = {"prompt": "evict", **data, "version": SCHEMA_VERSION}
+        data = {"prompt": "evict", **data, "version": 4}
+    if data.get("version") == 4:
+        data = {"foretells": None, **data, "version": SCHEMA_VERSION}
     check_version(data, SCHEMA_VERSION)
     check_fields(data, names)
     check_choice(data, "objective", OBJECTIVES)
@@ -60,6 +64,7 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     layers = _check_costs(data["costs"], texts, points)
     _check_layer_costs(data["layer_costs"], texts, layers, points)
     _check_coded(data, texts, points)
+    read_predictor(data["foretells"], layers, len(data["costs"][0][0]))
     for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
         wanted = {"budget", "predicted", "measured", "uniform"}
         if not isinstance(entry, dict) or set(entry) != wanted:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from reasonalloc.calibrated.cost_schema import REMEDY, SCHEMA_VERSION, check_costs
 from reasonalloc.calibrated.demand import check_fingerprint
+from reasonalloc.calibrated.predictor import Predictor, read_predictor
 from reasonalloc.calibrated.reading import read_json
 from reasonalloc.calibrated.tables import milli, spaced
 from reasonalloc.errors import UsageError
@@ -44,6 +45,8 @@ class CostProfile(Shown):
         coded: per format of ``kv_dtype`` in which older tokens were kept as well, ``{"costs",
             "layer_costs"}`` as above: a head is held to the budget and to the format. Empty in a
             file of version 1 or 2.
+        foretells: what ``predicted_loss`` reads, as in the file; None for other policies and in
+            files up to version 4.
     """
 
     objective: str
@@ -62,6 +65,7 @@ class CostProfile(Shown):
     joint: list[dict[str, float]] = field(default_factory=list)
     coded: dict[str, dict[str, Any]] = field(default_factory=dict)
     prompt: Literal["evict", "pin"] = "evict"
+    foretells: dict[str, Any] | None = None
     kind: str = "cost"
     version: int = SCHEMA_VERSION
 
@@ -74,6 +78,11 @@ class CostProfile(Shown):
     def kv_heads(self) -> int:
         """KV heads per layer."""
         return len(self.costs[0][0])
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What foretells the loss of a token, if the policy does."""
+        return read_predictor(self.foretells, self.layers, self.kv_heads)
 
     def heading(self) -> str:
         """Return what was measured, how, of which model."""

@@ -90,7 +90,7 @@ class CalibrationConfig:
         default=None,
         metadata={
             "help": "Which tokens a head keeps (kl: rkv). fisher takes several, separated by "
-            "commas, and keeps the best (value_aware,rkv)."
+            "commas, and keeps the best (predicted_loss,rkv)."
         },
     )
     budgets: Sequence[int] | None = field(

@@ -105,8 +105,10 @@ def _costs(profile: CostProfile) -> CostProfile:
     if len(profile.tokens) == 1:
         return profile
     kinds = Counter(kind or "other" for kind in profile.kinds)
+    foretells = profile.foretells
     return replace(
         profile,
+        foretells=foretells and {**foretells, "weights": _rounded(foretells["weights"])},
         text_hashes=[_joined(profile.text_hashes)],
         kinds=[f"mean of {len(profile.tokens)} texts: " + _counted(kinds)],
         tokens=[sum(profile.tokens)],

@@ -24,7 +24,9 @@ from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import CompressionConfig, Prompt
+from reasonalloc.errors import UsageError
 from reasonalloc.planning.shapes import text_config
+from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -82,6 +84,11 @@ def ablation(
         UnsupportedError: a model that cannot run under a budget.
     """
     settings = checked(model, texts, kinds, [policy], budgets, interval, window, prompt=prompt)
+    if isinstance(settings.policies[0], PredictedLoss) and not settings.policies[0].path:
+        raise UsageError(
+            f"policy={policy!r} is fitted to gradients, which objective='kl' has none of: use "
+            "objective='fisher', or name a cost profile that has it: predicted_loss(path=FILE)"
+        )
     stride = whole_number("stride", stride, 1)
     advance = counter(on_progress, len(texts) * len(settings.layers))
     costs: list[list[list[list[float]]]] = []

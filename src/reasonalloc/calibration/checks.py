@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reasonalloc.calibrated import CostProfile, ReadsCalibrated
+from reasonalloc.calibrated import CostProfile
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import Arm, CompressionConfig, Prompt
@@ -23,6 +23,8 @@ from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.policies import POLICIES, Policy
+from reasonalloc.policies.calibrated import Calibrated
+from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_numbers
 
@@ -103,13 +105,13 @@ def checked(
             f"budgets={budgets}: even the smallest holds every text up to its last boundary, "
             "so nothing would be measured: give smaller budgets or longer texts"
         )
-    plans = [_plan(model, config, shapes) for config in configs]
+    layers = [i for i, shape in enumerate(shapes) if shape.compressible]
     return Checked(
         budgets=budgets,
-        layers=[i for i, shape in enumerate(shapes) if shape.compressible],
-        kv_heads=plans[0].kv_heads,
+        layers=layers,
+        kv_heads=shapes[layers[0]].kv_heads,
         configs=configs,
-        policies=[plan.policy for plan in plans],
+        policies=[_bound(model, config, shapes) for config in configs],
     )
 
 
@@ -133,15 +135,19 @@ def _check_policies(policies: Sequence[str]) -> None:
         if list(policies).count(policy) > 1:
             raise UsageError(f"policy={policy!r} is given twice: name each policy once")
         part = POLICIES.create(policy)
-        if isinstance(part, ReadsCalibrated) and part.reads == "cost profile":
+        if isinstance(part, Calibrated):
             raise UsageError(
                 f"policy={policy!r} takes its policy from a cost profile, which is to be made: "
                 "name a policy of its own, as rkv"
             )
 
 
-def _plan(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...]) -> BudgetPlan:
-    return BudgetPlan(
+def _bound(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...]) -> Policy:
+    """Return a policy, bound to the model unless what it reads is yet to be made."""
+    policy = POLICIES.create(config.arm.policy)
+    if isinstance(policy, PredictedLoss) and not policy.path:
+        return policy
+    plan = BudgetPlan(
         config,
         shapes,
         text_config(model),
@@ -149,6 +155,7 @@ def _plan(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...])
         load_rope=lambda: read_rope(model),
         load_output_metrics=lambda: output_metrics(model),
     )
+    return plan.policy
 
 
 def cost_profile(

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.objectives import CalibrationConfig
+from reasonalloc.calibrated.predictor import FEATURES, Predictor, as_json
 from reasonalloc.calibration.checks import (
     Checked,
     Estimate,
@@ -30,16 +31,20 @@ from reasonalloc.calibration.checks import (
     now,
 )
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
+from reasonalloc.calibration.predictor import TEXTS as FITTED_TEXTS
+from reasonalloc.calibration.predictor import Examples
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.kinds import is_coded
 from reasonalloc.planning.shapes import text_config
+from reasonalloc.policies import Policy
+from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
 _IMPLEMENTATION = "reasonalloc-fisher"
-POLICIES = ("value_aware", "rkv")
+POLICIES = ("predicted_loss", "rkv")
 BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
@@ -116,12 +121,16 @@ def fisher(
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed, prompt)
     samples = whole_number("samples", samples, 1)
     formats = read_formats(kv_dtypes)
+    foretold = _to_fit(settings, texts)
     steps = samples + len(settings.layers) * len(settings.policies) * (1 + len(formats))
-    advance = counter(on_progress, len(texts) * steps)
+    fits = len(foretold) * (samples + len(settings.layers))
+    advance = counter(on_progress, len(texts) * steps + fits)
     generator = torch.Generator(device=model.device).manual_seed(settings.configs[0].seed)
     tape = _Tape(settings.layers)
     costs: list[list[list[Tensor]]] = []
     with _taping(model, tape):
+        predictor = _fit(model, tape, foretold, samples, generator, settings, advance)
+        settings = _with_predictor(settings, predictor)
         for text in texts:
             gradients = _gradients(model, tape, text, samples, generator, advance)
             costs.append(_text_costs(tape, text, gradients, settings, formats, advance))
@@ -140,9 +149,64 @@ def fisher(
                 kind: _as_lists([policies[number][place] for policies in costs])
                 for place, kind in enumerate(formats, 1)
             },
+            foretells=as_json(predictor if _foretells(settings.policies[number]) else None),
         )
         for number, config in enumerate(settings.configs)
     ]
+
+
+def _foretells(policy: Policy) -> bool:
+    """Whether a policy is to be fitted here, instead of reading what was fitted before."""
+    return isinstance(policy, PredictedLoss) and not policy.path
+
+
+def _to_fit(settings: Checked, texts: Sequence[Trajectory]) -> list[Trajectory]:
+    """Return the texts that policies which foretell are fitted to, evenly from all."""
+    if not any(map(_foretells, settings.policies)):
+        return []
+    count = min(len(texts), FITTED_TEXTS)
+    return [texts[place * len(texts) // count] for place in range(count)]
+
+
+def _fit(
+    model: Any,
+    tape: _Tape,
+    texts: Sequence[Trajectory],
+    samples: int,
+    generator: torch.Generator,
+    settings: Checked,
+    advance: Callable[[], None],
+) -> Predictor | None:
+    """Return what foretells the loss of a token; None without texts."""
+    if not texts:
+        return None
+    config = settings.configs[0]
+    sinks = max(p.sinks for p in settings.policies if isinstance(p, PredictedLoss))
+    examples = Examples(settings.layers)
+    for text in texts:
+        gradients = _gradients(model, tape, text, samples, generator, advance)
+        for layer, directions in zip(settings.layers, gradients, strict=True):
+            examples.add(tape.seen.pop(layer), directions, text, config, sinks)
+            advance()
+    predictor = examples.fit()
+    if predictor is None:
+        raise UsageError(
+            "policy='predicted_loss': no text has a boundary with tokens that compete before it "
+            f"and {config.interval} after it (the interval), so nothing can be foretold: give "
+            "longer texts, or name another policy"
+        )
+    return predictor
+
+
+def _with_predictor(settings: Checked, predictor: Predictor | None) -> Checked:
+    """Return the settings with the policies that foretell ready to score."""
+    policies: list[Policy] = [
+        policy.with_predictor(predictor)
+        if isinstance(policy, PredictedLoss) and _foretells(policy) and predictor is not None
+        else policy
+        for policy in settings.policies
+    ]
+    return replace(settings, policies=policies)
 
 
 def _text_costs(
@@ -214,17 +278,25 @@ def estimate(
         _gradients(model, tape, text, 2, generator, lambda: first.append(now(model)))
         forward, backward = first[0] - start, first[1] - first[0]
         start = now(model)
-        for own, policy in zip(settings.configs, settings.policies, strict=True):
+        for own, policy in zip(settings.configs, _guessing(settings).policies, strict=True):
             seen, prompt_tokens = tape.seen[layers[-1]], len(text.prompt_ids)
             for kind in ("auto", *read_formats(kv_dtypes)):
                 coded = replace(own, kv_dtype=kind)
                 outputs_under_budgets(seen, prompt_tokens, coded, policy, settings.budgets)
         replay = now(model) - start
     lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
-    whole = forward + (samples - 1) * backward + len(layers) * replay
+    fitted = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in _to_fit(settings, texts)]
+    passes = forward + (samples - 1) * backward
+    seconds = passes * (sum(lengths) + sum(fitted)) + len(layers) * replay * sum(lengths)
     return Estimate(
-        forward_tokens=sum(lengths) * (1 + samples), seconds=whole * sum(lengths) / lengths[0]
+        forward_tokens=(sum(lengths) + sum(fitted)) * (1 + samples), seconds=seconds / lengths[0]
     )
+
+
+def _guessing(settings: Checked) -> Checked:
+    """Return the settings with policies that foretell anything, to be timed."""
+    zeros = [[[0.0] * len(FEATURES)] * settings.kv_heads] * len(settings.layers)
+    return _with_predictor(settings, Predictor(settings.layers, zeros))
 
 
 @contextmanager

@@ -157,12 +157,13 @@ def _arms(profile: CostProfile, path: Path, budget: int) -> Pair:
         profile.save(path)
     equal = CompressionConfig(
         budget,
-        Arm(profile.policy),
+        Arm("calibrated"),
         interval=profile.interval,
         window=profile.window,
         prompt=profile.prompt,
+        profile=path,
     )
-    return replace(equal, arm=Arm(profile.policy, "cost", "planned"), profile=path), equal
+    return replace(equal, arm=Arm("calibrated", "cost", "planned")), equal
 
 
 def _measured(

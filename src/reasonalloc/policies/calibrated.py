@@ -27,6 +27,8 @@ class Calibrated(ReadsCalibrated, Policy):
         policy = POLICIES.create(load_costs(self.path).policy)
         if isinstance(policy, Calibrated):
             raise UsageError(f"cost profile {self.path!r}: its policy must be a real one")
+        if isinstance(policy, ReadsCalibrated) and policy.reads == self.reads:
+            policy = policy.with_file(self.path)
         return policy.resolve()
 
     def bind(self, model: ModelFacts) -> Policy:

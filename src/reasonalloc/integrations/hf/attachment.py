@@ -103,7 +103,7 @@ class Attachment:
         self.config = self._plan.config
         self.totals, self.planned = self._plan.totals, self._plan.planned
         self.formats = self._plan.formats
-        if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) == "statistics":
+        if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) is not None:
             raise UnsupportedError(
                 f"policy={config.arm.policy!r} reads statistics of all heads, but this process "
                 f"holds one of {self.shard.size} parts (tp_plan): use another policy, or device_map"

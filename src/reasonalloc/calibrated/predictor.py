@@ -1,0 +1,121 @@
+"""What calibration learned to foretell: the loss that a token's absence will do to a KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonalloc.calibrated.reading import is_number
+from reasonalloc.errors import UsageError
+
+#: Queries after which attention that a token received counts half.
+HALF_LIVES = (8.0, 128.0)
+#: What is known of a token at a boundary, each as a logarithm; the last one is a constant.
+FEATURES = (*(f"recent{life:g}" for life in HALF_LIVES), "age", "distance", "one")
+_LEAST = 1e-6  # of an attention weight or a distance; keeps logarithms finite
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Weights of ``log loss = sum_f weight_f * feature_f`` for every KV head under a budget.
+
+    Attributes:
+        layers: indices of the layers in the model, rising.
+        weights: [layers][kv_heads][features], in the order of ``FEATURES``.
+    """
+
+    layers: list[int]
+    weights: list[list[list[float]]]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads per layer."""
+        return len(self.weights[0])
+
+    def of_layer(self, layer: int) -> Tensor:
+        """[kv_heads, features] float32.
+
+        Args:
+            layer: index of the layer in the model.
+        """
+        rows = self.weights[self.layers.index(layer)]
+        return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+
+def features(recent: Sequence[Tensor], age: Tensor, distance: Tensor) -> Tensor:
+    """Return what is known of tokens, [..., features] float32.
+
+    Args:
+        recent: per half-life [...], mean attention that a token received lately.
+        age: [...], queries since it came, itself included, at least 1.
+        distance: [...], of its value from the mean value of the head's tokens.
+    """
+    parts = [(each + _LEAST).log() for each in recent]
+    parts += [age.log().expand_as(distance), distance.clamp_min(_LEAST).log()]
+    parts.append(torch.ones_like(distance))
+    return torch.stack(parts, dim=-1)
+
+
+def weight_sums(age: Tensor, half_life: float) -> Tensor:
+    """Return the sum of the weights of ``age`` queries that halve every ``half_life`` of them."""
+    still = 0.5 ** (1 / half_life)
+    sums: Tensor = (1 - 0.5 ** (age / half_life)) / (1 - still)
+    return sums
+
+
+def read_predictor(data: Any, layers: int, kv_heads: int) -> Predictor | None:
+    """Return what a cost profile holds of it, checked; None if there is none.
+
+    Args:
+        data: the field's value.
+        layers, kv_heads: of the profile's costs.
+
+    Raises:
+        UsageError: it breaks the schema; says where.
+    """
+    if data is None:
+        return None
+    names = {"features", "layers", "weights"}
+    if not isinstance(data, dict) or set(data) != names:
+        raise UsageError(f"foretells must be null or an object with {', '.join(sorted(names))}")
+    if data["features"] != list(FEATURES):
+        raise UsageError(
+            f"foretells: features={data['features']!r}, this version reads "
+            f"{', '.join(FEATURES)}: calibrate again"
+        )
+    own = data["layers"]
+    if (
+        not isinstance(own, list)
+        or len(own) != layers
+        or not all(type(layer) is int and layer >= 0 for layer in own)
+        or sorted(set(own)) != own
+    ):
+        raise UsageError(f"foretells: layers must be {layers} indices of layers, rising")
+    weights = data["weights"]
+    shape = f"foretells: weights must be {layers} layers x {kv_heads} KV heads x {len(FEATURES)}"
+    if not isinstance(weights, list) or len(weights) != layers:
+        raise UsageError(shape)
+    for layer in weights:
+        if not isinstance(layer, list) or len(layer) != kv_heads:
+            raise UsageError(shape)
+        for head in layer:
+            if not isinstance(head, list) or len(head) != len(FEATURES):
+                raise UsageError(shape)
+            if not all(map(is_number, head)):
+                raise UsageError("foretells: weights must be finite numbers")
+    return Predictor(own, weights)
+
+
+def as_json(predictor: Predictor | None) -> dict[str, Any] | None:
+    """Return what ``read_predictor`` reads."""
+    if predictor is None:
+        return None
+    return {
+        "features": list(FEATURES),
+        "layers": predictor.layers,
+        "weights": predictor.weights,
+    }

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonalloc.calibrated.costs import load_costs
+from reasonalloc.calibrated.predictor import HALF_LIVES, Predictor, features, weight_sums
+from reasonalloc.calibrated.reader import ReadsCalibrated
+from reasonalloc.errors import UsageError
+from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy, kept_state
+
+
+@POLICIES.register("predicted_loss", source="ours: fitted to Fisher gradients of known texts")
+@dataclass(frozen=True)
+class PredictedLoss(ReadsCalibrated, Policy):
+    """What a token's absence will cost, as calibration learned to foretell it for each KV head.
+
+    A product of powers of what is known of the token: the attention it received, averaged with
+    two half-lives, its age, and the distance of its value from the mean value of the head's
+    tokens. The exponents come from a cost profile. The first ``sinks`` tokens stay.
+    """
+
+    sinks: int = 4
+    reads = "cost profile"
+    state_channels: ClassVar[int] = len(HALF_LIVES)
+    _predictor: Predictor | None = field(default=None, init=False, repr=False, compare=False)
+    _weights: dict[tuple[int, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise UsageError(f"predicted_loss: sinks={self.sinks} must not be negative")
+
+    def bind(self, model: ModelFacts) -> Policy:
+        if not self.path:
+            raise UsageError(
+                "policy='predicted_loss' needs a cost profile: pass profile='FILE.json' "
+                "(--profile FILE.json), made for this model with "
+                "'reasonalloc calibrate --objective fisher --policy predicted_loss'"
+            )
+        costs = load_costs(self.path)
+        costs.check_model(model.model_id, model.config_hash, model.layers, costs.kv_heads)
+        if costs.predictor is None:
+            raise UsageError(
+                f"policy='predicted_loss': the cost profile {self.path!r} was made with "
+                f"{costs.policy} and foretells nothing: calibrate with --policy predicted_loss"
+            )
+        return self.with_predictor(costs.predictor)
+
+    def with_predictor(self, predictor: Predictor) -> PredictedLoss:
+        """The policy ready to score, with weights that fit the model."""
+        bound = dataclasses.replace(self)
+        object.__setattr__(bound, "_predictor", predictor)
+        return bound
+
+    def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
+        # A query that is padding gives nothing to any token, and is not counted.
+        real = (received.sum(dim=-1, keepdim=True) > 0).float()
+        if received.shape[-2] == 1:  # at every step: fewer operations
+            for channel, half_life in enumerate(HALF_LIVES):
+                kept = (1 - real * (1 - 0.5 ** (1 / half_life))).squeeze(-2)
+                state[..., channel].mul_(kept).add_(received.squeeze(-2))
+            return
+        later = real.flip(-2).cumsum(-2).flip(-2) - real
+        for channel, half_life in enumerate(HALF_LIVES):
+            kept = 0.5 ** (real.sum(dim=-2) / half_life)
+            new = (received * 0.5 ** (later / half_life)).sum(dim=-2)
+            state[..., channel].mul_(kept).add_(new)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        state = kept_state(candidates)
+        seen = (candidates.seen[:, None, None] - candidates.positions).clamp_min(1).float()
+        recent = [
+            state[..., channel] / weight_sums(seen, half_life)
+            for channel, half_life in enumerate(HALF_LIVES)
+        ]
+        values = candidates.values.float()
+        valid = candidates.valid[..., None]
+        mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
+        distance = torch.linalg.vector_norm(values - mean, dim=-1)
+        known = features(recent, seen, distance)
+        weights = self._of_layer(candidates.layer, known)
+        score = (known * weights[:, None]).sum(dim=-1)
+        return score.masked_fill(candidates.positions < self.sinks, torch.inf)
+
+    def _of_layer(self, layer: int, known: Tensor) -> Tensor:
+        """[kv_heads, features] on a device; copied there once, since a copy may wait for it."""
+        place = (layer, known.device)
+        if place not in self._weights:
+            if self._predictor is None:
+                raise RuntimeError("predicted_loss must be bound to a model")
+            weights = self._predictor.of_layer(layer)
+            if weights.shape[0] != known.shape[1]:
+                raise UsageError(
+                    f"policy='predicted_loss': the cost profile is of {weights.shape[0]} KV heads "
+                    f"per layer, layer {layer} has {known.shape[1]}: calibrate this model"
+                )
+            self._weights[place] = weights.to(known.device)
+        return self._weights[place]
