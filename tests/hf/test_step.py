@@ -166,6 +166,18 @@ def test_nothing_of_a_step_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -
     assert left == {name: set() for name in left}
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own: this way of quantising is on its way out
+def test_weights_packed_in_objects_are_refused_by_name() -> None:
+    """No two views of such an object are known to be equal."""
+    quantise = torch.ao.quantization.quantize_dynamic
+    model = quantise(tiny("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    with (
+        reasonalloc.attach(model, budget=16, interval=8, step="compile"),
+        pytest.raises(UnsupportedError, match=r"\(quantized\.linear_dynamic.*step='eager'"),
+    ):
+        model.generate(prompt(20), **GREEDY)
+
+
 def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
 

@@ -46,7 +46,7 @@ class _Twins:
         if spec != other_spec:
             raise _differs(where)
         for a, b in zip(leaves, others, strict=True):
-            if not (self._same(a, b) if isinstance(a, Tensor) else type(a) is type(b) and a == b):
+            if not (self._same(a, b) if isinstance(a, Tensor) else _equal(a, b)):
                 raise _differs(where)
 
     def add(self, tree: Any, other: Any, where: Any) -> None:
@@ -69,6 +69,11 @@ class _Twins:
         # Made before the step, or by the host from numbers of its own.
         self._other[storage_of(a)] = storage_of(b)
         return storage_of(a) == storage_of(b) or torch.equal(a, b)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    # Objects in C++, such as packed weights, know no equality: only that they are the same.
+    return a is b or (type(a) is type(b) and not isinstance(a, torch.ScriptObject) and a == b)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
