@@ -60,13 +60,6 @@ def features(recent: Sequence[Tensor], age: Tensor, distance: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def weight_sums(age: Tensor, half_life: float) -> Tensor:
-    """Return the sum of the weights of ``age`` queries that halve every ``half_life`` of them."""
-    still = 0.5 ** (1 / half_life)
-    sums: Tensor = (1 - 0.5 ** (age / half_life)) / (1 - still)
-    return sums
-
-
 def read_predictor(data: Any, layers: int, kv_heads: int) -> Predictor | None:
     """Return what a cost profile holds of it, checked; None if there is none.
 

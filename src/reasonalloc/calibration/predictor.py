@@ -20,10 +20,10 @@ from reasonalloc.calibrated.predictor import (
     HALF_LIVES,
     Predictor,
     features,
-    weight_sums,
 )
 from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.config import CompressionConfig
+from reasonalloc.policies.recent import weight_sums
 from reasonalloc.sinks import softmax
 from reasonalloc.texts import Trajectory
 

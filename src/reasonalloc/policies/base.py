@@ -178,6 +178,14 @@ def kept_state(candidates: Candidates) -> Tensor:
     return candidates.state
 
 
+def from_mean_value(candidates: Candidates) -> Tensor:
+    """[batch, kv_heads, n, value_dim] float32: values less the mean value of the head's tokens."""
+    values = candidates.values.float()
+    valid = candidates.valid[..., None]
+    mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
+    return values - mean
+
+
 def window_logits(candidates: Candidates) -> Tensor:
     """Attention logits of the observation window: [batch, kv_heads, group, window, n] float32."""
     queries = candidates.queries

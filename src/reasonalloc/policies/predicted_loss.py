@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from reasonalloc.calibrated.costs import load_costs
-from reasonalloc.calibrated.predictor import HALF_LIVES, Predictor, features, weight_sums
+from reasonalloc.calibrated.predictor import HALF_LIVES, Predictor, features
 from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy, kept_state
+from reasonalloc.policies.base import (
+    POLICIES,
+    Candidates,
+    ModelFacts,
+    Policy,
+    from_mean_value,
+    kept_state,
+)
+from reasonalloc.policies.recent import add_received, weight_sums
 
 
 @POLICIES.register("predicted_loss", source="ours: fitted to Fisher gradients of known texts")
@@ -59,18 +67,8 @@ class PredictedLoss(ReadsCalibrated, Policy):
         return bound
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
-        # A query that is padding gives nothing to any token, and is not counted.
-        real = (received.sum(dim=-1, keepdim=True) > 0).float()
-        if received.shape[-2] == 1:  # at every step: fewer operations
-            for channel, half_life in enumerate(HALF_LIVES):
-                kept = (1 - real * (1 - 0.5 ** (1 / half_life))).squeeze(-2)
-                state[..., channel].mul_(kept).add_(received.squeeze(-2))
-            return
-        later = real.flip(-2).cumsum(-2).flip(-2) - real
         for channel, half_life in enumerate(HALF_LIVES):
-            kept = 0.5 ** (real.sum(dim=-2) / half_life)
-            new = (received * 0.5 ** (later / half_life)).sum(dim=-2)
-            state[..., channel].mul_(kept).add_(new)
+            add_received(state[..., channel], received, half_life)
 
     def score(self, candidates: Candidates) -> Tensor:
         state = kept_state(candidates)
@@ -79,10 +77,7 @@ class PredictedLoss(ReadsCalibrated, Policy):
             state[..., channel] / weight_sums(seen, half_life)
             for channel, half_life in enumerate(HALF_LIVES)
         ]
-        values = candidates.values.float()
-        valid = candidates.valid[..., None]
-        mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
-        distance = torch.linalg.vector_norm(values - mean, dim=-1)
+        distance = torch.linalg.vector_norm(from_mean_value(candidates), dim=-1)
         known = features(recent, seen, distance)
         weights = self._of_layer(candidates.layer, known)
         score = (known * weights[:, None]).sum(dim=-1)

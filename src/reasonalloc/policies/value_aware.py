@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy, kept_state
+from reasonalloc.policies.base import (
+    POLICIES,
+    Candidates,
+    ModelFacts,
+    Policy,
+    from_mean_value,
+    kept_state,
+)
+from reasonalloc.policies.recent import add_received, weight_sums
 
 
 @POLICIES.register("value_aware", source="ours; value norms as in VATP, arXiv 2406.12335")
@@ -51,28 +59,12 @@ class ValueAware(Policy):
         return bound
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
-        # A query that is padding gives nothing to any token, and is not counted.
-        total = received.sum(dim=-1, keepdim=True)
-        if received.shape[-2] == 1:  # at every step: fewer operations
-            still = 0.5 ** (1 / self.half_life)
-            kept = torch.where(total > 0, still, torch.ones_like(total)).squeeze(-2)
-            state[..., 0].mul_(kept).add_(received.squeeze(-2))
-            return
-        real = (total > 0).float()
-        later = real.flip(-2).cumsum(-2).flip(-2) - real
-        fading = 0.5 ** (later / self.half_life)
-        kept = 0.5 ** (real.sum(dim=-2) / self.half_life)
-        state[..., 0].mul_(kept).add_((received * fading).sum(dim=-2))
+        add_received(state[..., 0], received, self.half_life)
 
     def score(self, candidates: Candidates) -> Tensor:
-        seen = candidates.seen[:, None, None] - candidates.positions
-        one = 0.5 ** (1 / self.half_life)
-        weights = (1 - 0.5 ** (seen.clamp_min(1).float() / self.half_life)) / (1 - one)
-        attention = kept_state(candidates)[..., 0] / weights
-        values = candidates.values.float()
-        valid = candidates.valid[..., None]
-        mean = (values * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True)
-        away = values - mean
+        seen = (candidates.seen[:, None, None] - candidates.positions).clamp_min(1).float()
+        attention = kept_state(candidates)[..., 0] / weight_sums(seen, self.half_life)
+        away = from_mean_value(candidates)
         if self.metric == "output":
             away = away @ self._root(candidates.layer, away.device)
         score: Tensor = attention * torch.linalg.vector_norm(away, dim=-1)
