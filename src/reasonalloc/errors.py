@@ -19,7 +19,7 @@ class UnsupportedError(ReasonAllocError, NotImplementedError):
 
 
 class NothingToBudget(UnsupportedError):
-    """A model that is no decoder with causal attention over its own text: no KV cache grows."""
+    """A model without a KV cache that grows: no causal attention over its own text, or bounded."""
 
 
 class CompressionNeverHappened(UserWarning):

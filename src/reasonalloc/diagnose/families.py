@@ -25,7 +25,7 @@ _TITLES: dict[Verdict, str] = {
     "refused": "Refused",
     "fails": "Fails",
     "not tried": "Not tried: no toy could be made",
-    "nothing to budget": "Nothing to budget: no decoder with causal attention",
+    "nothing to budget": "Nothing to budget: no decoder with causal attention, or a bounded cache",
 }
 
 
@@ -38,7 +38,7 @@ class Family:
         model: class of the model.
         verdict: ``works``: with a budget that evicts nothing a toy wrote the tokens of the full
             cache, and a small budget compressed; ``refused``: ``attach`` said why not; ``nothing to
-            budget``: no decoder with causal attention; ``fails``: none of these; ``not tried``: no
+            budget``: no decoder with causal attention, or a bounded cache; ``fails``: none of these; ``not tried``: no
             toy could be made.
         reason: what was said or seen; if it works: under which condition, or "".
         kinds: kinds of its layers, as transformers names them.

@@ -97,16 +97,22 @@ _AT_MOST |= {"num_key_value_heads", "multi_query_group_num"}
 #: Fields that are set where a family leaves them to be computed.
 _EVEN_IF_NONE = {"num_key_value_heads", "head_dim"}
 _EVEN_IF_NONE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+_TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
 #: What a family needs besides, for a toy with all of its layers.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "git": {"vision_config": {**_TOWER, "num_hidden_layers": 1, "patch_size": 14}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
@@ -118,6 +124,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "phi4_multimodal": {
+        "vision_config": {**_TOWER, "num_hidden_layers": 2, "patch_size": 14, "crop_size": 28},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+        },
+    },
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
 }
 

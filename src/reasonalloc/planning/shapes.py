@@ -48,7 +48,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     Raises:
         UnsupportedError: an indexer, latent attention (MLA) of an unknown form, states of
             an unknown form, or no layer that sees everything; says which.
-        NothingToBudget: an encoder-decoder, an encoder, or a model without attention.
+        NothingToBudget: an encoder-decoder, an encoder, a model without attention, or one whose
+            layers all keep a fixed number of tokens.
     """
 
     def refuse(reason: str, kind: type[UnsupportedError] = UnsupportedError) -> UnsupportedError:
@@ -74,7 +75,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     most = max(shape.sliding_window or 0 for shape in shapes)
     raise refuse(
         f"every layer keeps {most} tokens at most (sliding window, chunks), so its cache is "
-        "bounded already"
+        "bounded already",
+        NothingToBudget,
     )
 
 
