@@ -155,6 +155,17 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts_per_tok": 1,
         },
     ),
+    "zamba": (
+        "ZambaConfig",
+        "ZambaForCausalLM",
+        {
+            **_MAMBA,
+            "mamba_dt_rank": 4,
+            "n_mamba_heads": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+        },
+    ),
     "falcon_h1": (
         "FalconH1Config",
         "FalconH1ForCausalLM",

@@ -28,6 +28,7 @@ WORK = (
     "granitemoehybrid",
     "bamba",
     "jamba",
+    "zamba",
     "falcon_h1",
     "lfm2",
     "nemotron_h",
@@ -41,7 +42,7 @@ WORK = (
 )
 # Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
 LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
-LAYERS |= {"nemotron_h", "gemma3n_text", "gemma4_text"}
+LAYERS |= {"zamba", "nemotron_h", "gemma3n_text", "gemma4_text"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
 

@@ -31,7 +31,8 @@ from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.texts import Trajectory
 
 NAMES = [name for name, (_, model, _) in HYBRIDS.items() if hasattr(transformers, model)]
-CONTINUING = [name for name in NAMES if name != "jamba"]  # whose states several tokens go on from
+# Those whose states several tokens go on from.
+CONTINUING = [name for name in NAMES if name not in ("jamba", "zamba")]
 
 
 @functools.cache

@@ -38,8 +38,8 @@ class Family:
         model: class of the model.
         verdict: ``works``: with a budget that evicts nothing a toy wrote the tokens of the full
             cache, and a small budget compressed; ``refused``: ``attach`` said why not; ``nothing to
-            budget``: no decoder with causal attention, or a bounded cache; ``fails``: none of these; ``not tried``: no
-            toy could be made.
+            budget``: no decoder with causal attention, or a bounded cache; ``fails``: none of
+            these; ``not tried``: no toy could be made.
         reason: what was said or seen; if it works: under which condition, or "".
         kinds: kinds of its layers, as transformers names them.
     """

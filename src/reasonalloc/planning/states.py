@@ -66,7 +66,7 @@ def state_shape(config: Any, kind: str) -> StateShape | None:
             heads, width, state, groups, kernel = mamba
             channels = heads * width + 2 * groups * state
             return StateShape(channels * kernel, heads * width * state)
-    if (first := _fields(config, _MAMBA1)) is not None and not hasattr(config, "n_mamba_heads"):
+    if (first := _fields(config, _MAMBA1)) is not None:
         expand, hidden, state, kernel, _ = first
         # transformers' scan over several tokens takes no state to start from.
         return StateShape(expand * hidden * kernel, expand * hidden * state, continues=False)
