@@ -17,7 +17,7 @@ from reasonalloc.errors import UsageError
 
 #: Kind of file, and how names of shipped ones begin. Statistics are too large.
 _PREFIXES = {"cost profile": "costs", "profile": "demand"}
-_DIGITS = 5
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def file_name(profile: CostProfile | DemandProfile) -> str:
 def condensed(profile: Any, model_id: str | None = None) -> CostProfile | DemandProfile:
     """Return a calibrated file as small as one that is shipped: means over its texts.
 
-    Budgets that are planned from it are those of the whole file, up to the rounding to 5 digits.
+    Budgets that are planned from it are those of the whole file, up to the rounding to 6 digits.
 
     Args:
         profile: a cost profile or a demand profile.
