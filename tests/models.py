@@ -162,6 +162,7 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_MAMBA,
             "mamba_dt_rank": 4,
             "n_mamba_heads": 2,
+            "eos_token_id": None,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
         },
@@ -385,6 +386,8 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 ABLE = holds_states()
 #: Hybrids that run here.
 RUNNING = [name for name in HYBRIDS if ABLE and hasattr(transformers, HYBRIDS[name][1])]
+#: Those whose layers attend through modules of their own, so that calibration can tell them apart.
+CALIBRATED = [name for name in RUNNING if name != "zamba"]
 
 
 def latent(name: str, **changes: Any) -> Any:

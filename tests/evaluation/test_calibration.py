@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reasonalloc
-from models import RUNNING, prompt, tiny
+from models import CALIBRATED, prompt, tiny
 from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.calibration import attention_mass
 from reasonalloc.cli.main import main
@@ -16,7 +16,7 @@ from reasonalloc.errors import UsageError
 from tiny_folder import save_tiny
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss", *RUNNING])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss", *CALIBRATED])
 def test_demand_equals_the_definition(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     prompts, every, window, rho = [prompt(30), prompt(17, seed=4)], 8, 5, 0.8

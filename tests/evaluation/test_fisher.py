@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from models import RUNNING, prompt, tiny
+from models import ABLE, CALIBRATED, prompt, tiny
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibration import ablation, fisher, joint_costs
+from reasonalloc.calibration import ablation, attention_mass, fisher, joint_costs
 from reasonalloc.calibration.checks import checked
 from reasonalloc.calibration.fisher import estimate
 from reasonalloc.calibration.joint import budgets_to_check, cheapest, steps
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import Arm, CompressionConfig, Prompt
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import replay_logits
@@ -117,7 +117,7 @@ def test_a_budget_that_holds_all_but_the_last_boundary_is_not_replayed() -> None
     torch.testing.assert_close(found[0][:41], seen.output[0, :41], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", *RUNNING])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *CALIBRATED])
 def test_costs_rank_heads_as_measured_ones_and_equal_small_ones(name: str) -> None:
     model, texts = tiny(name, initializer_range=0.1), [text(), text(10, 41, seed=3)]
     budgets = (10, 16, 24, 60)
@@ -223,6 +223,18 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match="training mode"):
         fisher(model.train(), [text()])
     assert model.config._attn_implementation != "reasonalloc-fisher"
+
+
+@pytest.mark.skipif(not ABLE, reason="needs transformers' layers without keys")
+def test_layers_that_share_an_attention_module() -> None:
+    model, why = tiny("zamba"), r"layer \d does not attend through a module"
+    with pytest.raises(UnsupportedError, match=why):
+        fisher(model, [text()], budgets=(10, 16), samples=1, **CADENCE)
+    with pytest.raises(UnsupportedError, match=why):
+        ablation(model, [text()], budgets=(10, 16), **CADENCE)
+    with pytest.raises(UnsupportedError, match=why):
+        attention_mass(model, [prompt(20)], max_new_tokens=20, every=8)
+    model.generate(prompt(8), max_new_tokens=4, do_sample=False)  # as before
 
 
 def test_the_estimate_counts_passes() -> None:

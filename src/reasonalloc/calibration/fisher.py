@@ -36,6 +36,7 @@ from reasonalloc.calibration.predictor import Examples
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.integrations.hf.model import check_followed
 from reasonalloc.kinds import is_coded
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.policies import Policy
@@ -52,7 +53,7 @@ class _Tape:
     """Attention function that keeps every layer's inputs and its output, in the graph."""
 
     def __init__(self, layers: Sequence[int]) -> None:
-        self._layers = set(layers)
+        self.layers = tuple(layers)
         self.seen: dict[int, Seen] = {}
 
     def __call__(
@@ -72,7 +73,7 @@ class _Tape:
         how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
         out, extra = attention_forward(module, query, key, value, attention_mask, **how)
         layer = module.layer_idx
-        if layer in self._layers:
+        if layer in self.layers:
             sinks = None if s_aux is None else s_aux.detach()
             inputs = (query.detach(), key.detach(), value.detach())
             self.seen[layer] = Seen(layer, *inputs, out, scaling, softcap, sinks)
@@ -339,6 +340,7 @@ def _gradients(
     first = len(trajectory.prompt_ids)
     with torch.enable_grad():
         logits = model(ids[:, :-1], use_cache=False).logits[0, first:].float()
+        check_followed(model, tape.layers, tape.seen)
         probability = logits.detach().softmax(dim=-1)
         root = probability.sqrt()
         outputs = [tape.seen[layer].output for layer in sorted(tape.seen)]

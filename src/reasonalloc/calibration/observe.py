@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
+from reasonalloc.integrations.hf.model import check_followed
 from reasonalloc.sinks import softmax
 
 _IMPLEMENTATION = "reasonalloc-calibration"
@@ -72,6 +73,11 @@ class Observer(ABC):
 
     def on_queries(self, layer: int, query: Tensor, first: int) -> None:  # noqa: B027 (optional)
         """Take queries after RoPE, [query_heads, q, head_dim], of positions from ``first`` on."""
+
+    @property
+    def seen(self) -> Container[int]:
+        """Layers whose attention was seen since ``start``."""
+        return self._seen
 
     @abstractmethod
     def on_sample(self, layer: int, weights: Tensor) -> None:
@@ -143,6 +149,7 @@ def observe(
         for index, ids in enumerate(prompts):
             observer.start()
             model.generate(ids.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+            check_followed(model, observer.layers, observer.seen)
             if any(layer not in observer.sampled for layer in observer.layers):
                 raise UsageError(
                     f"prompt {index}: the generation ended before {observer.every} tokens, so "

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import decoder_of
+from reasonalloc.integrations.hf.model import check_followed, decoder_of
 from reasonalloc.planning.shapes import text_config
 
 _IMPLEMENTATION = "reasonalloc-suffix"
@@ -74,7 +74,9 @@ class SuffixRunner:
         ]
         self._capturing = True
         try:
-            return self._forward(ids, positions)
+            logits = self._forward(ids, positions)
+            check_followed(self._model, self.layers, self.seen)
+            return logits
         finally:
             self._capturing = False
             for hook in hooks:

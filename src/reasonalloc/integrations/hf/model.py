@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -93,6 +94,25 @@ def _check_causal(model: Any, name: str) -> None:
         raise NothingToBudget(
             f"{name} cannot run under a KV budget: its attention is not causal{remedy}"
         )
+
+
+def check_followed(model: Any, layers: Iterable[int], seen: Container[int]) -> None:
+    """Refuse a model whose layers could not be told apart by their attention modules.
+
+    Args:
+        model: it was called.
+        layers: those that calibration has to see.
+        seen: those that it saw.
+
+    Raises:
+        UnsupportedError: names the first layer that was not seen.
+    """
+    for layer in layers:
+        if layer not in seen:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be calibrated yet: layer {layer} does not attend "
+                "through a module of its own; use an arm without a profile"
+            )
 
 
 def check_measurable(model: Any) -> tuple[LayerShape, ...]:
