@@ -45,8 +45,8 @@ def make(layers: int, heads: int, *, fingerprint: str = "", seed: int = 0) -> Co
 
 
 def of_model(model: Any, seed: int = 0) -> CostProfile:
-    shapes = [shape for shape in check_model(model) if shape.compressible]
+    budgeted = {i: shape for i, shape in enumerate(check_model(model)) if shape.compressible}
+    layers, shapes = list(budgeted), list(budgeted.values())
     fingerprint = config_hash(text_config(model).to_dict())
     made = make(len(shapes), shapes[0].kv_heads, fingerprint=fingerprint, seed=seed)
-    layers = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
     return replace(made, foretells=as_json(predictor(layers, shapes[0].kv_heads, seed)))

@@ -31,11 +31,6 @@ class Predictor:
     layers: list[int]
     weights: list[list[list[float]]]
 
-    @property
-    def kv_heads(self) -> int:
-        """KV heads per layer."""
-        return len(self.weights[0])
-
     def of_layer(self, layer: int) -> Tensor:
         """[kv_heads, features] float32.
 

@@ -19,6 +19,7 @@ from reasonalloc.calibration.checks import (
     cost_profile,
     counter,
     now,
+    to_be_fitted,
 )
 from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.observe import fingerprint
@@ -26,7 +27,6 @@ from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -84,7 +84,7 @@ def ablation(
         UnsupportedError: a model that cannot run under a budget.
     """
     settings = checked(model, texts, kinds, [policy], budgets, interval, window, prompt=prompt)
-    if isinstance(settings.policies[0], PredictedLoss) and not settings.policies[0].path:
+    if to_be_fitted(settings.policies[0]):
         raise UsageError(
             f"policy={policy!r} is fitted to gradients, which objective='kl' has none of: use "
             "objective='fisher', or name a cost profile that has it: predicted_loss(path=FILE)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -142,10 +142,15 @@ def _check_policies(policies: Sequence[str]) -> None:
             )
 
 
+def to_be_fitted(policy: Policy) -> TypeGuard[PredictedLoss]:
+    """Whether calibration has to fit a policy: it foretells, and names no file to read."""
+    return isinstance(policy, PredictedLoss) and not policy.path
+
+
 def _bound(model: Any, config: CompressionConfig, shapes: tuple[LayerShape, ...]) -> Policy:
     """Return a policy, bound to the model unless what it reads is yet to be made."""
     policy = POLICIES.create(config.arm.policy)
-    if isinstance(policy, PredictedLoss) and not policy.path:
+    if to_be_fitted(policy):
         return policy
     plan = BudgetPlan(
         config,

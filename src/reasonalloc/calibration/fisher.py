@@ -29,18 +29,16 @@ from reasonalloc.calibration.checks import (
     cost_profile,
     counter,
     now,
+    to_be_fitted,
 )
 from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
-from reasonalloc.calibration.predictor import TEXTS as FITTED_TEXTS
-from reasonalloc.calibration.predictor import Examples
+from reasonalloc.calibration.predictor import Examples, texts_to_fit, with_predictor
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
 from reasonalloc.integrations.hf.model import check_followed
 from reasonalloc.kinds import is_coded
 from reasonalloc.planning.shapes import text_config
-from reasonalloc.policies import Policy
-from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
@@ -122,7 +120,7 @@ def fisher(
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed, prompt)
     samples = whole_number("samples", samples, 1)
     formats = read_formats(kv_dtypes)
-    foretold = _to_fit(settings, texts)
+    foretold = texts_to_fit(settings.policies, texts)
     steps = samples + len(settings.layers) * len(settings.policies) * (1 + len(formats))
     fits = len(foretold) * (samples + len(settings.layers))
     advance = counter(on_progress, len(texts) * steps + fits)
@@ -131,7 +129,7 @@ def fisher(
     costs: list[list[list[Tensor]]] = []
     with _taping(model, tape):
         predictor = _fit(model, tape, foretold, samples, generator, settings, advance)
-        settings = _with_predictor(settings, predictor)
+        settings = replace(settings, policies=with_predictor(settings.policies, predictor))
         for text in texts:
             gradients = _gradients(model, tape, text, samples, generator, advance)
             costs.append(_text_costs(tape, text, gradients, settings, formats, advance))
@@ -150,23 +148,10 @@ def fisher(
                 kind: _as_lists([policies[number][place] for policies in costs])
                 for place, kind in enumerate(formats, 1)
             },
-            foretells=as_json(predictor if _foretells(settings.policies[number]) else None),
+            foretells=as_json(predictor) if to_be_fitted(settings.policies[number]) else None,
         )
         for number, config in enumerate(settings.configs)
     ]
-
-
-def _foretells(policy: Policy) -> bool:
-    """Whether a policy is to be fitted here, instead of reading what was fitted before."""
-    return isinstance(policy, PredictedLoss) and not policy.path
-
-
-def _to_fit(settings: Checked, texts: Sequence[Trajectory]) -> list[Trajectory]:
-    """Return the texts that policies which foretell are fitted to, evenly from all."""
-    if not any(map(_foretells, settings.policies)):
-        return []
-    count = min(len(texts), FITTED_TEXTS)
-    return [texts[place * len(texts) // count] for place in range(count)]
 
 
 def _fit(
@@ -182,7 +167,7 @@ def _fit(
     if not texts:
         return None
     config = settings.configs[0]
-    sinks = max(p.sinks for p in settings.policies if isinstance(p, PredictedLoss))
+    sinks = max(policy.sinks for policy in settings.policies if to_be_fitted(policy))
     examples = Examples(settings.layers)
     for text in texts:
         gradients = _gradients(model, tape, text, samples, generator, advance)
@@ -197,17 +182,6 @@ def _fit(
             "longer texts, or name another policy"
         )
     return predictor
-
-
-def _with_predictor(settings: Checked, predictor: Predictor | None) -> Checked:
-    """Return the settings with the policies that foretell ready to score."""
-    policies: list[Policy] = [
-        policy.with_predictor(predictor)
-        if isinstance(policy, PredictedLoss) and _foretells(policy) and predictor is not None
-        else policy
-        for policy in settings.policies
-    ]
-    return replace(settings, policies=policies)
 
 
 def _text_costs(
@@ -279,25 +253,25 @@ def estimate(
         _gradients(model, tape, text, 2, generator, lambda: first.append(now(model)))
         forward, backward = first[0] - start, first[1] - first[0]
         start = now(model)
-        for own, policy in zip(settings.configs, _guessing(settings).policies, strict=True):
+        # Any weights take the same time.
+        zeros = [[[0.0] * len(FEATURES)] * settings.kv_heads] * len(layers)
+        ready = with_predictor(settings.policies, Predictor(layers, zeros))
+        for own, policy in zip(settings.configs, ready, strict=True):
             seen, prompt_tokens = tape.seen[layers[-1]], len(text.prompt_ids)
             for kind in ("auto", *read_formats(kv_dtypes)):
                 coded = replace(own, kv_dtype=kind)
                 outputs_under_budgets(seen, prompt_tokens, coded, policy, settings.budgets)
         replay = now(model) - start
-    lengths = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts]
-    fitted = [len(t.prompt_ids) + len(t.completion_ids) - 1 for t in _to_fit(settings, texts)]
+    measured, timed = _tokens(texts), _tokens(texts[:1])
+    through = measured + _tokens(texts_to_fit(settings.policies, texts))
     passes = forward + (samples - 1) * backward
-    seconds = passes * (sum(lengths) + sum(fitted)) + len(layers) * replay * sum(lengths)
-    return Estimate(
-        forward_tokens=(sum(lengths) + sum(fitted)) * (1 + samples), seconds=seconds / lengths[0]
-    )
+    seconds = (passes * through + len(layers) * replay * measured) / timed
+    return Estimate(forward_tokens=through * (1 + samples), seconds=seconds)
 
 
-def _guessing(settings: Checked) -> Checked:
-    """Return the settings with policies that foretell anything, to be timed."""
-    zeros = [[[0.0] * len(FEATURES)] * settings.kv_heads] * len(settings.layers)
-    return _with_predictor(settings, Predictor(settings.layers, zeros))
+def _tokens(texts: Sequence[Trajectory]) -> int:
+    """Return the tokens that the model is fed in a pass over each text."""
+    return sum(len(text.prompt_ids) + len(text.completion_ids) - 1 for text in texts)
 
 
 @contextmanager

@@ -21,8 +21,10 @@ from reasonalloc.calibrated.predictor import (
     Predictor,
     features,
 )
+from reasonalloc.calibration.checks import to_be_fitted
 from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.config import CompressionConfig
+from reasonalloc.policies import Policy
 from reasonalloc.policies.recent import weight_sums
 from reasonalloc.sinks import softmax
 from reasonalloc.texts import Trajectory
@@ -35,6 +37,24 @@ _STEPS = 12
 _LONGEST_STEP = 2.0
 _FLOOR = 1e-3  # of the mean loss; keeps the first guess's logarithms finite
 _LEAST_LOSS = 1e-30
+
+
+def texts_to_fit(policies: Sequence[Policy], texts: Sequence[Trajectory]) -> list[Trajectory]:
+    """Return the texts that policies are fitted to, evenly from all; none if none is to be."""
+    if not any(map(to_be_fitted, policies)):
+        return []
+    count = min(len(texts), TEXTS)
+    return [texts[place * len(texts) // count] for place in range(count)]
+
+
+def with_predictor(policies: Sequence[Policy], predictor: Predictor | None) -> list[Policy]:
+    """Return the policies, those that were to be fitted ready to score."""
+    return [
+        policy.with_predictor(predictor)
+        if to_be_fitted(policy) and predictor is not None
+        else policy
+        for policy in policies
+    ]
 
 
 class Examples:

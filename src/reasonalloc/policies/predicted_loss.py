@@ -53,12 +53,13 @@ class PredictedLoss(ReadsCalibrated, Policy):
             )
         costs = load_costs(self.path)
         costs.check_model(model.model_id, model.config_hash, model.layers, costs.kv_heads)
-        if costs.predictor is None:
+        predictor = costs.predictor
+        if predictor is None:
             raise UsageError(
                 f"policy='predicted_loss': the cost profile {self.path!r} was made with "
                 f"{costs.policy} and foretells nothing: calibrate with --policy predicted_loss"
             )
-        return self.with_predictor(costs.predictor)
+        return self.with_predictor(predictor)
 
     def with_predictor(self, predictor: Predictor) -> PredictedLoss:
         """The policy ready to score, with weights that fit the model."""
@@ -67,8 +68,7 @@ class PredictedLoss(ReadsCalibrated, Policy):
         return bound
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
-        for channel, half_life in enumerate(HALF_LIVES):
-            add_received(state[..., channel], received, half_life)
+        add_received(state, received, HALF_LIVES)
 
     def score(self, candidates: Candidates) -> Tensor:
         state = kept_state(candidates)

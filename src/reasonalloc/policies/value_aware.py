@@ -59,7 +59,7 @@ class ValueAware(Policy):
         return bound
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
-        add_received(state[..., 0], received, self.half_life)
+        add_received(state, received, (self.half_life,))
 
     def score(self, candidates: Candidates) -> Tensor:
         seen = (candidates.seen[:, None, None] - candidates.positions).clamp_min(1).float()

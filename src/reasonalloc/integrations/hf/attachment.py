@@ -105,7 +105,7 @@ class Attachment:
         self.formats = self._plan.formats
         if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) is not None:
             raise UnsupportedError(
-                f"policy={config.arm.policy!r} reads statistics of all heads, but this process "
+                f"policy={config.arm.policy!r} reads a file about all heads, but this process "
                 f"holds one of {self.shard.size} parts (tp_plan): use another policy, or device_map"
             )
         if (note := self._plan.other_cadence) is not None:
