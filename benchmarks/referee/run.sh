@@ -5,12 +5,12 @@
 #
 # PROMPTS: a folder with maths.jsonl, questions.jsonl, code.jsonl and documents.jsonl (make_prompts.py).
 # COSTS: a cost profile of the model, with costs of layers (fidelity/smollm2-costs-bits.json).
-# Hours of one core for SmolLM2-135M. Tables from OUT:
+# Two hours of one core for SmolLM2-135M, in bfloat16. Tables from OUT:
 # python benchmarks/referee/tables.py OUT
 set -euo pipefail
 model=$1 prompts=$2 costs=$3 out=$4
 texts=benchmarks/fidelity/test.jsonl
-budgets=64,128,256
+budgets=64,128
 mkdir -p "$out"
 
 wave() { # name, prompts, generated tokens, between two samples, further options
@@ -18,14 +18,14 @@ wave() { # name, prompts, generated tokens, between two samples, further options
   [ -f "$file" ] || reasonalloc calibrate "$model" --prompts "$2" --max-new-tokens "$3" --every "$4" "${@:5}" -o "$file"
 }
 replay() { # name, arms, further options
-  reasonalloc fidelity "$model" --trajectories "$texts" --arms "$2" --out "$out/$1.jsonl" "${@:3}"
+  reasonalloc fidelity "$model" --dtype bfloat16 --trajectories "$texts" --arms "$2" --out "$out/$1.jsonl" "${@:3}"
 }
 
 # (a) The wave's budgets on the right layers and on random ones.
 wave maths "$prompts/maths.jsonl" 512 64
 arms=rkv,rkv/profile/uniform
 for seed in 0 1 2 3 4; do arms+=",rkv/shuffled(seed=$seed)/uniform"; done
-replay layers "$arms" --budgets 64,128 --interval 64 --profile "$out/wave-maths.json"
+replay layers "$arms" --budgets $budgets --interval 64 --profile "$out/wave-maths.json"
 
 # (d) What each level adds.
 replay levels "rkv,rkv/profile/uniform,rkv/uniform/reasonalloc,reasonalloc,rkv/cost(by=layers)/uniform,\
@@ -45,7 +45,7 @@ for rho in 0.8 0.98; do wave "maths-rho$rho" "$prompts/maths.jsonl" 512 64 --rho
 arms=rkv
 for name in maths questions code documents; do arms+=",rkv/profile(path=$out/wave-$name.json)/uniform"; done
 for rho in 0.8 0.98; do arms+=",rkv/profile(path=$out/wave-maths-rho$rho.json)/uniform"; done
-replay waves "$arms" --budgets 64,128 --interval 64
+replay waves "$arms" --budgets $budgets --interval 64
 
 # (e) Interval, window, and the published method's gamma, beta and mu.
 for interval in 16 32 128; do
