@@ -290,10 +290,42 @@ _GEMMA3N: dict[str, Any] = {
     "laurel_rank": 8,
     "num_kv_shared_layers": 2,
 }
+_DORY: dict[str, Any] = {
+    "n_input_layers": 1,
+    "n_recurrent_layers": 2,
+    "n_output_layers": 1,
+    "n_recurrent_loops": 3,
+    "ngpt_alpha_init": 0.7,  # the usual 0.05 hardly changes what is read
+}
 _SLIDING_FIRST = ["sliding_attention", FULL, "sliding_attention", FULL]
 
-#: The same of models whose layers differ: in what they see, in their shapes.
+#: The same of models whose layers differ: in what they see, in their shapes, in how they read.
 UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mllama": (
+        "MllamaTextConfig",
+        "MllamaForCausalLM",
+        {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    ),
+    "dory": (  # layers 1 and 2 run three times
+        "DoryConfig",
+        "DoryForCausalLM",
+        {
+            **_DORY,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "layer_types": [FULL, "sliding_attention", FULL, FULL],
+        },
+    ),
+    "dory_full": (
+        "DoryConfig",
+        "DoryForCausalLM",
+        {**_DORY, "head_dim": 16, "layer_types": 4 * [FULL]},
+    ),
+    "jetmoe": (  # the heads of a cache are repeated once per expert
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "llama4": (
         "Llama4TextConfig",
         "Llama4ForCausalLM",

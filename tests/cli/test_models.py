@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+import transformers
+
 from models import ABLE
 from reasonalloc.cli.main import main
 from reasonalloc.diagnose import families
@@ -39,12 +41,18 @@ WORK = (
     "gemma4_text",
     "deepseek_v3",
     "glm4_moe_lite",
+    "jetmoe",
+    "dory",
+    "mllama",
 )
 # Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
 LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
-LAYERS |= {"zamba", "nemotron_h", "gemma3n_text", "gemma4_text"}
+LAYERS |= {"zamba", "nemotron_h", "gemma3n_text", "gemma4_text", "mllama"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
+REFUSED |= {"doge": "by the values of all KV heads", "git": "AttentionInterface"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
+if hasattr(transformers, "Gemma4AssistantForCausalLM"):
+    NOTHING["gemma4_assistant"] = "the cache of another model"
 
 
 @pytest.mark.parametrize("name", [name for name in WORK if ABLE or name not in LAYERS])

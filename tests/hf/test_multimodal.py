@@ -1,8 +1,13 @@
-"""Models that read images: what their text model caches has a budget, image tokens included."""
+"""Models that read images: what their text model caches has a budget, image tokens included.
+
+Layers that attend to the image alone (Mllama) keep all of it.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +21,14 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     SiglipVisionConfig,
 )
 
 import reasonalloc
-from models import COMMON, VOCAB, prompt
+from models import ABLE, COMMON, VOCAB, prompt, unequal
+from reasonalloc import UnsupportedError, UsageError, plan
 
 IMAGE = VOCAB - 1  # id of the image's tokens
 SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
@@ -68,7 +76,33 @@ def gemma3() -> Any:
     return model
 
 
-MODELS: dict[str, tuple[Any, int]] = {"llava": (llava, 16), "gemma3": (gemma3, 4)}
+def mllama() -> Any:
+    """The second layer attends to the image."""
+    vision = {key: value for key, value in VISION.items() if key != "num_attention_heads"}
+    vision |= {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+    vision |= {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+    text = {**COMMON, "model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(
+            vision_config={**vision, "vision_output_dim": 64},
+            text_config=text,
+            image_token_index=IMAGE,
+        )
+    )
+    layer = model.model.language_model.layers[1]
+    with torch.no_grad():  # zeros before training
+        layer.cross_attn_attn_gate.fill_(2.0), layer.cross_attn_mlp_gate.fill_(2.0)
+    return model
+
+
+#: How they are made, and tokens of an image in the text.
+MODELS: dict[str, tuple[Any, int]] = {
+    "llava": (llava, 16),
+    "gemma3": (gemma3, 4),
+}
+if ABLE:
+    MODELS["mllama"] = (mllama, 1)
+needs_layers = pytest.mark.skipif(not ABLE, reason="this transformers has other cache layers")
 
 
 @functools.cache
@@ -86,6 +120,14 @@ def asked(name: str, batch: int) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
     if name == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
+    if name == "mllama":  # one image of two tiles, which the tokens before it do not see
+        seen = (torch.arange(30) >= 5).long()
+        inputs |= {
+            "pixel_values": images[:, None, None].repeat(1, 1, 2, 1, 1, 1),
+            "aspect_ratio_ids": torch.full((batch, 1), 2),
+            "aspect_ratio_mask": torch.ones(batch, 1, 2, dtype=torch.long),
+            "cross_attention_mask": seen[None, :, None, None].repeat(batch, 1, 1, 2),
+        }
     return inputs
 
 
@@ -94,7 +136,14 @@ def answer(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("llava", "eager"), ("llava", "static"), ("gemma3", "eager")]
+    ("name", "step"),
+    [
+        ("llava", "eager"),
+        ("llava", "static"),
+        ("gemma3", "eager"),
+        pytest.param("mllama", "eager", marks=needs_layers),
+        pytest.param("mllama", "static", marks=needs_layers),
+    ],
 )
 def test_an_image_is_read_under_a_budget(name: str, step: Any) -> None:
     model, inputs = made(name), asked(name, 2)
@@ -136,3 +185,61 @@ def test_a_second_question(name: str) -> None:
         again.pop("pixel_values")
         second = answer(model, again, past_key_values=first.past_key_values)
     assert torch.equal(second, fresh)
+
+
+@needs_layers
+def test_layers_that_attend_to_an_image(tmp_path: Path) -> None:
+    """They keep what transformers keeps of it, on top of the plan, in copies and files too."""
+    model, inputs = made("mllama"), asked("mllama", 2)
+    with torch.no_grad(), reasonalloc.attach(model, **SMALL) as attached:
+        cache = attached.new_cache()
+        model(**inputs, past_key_values=cache)
+        image = (
+            2 * 2 * 3 * 2 * 17 * 8 * 4
+        )  # both, sequences, KV heads, tiles, patches, width, bytes
+        assert cache.kv_bytes == attached.plan(batch=2).kv_bytes(30) + image
+        attached.save_cache(cache, tmp_path / "cache.safetensors")
+        token, seen = prompt(1, 2), inputs["cross_attention_mask"][:, -1:]
+        loaded = attached.load_cache(tmp_path / "cache.safetensors")
+        turned, twin = copy.deepcopy(cache), copy.deepcopy(cache)
+        turned.batch_select_indices(torch.tensor([1, 0]))
+
+        def following(own: Any, ids: Tensor) -> Tensor:
+            logits: Tensor = model(ids, cross_attention_mask=seen, past_key_values=own).logits
+            return logits
+
+        wanted = following(cache, token)
+        assert torch.equal(following(loaded, token), wanted)
+        assert torch.equal(following(twin, token), wanted)
+        assert torch.allclose(following(turned, token.flip(0)), wanted.flip(0), atol=1e-4)
+        cache.reset()
+        assert cache.kv_bytes == attached.plan(batch=2).kv_bytes(0)
+        again = model(**inputs, past_key_values=cache).logits
+        assert torch.equal(again, model(**inputs, past_key_values=attached.new_cache()).logits)
+
+
+@needs_layers
+def test_a_cache_with_an_image_does_not_go_back_by_itself() -> None:
+    """The text would be read anew, and the call need not bring the image."""
+    model, inputs = made("mllama"), asked("mllama", 1)
+    with reasonalloc.attach(model, budget=120) as attached:
+        first = answer(model, inputs, return_dict_in_generate=True)
+        edited = first.sequences.clone()
+        edited[0, 20] = 3
+        ones = torch.ones_like(edited)
+        with pytest.raises(UsageError, match="differ from what the cache has seen at token 20"):
+            model.generate(
+                edited, attention_mask=ones, past_key_values=first.past_key_values, max_new_tokens=2
+            )
+        assert attached.attached
+
+
+@needs_layers
+def test_what_is_refused_of_layers_that_attend_to_an_image() -> None:
+    model = made("mllama")
+    with pytest.raises(UnsupportedError, match="attend to an image were not tested"):
+        reasonalloc.attach(model, **SMALL, step="compile")
+    with pytest.raises(UnsupportedError, match="it has layers that attend to an image"):
+        reasonalloc.calibrate(model, None, [prompt(20)], progress=False)
+    with pytest.raises(UnsupportedError, match="its first layer attends to an image"):
+        plan(unequal("mllama", cross_attention_layers=[0]).config, **SMALL)

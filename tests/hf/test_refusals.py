@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DeepseekV32Config,
     DiffLlamaConfig,
+    DogeConfig,
     DynamicCache,
     GenerationConfig,
+    GitConfig,
     MambaConfig,
     MistralConfig,
     Phi3Config,
@@ -23,6 +26,7 @@ from transformers import (
 import reasonalloc
 from models import COMMON, prompt, tiny
 from reasonalloc import UnsupportedError, UsageError
+from reasonalloc.errors import NothingToBudget
 
 
 def one_sentence(error: BaseException) -> None:
@@ -66,6 +70,20 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
     assert "generate" not in model.__dict__  # nothing half attached
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "Gemma4AssistantForCausalLM"), reason="this transformers has none"
+)
+def test_an_assistant_without_a_cache() -> None:
+    """It reads the keys of the model that it assists."""
+    text = {"model_type": "gemma4_text", "vocab_size_per_layer_input": 0, "head_dim": 16}
+    text |= {**COMMON, "hidden_size_per_layer_input": 0, "global_head_dim": 16}
+    config = transformers.Gemma4AssistantConfig(text_config=text, backbone_hidden_size=32)
+    model = transformers.Gemma4AssistantForCausalLM(config)
+    with pytest.raises(NothingToBudget, match="read the cache of another model") as caught:
+        reasonalloc.attach(model, budget=64)
+    one_sentence(caught.value)
+
+
 def test_attach_twice() -> None:
     model = tiny("llama")
     with (
@@ -75,6 +93,8 @@ def test_attach_twice() -> None:
         reasonalloc.attach(model, budget=20)
 
 
+SMALL_TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "image_size": 28}
+SMALL_TOWER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
 MODELS: list[tuple[str, Any, str]] = [
     (
         "indexer",
@@ -97,6 +117,18 @@ MODELS: list[tuple[str, Any, str]] = [
             )
         ),
         "index_topk=8: an indexer chooses",
+    ),
+    (
+        "a mask of cached values",
+        lambda: AutoModelForCausalLM.from_config(DogeConfig(**COMMON)),
+        "by the values of all KV heads",
+    ),
+    (
+        "attention of its own beside a vision tower's",
+        lambda: AutoModelForCausalLM.from_config(
+            GitConfig(**{**COMMON, "num_hidden_layers": 1}, vision_config=SMALL_TOWER)
+        ),
+        "does not go through transformers' AttentionInterface",
     ),
     (
         "encoder-decoder",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from reasonalloc.diagnose.toys import text_default, toy_config
+from reasonalloc.diagnose.toys import VALID, text_default, toy_config
 from reasonalloc.errors import NothingToBudget, ReasonAllocError, UsageError, unknown_name
 from reasonalloc.planning.shapes import layer_shapes
 
@@ -157,7 +157,7 @@ def _rows(families: Sequence[Family], works: bool) -> list[str]:
 def _refusal(name: str, model: str) -> dict[str, Any]:
     """Return why a family is refused by its default configuration alone; nothing if it is not."""
     try:
-        layer_shapes(text_default(name), model)
+        layer_shapes(text_default(name, **VALID.get(name, {})), model)
     except NothingToBudget as error:
         return {"verdict": "nothing to budget", "reason": _line(error)}
     except ReasonAllocError as error:

@@ -100,6 +100,16 @@ _EVEN_IF_NONE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
+#: What a family needs for its default configuration to be a valid one.
+VALID: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    }
+}
 #: What a family needs besides, for a toy with all of its layers.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -111,6 +121,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": _SLIDING_AND_FULL,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "git": {"vision_config": {**_TOWER, "num_hidden_layers": 1, "patch_size": 14}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -159,11 +175,11 @@ def toy_config(name: str, **settings: Any) -> Any:
         return kind(**given)
 
 
-def text_default(name: str) -> Any:
-    """Return the default configuration of a family's decoder."""
+def text_default(name: str, **settings: Any) -> Any:
+    """Return the default configuration of a family's decoder, with other values of some fields."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[name]().get_text_config(decoder=True)
+    return CONFIG_MAPPING[name](**settings).get_text_config(decoder=True)
 
 
 def _sizes(config: Any) -> dict[str, Any]:

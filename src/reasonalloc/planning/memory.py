@@ -29,6 +29,9 @@ class LayerShape:
         latent: what latent attention (MLA) makes of a token, or None in any other layer.
         readers: other layers that read this layer's cache, by index.
         reads: the layer whose cache this one reads instead of having its own, or None.
+        again: the layer of the model that runs once more, with this cache, or None.
+        image: whether the layer attends to an image, whose keys are not part of the plan, instead
+            of the text.
     """
 
     kv_heads: int
@@ -40,6 +43,8 @@ class LayerShape:
     latent: LatentShape | None = None
     readers: tuple[int, ...] = ()
     reads: int | None = None
+    again: int | None = None
+    image: bool = False
 
     @property
     def dims(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import NothingToBudget, UnsupportedError
 from reasonalloc.planning.memory import LayerShape
 
 
@@ -41,7 +41,7 @@ def layer_heads(config: Any, layer: int, kind: str) -> tuple[int, int, int]:
 
 
 def sources(
-    config: Any, kinds: Sequence[str], refuse: Callable[[str], UnsupportedError]
+    config: Any, kinds: Sequence[str], refuse: Callable[..., UnsupportedError]
 ) -> dict[int, int]:
     """Return the layer whose cache each layer without an own one reads.
 
@@ -54,11 +54,15 @@ def sources(
         refuse: makes an error of a reason.
 
     Raises:
-        UnsupportedError: there is none, as in models that read the cache of another model.
+        UnsupportedError: there is none.
+        NothingToBudget: all layers read the cache of another model (assistants of Gemma 4).
     """
     first = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
-    last = {kind: layer for layer, kind in enumerate(kinds[: max(first, 0)])}
-    for kind in set(kinds[max(first, 0) :]) - set(last):
+    if first <= 0:
+        reason = "all of its layers read the cache of another model, and no layer of it has one"
+        raise refuse(reason, NothingToBudget)
+    last = {kind: layer for layer, kind in enumerate(kinds[:first])}
+    for kind in set(kinds[first:]) - set(last):
         raise refuse(f"layers of type {kind!r} read a shared cache that no layer of it has")
     return {layer: last[kinds[layer]] for layer in range(first, len(kinds))}
 
@@ -80,3 +84,33 @@ def share(shapes: Sequence[LayerShape], read: dict[int, int]) -> list[LayerShape
         )
         shared[layer] = LayerShape(0, 0, 0, reads=source)
     return shared
+
+
+def looped(
+    config: Any, shapes: Sequence[LayerShape], refuse: Callable[[str], UnsupportedError]
+) -> list[LayerShape]:
+    """Return the further caches of layers that run several times, behind those of all layers.
+
+    The caches of each loop after the first follow one another (Dory).
+
+    Args:
+        config: transformers' configuration of the decoder.
+        shapes: of all layers.
+        refuse: makes an error of a reason.
+
+    Raises:
+        UnsupportedError: loops read the cache of another loop.
+    """
+    loops = getattr(config, "n_recurrent_loops", None) or 1
+    if loops == 1:
+        return []
+    if (mode := getattr(config, "recurrent_kv_cache_mode", None)) != "per_loop":
+        raise refuse(
+            f"recurrent_kv_cache_mode={mode!r}: earlier loops over its layers read what the last "
+            "loop cached, before the new tokens are there"
+        )
+    first, count = config.n_input_layers, config.n_recurrent_layers
+    once = [
+        dataclasses.replace(shapes[layer], again=layer) for layer in range(first, first + count)
+    ]
+    return once * (loops - 1)

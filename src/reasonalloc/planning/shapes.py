@@ -8,7 +8,7 @@ from typing import Any
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
 from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
-from reasonalloc.planning.per_layer import layer_config, layer_heads, share, sources
+from reasonalloc.planning.per_layer import layer_config, layer_heads, looped, share, sources
 from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
@@ -47,7 +47,7 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
 
     Raises:
         UnsupportedError: an indexer, latent attention (MLA) of an unknown form, states of
-            an unknown form, or no layer that sees everything; says which.
+            an unknown form, loops that share caches, or no layer that sees everything; says which.
         NothingToBudget: an encoder-decoder, an encoder, a model without attention, or one whose
             layers all keep a fixed number of tokens.
     """
@@ -66,7 +66,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     latent = latent_shape(first, query_heads, refuse)
     kinds = _layer_types(config, layers)
     own = [_layer_shape(config, index, kind, latent, refuse) for index, kind in enumerate(kinds)]
-    shapes = tuple(share(own, sources(config, kinds, refuse)))
+    shared = share(own, sources(config, kinds, refuse))
+    shapes = tuple(shared + looped(config, shared, refuse))
     if any(shape.compressible for shape in shapes):
         return shapes
     if not any(shape.kv_heads for shape in shapes):
@@ -90,10 +91,13 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         raise refuse("its attention is not causal", NothingToBudget)
     if getattr(config, "index_topk", None):
         raise refuse(f"index_topk={config.index_topk}: {_INDEXED}")
-    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
-        raise refuse("it runs some of its layers in loops, each with a cache of its own")
-    if getattr(config, "cross_attention_layers", None):
-        raise refuse("some of its layers attend to an image, not to the text")
+    if getattr(config, "keep_window_size", None) is not None:
+        raise refuse(
+            "its attention weighs every token by the values of all KV heads in the cache, of which "
+            "each head would keep other tokens"
+        )
+    if 0 in (getattr(config, "cross_attention_layers", None) or ()):
+        raise refuse("its first layer attends to an image, so no cache counts the tokens")
 
 
 def _layer_shape(
@@ -113,6 +117,8 @@ def _layer_shape(
         raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
     if kind in (*_EMPTY, "linear_attention", "conv"):
         return LayerShape(0, 0, 0, None, state)
+    if index in (getattr(config, "cross_attention_layers", None) or ()):
+        return LayerShape(0, 0, 0, image=True)
     own = layer_config(config, index)
     if skipped := getattr(own, "skip", None):
         raise refuse(f"layer {index} skips {', '.join(skipped)}")

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from reasonalloc.attention.dense import attend
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.repeated import as_asked, in_groups, unrepeated
 from reasonalloc.integrations.hf.slab_layer import layer_of
 
 IMPLEMENTATION = "reasonalloc"
@@ -96,10 +97,15 @@ def attention_forward(
         scaling = query.shape[-1] ** -0.5
     _check_arguments(module, kwargs)
     _check_sinks(module, s_aux, query.shape[1], dropout)
-    layer = layer_of(key)
+    keys, values, copies = unrepeated(key, value)
+    layer = layer_of(keys)
     if layer is not None:
         _check_training(module, dropout)
-        out = layer.attend(query, key, value, attention_mask, scaling, softcap, s_aux)
+        heads = keys.shape[1]
+        sinks = None if s_aux is None else in_groups(s_aux, copies, heads, dim=0)
+        query = in_groups(query, copies, heads)
+        out = layer.attend(query, keys, values, attention_mask, scaling, softcap, sinks)
+        out = as_asked(out, copies, heads)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     elif softcap is not None or s_aux is not None:

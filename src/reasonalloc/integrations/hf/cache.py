@@ -17,6 +17,7 @@ from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.core.shared import SharedCompressor
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.images import ImageLayer
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
@@ -51,6 +52,8 @@ def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
         return SlabAndStateLayer(compressor, shape)
     if shape.sliding_window is not None:
         return SlidingLayer(shape)
+    if shape.image:
+        return ImageLayer()
     return empty_layer() if shape.state is None else StateLayer(shape.state)
 
 
@@ -60,7 +63,7 @@ def _detached(state: Tensor | None) -> Tensor | None:
 
 
 #: Layers that can copy what they hold, and give and take it; the others hold nothing.
-_HOLDING = (SlabLayer, SlidingLayer, StateLayer)
+_HOLDING = (SlabLayer, SlidingLayer, StateLayer, ImageLayer)
 
 
 class Owner(Protocol):
@@ -356,6 +359,8 @@ class BudgetCache(Cache):
             return None
         if any(columns < layer.compressor.protected_columns for layer in self._compressed):
             return None if self.evicted_at else 0  # the new prompt is to be protected as a whole
+        if any(layer.filled for layer in self._images):
+            return None  # the next call may not bring the image again
         bounded = any(s.get_seq_length() >= s.sliding_window for s in self._sliding)
         bounded = bounded or bool(self._states)
         if bounded or any(layer.compressor.keeps_state for layer in self._compressed):
@@ -415,6 +420,8 @@ class BudgetCache(Cache):
                 cleared.clear()
             for state in self._states:
                 state.clear_states()
+            for image in self._images:
+                image.forget()
         else:
             with torch.inference_mode(False), torch.no_grad():
                 slab = self._compressed[0].compressor.slab
@@ -610,12 +617,17 @@ class BudgetCache(Cache):
         return [s for s in self.layers if isinstance(s, SlidingLayer)]
 
     @property
+    def _images(self) -> list[ImageLayer]:
+        return [s for s in self.layers if isinstance(s, ImageLayer)]
+
+    @property
     def _states(self) -> list[StateLayer]:
         return [s for s in self.layers if isinstance(s, StateLayer)]
 
     def _other_bytes(self) -> int:
-        """Bytes of the layers with a sliding window, and of states."""
-        return held_bytes(self._sliding) + sum(layer.state_bytes for layer in self._states)
+        """Bytes of the layers with a sliding window, of images and of states."""
+        own = held_bytes([*self._sliding, *self._images])
+        return own + sum(layer.state_bytes for layer in self._states)
 
     @property
     def kv_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import inspect
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -75,12 +76,32 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
     check_hybrid(shapes, name)
     _check_causal(model, name)
     able = type(model)._can_set_attn_implementation()  # newer ones no longer say it themselves
-    if not getattr(model, "_supports_attention_backend", False) and not able:
+    known = getattr(model, "_supports_attention_backend", False) or able
+    if not known or _attends_alone(model):
         raise UnsupportedError(
             f"{name} cannot run under a KV budget: its attention does not go through transformers' "
             "AttentionInterface"
         )
     return shapes
+
+
+def _attends_alone(model: Any) -> bool:
+    """Whether the modules that read the cache compute a softmax of their own.
+
+    transformers may say that a model takes any attention because its vision tower does (GIT).
+    """
+    kinds = {type(module) for module in model.modules() if hasattr(module, "layer_idx")}
+    used = [_used_names(kind) for kind in kinds]
+    own = [names for names in used if {"update", "softmax"} <= names]
+    return bool(own) and not any("ALL_ATTENTION_FUNCTIONS" in names for names in used)
+
+
+def _used_names(kind: type) -> set[str]:
+    """Names that the methods of a class use."""
+    codes = [
+        getattr(inspect.unwrap(f), "__code__", None) for f in vars(kind).values() if callable(f)
+    ]
+    return {name for code in codes if code is not None for name in code.co_names}
 
 
 def _check_causal(model: Any, name: str) -> None:
@@ -119,8 +140,8 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     """Shapes of a model's layers, all of which calibration can follow.
 
     Raises:
-        UnsupportedError: it cannot work, or has latent attention, layers that share a cache, or
-            layers under a budget of different shapes.
+        UnsupportedError: it cannot work, or has latent attention, layers that share a cache,
+            layers under a budget of different shapes, or repeats the heads of its caches.
     """
     shapes = check_model(model)
     budgeted = [shape for shape in shapes if shape.compressible]
@@ -128,7 +149,10 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     for present, what in (
         (any(shape.latent is not None for shape in shapes), "latent attention (MLA)"),
         (any(shape.readers for shape in shapes), "layers that share a cache"),
+        (any(shape.again is not None for shape in shapes), "layers that run in loops"),
+        (any(shape.image for shape in shapes), "layers that attend to an image"),
         (unequal, "layers under a budget that differ in shape"),
+        (_repeats_heads(model, shapes), "attention that repeats the heads of its caches"),
     ):
         if present:
             raise UnsupportedError(
@@ -136,3 +160,13 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
                 "without a profile"
             )
     return shapes
+
+
+def _repeats_heads(model: Any, shapes: Sequence[LayerShape]) -> bool:
+    """Whether attention of a layer under a budget gets more key heads than its cache holds."""
+    groups = {i: s.query_heads // s.kv_heads for i, s in enumerate(shapes) if s.compressible}
+    modules = [module for module in model.modules() if getattr(module, "layer_idx", None) in groups]
+    return any(
+        getattr(m, "num_key_value_groups", groups[m.layer_idx]) != groups[m.layer_idx]
+        for m in modules
+    )

@@ -49,7 +49,8 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
     for layer, shape in enumerate(shapes):
         if not shape.compressible:
             continue
-        readers = [weights[own] for own in (layer, *shape.readers) if own in weights]
+        runs = layer if shape.again is None else shape.again
+        readers = [weights[own] for own in (runs, *shape.readers) if own in weights]
         heads = shape.query_heads // (1 + len(shape.readers))
         if len(readers) <= len(shape.readers) or any(w.shape[1] % heads for w in readers):
             raise UnsupportedError(

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.hf.repeated import follow
 from reasonalloc.integrations.hf.sliding import check_width
 from reasonalloc.planning.memory import LayerShape
 
@@ -58,6 +59,7 @@ class SlabLayer(CacheLayerMixin):
 
     def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.keys = self.values = torch.empty(0)  # for models that look whether a layer holds some
         self.compressor = compressor
         self.decode_is_real = False
         self.replay = False
@@ -97,6 +99,7 @@ class SlabLayer(CacheLayerMixin):
         if not self.compressor.static:
             self._logical += key_states.shape[-2]
         setattr(key_states, _TAG, self)
+        follow(key_states, value_states)
         return key_states, value_states
 
     def attend(

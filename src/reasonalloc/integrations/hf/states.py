@@ -37,8 +37,8 @@ def check_hybrid(shapes: Sequence[LayerShape], name: str) -> None:
     if not plain and not holds_states():
         raise UnsupportedError(
             f"{name} cannot run under a KV budget with this transformers, which has other cache "
-            "layers for linear, Mamba and convolution layers, and for layers that read another's: "
-            "install transformers 5.23 or newer"
+            "layers for linear, Mamba and convolution layers, and for layers that read another's "
+            "or attend to an image: install transformers 5.23 or newer"
         )
 
 
