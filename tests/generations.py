@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import reasonalloc
 from models import prompt
+from reasonalloc.integrations.hf import own_cache
 from reasonalloc.planning.memory import MemoryPlan
 
 SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
@@ -84,9 +84,9 @@ def check_planned_bytes(model: Any, planned: MemoryPlan) -> Any:
     return cache
 
 
-def full_cache(model: Any, more: int) -> DynamicCache:
+def full_cache(model: Any, more: int) -> Any:
     """transformers' own cache after 30 tokens and ``more`` of two sequences."""
-    full = DynamicCache(config=model.config)
+    full = own_cache.full_cache(model)
     with torch.no_grad():
         model(prompt(30, 2), past_key_values=full)
         model(prompt(more, 2), past_key_values=full)

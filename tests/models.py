@@ -112,6 +112,17 @@ _MAMBA2: dict[str, Any] = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
 }
+_INKLING: dict[str, Any] = {
+    "head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "route_scale": 1.0,
+    "logits_mup_width_multiplier": 1.0,
+}
 _LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 
 #: Classes of hybrid models, looked up by name (older transformers lacks some), and their settings.
@@ -205,6 +216,57 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": _LINEAR_FIRST,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 12,
+        },
+    ),
+    "minimax": (  # lightning attention; a cache of the model's own class
+        "MiniMaxConfig",
+        "MiniMaxForCausalLM",
+        {
+            "layer_types": [*_LINEAR_FIRST[1:], "linear_attention"],
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,  # all: measured costs have no jumps from one to another
+            "block_size": 16,
+        },
+    ),
+    "zaya": (  # convolutions of queries and keys, values of the token before
+        "ZayaConfig",
+        "ZayaForCausalLM",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "router_hidden_size": 16,
+        },
+    ),
+    "inkling": (  # four convolutions a layer; a bias by distance
+        "InklingTextConfig",
+        "InklingForCausalLM",
+        {**_INKLING, "num_hidden_layers": 3, "layer_types": 3 * ["hybrid"]},
+    ),
+    "inkling_sliding": (
+        "InklingTextConfig",
+        "InklingForCausalLM",
+        {
+            **_INKLING,
+            "layer_types": 2 * ["hybrid_sliding", "hybrid"],
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 12,
+            "sliding_window_size": 24,
+        },
+    ),
+    "zaya_sliding": (
+        "ZayaConfig",
+        "ZayaForCausalLM",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "router_hidden_size": 16,
+            "attention_bias": True,
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+            "sliding_window": 24,
         },
     ),
 }
@@ -418,8 +480,9 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 ABLE = holds_states()
 #: Hybrids that run here.
 RUNNING = [name for name in HYBRIDS if ABLE and hasattr(transformers, HYBRIDS[name][1])]
-#: Those whose layers attend through modules of their own, so that calibration can tell them apart.
-CALIBRATED = [name for name in RUNNING if name != "zamba"]
+#: Those whose layers attend through modules of their own, so that calibration can tell them apart,
+#: and by products of queries and keys alone.
+CALIBRATED = [name for name in RUNNING if name != "zamba" and not name.startswith("inkling")]
 
 
 def latent(name: str, **changes: Any) -> Any:
@@ -434,7 +497,11 @@ def latent(name: str, **changes: Any) -> Any:
 
 def hybrid(name: str, **changes: Any) -> Any:
     """A hybrid model with seeded random weights, fp32, in evaluation mode."""
-    return _made(name, HYBRIDS, changes)
+    model = _made(name, HYBRIDS, changes)
+    for module in model.modules():
+        if type(module).__name__ == "ZayaQKNorm":  # 0 makes all keys alike
+            torch.nn.init.uniform_(module.temp, 0.5, 1.5)
+    return model
 
 
 def unequal(name: str, **changes: Any) -> Any:

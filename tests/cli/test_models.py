@@ -34,6 +34,9 @@ WORK = (
     "falcon_h1",
     "lfm2",
     "nemotron_h",
+    "minimax",
+    "zaya",
+    "inkling_text",
     "mimo_v2_flash",
     "llama4_text",
     "laguna",
@@ -47,10 +50,12 @@ WORK = (
 )
 # Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
 LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
-LAYERS |= {"zamba", "nemotron_h", "gemma3n_text", "gemma4_text", "mllama"}
+LAYERS |= {"zamba", "nemotron_h", "minimax", "zaya", "inkling_text", "gemma3n_text", "gemma4_text"}
+LAYERS |= {"mllama"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 REFUSED |= {"doge": "by the values of all KV heads", "git": "AttentionInterface"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
+NOTHING |= {"recurrent_gemma": "every layer with attention keeps 24 tokens at most"}
 if hasattr(transformers, "Gemma4AssistantForCausalLM"):
     NOTHING["gemma4_assistant"] = "the cache of another model"
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 import reasonalloc
 from generations import (
+    PADDED,
     SMALL,
+    batch,
     check_a_budget_for_everything,
     check_a_small_budget,
     check_planned_bytes,
@@ -26,7 +27,9 @@ from generations import (
 from models import ABLE, HYBRIDS, hybrid, prompt
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.calibration.fisher import fisher
-from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.errors import NothingToBudget
+from reasonalloc.integrations.hf import own_cache
+from reasonalloc.integrations.hf.own_cache import full_bytes
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.texts import Trajectory
 
@@ -62,7 +65,7 @@ def test_a_budget_that_holds_everything_changes_nothing(name: str) -> None:
 @every
 def test_a_small_budget_in_a_batch(name: str) -> None:
     """Tokens change; a sequence alone and static steps give the same; positions rise."""
-    check_a_small_budget(made(name), 24)
+    check_a_small_budget(made(name), 24, static="sliding" not in name)
 
 
 @needs_layers
@@ -76,7 +79,7 @@ def test_bytes_are_as_planned(name: str, dtype: torch.dtype) -> None:
     cache = check_planned_bytes(model, kept)
     allocated = [t for layer in cache.layers for t in getattr(layer, "states", {}).values()]
     assert sum(t.untyped_storage().nbytes() for t in allocated) == kept.state_bytes
-    assert held_bytes(full_cache(model, 1).layers) == kept.full_bytes(31)
+    assert full_bytes(full_cache(model, 1)) == kept.full_bytes(31)
 
 
 def _starts_anew(cache: Any) -> None:
@@ -121,15 +124,20 @@ def test_copies_go_on_alike(name: str, tmp_path: Path) -> None:
 @every
 def test_a_cache_answers_as_that_of_transformers(name: str) -> None:
     model, ids = made(name), prompt(12, 2)
-    full = DynamicCache(config=model.config)
+    full = own_cache.full_cache(model)
     with torch.no_grad():
         model(ids, past_key_values=full)
     with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
         cache = attached.new_cache()
         assert not cache.has_previous_state()
         model(ids, past_key_values=cache)
-    assert cache.has_previous_state() and cache.is_linear == full.is_linear
-    assert cache.is_dummy == full.is_dummy and len(cache) == len(full)
+    if name == "minimax":  # transformers' keeps its states beside its layers
+        for index, own in enumerate(full.linear_cache):
+            if isinstance(own, Tensor):
+                assert torch.allclose(cache.get_linear_cache(index), own, atol=1e-4)
+    else:
+        assert cache.is_linear == full.is_linear and cache.is_dummy == full.is_dummy
+    assert cache.has_previous_state() and len(cache) == len(full)
     assert cache.get_seq_length() == full.get_seq_length() == 12
     for index, layer in enumerate(full.layers):
         for kind in ("conv", "recurrent"):
@@ -137,6 +145,35 @@ def test_a_cache_answers_as_that_of_transformers(name: str) -> None:
             if own is not None:
                 got = getattr(cache, f"get_{kind}_state")(index)
                 assert torch.allclose(got, own, atol=1e-4)
+
+
+@needs_layers
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_minimax_whose_first_layer_has_no_keys() -> None:
+    """A padded batch gives what transformers gives each sequence alone.
+
+    Its own cache takes layer 0 for one with keys, and pads a batch wrongly then.
+    """
+    model = hybrid("minimax", layer_types=2 * ["linear_attention", "full_attention"])
+    ids, mask = batch()
+    with reasonalloc.attach(model, budget=128):
+        together = generated(model, ids, mask, 40)
+    for row, padding in enumerate(PADDED):
+        own = ids[row : row + 1, padding:]
+        assert torch.equal(generated(model, own, torch.ones_like(own), 40)[0], together[row])
+
+
+@needs_layers
+def test_minimax_with_a_window_has_nothing_to_budget() -> None:
+    with pytest.raises(NothingToBudget, match="every layer with attention keeps 24 tokens"):
+        reasonalloc.attach(hybrid("minimax", sliding_window=24), **SMALL)
+
+
+@needs_layers
+def test_states_that_nobody_plans_do_not_matter_where_attention_is_bounded() -> None:
+    config = transformers.RecurrentGemmaConfig(num_hidden_layers=3, sliding_window=24)
+    with pytest.raises(NothingToBudget, match="every layer with attention keeps 24 tokens"):
+        layer_shapes(config, "it")
 
 
 @needs_layers

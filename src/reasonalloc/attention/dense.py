@@ -58,7 +58,7 @@ def attend(
     if softcap is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     blocks = []
-    for start, stop in _blocks(query, keys):
+    for start, stop in query_blocks(query, keys):
         weights = _weights(query, keys, mask, scaling, softcap, sinks, start, stop)
         blocks.append(weights.to(values.dtype) @ values)
     return torch.cat(blocks, dim=2)
@@ -124,14 +124,15 @@ def received_blocks(
     batch, kv_heads, n, _ = keys.shape
     runs = kv_heads if runs is None else runs
     repeated = repeat_heads(keys, query.shape[1])
-    for start, stop in _blocks(query, repeated):
+    for start, stop in query_blocks(query, repeated):
         weights = _weights(query, repeated, mask, scaling, softcap, sinks, start, stop)
         if query_valid is not None:
             weights = weights * query_valid[:, None, start:stop, None]
         yield start, stop, weights.view(batch, runs, -1, stop - start, n).mean(dim=2)
 
 
-def _blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:
+def query_blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:
+    """Return first and last (exclusive) queries of blocks whose logits are not too many."""
     batch, heads, queries, _ = query.shape
     rows = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * keys.shape[2]))
     return [(start, min(start + rows, queries)) for start in range(0, queries, rows)]

@@ -15,7 +15,8 @@ from torch import Tensor
 from reasonalloc.benchmark.split import Split, splitting
 from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.hf import attach_config
-from reasonalloc.integrations.hf.cache import BudgetCache, held_bytes
+from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.own_cache import full_bytes, full_cache
 from reasonalloc.integrations.hf.versions import with_cache
 
 #: The model's own full cache: growing, or allocated for the whole length at once.
@@ -82,7 +83,7 @@ def decode(
             steps.append(after - before)
             watch(step + 1)
             before = _now(device)
-        held = cache.kv_bytes if isinstance(cache, BudgetCache) else held_bytes(cache.layers)
+        held = cache.kv_bytes if isinstance(cache, BudgetCache) else full_bytes(cache)
         with splitting(model, cache, device) as split:
             for _ in range(interval):
                 before = _now(device)
@@ -108,7 +109,7 @@ def _now(device: torch.device) -> float:
 @contextmanager
 def opened(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) -> Iterator[Any]:
     """Return the contender's cache for a prompt and so many new tokens, ready to be used."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import StaticCache
 
     if contender.config is not None:
         with attach_config(model, contender.config) as attachment:
@@ -118,7 +119,7 @@ def opened(model: Any, contender: Contender, prompt: Tensor, new_tokens: int) ->
     elif contender.name == STATIC:
         yield StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
     else:
-        yield DynamicCache(config=model.config)
+        yield full_cache(model)
 
 
 def weight_products(model: Any, batch: int, repeats: int = 10) -> list[float]:

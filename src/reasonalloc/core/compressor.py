@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reasonalloc.allocators.head import HeadAllocator
 from reasonalloc.attention import Backend
-from reasonalloc.attention.dense import received_blocks
+from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
@@ -56,6 +56,8 @@ class LayerCompressor:
         static: decode steps read nothing of the host, and leave its part to ``advance``.
         latent: how heads read what is stored, if keys are latents (MLA) and values are empty; set
             before ``forward``. None where keys and values are stored.
+        bias: how queries with a bias by distance are read; set before ``forward``. None where they
+            have none.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class LayerCompressor:
         self._logits = Logits(1.0)  # of the model
         self.static = False
         self.latent: LatentHeads | None = None
+        self.bias: DistanceBias | None = None
 
     @property
     def waiting(self) -> int:
@@ -247,7 +250,7 @@ class LayerCompressor:
         logits: Logits,
     ) -> Tensor:
         step = self._fixed if self.static else self._eager
-        held = Held(slab, self._queries, self.progress, self.latent)
+        held = Held(slab, self._queries, self.progress, self.latent, self.bias)
         out = step.run(held, StepInput(query, key, value, valid, logits))
         self._logits = logits
         if not self.static:
@@ -443,7 +446,10 @@ class LayerCompressor:
         if self._pins(replayed):
             held = slab.kv_heads * self._pin(columns, valid)
             slab = self._make_room(slab, key, value)
-        return Chunk(slab, past, key, value, mask, valid, held, replayed, self.latent)
+        how, places = (self.latent, self.bias), None
+        if self.bias is not None:
+            places = new_positions(key, progress.seen, valid)
+        return Chunk(slab, past, key, value, mask, valid, held, replayed, *how, places)
 
     def _close(self, chunk: Chunk, query: Tensor, logits: Logits) -> None:
         """Store new tokens that have attended, and compress if that is due.
@@ -473,10 +479,7 @@ class LayerCompressor:
         positions = new_positions(key, self.progress.seen, valid)
         state = None
         if self._policy.state_channels:
-            visible = chunk.visible(query.shape[1])
-            received = received_blocks(
-                query, chunk.keys, visible, valid, *logits, runs=key.shape[1]
-            )
+            received = chunk.received(query, logits)
             state = observe_prefill(self._policy, past, positions, key.shape[1], received)
         return joined_rows(past, key, chunk.value, positions, valid, state)
 
@@ -548,15 +551,21 @@ class LayerCompressor:
         config, queries, seen = self._config, self._queries, self.progress.seen
         sinks, latent = logits.sinks, self.latent
         asked = None if queries is None else queries.read(seen, slab)
+        places = None if queries is None else queries.positions(seen)
+        positions, bias = rows.gather(rows.positions).long(), None
+        if self.bias is not None and asked is not None and places is not None:
+            asked, table = self.bias.split(asked)
+            distance = places[:, None, :, None] - positions[:, :, None]
+            bias = self.bias.of(table, distance[:, :, None])
         if latent is not None and asked is not None:
             asked = latent.scored_queries(asked)
         return Candidates(
             lengths=rows.lengths,
-            positions=rows.gather(rows.positions).long(),
+            positions=positions,
             load_keys=lambda: _scored_keys(rows, latent),
             load_values=lambda: _scored_values(rows, latent),
             queries=asked,
-            query_positions=None if queries is None else queries.positions(seen),
+            query_positions=places,
             state=None if rows.state is None else rows.gather(rows.state),
             seen=self.progress.per_sequence(slab.batch, slab.device),
             window=config.window,
@@ -565,7 +574,8 @@ class LayerCompressor:
             sinks=None if sinks is None else sinks.view(slab.kv_heads, -1),
             layer=self.layer,
             seed=config.seed,
-            stored=(rows.keys, rows.index) if latent is None else None,
+            stored=(rows.keys, rows.index) if latent is None and bias is None else None,
+            bias=bias,
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from reasonalloc.attention.dense import attend, repeat_heads
+from reasonalloc.attention.dense import attend, received_blocks, repeat_heads
+from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, Rows
 from reasonalloc.core.steps import Logits
@@ -143,6 +145,8 @@ class Chunk:
         held: upper bound of the new tokens of a sequence that are not pinned, over all heads.
         replayed: they are decode steps.
         latent: how heads read them, if they are latents.
+        bias: how queries with a bias by distance are read; None if they have none.
+        positions: [batch, q] int32, of the new tokens, where there is such a bias.
         keys, values: [batch, kv_heads, past + q, ...]; of latents those of every head.
     """
 
@@ -155,6 +159,8 @@ class Chunk:
     held: int
     replayed: bool
     latent: LatentHeads | None = None
+    bias: DistanceBias | None = None
+    positions: Tensor | None = None
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
     _visible: Tensor | None = field(default=None, init=False)
@@ -181,4 +187,26 @@ class Chunk:
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         """Attention of queries [batch, query_heads, q, head_dim]: [batch, query_heads, q, dim]."""
-        return attend(query, self.keys, self.values, self.visible(query.shape[1]), *logits)
+        visible = self.visible(query.shape[1])
+        if self.bias is not None:
+            places = self._places()
+            return self.bias.attend(query, self.keys, self.values, visible, places, logits.scaling)
+        return attend(query, self.keys, self.values, visible, *logits)
+
+    def received(self, query: Tensor, logits: Logits) -> Iterator[tuple[int, int, Tensor]]:
+        """Attention that past and new tokens receive; see ``dense.received_blocks``."""
+        visible, valid = self.visible(query.shape[1]), self.valid
+        if self.bias is not None:
+            places = self._places()
+            return self.bias.received(query, self.keys, visible, places, logits.scaling, valid)
+        runs = self.key.shape[1]
+        return received_blocks(query, self.keys, visible, valid, *logits, runs=runs)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """[batch, q] and [batch, kv_heads, past + q]: positions of queries and keys."""
+        if self.positions is None:
+            raise RuntimeError("a bias by distance without positions")
+        keys = self.positions[:, None].expand(-1, self.key.shape[1], -1)
+        if (past := self.past) is not None:
+            keys = torch.cat([past.gather(past.positions), keys], dim=2)
+        return self.positions, keys

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from reasonalloc.attention import Backend
+from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab
 from reasonalloc.core.observation import observe_step
@@ -24,12 +25,14 @@ class Held:
 
     Attributes:
         latent: how heads read the tokens, if these are latents; else None.
+        bias: how queries with a bias by distance are read; None if they have none.
     """
 
     slab: AnySlab
     queries: QueryWindow | None
     progress: Progress
     latent: LatentHeads | None = None
+    bias: DistanceBias | None = None
 
 
 class Logits(NamedTuple):
@@ -92,6 +95,10 @@ class Step(ABC):
         """Attend to what is stored; as ``Backend.decode``."""
         scaling, softcap, sinks = logits
         slab, how = held.slab, (scaling, softcap, self._watching, sinks)
+        if held.bias is not None:
+            if isinstance(slab, CodedSlab):
+                raise RuntimeError("coded tokens and a bias by distance")
+            return held.bias.decode(query, slab, held.progress.seen, scaling, self._watching)
         if isinstance(slab, CodedSlab):
             return self._backend.decode_coded(query, slab, *how)
         if held.latent is not None:
@@ -144,7 +151,7 @@ class FixedStep(Step):
     def _attend(self, held: Held, new: StepInput) -> tuple[Tensor, Tensor | None]:
         slab = held.slab
         seen = held.progress.spread(slab.batch, new.key.device)
-        if new.valid is None and held.latent is None:
+        if new.valid is None and held.latent is None and held.bias is None:
             ring = None if held.queries is None else held.queries.ring
             token = (new.query, new.key, new.value, seen)
             scaling, softcap, sinks = new.logits

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -31,8 +30,8 @@ from reasonalloc.core.recorder import Event
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.sampling import Sampling, SeededSampling
 from reasonalloc.integrations.hf import Attachment, attach_config
-from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.integrations.hf.own_cache import full_bytes, full_cache
 from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.planning.files import files_missing
 
@@ -205,7 +204,7 @@ def solve(
     processors = [] if sampling.greedy else [SeededSampling(sampling, seeds)]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        cache: Any = DynamicCache(config=model.config)
+        cache = full_cache(model)
         if job.budget is not None:
             cache = stack.enter_context(attach_job(model, job, settings)).new_cache()
         _reset_peak()
@@ -229,7 +228,7 @@ def solve(
     return BatchResult(
         completions=tuple(tuple(c) for c in completions),
         ended=tuple(c[-1] in ends for c in completions),
-        kv_bytes=held_bytes(cache.layers) if job.budget is None else cache.kv_bytes,
+        kv_bytes=full_bytes(cache) if job.budget is None else cache.kv_bytes,
         seconds=seconds,
         prefill_seconds=(meter.first_token_at or began) - began,
         peak_bytes=_peak(),

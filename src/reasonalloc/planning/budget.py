@@ -102,6 +102,11 @@ class BudgetPlan(Shown):
                 f"kv_dtype={kind!r}: {self.name} caches latents (MLA), which are not kept in fewer "
                 "bits yet: leave it out"
             )
+        if self.config.coded and shape.distances:
+            raise UnsupportedError(
+                f"kv_dtype={kind!r}: the attention of {self.name} has a bias by distance, which is "
+                "not read over tokens in fewer bits yet: leave it out"
+            )
         row_format(kind, *shape.dims, self.dtype, self.name)
 
     def _in_tokens(self) -> CompressionConfig:
@@ -327,7 +332,7 @@ class BudgetPlan(Shown):
             config_hash=self._fingerprint,
             layers=len(self._budgeted),
             query_heads=self._budgeted[0].query_heads,
-            head_dim=self._budgeted[0].query_dim,
+            head_dim=self._budgeted[0].query_dim - self._budgeted[0].distances,
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
         )

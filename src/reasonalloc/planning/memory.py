@@ -32,6 +32,8 @@ class LayerShape:
         again: the layer of the model that runs once more, with this cache, or None.
         image: whether the layer attends to an image, whose keys are not part of the plan, instead
             of the text.
+        distances: for how many distances between query and key the layer adds a bias of each
+            query's own to the logits; 0: it adds none, or has no budget.
     """
 
     kv_heads: int
@@ -45,6 +47,7 @@ class LayerShape:
     reads: int | None = None
     again: int | None = None
     image: bool = False
+    distances: int = 0
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -53,8 +56,9 @@ class LayerShape:
 
     @property
     def query_dim(self) -> int:
-        """Width of a query."""
-        return self.head_dim if self.latent is None else self.latent.key_dim
+        """Width of a query, with its bias by distance."""
+        width = self.head_dim if self.latent is None else self.latent.key_dim
+        return width + self.distances
 
     @property
     def handed(self) -> tuple[tuple[int, int], tuple[int, int]]:

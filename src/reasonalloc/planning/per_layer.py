@@ -35,6 +35,8 @@ def layer_heads(config: Any, layer: int, kind: str) -> tuple[int, int, int]:
         head_dim = getattr(own, "global_head_dim", None) or head_dim
         if getattr(own, "attention_k_eq_v", False):
             kv_heads = getattr(own, "num_global_key_value_heads", None) or kv_heads
+    elif kind == "hybrid_sliding" and hasattr(own, "swa_head_dim"):  # Inkling
+        return own.swa_num_key_value_heads, own.swa_num_attention_heads, own.swa_head_dim
     elif kind == "sliding_attention" and getattr(config, "model_type", "") == "mimo_v2_flash":
         kv_heads = 2 * kv_heads  # which no field says
     return kv_heads, query_heads, head_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
@@ -13,14 +13,18 @@ from reasonalloc.planning.states import state_shape
 
 #: Names of layers in older configurations.
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention"}
-_STATES = ("linear_attention", "conv", "hybrid")
+_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _INDEXED = (
     "an indexer chooses the tokens that attention sees by a key of every token, which a budget "
     "would evict"
 )
 _EMPTY = ("moe", "mlp", "dummy")  # layers without any cache
 #: The field with the tokens that a layer keeps at most, by the type of the layer.
-_BOUNDS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+_BOUNDS = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
 
 
 def text_config(model: Any) -> Any:
@@ -65,6 +69,7 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
         raise refuse("its configuration does not give the number of layers and attention heads")
     latent = latent_shape(first, query_heads, refuse)
     kinds = _layer_types(config, layers)
+    _check_growing(config, kinds, refuse)
     own = [_layer_shape(config, index, kind, latent, refuse) for index, kind in enumerate(kinds)]
     shared = share(own, sources(config, kinds, refuse))
     shapes = tuple(shared + looped(config, shared, refuse))
@@ -73,9 +78,28 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     if not any(shape.kv_heads for shape in shapes):
         reason = "it has no attention layer, so its cache does not grow"
         raise refuse(reason, NothingToBudget)
-    most = max(shape.sliding_window or 0 for shape in shapes)
-    raise refuse(
-        f"every layer keeps {most} tokens at most (sliding window, chunks), so its cache is "
+    raise _bounded(max(shape.sliding_window or 0 for shape in shapes), refuse)
+
+
+def _check_growing(
+    config: Any, kinds: Sequence[str], refuse: Callable[..., UnsupportedError]
+) -> None:
+    """Refuse a model whose attention layers are all bounded, whatever its other layers keep."""
+    others = ("linear_attention", "conv", *_EMPTY)
+    bounds: list[int] = [
+        (kind in _BOUNDS and getattr(layer_config(config, index), _BOUNDS[kind])) or 0
+        for index, kind in enumerate(kinds)
+        if kind not in others
+    ]
+    if bounds and all(bounds) and len(bounds) < len(kinds):
+        raise _bounded(max(bounds), refuse, " with attention")
+
+
+def _bounded(
+    most: int, refuse: Callable[..., UnsupportedError], which: str = ""
+) -> UnsupportedError:
+    return refuse(
+        f"every layer{which} keeps {most} tokens at most (sliding window, chunks), so its cache is "
         "bounded already",
         NothingToBudget,
     )
@@ -98,6 +122,10 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         )
     if 0 in (getattr(config, "cross_attention_layers", None) or ()):
         raise refuse("its first layer attends to an image, so no cache counts the tokens")
+    if (getattr(config, "loop_num_passes", None) or 1) > 1:
+        raise refuse("it runs some of its layers in loops, each with a cache of its own")
+    if getattr(config, "rel_l2_clip_threshold", None):
+        raise refuse("every token has attention sinks of its own, not every head")
 
 
 def _layer_shape(
@@ -112,10 +140,12 @@ def _layer_shape(
         if any(word in kind for word in ("index", "sparse", "compress")):
             raise refuse(f"layer {index} is of type {kind!r}: {_INDEXED}")
         raise refuse(f"layer {index} is of type {kind!r}, which is not known")
-    state = state_shape(config, kind) if kind in _STATES else None
+    without_keys = kind in (*_EMPTY, "linear_attention", "conv")
+    heads = (0, 0, 0) if without_keys or latent is not None else layer_heads(config, index, kind)
+    state = state_shape(config, kind, heads[0] * heads[2]) if kind in _STATES else None
     if kind in _STATES and state is None:
         raise refuse(f"layer {index} is of type {kind!r} and keeps a state of an unknown form")
-    if kind in (*_EMPTY, "linear_attention", "conv"):
+    if without_keys:
         return LayerShape(0, 0, 0, None, state)
     if index in (getattr(config, "cross_attention_layers", None) or ()):
         return LayerShape(0, 0, 0, image=True)
@@ -126,11 +156,11 @@ def _layer_shape(
         if kind != "full_attention":
             raise refuse(f"layer {index} is of type {kind!r} and uses latent attention (MLA)")
         return _latent_layer(latent)
-    kv_heads, query_heads, head_dim = layer_heads(config, index, kind)
     value_dim = getattr(own, "v_head_dim", None)
     window = getattr(own, _BOUNDS[kind]) if kind in _BOUNDS else None
-    other = None if value_dim == head_dim else value_dim
-    return LayerShape(kv_heads, query_heads, head_dim, window, state, other)
+    other = None if value_dim == heads[2] else value_dim
+    distances = 0 if window is not None else getattr(own, "rel_extent", None) or 0
+    return LayerShape(*heads, window, state, other, distances=distances)
 
 
 def _latent_layer(latent: LatentShape) -> LayerShape:
@@ -142,9 +172,13 @@ def _latent_layer(latent: LatentShape) -> LayerShape:
 
 
 def _layer_types(config: Any, layers: int) -> list[str]:
+    """Return the type of each layer; of MiniMax's with a window, which no type says."""
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if types is not None:
-        return [_LEGACY.get(kind, kind) for kind in types]
+        named = dict(_LEGACY)
+        if getattr(config, "model_type", "") == "minimax" and config.sliding_window is not None:
+            named["full_attention"] = "sliding_attention"
+        return [named.get(kind, kind) for kind in types]
     if getattr(config, "sliding_window", None) is not None:
         return ["sliding_attention"] * layers
     if getattr(config, "attention_chunk_size", None) is not None:

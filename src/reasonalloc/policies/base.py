@@ -43,6 +43,8 @@ class Candidates:
         seed: seed of the run.
         stored: where the keys lie, for loops that read them there: [batch, m, head_dim], and
             [batch, kv_heads, n] int64 places in them; None if they lie in several places.
+        bias: [batch, kv_heads, group, window, n] float32, what the model adds to the logits of
+            ``queries`` and keys by their distance; None if it adds nothing.
     """
 
     lengths: Tensor
@@ -60,6 +62,7 @@ class Candidates:
     seed: int
     stored: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -197,7 +200,7 @@ def window_logits(candidates: Candidates) -> Tensor:
     )
     if candidates.softcap is not None:
         logits = torch.tanh(logits / candidates.softcap) * candidates.softcap
-    return logits
+    return logits if candidates.bias is None else logits + candidates.bias
 
 
 def causal(candidates: Candidates) -> Tensor:

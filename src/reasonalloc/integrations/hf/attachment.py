@@ -42,10 +42,12 @@ from reasonalloc.integrations.hf import attention
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import CallCheck, CallEnd, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
+from reasonalloc.integrations.hf.distance import distance_stands
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
 from reasonalloc.integrations.hf.installed import Installed
 from reasonalloc.integrations.hf.latent import Unexpanded, check_latents, latent_modules
 from reasonalloc.integrations.hf.model import check_model, decoder_of, inner_model
+from reasonalloc.integrations.hf.own_cache import budget_class, own_class
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
@@ -80,6 +82,7 @@ class Attachment:
         self.shard = find_shard(model, self.shapes)
         check_step(config.step, model, self.shapes, self.shard.size)
         check_latents(config.attention, model, self.shapes)
+        distance_stands(model, self.shapes, config.attention)
         self._heads = HEAD_ALLOCATORS.create(config.arm.heads)
         self._backend = choose_backend(
             config.attention, model.device, model.dtype, compiled=config.step == "compile"
@@ -200,7 +203,7 @@ class Attachment:
             else:
                 layers.append(LayerCompressor(*settings))
         shapes = tuple(self.shard.shape(shape) for shape in self.shapes)
-        cache = BudgetCache(layers, shapes, recorder, self)
+        cache = budget_class(own_class(self._model))(layers, shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
         return cache
 
@@ -274,6 +277,8 @@ class Attachment:
         for layer, module in latent_modules(model, self.shapes).items():
             stand = Unexpanded(module, self.shapes[layer])
             self._installed.place(module, {"expand_kv": stand})
+        for module, own in distance_stands(model, self.shapes, self.config.attention):
+            self._installed.place(module, own)
         if any(shape.state is not None or shape.readers for shape in self.shapes):
             self._installed.after(decoder, CallEnd())
 

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from reasonalloc.attention.dense import attend
+from reasonalloc.attention.dense import attend, repeat_heads
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.distance import added
 from reasonalloc.integrations.hf.repeated import as_asked, in_groups, unrepeated
 from reasonalloc.integrations.hf.slab_layer import layer_of
 
 IMPLEMENTATION = "reasonalloc"
 # Arguments of other attention features, which would be ignored silently; so would any tensor of
 # numbers, see ``_check_arguments``.
-_UNSUPPORTED = ("position_bias", "head_mask", "attention_sinks", "cache")
+_UNSUPPORTED = ("head_mask", "attention_sinks", "cache")
 
 
 def register() -> None:
@@ -79,6 +81,7 @@ def attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface.
@@ -89,6 +92,8 @@ def attention_forward(
     Args:
         query: [batch, query_heads, q, head_dim]; key, value: [batch, kv_heads, n, head_dim].
         s_aux: [query_heads] learned sinks, or None; name as in transformers.
+        position_bias: [batch, query_heads, q, n], added to the logits, or None; in a layer under a
+            budget that of distances, see ``DistanceTable``.
 
     Returns:
         [batch, q, query_heads, head_dim] and no attention weights.
@@ -103,11 +108,17 @@ def attention_forward(
         _check_training(module, dropout)
         heads = keys.shape[1]
         sinks = None if s_aux is None else in_groups(s_aux, copies, heads, dim=0)
+        bias = None if position_bias is None else in_groups(position_bias, copies, heads)
         query = in_groups(query, copies, heads)
-        out = layer.attend(query, keys, values, attention_mask, scaling, softcap, sinks)
+        out = layer.attend(query, keys, values, attention_mask, scaling, softcap, sinks, bias)
         out = as_asked(out, copies, heads)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
+    elif position_bias is not None:
+        _check_plain(module, softcap, s_aux, dropout)
+        bias = _masked(added(module, position_bias, key.shape[2]), attention_mask)
+        keys, values = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+        out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scaling)
     elif softcap is not None or s_aux is not None:
         out = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
@@ -116,6 +127,25 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _masked(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a bias [batch, query_heads, q, n] that hides what a mask hides; None: the future."""
+    queries, n = bias.shape[2:]
+    if mask is None:
+        mask = torch.ones(queries, n, dtype=torch.bool, device=bias.device).tril(n - queries)
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+
+
+def _check_plain(
+    module: torch.nn.Module, softcap: float | None, sinks: Tensor | None, dropout: float
+) -> None:
+    """Refuse what does not go together with a bias."""
+    if softcap is not None or sinks is not None or dropout:
+        raise UnsupportedError(
+            f"{type(module).__name__} has a bias ('position_bias') beside soft-capping, sinks or "
+            "dropout, which do not go together here: detach ReasonAlloc to run this model"
+        )
 
 
 def _check_arguments(module: torch.nn.Module, given: Mapping[str, Any]) -> None:

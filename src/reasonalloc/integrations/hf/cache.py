@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
@@ -22,7 +22,12 @@ from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
 from reasonalloc.integrations.hf.sliding import SlidingLayer
-from reasonalloc.integrations.hf.states import SlabAndStateLayer, StateLayer, empty_layer
+from reasonalloc.integrations.hf.states import (
+    SlabAndStateLayer,
+    SlidingAndStateLayer,
+    StateLayer,
+    empty_layer,
+)
 from reasonalloc.planning.memory import LayerShape
 
 _BROKEN_OFF = (
@@ -51,7 +56,7 @@ def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
             return SlabLayer(compressor, shape)
         return SlabAndStateLayer(compressor, shape)
     if shape.sliding_window is not None:
-        return SlidingLayer(shape)
+        return SlidingLayer(shape) if shape.state is None else SlidingAndStateLayer(shape)
     if shape.image:
         return ImageLayer()
     return empty_layer() if shape.state is None else StateLayer(shape.state)
@@ -106,8 +111,8 @@ class BudgetCache(Cache):
     ) -> None:
         self.recorder = recorder
         self.owner = owner
-        super().__init__(
-            layers=[_layer(layer, shape) for layer, shape in zip(layers, shapes, strict=True)]
+        Cache.__init__(  # not that of a model's own class, see ``OwnBudgetCache``
+            self, layers=[_layer(layer, shape) for layer, shape in zip(layers, shapes, strict=True)]
         )
         self._first = next((i for i, shape in enumerate(shapes) if shape.kv_heads), 0)
         #: Whether a call has looked at a state, and not ended yet; see ``settle``.
@@ -158,7 +163,8 @@ class BudgetCache(Cache):
     def is_linear(self) -> list[bool]:
         """Per layer whether it has a state and no attention."""
         return [
-            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, SlabLayer)
+            isinstance(layer, LinearAttentionCacheLayerMixin)
+            and not isinstance(layer, CacheLayerMixin)
             for layer in self.layers
         ]
 
@@ -346,6 +352,12 @@ class BudgetCache(Cache):
         old = places[:, :-columns]
         new = following(old)[:, None] + fresh.long().cumsum(dim=1) - 1
         places = torch.cat([old, new.masked_fill(~fresh, -1)], dim=1)
+        between = (places[:, 1:] < 0) & (places[:, :-1] >= 0)
+        if any(layer.counts_columns for layer in self._compressed) and bool(between.any()):
+            raise UnsupportedError(
+                "attention_mask hides tokens behind others, which this model counts in the "
+                "distances that its attention depends on: pad on the left"
+            )
         self.seen.set_places(places)
 
     def reach(self, columns: int) -> int | None:
@@ -528,7 +540,7 @@ class BudgetCache(Cache):
             UsageError: a call broke off in the middle.
         """
         self.check_whole()
-        twin = BudgetCache((), (), self.recorder.copy(), self.owner)
+        twin = type(self)((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
             twin.layers = [
                 layer.copy(twin.recorder, sequences)
@@ -626,8 +638,9 @@ class BudgetCache(Cache):
 
     def _other_bytes(self) -> int:
         """Bytes of the layers with a sliding window, of images and of states."""
-        own = held_bytes([*self._sliding, *self._images])
-        return own + sum(layer.state_bytes for layer in self._states)
+        bounded = [t for s in (*self._sliding, *self._images) for t in (s.keys, s.values)]
+        size = sum(tensor.nbytes for tensor in bounded if tensor is not None)
+        return size + sum(layer.state_bytes for layer in self._states)
 
     @property
     def kv_bytes(self) -> int:

@@ -148,6 +148,7 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
     unequal = len({(shape.kv_heads, shape.query_heads, shape.dims) for shape in budgeted}) > 1
     for present, what in (
         (any(shape.latent is not None for shape in shapes), "latent attention (MLA)"),
+        (any(shape.distances for shape in shapes), "a bias of its logits by distance"),
         (any(shape.readers for shape in shapes), "layers that share a cache"),
         (any(shape.again is not None for shape in shapes), "layers that run in loops"),
         (any(shape.image for shape in shapes), "layers that attend to an image"),

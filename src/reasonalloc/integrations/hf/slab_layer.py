@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
@@ -23,6 +24,10 @@ FOREIGN_ATTENTION = (
     "same keys, which cannot run under a KV budget: detach ReasonAlloc to run it"
 )
 
+_OTHER_BIAS = (
+    "this model adds a bias ('position_bias') to its attention logits in another way than by "
+    "distance alone, which cannot run under a KV budget: detach ReasonAlloc to run it"
+)
 UNREAD = (
     "this model does not read a cache that several of its layers share as its configuration says, "
     "or hands its keys on in copies (device_map), which cannot run under a KV budget: keep the "
@@ -80,6 +85,11 @@ class SlabLayer(CacheLayerMixin):
         return self.waiting > len(self._shape.readers)
 
     @property
+    def counts_columns(self) -> bool:
+        """Whether the model counts hidden tokens in distances, which are not stored here."""
+        return self._shape.distances > 0
+
+    @property
     def midway(self) -> bool:
         """Whether a call broke off in this layer, or after it in a static step."""
         return self._values is not None or self.compressor.unsettled
@@ -111,10 +121,15 @@ class SlabLayer(CacheLayerMixin):
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Store the new tokens and attend, see ``LayerCompressor.forward``."""
+        """Store the new tokens and attend, see ``LayerCompressor.forward``.
+
+        ``bias`` is [batch, query_heads, q, distances], what logits get by distance, or None.
+        """
         if value is not self._values:
             raise UnsupportedError(FOREIGN_ATTENTION)
+        query = self._with_bias(query, bias, softcap, sinks)
         if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
             mask = None
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
@@ -126,6 +141,20 @@ class SlabLayer(CacheLayerMixin):
             setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
             self._values = None
         return out
+
+    def _with_bias(
+        self, query: Tensor, bias: Tensor | None, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Return queries as the compressor wants them, see ``DistanceBias``."""
+        distances = self._shape.distances
+        if (0 if bias is None else bias.shape[-1]) != distances:
+            raise UnsupportedError(_OTHER_BIAS)
+        if bias is None:
+            return query
+        if softcap is not None or sinks is not None:
+            raise UnsupportedError(_OTHER_BIAS)
+        self.compressor.bias = DistanceBias(distances)
+        return torch.cat([query, bias.to(query.dtype)], dim=-1)
 
     def _stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the slab keeps of what the model handed to the cache."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -11,6 +11,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.planning.memory import LayerShape
+
+_Own = TypeVar("_Own", bound="SlidingLayer")
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
@@ -21,7 +23,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     """
 
     def __init__(self, shape: LayerShape) -> None:
-        super().__init__(sliding_window=shape.sliding_window or 0)
+        DynamicSlidingWindowLayer.__init__(self, sliding_window=shape.sliding_window or 0)
         self.shape = shape
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -31,11 +33,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             UnsupportedError: they differ from the plan.
         """
         check_width("a layer with a sliding window", self.shape, key_states, value_states)
-        super().lazy_initialization(key_states, value_states)
+        DynamicSlidingWindowLayer.lazy_initialization(self, key_states, value_states)
 
-    def shortened(self, columns: int) -> SlidingLayer:
-        """A layer with the first ``columns``, all of which this one still holds."""
-        twin = SlidingLayer(self.shape)
+    def shortened(self: _Own, columns: int) -> _Own:
+        """A layer with the first ``columns``, all of which this one still holds; without states."""
+        twin = type(self)(self.shape)
         if columns and self.keys is not None and self.values is not None:
             twin.lazy_initialization(self.keys, self.values)
             twin.keys, twin.values = (
@@ -44,9 +46,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             twin.cumulative_length = columns
         return twin
 
-    def copy(self, recorder: Recorder, sequences: Tensor | None = None) -> SlidingLayer:
+    def copy(self: _Own, recorder: Recorder, sequences: Tensor | None = None) -> _Own:
         """The same content in memory of its own; see ``Slab.copy``."""
-        twin = SlidingLayer(self.shape)
+        twin = type(self)(self.shape)
         if self.keys is not None and self.values is not None:
             twin.lazy_initialization(self.keys, self.values)
             rows = slice(None) if sequences is None else sequences.to(self.keys.device)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import CompressionNeverHappened
 from reasonalloc.integrations.hf.attachment import Attachment, attach_config
-from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.model import end_tokens
+from reasonalloc.integrations.hf.own_cache import full_bytes, full_cache
 from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.loading import quiet
 from reasonalloc.planning.memory import LayerShape, MemoryPlan
@@ -102,7 +102,7 @@ class Progress:
     @property
     def kv_bytes(self) -> int:
         """Measured: bytes that keys and values hold now."""
-        return held_bytes(self.cache.layers) if self.config is None else int(self.cache.kv_bytes)
+        return full_bytes(self.cache) if self.config is None else int(self.cache.kv_bytes)
 
     @property
     def planned_bytes(self) -> int:
@@ -224,7 +224,7 @@ def watched(
     """
     with contextlib.ExitStack() as stack:
         attachment = None if config is None else stack.enter_context(attach_config(model, config))
-        cache = DynamicCache(config=model.config) if attachment is None else attachment.new_cache()
+        cache = full_cache(model) if attachment is None else attachment.new_cache()
         shapes = layer_shapes(text_config(model), model_name(model))
         config = None if attachment is None else attachment.config  # a budget in bytes, in tokens
         progress = Progress(config, shapes, model.dtype, int(prompt.shape[1]), cache, attachment)
