@@ -475,6 +475,55 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_FALCON: dict[str, Any] = {"ffn_hidden_size": 64}
+_ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False}
+_UNEVEN: dict[str, Any] = {"num_attention_heads": 12, "hidden_size": 96}  # slopes that are rounded
+_XGLM = {"attention_heads": 6, "num_layers": 3, "d_model": 48, "ffn_dim": 64}
+_TROCR = {"decoder_attention_heads": 6, "decoder_layers": 3, "d_model": 48}
+_NEO = {"num_heads": 6, "num_layers": 3, "window_size": 24}
+_MPT = {"n_heads": 6, "n_layers": 3, "d_model": 48, "max_seq_len": 512, "use_cache": True}
+
+#: The same of models whose modules compute attention themselves.
+INLINE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "falcon": ("FalconConfig", "FalconForCausalLM", _FALCON),
+    "falcon_heads": ("FalconConfig", "FalconForCausalLM", {**_FALCON, "multi_query": False}),
+    "falcon_new": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon_alibi": ("FalconConfig", "FalconForCausalLM", {**_FALCON, **_ALIBI}),
+    "falcon_uneven": ("FalconConfig", "FalconForCausalLM", {**_FALCON, **_ALIBI, **_UNEVEN}),
+    "gpt_neox_japanese": (
+        "GPTNeoXJapaneseConfig",
+        "GPTNeoXJapaneseForCausalLM",
+        {"intermediate_multiple_size": 2, "rotary_pct": 0.5},
+    ),
+    "xglm": ("XGLMConfig", "XGLMForCausalLM", _XGLM),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {**_NEO, "attention_types": [[["global"], 1], [["local", "global"], 1]]},
+    ),
+    "gpt_neo_global": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {**_NEO, "attention_types": [[["global"], 3]]},
+    ),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"n_head": 6, "n_layer": 3}),
+    "bloom_uneven": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"n_head": 12, "n_layer": 3, "hidden_size": 96},
+    ),
+    "mpt": ("MptConfig", "MptForCausalLM", {**_MPT, "attn_config": {"clip_qkv": 4.0}}),
+    "trocr": (
+        "TrOCRConfig",
+        "TrOCRForCausalLM",
+        {**_TROCR, "decoder_ffn_dim": 64, "initializer_range": 0.6},
+    ),
+}
+
 
 #: Whether transformers has cache layers for layers without keys (5.23, which wants Python 3.11).
 ABLE = holds_states()
@@ -507,6 +556,19 @@ def hybrid(name: str, **changes: Any) -> Any:
 def unequal(name: str, **changes: Any) -> Any:
     """A model whose layers differ, likewise."""
     return _made(name, UNEQUAL, changes)
+
+
+def inline(name: str, **changes: Any) -> Any:
+    """A model whose modules compute attention themselves, likewise."""
+    config, model, settings = INLINE[name]
+    given = {**COMMON, **settings, **changes}
+    foreign = {"num_attention_heads", "num_hidden_layers", "num_key_value_heads", "hidden_size"}
+    if config not in ("FalconConfig", "GPTNeoXJapaneseConfig"):  # names of their own
+        keep = {"hidden_size"} if config in ("BloomConfig", "GPTNeoConfig") else set()
+        given = {k: v for k, v in given.items() if k not in foreign - keep}
+    given.pop("num_key_value_heads", None)
+    torch.manual_seed(hash_name(name))
+    return getattr(transformers, model)(getattr(transformers, config)(**given)).eval()
 
 
 def unequal_heads() -> Any:

@@ -47,6 +47,13 @@ WORK = (
     "jetmoe",
     "dory",
     "mllama",
+    "falcon",
+    "gpt_neox_japanese",
+    "xglm",
+    "gpt_neo",
+    "bloom",
+    "mpt",
+    "trocr",
 )
 # Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
 LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
@@ -54,8 +61,11 @@ LAYERS |= {"zamba", "nemotron_h", "minimax", "zaya", "inkling_text", "gemma3n_te
 LAYERS |= {"mllama"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 REFUSED |= {"doge": "by the values of all KV heads", "git": "AttentionInterface"}
+REFUSED |= {"cpmant": "a learned number for every distance"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
 NOTHING |= {"recurrent_gemma": "every layer with attention keeps 24 tokens at most"}
+NOTHING |= dict.fromkeys(("openai-gpt", "xlnet", "reformer"), "no cache of keys and values")
+NOTHING |= {"xlm": "its attention is not causal"}
 if hasattr(transformers, "Gemma4AssistantForCausalLM"):
     NOTHING["gemma4_assistant"] = "the cache of another model"
 
@@ -100,6 +110,10 @@ def test_a_family_without_a_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "toy_config", breaks)
     family = try_family("llama")
     assert (family.verdict, family.reason) == ("not tried", "ValueError: hidden_size must be even")
+
+
+def test_layers_are_named_as_everywhere() -> None:
+    assert try_family("gpt_neo").kinds == ("full_attention", "sliding_attention")
 
 
 def test_few_layers_have_every_kind() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from reasonalloc.diagnose.toys import VALID, text_default, toy_config
 from reasonalloc.errors import NothingToBudget, ReasonAllocError, UsageError, unknown_name
+from reasonalloc.planning.inline import layer_types as own_types
 from reasonalloc.planning.shapes import layer_shapes
 
 Verdict = Literal["works", "refused", "nothing to budget", "fails", "not tried"]
@@ -155,8 +156,11 @@ def _rows(families: Sequence[Family], works: bool) -> list[str]:
 
 
 def _refusal(name: str, model: str) -> dict[str, Any]:
-    """Return why a family is refused by its default configuration alone; nothing if it is not."""
+    """Return why a family is refused by its class or its default configuration; else nothing."""
+    from reasonalloc.integrations.hf.model import check_cached
+
     try:
+        check_cached(getattr(importlib.import_module("transformers"), model))
         layer_shapes(text_default(name, **VALID.get(name, {})), model)
     except NothingToBudget as error:
         return {"verdict": "nothing to budget", "reason": _line(error)}
@@ -230,7 +234,7 @@ def _is_encoder_decoder(name: str) -> bool:
 
 
 def _kinds(config: Any) -> tuple[str, ...]:
-    types = getattr(config, "layer_types", None) or ["full_attention"]
+    types = own_types(config) or getattr(config, "layer_types", None) or ["full_attention"]
     return tuple(dict.fromkeys(types))
 
 

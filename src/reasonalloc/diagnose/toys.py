@@ -129,7 +129,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "git": {"vision_config": {**_TOWER, "num_hidden_layers": 1, "patch_size": 14}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 24},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
         "layer_types": _SLIDING_AND_FULL,

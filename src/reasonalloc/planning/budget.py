@@ -107,6 +107,11 @@ class BudgetPlan(Shown):
                 f"kv_dtype={kind!r}: the attention of {self.name} has a bias by distance, which is "
                 "not read over tokens in fewer bits yet: leave it out"
             )
+        if self.config.coded and shape.bias:
+            raise UnsupportedError(
+                f"kv_dtype={kind!r}: keys of {self.name} carry the bias of their position (ALiBi), "
+                "which fewer bits would round away: leave it out"
+            )
         row_format(kind, *shape.dims, self.dtype, self.name)
 
     def _in_tokens(self) -> CompressionConfig:

@@ -34,6 +34,9 @@ class LayerShape:
             of the text.
         distances: for how many distances between query and key the layer adds a bias of each
             query's own to the logits; 0: it adds none, or has no budget.
+        bias: channels that a key has under a budget besides ``head_dim``, for the bias of its
+            position (ALiBi).
+        copies: how often the model's own cache holds each KV head.
     """
 
     kv_heads: int
@@ -48,17 +51,21 @@ class LayerShape:
     again: int | None = None
     image: bool = False
     distances: int = 0
+    bias: int = 0
+    copies: int = 1
 
     @property
     def dims(self) -> tuple[int, int]:
         """Widths of a key and of a value, as they are stored."""
-        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        return self.head_dim + self.bias, value_dim
 
     @property
     def query_dim(self) -> int:
         """Width of a query, with its bias by distance."""
-        width = self.head_dim if self.latent is None else self.latent.key_dim
-        return width + self.distances
+        if self.latent is not None:
+            return self.latent.key_dim
+        return self.head_dim + self.bias + self.distances
 
     @property
     def handed(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -75,7 +82,8 @@ class LayerShape:
     def full_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values in the model's own cache after ``tokens`` tokens."""
         kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
-        return batch * self.kv_heads * kept * sum(self.dims) * itemsize
+        numbers = (sum(self.dims) - self.bias) * self.copies
+        return batch * self.kv_heads * kept * numbers * itemsize
 
 
 @dataclass(frozen=True)

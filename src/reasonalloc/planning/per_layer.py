@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError
+from reasonalloc.planning import inline
 from reasonalloc.planning.memory import LayerShape
 
 
@@ -28,7 +29,8 @@ def layer_heads(config: Any, layer: int, kind: str) -> tuple[int, int, int]:
     each = getattr(own, "num_attention_heads_per_layer", None)  # Laguna
     query_heads = each[layer] if each else own.num_attention_heads
     of_attention = getattr(own, "attn_config", None)  # DBRX
-    kv_heads = getattr(of_attention, "kv_n_heads", None)
+    kv_heads = (inline.kv_heads(own) or (None, 1))[0]
+    kv_heads = kv_heads or getattr(of_attention, "kv_n_heads", None)
     kv_heads = kv_heads or getattr(own, "num_key_value_heads", None) or query_heads
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // query_heads
     if kind == "full_attention":  # Gemma 4, before transformers had configurations per layer

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError, UsageError
+from reasonalloc.planning import inline
 from reasonalloc.planning.latents import LatentShape, latent_shape
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.per_layer import layer_config, layer_heads, looped, share, sources
@@ -87,7 +89,7 @@ def _check_growing(
     """Refuse a model whose attention layers are all bounded, whatever its other layers keep."""
     others = ("linear_attention", "conv", *_EMPTY)
     bounds: list[int] = [
-        (kind in _BOUNDS and getattr(layer_config(config, index), _BOUNDS[kind])) or 0
+        _bound(layer_config(config, index), kind) if kind in _BOUNDS else 0
         for index, kind in enumerate(kinds)
         if kind not in others
     ]
@@ -111,7 +113,8 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         reason = "it is an encoder-decoder model, only decoder-only models work"
         raise refuse(reason, NothingToBudget)
     both_ways = getattr(config, "use_bidirectional_attention", None)
-    if both_ways not in (None, False, "vision") or not getattr(config, "is_causal", True):
+    causal = getattr(config, "is_causal", True) and getattr(config, "causal", True)  # XLM
+    if both_ways not in (None, False, "vision") or not causal:
         raise refuse("its attention is not causal", NothingToBudget)
     if getattr(config, "index_topk", None):
         raise refuse(f"index_topk={config.index_topk}: {_INDEXED}")
@@ -126,6 +129,8 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         raise refuse("it runs some of its layers in loops, each with a cache of its own")
     if getattr(config, "rel_l2_clip_threshold", None):
         raise refuse("every token has attention sinks of its own, not every head")
+    if (own := inline.refusal(config)) is not None:
+        raise refuse(own)
 
 
 def _layer_shape(
@@ -157,10 +162,22 @@ def _layer_shape(
             raise refuse(f"layer {index} is of type {kind!r} and uses latent attention (MLA)")
         return _latent_layer(latent)
     value_dim = getattr(own, "v_head_dim", None)
-    window = getattr(own, _BOUNDS[kind]) if kind in _BOUNDS else None
-    other = None if value_dim == heads[2] else value_dim
-    distances = 0 if window is not None else getattr(own, "rel_extent", None) or 0
-    return LayerShape(*heads, window, state, other, distances=distances)
+    window = _bound(own, kind) if kind in _BOUNDS else None
+    shape = LayerShape(
+        *heads,
+        window,
+        state,
+        None if value_dim == heads[2] else value_dim,
+        distances=0 if window is not None else getattr(own, "rel_extent", None) or 0,
+    )
+    copies = (inline.kv_heads(own) or (heads[0], 1))[1]
+    return dataclasses.replace(shape, bias=inline.bias_channels(own), copies=copies)
+
+
+def _bound(config: Any, kind: str) -> int:
+    """Return the tokens that a layer of a type with a bound sees at most."""
+    own = getattr(config, "window_size", None) if inline.layer_types(config) else None
+    return int(own or getattr(config, _BOUNDS[kind]))
 
 
 def _latent_layer(latent: LatentShape) -> LayerShape:
@@ -173,6 +190,8 @@ def _latent_layer(latent: LatentShape) -> LayerShape:
 
 def _layer_types(config: Any, layers: int) -> list[str]:
     """Return the type of each layer; of MiniMax's with a window, which no type says."""
+    if (own := inline.layer_types(config)) is not None:
+        return own
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if types is not None:
         named = dict(_LEGACY)

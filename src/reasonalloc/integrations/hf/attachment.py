@@ -44,6 +44,7 @@ from reasonalloc.integrations.hf.calls import CallCheck, CallEnd, StepOfCache
 from reasonalloc.integrations.hf.chat import Chat
 from reasonalloc.integrations.hf.distance import distance_stands
 from reasonalloc.integrations.hf.generation import NOT_HERE, check_generate, check_result
+from reasonalloc.integrations.hf.inline import inline_stands, set_attention
 from reasonalloc.integrations.hf.installed import Installed
 from reasonalloc.integrations.hf.latent import Unexpanded, check_latents, latent_modules
 from reasonalloc.integrations.hf.model import check_model, decoder_of, inner_model
@@ -257,12 +258,13 @@ class Attachment:
         installed, self._installed = self._installed, None
         if installed is not None:
             installed.remove()
-        model.set_attn_implementation(self._original)
+        set_attention(model, self._original)
 
     def _install(self) -> None:
         attention.register()
         model = self._model
-        model.set_attn_implementation(self._implementations(attention.IMPLEMENTATION))
+        inline = list(inline_stands(model))  # refuses
+        set_attention(model, self._implementations(attention.IMPLEMENTATION))
         stands: dict[str, Any] = {_HANDLE: self, "generate": self.generate}
         for name, reason in NOT_HERE.items():
             if hasattr(type(model), name):
@@ -279,6 +281,8 @@ class Attachment:
             self._installed.place(module, {"expand_kv": stand})
         for module, own in distance_stands(model, self.shapes, self.config.attention):
             self._installed.place(module, own)
+        for part, attributes in inline:
+            self._installed.place(part, attributes)
         if any(shape.state is not None or shape.readers for shape in self.shapes):
             self._installed.after(decoder, CallEnd())
 

@@ -22,6 +22,8 @@ IMPLEMENTATION = "reasonalloc"
 # Arguments of other attention features, which would be ignored silently; so would any tensor of
 # numbers, see ``_check_arguments``.
 _UNSUPPORTED = ("head_mask", "attention_sinks", "cache")
+_ALWAYS_MASKED = ("mpt",)  # families that do something with a mask whether there is one or not
+_NEEDLESS = "_reasonalloc_needless"
 
 
 def register() -> None:
@@ -45,6 +47,30 @@ def mask_forward(
     A compressed layer announces the new tokens alone. For one such token nothing but its own
     validity matters: on a GPU that is passed on without looking, since looking would wait.
     """
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    mask = _mask(*sizes, mask_function, attention_mask, **kwargs)
+    family = getattr(kwargs.get("config"), "model_type", None)
+    if mask is None and family in _ALWAYS_MASKED:
+        mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        setattr(mask, _NEEDLESS, True)
+    return mask
+
+
+def is_needless(mask: Tensor) -> bool:
+    """Whether a mask says nothing and was made only because a model cannot go without."""
+    return getattr(mask, _NEEDLESS, False)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor | None:
     new_alone = kv_length == q_length and kwargs.get("local_size") is None
     if new_alone and attention_mask is not None and attention_mask.shape[-1] < kv_offset + q_length:
         raise UsageError(

@@ -118,6 +118,7 @@ class BudgetCache(Cache):
         #: Whether a call has looked at a state, and not ended yet; see ``settle``.
         self._moving = False
         self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
+        self._counted = any(shape.bias for shape in shapes)  # keys hold where they stand
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
         self.seen = SeenText()
         #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
@@ -317,6 +318,7 @@ class BudgetCache(Cache):
             hidden = ~visible & (places >= 0)
             if bool(hidden.any()):
                 self._refuse_to_hide()
+                self._refuse_gaps(hidden, visible)
                 self._forget(hidden, past)
 
     def _refuse_to_hide(self) -> None:
@@ -324,6 +326,14 @@ class BudgetCache(Cache):
             raise UnsupportedError(
                 "attention_mask hides tokens that layers with a state (linear attention, Mamba, "
                 "convolution) have taken in or would take in: start with a new cache"
+            )
+
+    def _refuse_gaps(self, hidden: Tensor, visible: Tensor) -> None:
+        """Refuse to hide tokens before others, whose bias would change (ALiBi)."""
+        if self._counted and bool((visible & (hidden.cumsum(dim=1) > 0)).any()):
+            raise UnsupportedError(
+                "attention_mask hides tokens before others that stay, whose position would change "
+                "(ALiBi), but keys were stored with it: start with a new cache"
             )
 
     def _forget(self, hidden: Tensor, columns: int) -> None:
@@ -548,7 +558,7 @@ class BudgetCache(Cache):
                 else empty_layer()
                 for layer in self.layers
             ]
-        twin._first = self._first
+        twin._first, twin._counted = self._first, self._counted
         twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
         twin.seen = self.seen.copy(sequences)
         return twin
@@ -577,6 +587,11 @@ class BudgetCache(Cache):
         with torch.inference_mode(False), torch.no_grad():
             for layer in self._compressed:
                 layer.compressor.fix()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a decode step does the device's part alone, see ``static``."""
+        return any(layer.compressor.static for layer in self._compressed)
 
     @contextmanager
     def static(self) -> Iterator[None]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+from reasonalloc.integrations.hf.inline import set_attention
+
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -105,5 +107,5 @@ class Installed:
                 own = memo.get(id(hooks), hooks)
                 memo[id(hooks)] = OrderedDict((k, v) for k, v in own.items() if k != handle.id)
         twin.__dict__.update(copy.deepcopy(self._placed.plain(), memo))
-        twin.set_attn_implementation(self._original)
+        set_attention(twin, self._original)
         return dict(twin.__dict__)

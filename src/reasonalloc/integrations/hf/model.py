@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reasonalloc.errors import NothingToBudget, UnsupportedError
+from reasonalloc.integrations.hf.inline import computes_inline
 from reasonalloc.integrations.hf.states import check_hybrid
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import layer_shapes, text_config
@@ -62,7 +63,7 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
 
     Raises:
         UnsupportedError: it cannot work, with the reason.
-        NothingToBudget: it is no decoder with causal attention.
+        NothingToBudget: it is no decoder with causal attention, or has no cache.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -71,13 +72,14 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
             "compiling it"
         )
     shapes = layer_shapes(text_config(model), name)
+    check_cached(type(model))
     if not hasattr(model, "generate"):
         raise UnsupportedError(f"{name} has no generate(): load it with AutoModelForCausalLM")
     check_hybrid(shapes, name)
     _check_causal(model, name)
     able = type(model)._can_set_attn_implementation()  # newer ones no longer say it themselves
-    known = getattr(model, "_supports_attention_backend", False) or able
-    if not known or _attends_alone(model):
+    able = able or getattr(model, "_supports_attention_backend", False)
+    if not computes_inline(model) and (not able or _attends_alone(model)):
         raise UnsupportedError(
             f"{name} cannot run under a KV budget: its attention does not go through transformers' "
             "AttentionInterface"
@@ -102,6 +104,20 @@ def _used_names(kind: type) -> set[str]:
         getattr(inspect.unwrap(f), "__code__", None) for f in vars(kind).values() if callable(f)
     ]
     return {name for code in codes if code is not None for name in code.co_names}
+
+
+def check_cached(kind: type[Any]) -> None:
+    """Refuse a class of models whose ``forward`` takes no cache of keys and values.
+
+    Raises:
+        NothingToBudget: says so.
+    """
+    known = inspect.signature(kind.forward).parameters
+    anything = any(one.kind is one.VAR_POSITIONAL for one in known.values())
+    if not anything and not {"cache", "past_key_values"} & set(known):
+        raise NothingToBudget(
+            f"{kind.__name__} cannot run under a KV budget: it takes no cache of keys and values"
+        )
 
 
 def _check_causal(model: Any, name: str) -> None:
@@ -141,7 +157,8 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
 
     Raises:
         UnsupportedError: it cannot work, or has latent attention, layers that share a cache,
-            layers under a budget of different shapes, or repeats the heads of its caches.
+            layers under a budget of different shapes, repeats the heads of its caches, or has
+            modules that compute attention themselves.
     """
     shapes = check_model(model)
     budgeted = [shape for shape in shapes if shape.compressible]
@@ -154,6 +171,7 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
         (any(shape.image for shape in shapes), "layers that attend to an image"),
         (unequal, "layers under a budget that differ in shape"),
         (_repeats_heads(model, shapes), "attention that repeats the heads of its caches"),
+        (computes_inline(model), "modules that compute attention themselves"),
     ):
         if present:
             raise UnsupportedError(

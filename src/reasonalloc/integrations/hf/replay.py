@@ -37,7 +37,7 @@ def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Te
     prompt = torch.tensor([trajectory.prompt_ids], dtype=torch.int64, device=model.device)
     fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
     out = model(prompt, **with_cache({}, cache), use_cache=True, logits_to_keep=1)
-    yield out.logits[0]
+    yield out.logits[0, -1:]  # some models know no logits_to_keep
     for piece in fed.split(PIECE, dim=1):
         parts = []
         while piece.shape[1]:

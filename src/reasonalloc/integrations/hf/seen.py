@@ -49,6 +49,12 @@ class SeenText:
         later = torch.arange(self.columns - known.shape[1], device=device)
         return torch.cat([known, self._next.to(device)[:, None] + later], dim=1)
 
+    def latest(self, count: int, batch: int, device: torch.device) -> Tensor:
+        """[batch or 1, count] int64: the positions of the last columns, -1 where hidden."""
+        if self._places is None:
+            return torch.arange(self.columns - count, self.columns, device=device)[None]
+        return self.places(batch, device)[:, -count:]
+
     def add(self, ids: Tensor | None, batch: int, columns: int) -> None:
         """Append columns; all of them are visible until ``hide`` says otherwise.
 

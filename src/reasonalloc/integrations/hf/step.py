@@ -48,6 +48,8 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         return
     if getattr(text_config(model), "attn_temperature_tuning", False):
         raise refuse("its attention's temperature follows a position that the host counts")
+    if getattr(text_config(model), "model_type", None) == "xglm":
+        raise refuse("its table of positions grows with a length that the host counts")
     if any(shape.state is not None for shape in shapes):
         raise refuse("repeated steps of linear, Mamba or convolution layers were not tested")
     if any(shape.image for shape in shapes):
