@@ -123,6 +123,18 @@ _INKLING: dict[str, Any] = {
     "route_scale": 1.0,
     "logits_mup_width_multiplier": 1.0,
 }
+_INKLING2: dict[str, Any] = {
+    "head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "route_scale": 1.0,
+    "unpadded_vocab_size": VOCAB,
+    "n_layers_per_attn_res_block": 2,
+    "log_scaling_n_floor": 8,
+}
 _LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 
 #: Classes of hybrid models, looked up by name (older transformers lacks some), and their settings.
@@ -256,6 +268,23 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window_size": 24,
         },
     ),
+    "inkling2": (  # the same with a sink of every query
+        "Inkling2TextConfig",
+        "Inkling2ForCausalLM",
+        {**_INKLING2, "num_hidden_layers": 3, "layer_types": 3 * ["hybrid"]},
+    ),
+    "inkling2_sliding": (
+        "Inkling2TextConfig",
+        "Inkling2ForCausalLM",
+        {
+            **_INKLING2,
+            "layer_types": 2 * ["hybrid_sliding", "hybrid"],
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 12,
+            "sliding_window_size": 24,
+        },
+    ),
     "zaya_sliding": (
         "ZayaConfig",
         "ZayaForCausalLM",
@@ -367,6 +396,11 @@ UNEQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MllamaTextConfig",
         "MllamaForCausalLM",
         {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    ),
+    "diffllama": (  # pairs of KV heads read each other's values
+        "DiffLlamaConfig",
+        "DiffLlamaForCausalLM",
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12},
     ),
     "dory": (  # layers 1 and 2 run three times
         "DoryConfig",
@@ -497,7 +531,8 @@ INLINE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox_japanese": (
         "GPTNeoXJapaneseConfig",
         "GPTNeoXJapaneseForCausalLM",
-        {"intermediate_multiple_size": 2, "rotary_pct": 0.5},
+        # Transformers 5.12 breaks off where it turns a part of the channels.
+        {"intermediate_multiple_size": 2, "rotary_pct": 0.5 if holds_states() else 1.0},
     ),
     "xglm": ("XGLMConfig", "XGLMForCausalLM", _XGLM),
     "gpt_neo": (

@@ -13,7 +13,8 @@ def softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
 
     Args:
         logits: [batch, *heads, ..., n] float32, soft-capped.
-        sinks: [*heads], one logit each, which is not soft-capped; None: none.
+        sinks: [*heads], one logit each, which is not soft-capped, or one for each query, of the
+            shape of ``logits`` without its last dimension; None: none.
 
     Returns:
         Of the shape of ``logits``, float32; rows sum to 1 without sinks, to less with them.
@@ -21,6 +22,7 @@ def softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
     weights = logits.softmax(dim=-1)
     if sinks is None:
         return weights
-    others = logits.dim() - 1 - sinks.dim()
+    of_queries = sinks.dim() == logits.dim() - 1
+    others = 1 if of_queries else logits.dim() - 1 - sinks.dim()
     own = sinks.float().view(*sinks.shape, *[1] * others)
     return weights * (logits.logsumexp(dim=-1, keepdim=True) - own).sigmoid()

@@ -37,6 +37,7 @@ WORK = (
     "minimax",
     "zaya",
     "inkling_text",
+    "inkling2_text",
     "mimo_v2_flash",
     "llama4_text",
     "laguna",
@@ -54,14 +55,17 @@ WORK = (
     "bloom",
     "mpt",
     "trocr",
+    "diffllama",
 )
 # Layers without keys, or with another layer's: from transformers 5.23 on, which wants Python 3.11.
 LAYERS = {"qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "lfm2"}
-LAYERS |= {"zamba", "nemotron_h", "minimax", "zaya", "inkling_text", "gemma3n_text", "gemma4_text"}
-LAYERS |= {"mllama"}
+LAYERS |= {"zamba", "nemotron_h", "minimax", "zaya", "inkling_text", "inkling2_text"}
+LAYERS |= {"gemma3n_text", "gemma4_text", "mllama"}
 REFUSED = {"deepseek_v32": "indexer chooses", "deepseek_v4": "indexer chooses"}
 REFUSED |= {"doge": "by the values of all KV heads", "git": "AttentionInterface"}
 REFUSED |= {"cpmant": "a learned number for every distance"}
+REFUSED |= {"inkling2_loop_text": "some of its layers in loops"}
+REFUSED |= {"blt": "made of several models (decoder, encoder, global, patcher)"}
 NOTHING = {"mamba": "no attention heads", "bert": "not causal: set is_decoder=True"}
 NOTHING |= {"recurrent_gemma": "every layer with attention keeps 24 tokens at most"}
 NOTHING |= dict.fromkeys(("openai-gpt", "xlnet", "reformer"), "no cache of keys and values")

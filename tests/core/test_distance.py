@@ -14,7 +14,7 @@ from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.policies import POLICIES
+from reasonalloc.policies import POLICIES, Candidates
 
 BATCH, HEADS, KV_HEADS, DIM, EXTENT, TOKENS, SCALING = 3, 4, 2, 6, 9, 44, 0.4
 PADDED = [0, 5, 2]
@@ -105,3 +105,59 @@ def test_only_near_keys_get_a_bias() -> None:
     table = torch.tensor([[1.0, 2.0, 3.0]])
     distance = torch.tensor([[-1, 0, 1, 2, 3, 100]])
     assert DistanceBias(3).of(table, distance).tolist() == [[0.0, 1.0, 2.0, 3.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("how", ["eager", "static", "replayed"])
+def test_sinks_of_queries(how: str) -> None:
+    """As a further logit of every query in its softmax, whose value is zero."""
+    torch.manual_seed(0)
+    query, table = torch.randn(BATCH, HEADS, TOKENS, DIM), torch.randn(BATCH, HEADS, TOKENS, EXTENT)
+    key, value = torch.randn(2, BATCH, KV_HEADS, TOKENS, DIM)
+    sinks = 2 * torch.randn(BATCH, HEADS, TOKENS, 1)
+    layer = layer_of("h2o", "uniform", 2 * KV_HEADS * TOKENS)
+    layer.bias = DistanceBias(EXTENT, sinks=True)
+    found = fed(layer, (torch.cat([query, table, sinks], -1), key, value), False, how)
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
+    of_queries = columns(positions(False), table)[0] * SCALING
+    logits = query @ keys.mT * SCALING + of_queries
+    future = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    whole = torch.cat([logits.masked_fill(future, -torch.inf), sinks], dim=-1)
+    weights = whole.softmax(-1)[..., :-1]
+    torch.testing.assert_close(found, weights @ values, rtol=1e-4, atol=1e-4)
+    rows = layer.slab.as_rows()  # type: ignore[union-attr]
+    received = weights.sum(dim=2).unflatten(1, (KV_HEADS, -1)).mean(dim=2)
+    torch.testing.assert_close(rows.gather(rows.state)[..., 0], received, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["rkv", "snapkv", "tova"])
+def test_scores_with_sinks_of_queries(policy: str) -> None:
+    """Equal sinks of all queries are those of a head; others give other scores."""
+    torch.manual_seed(0)
+    n, window, group = 20, 4, HEADS // KV_HEADS
+    keys, values = torch.randn(2, BATCH, KV_HEADS, n, DIM)
+    queries = torch.randn(BATCH, KV_HEADS, group, window, DIM)
+    heads = torch.randn(KV_HEADS, group)
+
+    def scores(**sinks: Tensor) -> Tensor:
+        return POLICIES.create(policy).score(
+            Candidates(
+                lengths=torch.full((BATCH, KV_HEADS), n),
+                positions=torch.arange(n).expand(BATCH, KV_HEADS, -1),
+                load_keys=lambda: keys,
+                load_values=lambda: values,
+                queries=queries,
+                query_positions=torch.arange(n - window, n).expand(BATCH, -1),
+                state=None,
+                seen=torch.full((BATCH,), n),
+                window=window,
+                scaling=SCALING,
+                softcap=None,
+                layer=0,
+                seed=0,
+                **sinks,
+            )
+        )
+
+    alike = heads[..., None].expand(BATCH, -1, -1, window)
+    torch.testing.assert_close(scores(query_sinks=alike), scores(sinks=heads))
+    assert not torch.allclose(scores(query_sinks=alike + torch.arange(window)), scores(sinks=heads))

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DeepseekV32Config,
-    DiffLlamaConfig,
     DogeConfig,
     DynamicCache,
     GenerationConfig,
@@ -27,6 +27,8 @@ import reasonalloc
 from models import COMMON, prompt, tiny
 from reasonalloc import UnsupportedError, UsageError
 from reasonalloc.errors import NothingToBudget
+from reasonalloc.integrations.hf import attention
+from reasonalloc.integrations.hf.cache import BudgetCache
 
 
 def one_sentence(error: BaseException) -> None:
@@ -254,16 +256,38 @@ def test_training_and_short_masks() -> None:
         model(prompt(10), use_cache=False).logits.sum().backward()
 
 
-def test_attention_that_is_not_plain() -> None:
-    """Changed values, and keys that are attended to twice."""
-    model = AutoModelForCausalLM.from_config(
-        DiffLlamaConfig(**{**COMMON, "num_key_value_heads": 2})
-    ).eval()
+@pytest.mark.parametrize("changed", [0, 1])
+def test_keys_or_values_that_are_changed(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between cache and attention."""
+    update = BudgetCache.update
+
+    def changing(*args: Any, **kwargs: Any) -> Any:
+        pair = list(update(*args, **kwargs))
+        pair[changed] = pair[changed] * 1.0
+        return tuple(pair)
+
+    monkeypatch.setattr(BudgetCache, "update", changing)
+    model = tiny("llama")
     with (
         pytest.raises(UnsupportedError, match="cannot run under a KV budget"),
         reasonalloc.attach(model, budget=20),
     ):
         model.generate(prompt(10), max_new_tokens=5)
+
+
+def test_keys_that_are_attended_to_twice() -> None:
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        attention.attention_forward(*args, **kwargs)
+        return attention.attention_forward(*args, **kwargs)
+
+    model = tiny("llama")
+    with reasonalloc.attach(model, budget=20):
+        AttentionInterface.register(attention.IMPLEMENTATION, twice)
+        try:
+            with pytest.raises(UnsupportedError, match="attends twice to the same keys"):
+                model.generate(prompt(10), max_new_tokens=5)
+        finally:
+            attention.register()
 
 
 def test_longrope() -> None:

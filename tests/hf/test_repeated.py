@@ -65,8 +65,8 @@ def test_what_was_repeated_is_known() -> None:
         {"attention": "cpp", "policy": "h2o"},
     ],
 )
-def test_every_setting_reads_the_heads_of_the_cache(settings: dict[str, Any]) -> None:
-    """What is kept of each head is what its own queries choose: the model repeated by hand."""
+def test_every_setting_compresses_the_heads_of_the_cache(settings: dict[str, Any]) -> None:
+    """Each compresses, in the planned bytes."""
     model, ids = unequal("jetmoe"), prompt(30, 2)
     with reasonalloc.attach(model, **SMALL, **settings) as attached:
         cache = attached.new_cache()

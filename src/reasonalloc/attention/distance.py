@@ -1,7 +1,8 @@
 """Attention with a bias of the logits by the distance between query and key, as in Inkling.
 
-Every query brings a number for each distance from 0 to a bound; keys further away get none. The
-numbers follow the query as further columns, so that whoever keeps queries keeps them too.
+Every query brings a number for each distance from 0 to a bound; keys further away get none. It may
+bring a sink of its own as well (Inkling 2), see ``reasonalloc.sinks``. The numbers follow the query
+as further columns, so that whoever keeps queries keeps them too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from reasonalloc.attention.dense import query_blocks, repeat_heads
 from reasonalloc.attention.interface import SlabView, slot_mask
+from reasonalloc.sinks import softmax
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,17 @@ class DistanceBias:
 
     Attributes:
         extent: distances that have a bias: 0 to ``extent - 1``.
+        sinks: whether queries bring sinks.
     """
 
     extent: int
+    sinks: bool = False
 
-    def split(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [..., head_dim] and [..., extent] of queries [..., head_dim + extent]."""
-        width = query.shape[-1] - self.extent
-        return query[..., :width], query[..., width:]
+    def split(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return [..., head_dim], [..., extent] and the sinks [...] of wide queries."""
+        width = query.shape[-1] - self.extent - self.sinks
+        sinks = query[..., -1].float() if self.sinks else None
+        return query[..., :width], query[..., width : width + self.extent], sinks
 
     def of(self, table: Tensor, distance: Tensor) -> Tensor:
         """Return the bias of logits, float32.
@@ -58,7 +63,7 @@ class DistanceBias:
         """Attention of a chunk of queries; as ``dense.attend``.
 
         Args:
-            query: [batch, query_heads, q, head_dim + extent].
+            query: [batch, query_heads, q, width], wide.
             keys, values: [batch, kv_heads, n, ...].
             mask: bool, broadcastable to [batch, query_heads, q, n], or None: causal.
             positions: of queries [batch, q], and of keys [batch, kv_heads, n].
@@ -98,20 +103,20 @@ class DistanceBias:
         """Attend to everything that a slab holds; as ``Backend.decode``.
 
         Args:
-            query: [batch, query_heads, 1, head_dim + extent].
+            query: [batch, query_heads, 1, width], wide.
             slab: the layer's storage, the new token included.
             position: of the query: one number, or [batch] int64.
             scaling, need_weights: see ``Backend.decode``.
         """
         batch, query_heads, _, _ = query.shape
-        query, table = (part.squeeze(2) for part in self.split(query))
+        query, table, sinks = self.split(query.squeeze(2))
         logits = (query * scaling @ slab.keys.transpose(-1, -2)).float()  # every head, every slot
         if isinstance(position, Tensor):
             position = position[:, None]
         logits = logits + self.of(table, (position - slab.positions)[:, None])
         group = query_heads // slab.kv_heads
         own = slot_mask(slab).repeat_interleave(group, dim=1)
-        weights = logits.masked_fill(~own, torch.finfo(logits.dtype).min).softmax(dim=-1)
+        weights = softmax(logits.masked_fill(~own, torch.finfo(logits.dtype).min), sinks)
         out = (weights.to(slab.values.dtype) @ slab.values).view(batch, query_heads, 1, -1)
         return out, weights.sum(dim=1) if need_weights else None
 
@@ -127,7 +132,7 @@ class DistanceBias:
         heads, (queries, n) = query.shape[1], (query.shape[2], keys.shape[2])
         repeated = repeat_heads(keys, heads).transpose(-1, -2)
         places = repeat_heads(positions[1], heads)[:, :, None]
-        query, table = self.split(query)
+        query, table, sinks = self.split(query)
         if mask is None:
             mask = torch.ones(queries, n, dtype=torch.bool, device=query.device).tril(n - queries)
             mask = mask[None, None]
@@ -137,4 +142,5 @@ class DistanceBias:
             distance = positions[0][:, None, block, None] - places
             logits = logits + self.of(table[:, :, block], distance)
             least = torch.finfo(logits.dtype).min
-            yield start, stop, logits.masked_fill(~mask[:, :, block], least).softmax(dim=-1)
+            logits = logits.masked_fill(~mask[:, :, block], least)
+            yield start, stop, softmax(logits, None if sinks is None else sinks[:, :, block])

@@ -552,9 +552,9 @@ class LayerCompressor:
         sinks, latent = logits.sinks, self.latent
         asked = None if queries is None else queries.read(seen, slab)
         places = None if queries is None else queries.positions(seen)
-        positions, bias = rows.gather(rows.positions).long(), None
+        positions, bias, own_sinks = rows.gather(rows.positions).long(), None, None
         if self.bias is not None and asked is not None and places is not None:
-            asked, table = self.bias.split(asked)
+            asked, table, own_sinks = self.bias.split(asked)
             distance = places[:, None, :, None] - positions[:, :, None]
             bias = self.bias.of(table, distance[:, :, None])
         if latent is not None and asked is not None:
@@ -576,6 +576,7 @@ class LayerCompressor:
             seed=config.seed,
             stored=(rows.keys, rows.index) if latent is None and bias is None else None,
             bias=bias,
+            query_sinks=own_sinks,
         )
 
 

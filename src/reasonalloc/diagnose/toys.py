@@ -8,6 +8,7 @@ from typing import Any
 #: Sizes of a toy, by the names that configurations have for them.
 TOY: dict[str, Any] = {
     "vocab_size": 97,
+    "unpadded_vocab_size": 97,
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,

@@ -332,12 +332,13 @@ class BudgetPlan(Shown):
         return config_hash(self.text_config.to_dict())
 
     def _bind_policy(self) -> Policy:
+        first = self._budgeted[0]
         facts = ModelFacts(
             model_id=self.name,
             config_hash=self._fingerprint,
             layers=len(self._budgeted),
-            query_heads=self._budgeted[0].query_heads,
-            head_dim=self._budgeted[0].query_dim - self._budgeted[0].distances,
+            query_heads=first.query_heads,
+            head_dim=first.query_dim - first.distances - first.query_sinks,
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
         )

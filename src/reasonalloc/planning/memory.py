@@ -30,6 +30,8 @@ class LayerShape:
         readers: other layers that read this layer's cache, by index.
         reads: the layer whose cache this one reads instead of having its own, or None.
         again: the layer of the model that runs once more, with this cache, or None.
+        paired: whether either half of the KV heads reads the values of both: two heads of the model
+            are then one here, with keys and values of double width.
         image: whether the layer attends to an image, whose keys are not part of the plan, instead
             of the text.
         distances: for how many distances between query and key the layer adds a bias of each
@@ -37,6 +39,7 @@ class LayerShape:
         bias: channels that a key has under a budget besides ``head_dim``, for the bias of its
             position (ALiBi).
         copies: how often the model's own cache holds each KV head.
+        query_sinks: whether every query brings a sink of its own, beside such a bias.
     """
 
     kv_heads: int
@@ -53,6 +56,8 @@ class LayerShape:
     distances: int = 0
     bias: int = 0
     copies: int = 1
+    query_sinks: bool = False
+    paired: bool = False
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -62,16 +67,18 @@ class LayerShape:
 
     @property
     def query_dim(self) -> int:
-        """Width of a query, with its bias by distance."""
+        """Width of a query, with its bias by distance and its sink."""
         if self.latent is not None:
             return self.latent.key_dim
-        return self.head_dim + self.bias + self.distances
+        return self.head_dim + self.bias + self.distances + self.query_sinks
 
     @property
     def handed(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Heads and width of either tensor that the model hands to its cache."""
         if self.latent is not None and self.latent.cached:
             return (1, self.latent.rank), (1, self.latent.rotary)
+        if self.paired:
+            return (2 * self.kv_heads, self.dims[0] // 2), (2 * self.kv_heads, self.dims[1] // 2)
         return (self.kv_heads, self.dims[0]), (self.kv_heads, self.dims[1])
 
     @property

@@ -68,6 +68,8 @@ def layer_shapes(config: Any, name: str) -> tuple[LayerShape, ...]:
     if not isinstance(layers, int) or not isinstance(query_heads, int):
         if layers and query_heads is None:
             raise refuse("it has no attention heads, so no KV cache grows", NothingToBudget)
+        if len(parts := _parts(config)) > 1:
+            raise refuse(f"it is made of several models ({', '.join(parts)}) that share no cache")
         raise refuse("its configuration does not give the number of layers and attention heads")
     latent = latent_shape(first, query_heads, refuse)
     kinds = _layer_types(config, layers)
@@ -107,6 +109,13 @@ def _bounded(
     )
 
 
+def _parts(config: Any) -> list[str]:
+    """Return the models inside a model that have layers of their own, by name."""
+    names = [name for name in getattr(config, "sub_configs", ()) if name.endswith("_config")]
+    deep = [n for n in names if getattr(getattr(config, n, None), "num_hidden_layers", None)]
+    return sorted(name.removesuffix("_config") for name in deep)
+
+
 def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> None:
     """Refuse attention of a kind that has no keys of its own text, or chooses among them."""
     if getattr(config, "is_encoder_decoder", False):
@@ -127,8 +136,6 @@ def _check_attention(config: Any, refuse: Callable[..., UnsupportedError]) -> No
         raise refuse("its first layer attends to an image, so no cache counts the tokens")
     if (getattr(config, "loop_num_passes", None) or 1) > 1:
         raise refuse("it runs some of its layers in loops, each with a cache of its own")
-    if getattr(config, "rel_l2_clip_threshold", None):
-        raise refuse("every token has attention sinks of its own, not every head")
     if (own := inline.refusal(config)) is not None:
         raise refuse(own)
 
@@ -163,13 +170,12 @@ def _layer_shape(
         return _latent_layer(latent)
     value_dim = getattr(own, "v_head_dim", None)
     window = _bound(own, kind) if kind in _BOUNDS else None
-    shape = LayerShape(
-        *heads,
-        window,
-        state,
-        None if value_dim == heads[2] else value_dim,
-        distances=0 if window is not None else getattr(own, "rel_extent", None) or 0,
-    )
+    other = None if value_dim == heads[2] else value_dim
+    distances = 0 if window is not None else getattr(own, "rel_extent", None) or 0
+    sinks = distances > 0 and hasattr(own, "rel_l2_clip_threshold")  # Inkling 2
+    if getattr(config, "lambda_std_dev", None) is not None and heads[0] % 2 == 0:
+        return LayerShape(heads[0] // 2, heads[1], 2 * heads[2], paired=True)
+    shape = LayerShape(*heads, window, state, other, distances=distances, query_sinks=sinks)
     copies = (inline.kv_heads(own) or (heads[0], 1))[1]
     return dataclasses.replace(shape, bias=inline.bias_channels(own), copies=copies)
 

@@ -45,6 +45,8 @@ class Candidates:
             [batch, kv_heads, n] int64 places in them; None if they lie in several places.
         bias: [batch, kv_heads, group, window, n] float32, what the model adds to the logits of
             ``queries`` and keys by their distance; None if it adds nothing.
+        query_sinks: [batch, kv_heads, group, window] float32, sinks of ``queries``, if every query
+            has its own and not every head; else None.
     """
 
     lengths: Tensor
@@ -63,6 +65,7 @@ class Candidates:
     stored: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
     bias: Tensor | None = None
+    query_sinks: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -201,6 +204,11 @@ def window_logits(candidates: Candidates) -> Tensor:
     if candidates.softcap is not None:
         logits = torch.tanh(logits / candidates.softcap) * candidates.softcap
     return logits if candidates.bias is None else logits + candidates.bias
+
+
+def window_sinks(candidates: Candidates) -> Tensor | None:
+    """Sinks of ``window_logits``, as ``reasonalloc.sinks.softmax`` wants them, or None."""
+    return candidates.sinks if candidates.query_sinks is None else candidates.query_sinks
 
 
 def causal(candidates: Candidates) -> Tensor:

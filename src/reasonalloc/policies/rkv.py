@@ -44,6 +44,8 @@ class RKV(Policy):
         evictable = candidates.evictable
         logits = logits.masked_fill(~evictable[:, :, None], torch.finfo(logits.dtype).min)
         sinks = None if candidates.sinks is None else candidates.sinks.amax(dim=-1)
+        if candidates.query_sinks is not None:
+            sinks = candidates.query_sinks.amax(dim=2)
         weights = softmax(logits, sinks).mean(dim=2).masked_fill(~evictable, 0.0)
         return F.max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2)
 

@@ -15,6 +15,7 @@ from reasonalloc.policies.base import (
     causal,
     check_kernel,
     window_logits,
+    window_sinks,
 )
 from reasonalloc.sinks import softmax
 
@@ -37,7 +38,7 @@ class SnapKV(Policy):
     def score(self, candidates: Candidates) -> Tensor:
         logits = window_logits(candidates)
         logits = logits.masked_fill(~causal(candidates), torch.finfo(logits.dtype).min)
-        weights = softmax(logits, candidates.sinks).mean(dim=2).sum(dim=2)
+        weights = softmax(logits, window_sinks(candidates)).mean(dim=2).sum(dim=2)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         weights = weights.masked_fill(~candidates.evictable, 0.0)
         return pool(weights, self.kernel, stride=1, padding=self.kernel // 2)

@@ -21,4 +21,6 @@ class Tova(Policy):
     def score(self, candidates: Candidates) -> Tensor:
         logits = window_logits(candidates)
         logits = logits.masked_fill(~causal(candidates), torch.finfo(logits.dtype).min)
-        return softmax(logits[:, :, :, -1], candidates.sinks).mean(dim=2)
+        own = candidates.query_sinks
+        sinks = candidates.sinks if own is None else own[..., -1]
+        return softmax(logits[:, :, :, -1], sinks).mean(dim=2)

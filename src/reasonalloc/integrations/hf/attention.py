@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -17,6 +16,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.distance import added
 from reasonalloc.integrations.hf.repeated import as_asked, in_groups, unrepeated
 from reasonalloc.integrations.hf.slab_layer import layer_of
+from reasonalloc.sinks import softmax
 
 IMPLEMENTATION = "reasonalloc"
 # Arguments of other attention features, which would be ignored silently; so would any tensor of
@@ -108,6 +108,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface.
@@ -120,12 +121,15 @@ def attention_forward(
         s_aux: [query_heads] learned sinks, or None; name as in transformers.
         position_bias: [batch, query_heads, q, n], added to the logits, or None; in a layer under a
             budget that of distances, see ``DistanceTable``.
+        sinks: [batch, query_heads, q, 1] sinks of queries beside such a bias, or None.
 
     Returns:
         [batch, q, query_heads, head_dim] and no attention weights.
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if position_bias is None and sinks is not None:
+        kwargs["sinks"] = sinks  # which are not known alone
     _check_arguments(module, kwargs)
     _check_sinks(module, s_aux, query.shape[1], dropout)
     keys, values, copies = unrepeated(key, value)
@@ -133,10 +137,10 @@ def attention_forward(
     if layer is not None:
         _check_training(module, dropout)
         heads = keys.shape[1]
-        sinks = None if s_aux is None else in_groups(s_aux, copies, heads, dim=0)
-        bias = None if position_bias is None else in_groups(position_bias, copies, heads)
+        learned = None if s_aux is None else in_groups(s_aux, copies, heads, dim=0)
+        own = [None if t is None else in_groups(t, copies, heads) for t in (position_bias, sinks)]
         query = in_groups(query, copies, heads)
-        out = layer.attend(query, keys, values, attention_mask, scaling, softcap, sinks, bias)
+        out = layer.attend(query, keys, values, attention_mask, scaling, softcap, learned, *own)
         out = as_asked(out, copies, heads)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
@@ -144,7 +148,9 @@ def attention_forward(
         _check_plain(module, softcap, s_aux, dropout)
         bias = _masked(added(module, position_bias, key.shape[2]), attention_mask)
         keys, values = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
-        out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scaling)
+        logits = (query * scaling @ keys.transpose(-1, -2)).float() + bias
+        weights = softmax(logits, None if sinks is None else sinks.squeeze(-1))
+        out = weights.to(values.dtype) @ values
     elif softcap is not None or s_aux is not None:
         out = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
@@ -158,6 +164,7 @@ def attention_forward(
 def _masked(bias: Tensor, mask: Tensor | None) -> Tensor:
     """Return a bias [batch, query_heads, q, n] that hides what a mask hides; None: the future."""
     queries, n = bias.shape[2:]
+    bias = bias.float()
     if mask is None:
         mask = torch.ones(queries, n, dtype=torch.bool, device=bias.device).tril(n - queries)
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)

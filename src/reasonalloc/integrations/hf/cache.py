@@ -19,6 +19,7 @@ from reasonalloc.core.shared import SharedCompressor
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.images import ImageLayer
 from reasonalloc.integrations.hf.latent import LatentLayer
+from reasonalloc.integrations.hf.paired import PairedLayer
 from reasonalloc.integrations.hf.seen import SeenText, following
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
 from reasonalloc.integrations.hf.sliding import SlidingLayer
@@ -52,6 +53,8 @@ def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
     if compressor is not None:
         if shape.latent is not None and shape.latent.cached:
             return LatentLayer(compressor, shape)
+        if shape.paired:
+            return PairedLayer(compressor, shape)
         if shape.state is None:
             return SlabLayer(compressor, shape)
         return SlabAndStateLayer(compressor, shape)

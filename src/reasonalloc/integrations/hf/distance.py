@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +20,24 @@ class DistanceTable:
     """Stands for ``forward`` of a module that makes a bias: for all distances, not for some keys.
 
     Args:
-        module: makes a bias [batch, query_heads, q, n] of ``relative_states`` and the positions of
-            queries and keys, each [q] or [n].
+        module: makes a bias [batch, query_heads, q, n] of what it knows of the queries and either
+            the positions of queries [q] and keys [n], or their distances [q, n].
         extent: distances that have a bias.
     """
 
     def __init__(self, module: Any, extent: int) -> None:
         self._forward = module.forward
         self._extent = extent
+        self._given = "relative_distance" in inspect.signature(module.forward).parameters
 
-    def __call__(
-        self, relative_states: Tensor, query_positions: Tensor, key_positions: Tensor
-    ) -> Tensor:
+    def __call__(self, states: Tensor, places: Tensor, others: Tensor) -> Tensor:
         """[batch, query_heads, q, extent]: the bias of distances 0, 1, ..."""
-        ahead = -torch.arange(self._extent, device=key_positions.device)
-        table: Tensor = self._forward(relative_states, torch.zeros_like(query_positions), ahead)
+        every = torch.arange(self._extent, device=places.device)
+        if self._given:  # distances, and positions of queries, which scale their bias
+            where = (every.expand(places.shape[0], -1), others)
+        else:
+            where = (torch.zeros_like(places), -every)
+        table: Tensor = self._forward(states, *where)
         return table
 
 

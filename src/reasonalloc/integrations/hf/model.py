@@ -168,6 +168,7 @@ def check_measurable(model: Any) -> tuple[LayerShape, ...]:
         (any(shape.distances for shape in shapes), "a bias of its logits by distance"),
         (any(shape.readers for shape in shapes), "layers that share a cache"),
         (any(shape.again is not None for shape in shapes), "layers that run in loops"),
+        (any(shape.paired for shape in shapes), "KV heads that read each other's values"),
         (any(shape.image for shape in shapes), "layers that attend to an image"),
         (unequal, "layers under a budget that differ in shape"),
         (_repeats_heads(model, shapes), "attention that repeats the heads of its caches"),

@@ -36,6 +36,11 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
             f"metric='output' reads whole output projections, but this process holds one of "
             f"{shard.size} parts (tp_plan): use metric='value', or device_map"
         )
+    if any(shape.paired for shape in shapes):
+        raise UnsupportedError(
+            f"metric='output' reads values of single heads, but in {type(model).__name__} "
+            "two heads read each other's: use metric='value'"
+        )
     if any(shape.latent is not None and shape.latent.cached for shape in shapes):
         raise UnsupportedError(
             f"metric='output' reads values of single heads, but {type(model).__name__} caches "

@@ -24,6 +24,11 @@ def find_shard(model: Any, shapes: Sequence[LayerShape]) -> HeadShard:
             "tp_plan: a model with latent attention (MLA) cannot be divided among processes under "
             "a KV budget: use device_map"
         )
+    if size > 1 and any(shape.paired for shape in shapes):
+        raise UnsupportedError(
+            "tp_plan: a model whose KV heads read each other's values cannot be divided among "
+            "processes under a KV budget: use device_map"
+        )
     divided = any(str(name).endswith("k_proj") and how == "colwise" for name, how in plan.items())
     if size == 1 or not divided:
         return HeadShard()

@@ -25,8 +25,9 @@ FOREIGN_ATTENTION = (
 )
 
 _OTHER_BIAS = (
-    "this model adds a bias ('position_bias') to its attention logits in another way than by "
-    "distance alone, which cannot run under a KV budget: detach ReasonAlloc to run it"
+    "this model adds a bias ('position_bias') or sinks of queries to its attention logits in "
+    "another way than by distance, as its configuration says, which cannot run under a KV budget: "
+    "detach ReasonAlloc to run it"
 )
 UNREAD = (
     "this model does not read a cache that several of its layers share as its configuration says, "
@@ -122,14 +123,19 @@ class SlabLayer(CacheLayerMixin):
         softcap: float | None,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
+        query_sinks: Tensor | None = None,
     ) -> Tensor:
         """Store the new tokens and attend, see ``LayerCompressor.forward``.
 
-        ``bias`` is [batch, query_heads, q, distances], what logits get by distance, or None.
+        ``bias`` is [batch, query_heads, q, distances], what logits get by distance, and
+        ``query_sinks`` [batch, query_heads, q, 1], beside such a bias; or None.
         """
         if value is not self._values:
             raise UnsupportedError(FOREIGN_ATTENTION)
-        query = self._with_bias(query, bias, softcap, sinks)
+        if bias is not None or query_sinks is not None or self._shape.distances:
+            if softcap is not None or sinks is not None:
+                raise UnsupportedError(_OTHER_BIAS)
+            query = self._with_bias(query, bias, query_sinks)
         if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
             mask = None
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
@@ -138,23 +144,25 @@ class SlabLayer(CacheLayerMixin):
             new = self._stored(key, value)
             out = self.compressor.forward(query, *new, mask, scaling, softcap, self.replay, sinks)
         if not self.compressor.waiting:  # no other layer reads these keys
-            setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
-            self._values = None
+            self.release(key)
         return out
 
-    def _with_bias(
-        self, query: Tensor, bias: Tensor | None, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _with_bias(self, query: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Return queries as the compressor wants them, see ``DistanceBias``."""
-        distances = self._shape.distances
-        if (0 if bias is None else bias.shape[-1]) != distances:
+        shape = self._shape
+        known = bias is not None and bias.shape == (*query.shape[:3], shape.distances)
+        if sinks is not None and sinks.shape != (*query.shape[:3], 1):
+            known = False
+        if not known or bias is None or (sinks is not None) != shape.query_sinks:
             raise UnsupportedError(_OTHER_BIAS)
-        if bias is None:
-            return query
-        if softcap is not None or sinks is not None:
-            raise UnsupportedError(_OTHER_BIAS)
-        self.compressor.bias = DistanceBias(distances)
-        return torch.cat([query, bias.to(query.dtype)], dim=-1)
+        self.compressor.bias = DistanceBias(shape.distances, shape.query_sinks)
+        parts = [query, bias, *([] if sinks is None else [sinks])]
+        return torch.cat([part.to(query.dtype) for part in parts], dim=-1)
+
+    def release(self, key: Tensor) -> None:
+        """Take note that nobody attends with the keys [batch, kv_heads, q, head_dim] any more."""
+        setattr(key, _TAG, True)  # used; no longer a reference that keeps the cache alive
+        self._values = None
 
     def _stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the slab keeps of what the model handed to the cache."""

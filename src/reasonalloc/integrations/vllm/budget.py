@@ -45,6 +45,8 @@ class EngineBudget(BudgetPlan):
         for index, shape in enumerate(self.shapes):
             if shape.readers:
                 what = f"a cache that layers {list(shape.readers)} read"
+            elif shape.paired:
+                what = "KV heads that read each other's values"
             elif shape.again is not None:
                 what = f"the cache of layer {shape.again} in a further loop"
             elif shape.latent is not None:
