@@ -95,6 +95,7 @@ def test_answers_are_graded_and_cut_at_the_end_token(worker: tuple[Any, Any]) ->
 
     fake = SimpleNamespace(
         generate=generate,
+        get_decoder=model.get_decoder,
         device=model.device,
         config=model.config,
         generation_config=model.generation_config,

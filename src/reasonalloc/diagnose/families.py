@@ -160,8 +160,8 @@ def _refusal(name: str, model: str) -> dict[str, Any]:
     from reasonalloc.integrations.hf.model import check_cached
 
     try:
-        check_cached(getattr(importlib.import_module("transformers"), model))
         layer_shapes(text_default(name, **VALID.get(name, {})), model)
+        check_cached(getattr(importlib.import_module("transformers"), model))
     except NothingToBudget as error:
         return {"verdict": "nothing to budget", "reason": _line(error)}
     except ReasonAllocError as error:

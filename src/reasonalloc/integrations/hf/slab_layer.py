@@ -65,7 +65,8 @@ class SlabLayer(CacheLayerMixin):
 
     def __init__(self, compressor: LayerCompressor, shape: LayerShape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys = self.values = torch.empty(0)  # for models that look whether a layer holds some
+        # For models that look whether a layer holds some.
+        self.keys = self.values = torch.empty(0, dtype=torch.float32, device="cpu")
         self.compressor = compressor
         self.decode_is_real = False
         self.replay = False
