@@ -12,8 +12,8 @@ set -euo pipefail
 model=$1 prompts=$2 costs=$3 out=$4
 all=benchmarks/fidelity/test.jsonl
 budgets=64,128
-mkdir -p "$out"
-ten=$out/ten.jsonl
+mkdir -p "$out/texts"
+ten=$out/texts/ten.jsonl
 sed -n '1,2p;8,9p;11,12p;16,17p;21,22p' "$all" > "$ten"
 
 wave() { # name, prompts, generated tokens, between two samples, further options
