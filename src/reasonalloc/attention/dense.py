@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -121,14 +121,32 @@ def received_blocks(
         First and last (exclusive) query of a block, and weights [batch, runs, stop - start, n]
         float32, averaged over the query heads of the group; 0 for padding.
     """
-    batch, kv_heads, n, _ = keys.shape
-    runs = kv_heads if runs is None else runs
+    runs = keys.shape[1] if runs is None else runs
     repeated = repeat_heads(keys, query.shape[1])
-    for start, stop in query_blocks(query, repeated):
-        weights = _weights(query, repeated, mask, scaling, softcap, sinks, start, stop)
+    blocks = (
+        (start, stop, _weights(query, repeated, mask, scaling, softcap, sinks, start, stop))
+        for start, stop in query_blocks(query, repeated)
+    )
+    return received_by_run(blocks, runs, query_valid)
+
+
+def received_by_run(
+    blocks: Iterable[tuple[int, int, Tensor]], runs: int, query_valid: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield blocks of attention weights, averaged over the query heads of each run.
+
+    Args:
+        blocks: first and last (exclusive) query, and weights [batch, query_heads, queries, n].
+        runs: KV heads that hold the keys.
+        query_valid: [batch, q] bool, false at padding; None if all queries are real.
+
+    Returns:
+        The same with weights [batch, runs, queries, n]; 0 where the query is padding.
+    """
+    for start, stop, weights in blocks:
         if query_valid is not None:
             weights = weights * query_valid[:, None, start:stop, None]
-        yield start, stop, weights.view(batch, runs, -1, stop - start, n).mean(dim=2)
+        yield start, stop, weights.unflatten(1, (runs, -1)).mean(dim=2)
 
 
 def query_blocks(query: Tensor, keys: Tensor) -> list[tuple[int, int]]:

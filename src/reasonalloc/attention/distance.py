@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reasonalloc.attention.dense import query_blocks, repeat_heads
+from reasonalloc.attention.dense import query_blocks, received_by_run, repeat_heads
 from reasonalloc.attention.interface import SlabView, slot_mask
 from reasonalloc.sinks import softmax
 
@@ -86,11 +86,8 @@ class DistanceBias:
         query_valid: Tensor | None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Attention that each key receives from each query; as ``dense.received_blocks``."""
-        batch, runs, n, _ = keys.shape
-        for start, stop, weights in self._weights(query, keys, mask, positions, scaling):
-            if query_valid is not None:
-                weights = weights * query_valid[:, None, start:stop, None]
-            yield start, stop, weights.view(batch, runs, -1, stop - start, n).mean(dim=2)
+        blocks = self._weights(query, keys, mask, positions, scaling)
+        return received_by_run(blocks, keys.shape[1], query_valid)
 
     def decode(
         self,
