@@ -17,7 +17,8 @@ from transformers import (
 
 from models import COMMON, FACTORIES, tiny
 from reasonalloc import UnsupportedError
-from reasonalloc.integrations.hf.rope import check_rotation, read_rope
+from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.integrations.hf.rotation import check_rotation
 from reasonalloc.rotary import Rope, from_features, to_features, turns
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

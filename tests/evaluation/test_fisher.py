@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from models import ABLE, CALIBRATED, prompt, tiny
+from models import CALIBRATED, prompt, tiny
 from reasonalloc.calibrated.costs import CostProfile
-from reasonalloc.calibration import ablation, attention_mass, fisher, joint_costs
+from reasonalloc.calibration import ablation, fisher, joint_costs
 from reasonalloc.calibration.checks import checked
 from reasonalloc.calibration.fisher import estimate
 from reasonalloc.calibration.joint import budgets_to_check, cheapest, steps
-from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
+from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import Arm, CompressionConfig, Prompt
-from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.core.watched import Seen
+from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import replay_logits
@@ -37,14 +38,13 @@ def test_random_gradients_have_the_fisher_matrix_as_second_moment() -> None:
     model = tiny("llama", vocab_size=11, num_hidden_layers=2, initializer_range=0.2)
     trajectory = Trajectory((3, 5), (7, 2, 9, 4))
     module, samples = sys.modules["reasonalloc.calibration.fisher"], 1000
-    tape = module._Tape([0, 1])
     generator = torch.Generator().manual_seed(0)
-    with module._taping(model, tape):
-        found = module._gradients(model, tape, trajectory, samples, generator, lambda: None)
+    with module._taping(model, [0, 1]) as tape:
+        found = module._gradients(tape, trajectory, samples, generator, lambda: None)
         ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids[:-1]])
-        logits = model(ids).logits[0, 2:]
+        logits = tape.watched.logits(ids, torch.arange(2, 5))[0]
         for layer, directions in enumerate(found):
-            output = tape.seen[layer].output
+            (output,) = tape.seen[layer].parts
             rows = [
                 torch.autograd.grad(entry, output, retain_graph=True)[0].flatten()
                 for entry in logits.flatten()
@@ -222,19 +222,7 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
                 function(model, texts, **settings)
     with pytest.raises(UsageError, match="training mode"):
         fisher(model.train(), [text()])
-    assert model.config._attn_implementation != "reasonalloc-fisher"
-
-
-@pytest.mark.skipif(not ABLE, reason="needs transformers' layers without keys")
-def test_layers_that_share_an_attention_module() -> None:
-    model, why = tiny("zamba"), r"layer \d does not attend through a module"
-    with pytest.raises(UnsupportedError, match=why):
-        fisher(model, [text()], budgets=(10, 16), samples=1, **CADENCE)
-    with pytest.raises(UnsupportedError, match=why):
-        ablation(model, [text()], budgets=(10, 16), **CADENCE)
-    with pytest.raises(UnsupportedError, match=why):
-        attention_mass(model, [prompt(20)], max_new_tokens=20, every=8)
-    model.generate(prompt(8), max_new_tokens=4, do_sample=False)  # as before
+    assert model.config._attn_implementation != "reasonalloc"
 
 
 def test_the_estimate_counts_passes() -> None:

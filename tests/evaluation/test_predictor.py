@@ -16,9 +16,9 @@ from models import prompt, tiny
 from reasonalloc.calibrated.costs import load_costs
 from reasonalloc.calibrated.predictor import FEATURES, as_json
 from reasonalloc.calibration import ablation, fisher
-from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.calibration.predictor import Examples, _attention_and_losses, fit_head
 from reasonalloc.config import CompressionConfig
+from reasonalloc.core.watched import Seen
 from reasonalloc.errors import UsageError
 from reasonalloc.policies import Candidates
 from reasonalloc.policies.predicted_loss import PredictedLoss

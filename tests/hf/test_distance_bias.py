@@ -11,8 +11,6 @@ import reasonalloc
 from generations import SMALL, generated
 from models import ABLE, hybrid, prompt
 from reasonalloc import UnsupportedError
-from reasonalloc.calibration.fisher import fisher
-from reasonalloc.texts import Trajectory
 
 pytestmark = pytest.mark.skipif(not ABLE, reason="this transformers has other cache layers")
 
@@ -59,9 +57,6 @@ def test_what_is_refused_by_name() -> None:
         reasonalloc.attach(model, **SMALL, attention="cpp")
     with pytest.raises(UnsupportedError, match="bias by distance, which is not read over"):
         reasonalloc.attach(model, **SMALL, kv_dtype="int8")
-    text = Trajectory(tuple(prompt(20)[0].tolist()), tuple(prompt(20)[0].tolist()))
-    with pytest.raises(UnsupportedError, match="a bias of its logits by distance"):
-        fisher(model, [text], policies=["rkv"], budgets=(10, 16), interval=8, window=4)
     model.model.layers[1].self_attn.rel_logits_proj.rel_extent = 21
     with pytest.raises(UnsupportedError, match="layer 1 has another bias by distance"):
         reasonalloc.attach(model, **SMALL)

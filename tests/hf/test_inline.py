@@ -28,7 +28,6 @@ from generations import (
 )
 from models import INLINE, inline, prompt
 from reasonalloc import UnsupportedError, plan
-from reasonalloc.calibration.fisher import fisher
 from reasonalloc.integrations.hf.cache import held_bytes
 from reasonalloc.integrations.hf.inline import stands
 from reasonalloc.integrations.hf.inline.alibi import (
@@ -391,9 +390,6 @@ def test_what_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         made("mpt").generate(prompt(9), max_new_tokens=11, do_sample=False)
         with pytest.raises(UnsupportedError, match="MPT attends to 20 tokens at most"):
             made("mpt").generate(prompt(9), max_new_tokens=13, do_sample=False)
-    text = Trajectory((1, 2, 3), (4, 5, 6))
-    with pytest.raises(UnsupportedError, match="modules that compute attention themselves"):
-        fisher(made("falcon"), [text], policies=["rkv"], budgets=(10,), samples=1)
     model = inline("falcon")
     attention: Any = model.transformer.h[1].self_attention
     attention.forward = functools.partial(type(attention).forward, attention)

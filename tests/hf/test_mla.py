@@ -293,8 +293,6 @@ def test_another_expansion_is_refused(field: str) -> None:
 
 def test_what_is_refused_by_name() -> None:
     model = made("deepseek_v3")
-    with pytest.raises(UnsupportedError, match="cannot be calibrated"):
-        reasonalloc.calibrate(model, None, [prompt(20)], progress=False)
     for name in ("DeepseekV32Config", "GlmMoeDsaConfig", "DeepseekV4Config", "HYV4Config"):
         if hasattr(transformers, name):
             with pytest.raises(UnsupportedError, match=r"index_topk=\d+: an indexer chooses"):

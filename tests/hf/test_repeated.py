@@ -14,7 +14,6 @@ from torch import Tensor
 import reasonalloc
 from generations import SMALL
 from models import prompt, unequal
-from reasonalloc import UnsupportedError
 from reasonalloc.integrations.hf.repeated import as_asked, follow, in_groups, unrepeated
 
 needs_jetmoe = pytest.mark.skipif(
@@ -73,9 +72,3 @@ def test_every_setting_compresses_the_heads_of_the_cache(settings: dict[str, Any
         model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
         assert cache.kv_bytes == attached.plan(batch=2).kv_bytes(49)
         assert cache.recorder.compressions
-
-
-@needs_jetmoe
-def test_calibration_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"cannot be calibrated yet: .* repeats the heads"):
-        reasonalloc.calibrate(unequal("jetmoe"), None, [prompt(20)], progress=False)

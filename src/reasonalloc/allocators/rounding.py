@@ -14,7 +14,7 @@ def shares_of(
     demand: Tensor | Sequence[float],
     total: int,
     lower: int | Sequence[int],
-    upper: int,
+    upper: int | Sequence[int],
     exponent: float,
 ) -> list[int]:
     """Divide ``total`` as ``Operations.robustify`` does, all in numbers of the host.
@@ -22,7 +22,7 @@ def shares_of(
     Args:
         demand: [n], non-negative.
         total: what to divide, between the sums of the bounds.
-        lower, upper: bounds of every share; ``lower`` also of each.
+        lower, upper: bounds of every share, or of each.
         exponent: flattens the demand (below 1).
     """
     wanted = torch.as_tensor(demand, dtype=torch.float64, device="cpu")

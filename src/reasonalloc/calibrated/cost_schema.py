@@ -64,7 +64,7 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
     layers = _check_costs(data["costs"], texts, points)
     _check_layer_costs(data["layer_costs"], texts, layers, points)
     _check_coded(data, texts, points)
-    read_predictor(data["foretells"], layers, len(data["costs"][0][0]))
+    read_predictor(data["foretells"], [len(layer) for layer in data["costs"][0]])
     for entry in data["joint"] if isinstance(data["joint"], list) else [None]:
         wanted = {"budget", "predicted", "measured", "uniform"}
         if not isinstance(entry, dict) or set(entry) != wanted:
@@ -98,15 +98,18 @@ def _check_costs(costs: Any, texts: int, points: int) -> int:
     """Return the number of layers, if all is well."""
     if not isinstance(costs, list) or len(costs) != texts:
         raise UsageError("costs must hold an entry per text")
-    shape: tuple[int, int] | None = None
+    heads: list[int] = []
     for index, text in enumerate(costs):
-        if not isinstance(text, list) or not text or not isinstance(text[0], list) or not text[0]:
+        if (
+            not isinstance(text, list)
+            or not text
+            or not all(isinstance(layer, list) and layer for layer in text)
+        ):
             raise UsageError(f"costs[{index}] must be [layers][kv_heads][points]")
-        shape = shape or (len(text), len(text[0]))
-        heads = [head for layer in text for head in (layer if isinstance(layer, list) else [None])]
-        if len(text) != shape[0] or len(heads) != shape[0] * shape[1]:
-            raise UsageError(f"costs[{index}] must have {shape[0]} layers of {shape[1]} KV heads")
-        for head in heads:
+        heads = heads or [len(layer) for layer in text]
+        if [len(layer) for layer in text] != heads:
+            raise UsageError(f"costs[{index}] must have the layers and KV heads of costs[0]")
+        for head in (head for layer in text for head in layer):
             if not isinstance(head, list) or len(head) != points or not all(map(_is_cost, head)):
                 raise UsageError(
                     f"costs[{index}]: every head needs {points} numbers >= 0, one per budget"

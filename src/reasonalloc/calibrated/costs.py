@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from reasonalloc.calibrated.cost_schema import REMEDY, SCHEMA_VERSION, check_costs
 from reasonalloc.calibrated.demand import check_fingerprint
 from reasonalloc.calibrated.predictor import Predictor, read_predictor
@@ -36,7 +39,7 @@ class CostProfile(Shown):
         kinds: per text, a label such as ``code``, or "".
         tokens: per text, completion tokens that were measured.
         costs: [texts][layers][kv_heads][points] nats per completion token, at least 0. Layers are
-            those under a budget.
+            those under a budget; KV heads may differ from layer to layer.
         layer_costs: [texts][layers][points], the same with all heads of a layer held to the budget
             together; empty in a file of version 1.
         joint: per checked budget, ``{"budget", "predicted", "measured", "uniform"}``: the KL that
@@ -76,13 +79,18 @@ class CostProfile(Shown):
 
     @property
     def kv_heads(self) -> int:
-        """KV heads per layer."""
+        """KV heads per layer; of the first where they differ."""
         return len(self.costs[0][0])
+
+    @property
+    def heads(self) -> list[int]:
+        """KV heads of each layer."""
+        return [len(layer) for layer in self.costs[0]]
 
     @property
     def predictor(self) -> Predictor | None:
         """What foretells the loss of a token, if the policy does."""
-        return read_predictor(self.foretells, self.layers, self.kv_heads)
+        return read_predictor(self.foretells, self.heads)
 
     def heading(self) -> str:
         """Return what was measured, how, of which model."""
@@ -142,12 +150,16 @@ class CostProfile(Shown):
             texts: indices of the texts to use; None for all.
             kv_dtype: one of ``formats``.
         """
-        heads = range(self.kv_heads)
         costs = self.costs if kv_dtype == "auto" else self.coded[kv_dtype]["costs"]
         return [
-            [self._mean([text[layer][head] for text in costs], texts) for head in heads]
-            for layer in range(self.layers)
+            [self._mean([text[layer][head] for text in costs], texts) for head in range(heads)]
+            for layer, heads in enumerate(self.heads)
         ]
+
+    def head_curves(self, texts: list[int] | None = None, kv_dtype: str = "auto") -> Tensor:
+        """Return [heads of all layers, points] float64; arguments as for ``curves``."""
+        rows = [head for layer in self.curves(texts, kv_dtype) for head in layer]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
     def layer_curves(self, texts: list[int] | None = None) -> list[list[float]]:
         """Return [layers][points], as ``curves``, of whole layers.
@@ -180,17 +192,20 @@ class CostProfile(Shown):
         margin = 1 - 1e-3
         return [e["budget"] for e in self.joint if e["measured"] >= margin * e["uniform"]]
 
-    def check_model(self, model_id: str, fingerprint: str, layers: int, kv_heads: int) -> None:
+    def check_model(self, model_id: str, fingerprint: str, kv_heads: Sequence[int]) -> None:
         """Refuse a profile of another model.
+
+        Args:
+            model_id, fingerprint: of the model.
+            kv_heads: of each of its layers under a budget.
 
         Raises:
             UsageError: layers, heads or the configuration's fingerprint differ.
         """
-        if (self.layers, self.kv_heads) != (layers, kv_heads):
+        if self.heads != list(kv_heads):
             raise UsageError(
-                f"cost profile: made for {self.model_id!r} with {self.layers} layers of "
-                f"{self.kv_heads} KV heads, but {model_id!r} has {layers} of {kv_heads}: calibrate "
-                "this model"
+                f"cost profile: made for {self.model_id!r} with {_heads_in_words(self.heads)}, "
+                f"but {model_id!r} has {_heads_in_words(kv_heads)}: calibrate this model"
             )
         check_fingerprint("cost profile", self.model_id, self.config_hash, model_id, fingerprint)
 
@@ -211,6 +226,12 @@ def load_costs(path: str | os.PathLike[str]) -> CostProfile:
         return CostProfile(**check_costs(data, [field.name for field in fields(CostProfile)]))
     except UsageError as error:
         raise UsageError(f"cost profile {str(path)!r} is broken: {error}") from None
+
+
+def _heads_in_words(kv_heads: Sequence[int]) -> str:
+    """Return the number of layers and of the KV heads of each."""
+    each = sorted(set(kv_heads))
+    return f"{len(kv_heads)} layers of {' or '.join(map(str, each))} KV heads"
 
 
 def joint_table(profiles: Sequence[CostProfile], title: str = "All heads at once") -> Table:

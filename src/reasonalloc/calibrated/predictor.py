@@ -55,12 +55,12 @@ def features(recent: Sequence[Tensor], age: Tensor, distance: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def read_predictor(data: Any, layers: int, kv_heads: int) -> Predictor | None:
+def read_predictor(data: Any, kv_heads: Sequence[int]) -> Predictor | None:
     """Return what a cost profile holds of it, checked; None if there is none.
 
     Args:
         data: the field's value.
-        layers, kv_heads: of the profile's costs.
+        kv_heads: of each layer of the profile's costs.
 
     Raises:
         UsageError: it breaks the schema; says where.
@@ -78,17 +78,17 @@ def read_predictor(data: Any, layers: int, kv_heads: int) -> Predictor | None:
     own = data["layers"]
     if (
         not isinstance(own, list)
-        or len(own) != layers
+        or len(own) != len(kv_heads)
         or not all(type(layer) is int and layer >= 0 for layer in own)
         or sorted(set(own)) != own
     ):
-        raise UsageError(f"foretells: layers must be {layers} indices of layers, rising")
+        raise UsageError(f"foretells: layers must be {len(kv_heads)} indices of layers, rising")
     weights = data["weights"]
-    shape = f"foretells: weights must be {layers} layers x {kv_heads} KV heads x {len(FEATURES)}"
-    if not isinstance(weights, list) or len(weights) != layers:
+    shape = f"foretells: weights must be [layers][kv_heads][{len(FEATURES)}], as costs are"
+    if not isinstance(weights, list) or len(weights) != len(kv_heads):
         raise UsageError(shape)
-    for layer in weights:
-        if not isinstance(layer, list) or len(layer) != kv_heads:
+    for layer, heads in zip(weights, kv_heads, strict=True):
+        if not isinstance(layer, list) or len(layer) != heads:
             raise UsageError(shape)
         for head in layer:
             if not isinstance(head, list) or len(head) != len(FEATURES):

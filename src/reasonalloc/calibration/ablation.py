@@ -159,14 +159,16 @@ def estimate(
         whole = _seconds(lambda: runner.full(text.ids, text.positions), model)
         output = runner.seen[layers[-1]].output
         least = _seconds(lambda: runner.run(text.ids, text.positions, layers[-1], output), model)
-    each = len(settings.budgets) * (settings.kv_heads + 1)
+    each = [len(settings.budgets) * (heads + 1) for heads in settings.kv_heads]
     count = sum(len(t.prompt_ids) + len(t.completion_ids) - 1 for t in texts)
     # Between a pass through all layers and one through the last: linear in the layers that run.
     depth = [1 - layer / max(layers[-1], 1) for layer in layers]
-    passes = sum(least + (whole - least) * share for share in depth)
+    passes = sum(
+        runs * (least + (whole - least) * share) for runs, share in zip(each, depth, strict=True)
+    )
     return Estimate(
-        forward_tokens=each * len(layers) * count,
-        seconds=each * passes * count / text.ids.shape[1],
+        forward_tokens=sum(each) * count,
+        seconds=passes * count / text.ids.shape[1],
     )
 
 
@@ -193,7 +195,7 @@ def _costs(
 
     Several ablations run as one batch.
     """
-    output, heads = runner.seen[layer].output, runner.seen[layer].key.shape[1]
+    output, heads = runner.seen[layer].output, runner.seen[layer].kv_heads
     group = output.shape[2] // heads
     parts = [slice(head * group, (head + 1) * group) for head in range(heads)] + [slice(None)]
     jobs = [(i, p) for i in range(len(parts)) for p in range(len(rows)) if rows[p] is not None]
@@ -222,7 +224,8 @@ def _kl(full: Tensor, logits: Tensor) -> float:
 def _row_bytes(model: Any, text: _Text) -> int:
     """Return the bytes of one ablation: a layer's activations, and logits in three forms."""
     config = text_config(model)
-    width = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 0)
+    inner = getattr(config, "intermediate_size", None) or 0
+    width = 8 * config.hidden_size + 3 * (max(inner) if isinstance(inner, list) else inner)
     numbers: int = text.ids.shape[1] * width
     logits: int = len(text.positions) * config.vocab_size
     itemsize: int = model.dtype.itemsize

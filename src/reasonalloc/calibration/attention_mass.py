@@ -13,7 +13,7 @@ from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibration.observe import Observer, fingerprint, observe
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_measurable
+from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.whole import whole_number
 
@@ -25,7 +25,7 @@ def demand(weights: Tensor, rho: float) -> Tensor:
     learned sink takes is no key's mass.
 
     Args:
-        weights: [kv_heads, group, window, n], see ``window_attention``.
+        weights: [kv_heads, group, window, n], see ``Observer.on_sample``.
         rho: share of the mass, 0 < rho < 1.
 
     Returns:
@@ -84,7 +84,7 @@ def attention_mass(
         raise UsageError(f"rho={rho} must lie between 0 and 1")
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     every, window = whole_number("every", every, 1), whole_number("window", window, 1)
-    budgeted = [i for i, shape in enumerate(check_measurable(model)) if shape.compressible]
+    budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
     observer = _Demands(budgeted, every, window, rho)
     means, maxima = [], []
     for index in observe(model, prompts, observer, max_new_tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -15,7 +15,7 @@ from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_measurable
+from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.integrations.hf.rope import read_rope
@@ -50,14 +50,14 @@ class Checked:
     Attributes:
         budgets: tokens per head, plain ints, rising.
         layers: indices of the layers under a budget.
-        kv_heads: KV heads of each.
+        kv_heads: KV heads of each of them.
         configs: per policy, the settings of a run with equal budgets, the first of ``budgets``.
         policies: the same, bound to the model.
     """
 
     budgets: list[int]
     layers: list[int]
-    kv_heads: int
+    kv_heads: list[int]
     configs: list[CompressionConfig]
     policies: list[Policy]
 
@@ -79,7 +79,7 @@ def checked(
         UsageError: a wrong argument; names it.
         UnsupportedError: a model that cannot run under a budget.
     """
-    shapes = check_measurable(model)
+    shapes = check_model(model)
     _check_texts(model, texts, kinds)
     budgets = whole_numbers("budgets", budgets)
     if len(budgets) < 2 or sorted(set(budgets)) != budgets:
@@ -109,7 +109,7 @@ def checked(
     return Checked(
         budgets=budgets,
         layers=layers,
-        kv_heads=shapes[layers[0]].kv_heads,
+        kv_heads=[shapes[layer].kv_heads for layer in layers],
         configs=configs,
         policies=[_bound(model, config, shapes) for config in configs],
     )
@@ -140,6 +140,17 @@ def _check_policies(policies: Sequence[str]) -> None:
                 f"policy={policy!r} takes its policy from a cost profile, which is to be made: "
                 "name a policy of its own, as rkv"
             )
+
+
+def check_formats(model: Any, formats: Sequence[str], settings: Checked) -> None:
+    """Refuse formats that the model's keys and values cannot be kept in.
+
+    Raises:
+        UnsupportedError, UsageError: names the format, and says why.
+    """
+    for kind in formats:
+        config = replace(settings.configs[0], arm=Arm("rkv"), kv_dtype=kind)
+        BudgetPlan(config, check_model(model), text_config(model), model_name(model))
 
 
 def to_be_fitted(policy: Policy) -> TypeGuard[PredictedLoss]:

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from reasonalloc.calibrated.costs import CostProfile
 from reasonalloc.calibrated.objectives import CalibrationConfig
@@ -25,57 +23,38 @@ from reasonalloc.calibrated.predictor import FEATURES, Predictor, as_json
 from reasonalloc.calibration.checks import (
     Checked,
     Estimate,
+    check_formats,
     checked,
     cost_profile,
     counter,
     now,
     to_be_fitted,
 )
-from reasonalloc.calibration.layer_replay import Seen, outputs_under_budgets
+from reasonalloc.calibration.layer_replay import outputs_under_budgets
 from reasonalloc.calibration.predictor import Examples, texts_to_fit, with_predictor
 from reasonalloc.config import CompressionConfig, Prompt
-from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import check_followed
+from reasonalloc.core.watched import Seen, join_outputs
+from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.watched import Watched, watching
 from reasonalloc.kinds import is_coded
-from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
 
-_IMPLEMENTATION = "reasonalloc-fisher"
 POLICIES = ("predicted_loss", "rkv")
 BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
 class _Tape:
-    """Attention function that keeps every layer's inputs and its output, in the graph."""
+    """Keeps what every layer saw, its output in the graph; runs the model while it is open."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], watched: Watched) -> None:
         self.layers = tuple(layers)
+        self.watched = watched
         self.seen: dict[int, Seen] = {}
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Any]:
-        if scaling is None:
-            scaling = query.shape[-1] ** -0.5
-        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        out, extra = attention_forward(module, query, key, value, attention_mask, **how)
-        layer = module.layer_idx
-        if layer in self.layers:
-            sinks = None if s_aux is None else s_aux.detach()
-            inputs = (query.detach(), key.detach(), value.detach())
-            self.seen[layer] = Seen(layer, *inputs, out, scaling, softcap, sinks)
-        return out, extra
+    def show(self, seen: Seen) -> None:
+        """Take what a layer saw."""
+        self.seen[seen.layer] = seen
 
 
 def fisher(
@@ -120,18 +99,18 @@ def fisher(
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed, prompt)
     samples = whole_number("samples", samples, 1)
     formats = read_formats(kv_dtypes)
+    check_formats(model, formats, settings)
     foretold = texts_to_fit(settings.policies, texts)
     steps = samples + len(settings.layers) * len(settings.policies) * (1 + len(formats))
     fits = len(foretold) * (samples + len(settings.layers))
     advance = counter(on_progress, len(texts) * steps + fits)
     generator = torch.Generator(device=model.device).manual_seed(settings.configs[0].seed)
-    tape = _Tape(settings.layers)
-    costs: list[list[list[Tensor]]] = []
-    with _taping(model, tape):
-        predictor = _fit(model, tape, foretold, samples, generator, settings, advance)
+    costs: list[list[list[list[Tensor]]]] = []
+    with _taping(model, settings.layers) as tape:
+        predictor = _fit(tape, foretold, samples, generator, settings, advance)
         settings = replace(settings, policies=with_predictor(settings.policies, predictor))
         for text in texts:
-            gradients = _gradients(model, tape, text, samples, generator, advance)
+            gradients = _gradients(tape, text, samples, generator, advance)
             costs.append(_text_costs(tape, text, gradients, settings, formats, advance))
     return [
         cost_profile(
@@ -155,7 +134,6 @@ def fisher(
 
 
 def _fit(
-    model: Any,
     tape: _Tape,
     texts: Sequence[Trajectory],
     samples: int,
@@ -170,7 +148,7 @@ def _fit(
     sinks = max(policy.sinks for policy in settings.policies if to_be_fitted(policy))
     examples = Examples(settings.layers)
     for text in texts:
-        gradients = _gradients(model, tape, text, samples, generator, advance)
+        gradients = _gradients(tape, text, samples, generator, advance)
         for layer, directions in zip(settings.layers, gradients, strict=True):
             examples.add(tape.seen.pop(layer), directions, text, config, sinks)
             advance()
@@ -191,8 +169,8 @@ def _text_costs(
     settings: Checked,
     formats: Sequence[str],
     advance: Callable[[], None],
-) -> list[list[Tensor]]:
-    """Return [layers, kv_heads + 1, budgets] nats per token, of every policy, plain and coded."""
+) -> list[list[list[Tensor]]]:
+    """Return [kv_heads + 1, budgets] nats per token, by policy, plain and coded, and layer."""
     tokens, prompt = len(text.completion_ids) - 1, len(text.prompt_ids)
     kinds = ("auto", *formats)
     rows: list[list[list[Tensor]]] = [[[] for _ in kinds] for _ in settings.policies]
@@ -204,7 +182,7 @@ def _text_costs(
                 outputs = outputs_under_budgets(seen, prompt, coded, policy, settings.budgets)
                 row.append(_cost(outputs, seen, directions) / tokens)
                 advance()
-    return [[torch.stack(row) for row in own] for own in rows]
+    return rows
 
 
 def read_formats(kv_dtypes: Sequence[str]) -> list[str]:
@@ -219,11 +197,11 @@ def read_formats(kv_dtypes: Sequence[str]) -> list[str]:
     return [kind for kind in kinds if is_coded(kind)]
 
 
-def _as_lists(costs: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the costs of heads and of layers, of [layers, kv_heads + 1, budgets] per text."""
+def _as_lists(costs: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    """Return the costs of heads and of layers, of [kv_heads + 1, budgets] per text and layer."""
     return {
-        "costs": [text[:, :-1].tolist() for text in costs],
-        "layer_costs": [text[:, -1].tolist() for text in costs],
+        "costs": [[layer[:-1].tolist() for layer in text] for text in costs],
+        "layer_costs": [[layer[-1].tolist() for layer in text] for text in costs],
     }
 
 
@@ -245,16 +223,17 @@ def estimate(
     """
     settings = checked(model, texts, None, policies, budgets, interval, window, prompt=prompt)
     samples = whole_number("samples", samples, 1)
+    check_formats(model, read_formats(kv_dtypes), settings)
     generator = torch.Generator(device=model.device).manual_seed(0)
-    tape, text, layers = _Tape(settings.layers), texts[0], settings.layers
-    with _taping(model, tape):
+    text, layers = texts[0], settings.layers
+    with _taping(model, layers) as tape:
         start = now(model)
         first: list[float] = []
-        _gradients(model, tape, text, 2, generator, lambda: first.append(now(model)))
+        _gradients(tape, text, 2, generator, lambda: first.append(now(model)))
         forward, backward = first[0] - start, first[1] - first[0]
         start = now(model)
         # Any weights take the same time.
-        zeros = [[[0.0] * len(FEATURES)] * settings.kv_heads] * len(layers)
+        zeros = [[[0.0] * len(FEATURES)] * heads for heads in settings.kv_heads]
         ready = with_predictor(settings.policies, Predictor(layers, zeros))
         for own, policy in zip(settings.configs, ready, strict=True):
             seen, prompt_tokens = tape.seen[layers[-1]], len(text.prompt_ids)
@@ -275,30 +254,26 @@ def _tokens(texts: Sequence[Trajectory]) -> int:
 
 
 @contextmanager
-def _taping(model: Any, tape: _Tape) -> Iterator[None]:
+def _taping(model: Any, layers: Sequence[int]) -> Iterator[_Tape]:
     """Inside, attention is taped, and gradients flow from the embeddings, not into weights."""
-    original = text_config(model)._attn_implementation
-    AttentionInterface.register(_IMPLEMENTATION, tape)
-    AttentionMaskInterface.register(_IMPLEMENTATION, mask_forward)
     learning = [p for p in model.parameters() if p.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, arguments, out: out.detach().requires_grad_(True)
-    )
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        model.set_attn_implementation(_IMPLEMENTATION)
-        yield
-    finally:
-        model.set_attn_implementation(original)
-        hook.remove()
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        tape.seen.clear()  # the registry keeps the attention function, and the tape with it
+    tape: list[_Tape] = []
+    with watching(model, lambda seen: tape[0].show(seen)) as watched:
+        tape.append(_Tape(layers, watched))
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, arguments, out: out.detach().requires_grad_(True).clone()
+        )
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield tape[0]
+        finally:
+            hook.remove()
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
 
 def _gradients(
-    model: Any,
     tape: _Tape,
     trajectory: Trajectory,
     samples: int,
@@ -307,27 +282,47 @@ def _gradients(
 ) -> list[Tensor]:
     """Return random roots of the Fisher matrix, [samples, tokens, query_heads, value_dim] each."""
     ids = torch.tensor(
-        [(*trajectory.prompt_ids, *trajectory.completion_ids)],
+        [(*trajectory.prompt_ids, *trajectory.completion_ids[:-1])],
         dtype=torch.int64,
-        device=model.device,
+        device=generator.device,
     )
-    first = len(trajectory.prompt_ids)
+    predicted = torch.arange(len(trajectory.prompt_ids), ids.shape[1], device=ids.device)
     with torch.enable_grad():
-        logits = model(ids[:, :-1], use_cache=False).logits[0, first:].float()
-        check_followed(model, tape.layers, tape.seen)
+        logits = tape.watched.logits(ids, predicted)[0].float()
         probability = logits.detach().softmax(dim=-1)
         root = probability.sqrt()
-        outputs = [tape.seen[layer].output for layer in sorted(tape.seen)]
+        seen = [tape.seen[layer] for layer in tape.layers]
+        outputs = [part for one in seen for part in one.parts]
+        _check_recorded(tape)
         directions = []
         for sample in range(samples):
             noise = torch.randn(
                 root.shape, generator=generator, device=root.device, dtype=root.dtype
             ).mul_(root)
             noise -= probability * noise.sum(dim=-1, keepdim=True)
-            grads = torch.autograd.grad(logits, outputs, noise, retain_graph=sample < samples - 1)
-            directions.append([grad[0].float() for grad in grads])
+            keep = sample < samples - 1
+            grads = torch.autograd.grad(
+                logits, outputs, noise, keep, allow_unused=True, materialize_grads=True
+            )
+            rest = iter(grads)
+            directions.append(
+                [
+                    join_outputs([next(rest) for _ in one.parts], one.kv_heads)[0].float()
+                    for one in seen
+                ]
+            )
             advance()
     return [torch.stack(parts) for parts in zip(*directions, strict=True)]
+
+
+def _check_recorded(tape: _Tape) -> None:
+    """Refuse a model that runs layers without recording what gradients need."""
+    for layer in tape.layers:
+        if not all(part.requires_grad for part in tape.seen[layer].parts):
+            raise UnsupportedError(
+                f"objective='fisher' needs gradients, which layer {layer} of the model runs "
+                "without: use objective='kl'"
+            )
 
 
 def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tensor:
@@ -338,7 +333,7 @@ def _cost(rows: Sequence[Tensor | None], seen: Seen, directions: Tensor) -> Tens
         seen: the layer in the full pass.
         directions: [samples, tokens, query_heads, value_dim].
     """
-    full, kv_heads = seen.output[0].detach(), seen.key.shape[1]
+    full, kv_heads = seen.output[0], seen.kv_heads
     costs = torch.zeros(kv_heads + 1, len(rows), dtype=torch.float32, device=full.device)
     for point, row in enumerate(rows):
         if row is not None:

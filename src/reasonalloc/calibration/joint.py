@@ -198,10 +198,9 @@ def cheapest(profiles: Sequence[CostProfile]) -> CostProfile:
 def _predicted(model: Any, profile: CostProfile, config: CompressionConfig, texts: int) -> float:
     """Return the summed costs of a profile's budgets over the texts that are replayed."""
     plan = BudgetPlan(config, check_model(model), text_config(model), model_name(model))
-    sizes = torch.tensor(plan.planned, dtype=torch.float64, device="cpu").flatten()
-    curves = torch.tensor(
-        profile.curves(list(range(texts))), dtype=torch.float64, device="cpu"
-    ).flatten(0, 1)
+    planned = [tokens for layer in plan.planned or () for tokens in layer]
+    sizes = torch.tensor(planned, dtype=torch.float64, device="cpu")
+    curves = profile.head_curves(list(range(texts)))
     points = torch.tensor(profile.budgets, dtype=torch.float64, device="cpu")
     each: list[Tensor] = [
         interpolate(curve[None], points, size[None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -15,30 +15,8 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
+from reasonalloc.core.watched import Seen
 from reasonalloc.policies import Policy
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the attention of one layer was given in a full pass over a text, and what it gave.
-
-    Attributes:
-        layer: index of the layer in the model.
-        query: [1, query_heads, n, head_dim] after RoPE.
-        key, value: [1, kv_heads, n, ...]; keys after RoPE.
-        output: [1, n, query_heads, value_dim].
-        scaling, softcap: of the attention logits.
-        sinks: [query_heads] learned sinks, or None.
-    """
-
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None = None
 
 
 @torch.no_grad()
@@ -79,7 +57,7 @@ def outputs_under_budgets(
 
 def _replay(seen: Seen, prompt: int, config: CompressionConfig, policy: Policy) -> Tensor:
     """Return the layer's output [n, query_heads, value_dim] with equal budgets for its heads."""
-    tokens, kv_heads = seen.key.shape[2], seen.key.shape[1]
+    tokens, kv_heads = seen.key.shape[2], seen.kv_heads
     layer = LayerCompressor(
         seen.layer,
         config.budget * kv_heads,
@@ -89,6 +67,7 @@ def _replay(seen: Seen, prompt: int, config: CompressionConfig, policy: Policy) 
         choose_backend(config.attention),
         Recorder("off"),
     )
+    layer.latent, layer.bias = seen.latent, seen.bias
     pieces = []
     for start, stop in pairwise([0, *range(prompt, tokens, config.interval), tokens]):
         parts = (seen.query, seen.key, seen.value)

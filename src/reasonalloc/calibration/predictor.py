@@ -22,11 +22,10 @@ from reasonalloc.calibrated.predictor import (
     features,
 )
 from reasonalloc.calibration.checks import to_be_fitted
-from reasonalloc.calibration.layer_replay import Seen
 from reasonalloc.config import CompressionConfig
+from reasonalloc.core.watched import Seen
 from reasonalloc.policies import Policy
 from reasonalloc.policies.recent import weight_sums
-from reasonalloc.sinks import softmax
 from reasonalloc.texts import Trajectory
 
 #: Texts that are looked at, evenly from all, and boundaries of each.
@@ -109,25 +108,32 @@ def _examples(
     """
     interval = config.interval
     attention, losses = _attention_and_losses(seen, directions)
-    tokens, values = attention.shape[-1], seen.value[0].float()
+    tokens, values = attention.shape[-1], seen.scored_values[0].float()
     places = list(range(prompt, tokens - interval + 1, interval))
     chosen = max(1, len(places) // _BOUNDARIES)
     for stop in places[::chosen]:
         compete = slice(first, stop - config.window)
         if first >= stop - config.window:
             continue
-        past = attention[:, :stop, :stop]
-        index = torch.arange(stop, device=past.device)
-        age = (stop - index).float()
-        recent = [
-            torch.einsum("hqk,q->hk", past, 0.5 ** ((age - 1) / life)) / weight_sums(age, life)
-            for life in HALF_LIVES
-        ]
-        own = values[:, :stop]
-        distance = torch.linalg.vector_norm(own - own.mean(dim=1, keepdim=True), dim=-1)
-        known = features(recent, age, distance)
+        known = known_at(attention[:, :stop, :stop], values[:, :stop])
         lost = losses[:, stop:, :stop].mean(dim=1)
         yield known[:, compete].cpu(), lost[:, compete].cpu()
+
+
+def known_at(attention: Tensor, values: Tensor) -> Tensor:
+    """Return what is known of all tokens after the last of them: [kv_heads, n, features] float32.
+
+    Args:
+        attention: [kv_heads, n, n] of each query, a mean over the group.
+        values: [kv_heads, n, dim] float32, as policies see them.
+    """
+    age = torch.arange(attention.shape[-1], 0, -1, device=attention.device).float()
+    recent = [
+        torch.einsum("hqk,q->hk", attention, 0.5 ** ((age - 1) / life)) / weight_sums(age, life)
+        for life in HALF_LIVES
+    ]
+    distance = torch.linalg.vector_norm(values - values.mean(dim=1, keepdim=True), dim=-1)
+    return features(recent, age, distance)
 
 
 def _attention_and_losses(seen: Seen, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,23 +142,15 @@ def _attention_and_losses(seen: Seen, directions: Tensor) -> tuple[Tensor, Tenso
     Args:
         seen, directions: as for ``Examples.add``.
     """
-    query, key, value = (part[0].float() for part in (seen.query, seen.key, seen.value))
-    kv_heads, tokens = key.shape[:2]
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).triu(1)
-    grouped = query.unflatten(0, (kv_heads, -1))
-    outputs = seen.output[0].detach().float().unflatten(1, (kv_heads, -1))
-    roots = directions.unflatten(2, (kv_heads, -1))
+    outputs = seen.output[0].float().unflatten(1, (seen.kv_heads, -1))
+    roots = directions.unflatten(2, (seen.kv_heads, -1))
     attention, losses = [], []
-    for head in range(kv_heads):  # one at a time: matrices of all tokens with all are large
-        logits = (grouped[head] * seen.scaling) @ key[head].T
-        if seen.softcap is not None:
-            logits = torch.tanh(logits / seen.softcap) * seen.softcap
-        own = None if seen.sinks is None else seen.sinks.unflatten(0, (kv_heads, -1))[head]
-        weights = softmax(logits.masked_fill(later, -torch.inf)[None], own)[0]
+    for head in range(seen.kv_heads):  # one at a time: matrices of all tokens with all are large
+        weights, values = seen.attention(head), seen.read(head)[1].transpose(-1, -2)
         attention.append(weights.mean(dim=0))
         loss = torch.zeros_like(attention[-1])
         for root in roots[:, :, head].transpose(1, 2):  # [group, n, value_dim]
-            gained = root @ value[head].T
+            gained = root @ values
             gained -= (root * outputs[:, head].transpose(0, 1)).sum(dim=-1, keepdim=True)
             loss += (weights * gained).sum(dim=0).square()
         losses.append(loss / (2 * len(roots)))

@@ -15,8 +15,10 @@ from reasonalloc.calibrated.statistics import Statistics
 from reasonalloc.calibration.observe import Observer, fingerprint, observe
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.model import check_measurable
-from reasonalloc.integrations.hf.rope import check_rotation, read_rope
+from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.rope import read_rope
+from reasonalloc.integrations.hf.rotation import check_rotation
+from reasonalloc.planning.memory import LayerShape
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.rotary import Rope, to_features, turns
 from reasonalloc.whole import whole_number
@@ -50,18 +52,21 @@ def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[fl
     """Return each layer's share of the highest attentions, pooled over layers and heads.
 
     Args:
-        attention: [query_heads, n] of each layer.
+        attention: [query_heads, n] of each layer; heads may differ.
         tops: tokens per (layer, query head), each at most ``n``.
 
     Returns:
         [tops][layers], each row sums to 1. Equal attentions: the earlier layer's counts.
     """
-    flat = torch.stack([layer.cpu().flatten() for layer in attention])
-    heads, width = attention[0].shape[0], flat.shape[1]
-    order = flat.flatten().sort(descending=True, stable=True).indices // width
+    flat = torch.cat([layer.cpu().flatten() for layer in attention])
+    heads = torch.tensor([layer.shape[0] for layer in attention], device="cpu")
+    owner = torch.arange(len(attention), device="cpu").repeat_interleave(
+        heads * attention[0].shape[1]
+    )
+    order = owner[flat.sort(descending=True, stable=True).indices]
     shares = []
     for top in tops:
-        kept = order[: top * heads * len(attention)]
+        kept = order[: top * int(heads.sum())]
         counts = kept.bincount(minlength=len(attention)).double()
         shares.append((counts / counts.sum()).tolist())
     return shares
@@ -149,8 +154,9 @@ def statistics(
     every, window = whole_number("every", every, 1), whole_number("window", window)
     if window < 2:
         raise UsageError(f"window={window}: a variance over queries needs at least 2")
-    budgeted = [i for i, shape in enumerate(check_measurable(model)) if shape.compressible]
-    rope, reason = _rope(model, prompts)
+    shapes = check_model(model)
+    budgeted = [i for i, shape in enumerate(shapes) if shape.compressible]
+    rope, reason = _rope(model, prompts, [shapes[layer] for layer in budgeted])
     observer = _Statistics(budgeted, every, window, rope)
     spreads: list[Tensor] = []
     shares: dict[int, list[Tensor]] = {}
@@ -181,8 +187,21 @@ def statistics(
     )
 
 
-def _rope(model: Any, prompts: Sequence[Tensor]) -> tuple[Rope | None, str]:
+def _rope(
+    model: Any, prompts: Sequence[Tensor], shapes: Sequence[LayerShape]
+) -> tuple[Rope | None, str]:
     """Return the model's rotary embedding, or None and why queries cannot be averaged under it."""
+    for present, what in (
+        (any(s.latent is not None for s in shapes), "latent attention (MLA)"),
+        (any(s.query_dim != s.head_dim for s in shapes), "a bias in its attention logits"),
+        (any(s.paired for s in shapes), "KV heads that read each other's values"),
+        (
+            len({(s.query_heads, s.query_dim) for s in shapes}) > 1,
+            "layers under a budget that differ in their queries",
+        ),
+    ):
+        if present:
+            return None, f"{type(model).__name__} has {what}: its queries are not averaged"
     try:
         rope = read_rope(model)
         check_rotation(model, rope, int(prompts[0][0, -1]) if prompts else 0)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
-from reasonalloc.calibration.layer_replay import Seen
-from reasonalloc.integrations.hf.attention import attention_forward, mask_forward
-from reasonalloc.integrations.hf.model import check_followed, decoder_of
-from reasonalloc.planning.shapes import text_config
-
-_IMPLEMENTATION = "reasonalloc-suffix"
+from reasonalloc.core.watched import Seen
+from reasonalloc.integrations.hf.model import decoder_of
+from reasonalloc.integrations.hf.watched import Watched, watching
+from reasonalloc.planning.shapes import layer_shapes, text_config
 
 
 class SuffixRunner:
@@ -33,18 +29,18 @@ class SuffixRunner:
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         self.layers = layers
         self.seen: dict[int, Seen] = {}
-        self.resumes = True
         self._model = model
+        shapes = layer_shapes(text_config(model), type(model).__name__)
+        #: Whether layers that read what others hold may run without them: not if caches are shared.
+        self.resumes = not any(s.readers or s.again is not None for s in shapes)
         self._hidden: dict[int, Tensor] = {}
-        self._replaced: tuple[int, Tensor] | None = None
         self._capturing = False
         self._blocks = _decoder_layers(model)
-        self._original = model.config._attn_implementation
+        self._watching = watching(model, self._show)
+        self._watched: Watched | None = None
 
     def __enter__(self) -> SuffixRunner:
-        AttentionInterface.register(_IMPLEMENTATION, self._attention)
-        AttentionMaskInterface.register(_IMPLEMENTATION, mask_forward)
-        self._model.set_attn_implementation(_IMPLEMENTATION)
+        self._watched = self._watching.__enter__()
         return self
 
     def __exit__(
@@ -53,9 +49,11 @@ class SuffixRunner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._model.set_attn_implementation(self._original)
-        # The registry keeps the attention function, and this object with it.
-        self.seen, self._hidden, self._replaced = {}, {}, None
+        self._watching.__exit__(kind, error, trace)
+
+    def _show(self, seen: Seen) -> None:
+        if self._capturing and seen.layer in self.layers:
+            self.seen[seen.layer] = seen
 
     def full(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run the full pass, which everything is captured from.
@@ -67,16 +65,14 @@ class SuffixRunner:
         Returns:
             Logits [1, m, vocabulary] in the model's dtype.
         """
-        self.seen, self._hidden, self._replaced = {}, {}, None
+        self.seen, self._hidden = {}, {}
         hooks = [
             block.register_forward_hook(self._hook(index), with_kwargs=True)
             for index, block in enumerate(self._blocks)
         ]
         self._capturing = True
         try:
-            logits = self._forward(ids, positions)
-            check_followed(self._model, self.layers, self.seen)
-            return logits
+            return self._logits(ids, positions)
         finally:
             self._capturing = False
             for hook in hooks:
@@ -96,24 +92,25 @@ class SuffixRunner:
         batch = outputs.shape[0]
         skipped = range(layer) if self.resumes and layer in self._hidden else range(0)
         own = {index: self._blocks[index].__dict__.get("forward") for index in skipped}
-        self._replaced = (layer, outputs)
         try:
             for index in skipped:
                 hidden = self._hidden[layer].expand(batch, -1, -1)
                 # An instance's own `forward`: the layer keeps its attributes, whatever reads them.
                 self._blocks[index].__dict__["forward"] = lambda *_, _hidden=hidden, **__: _hidden
-            return self._forward(ids.expand(batch, -1), positions)
+            return self._logits(ids.expand(batch, -1), positions, {layer: outputs})
         finally:
-            self._replaced = None
             for index, forward in own.items():
                 if forward is None:
                     self._blocks[index].__dict__.pop("forward", None)
                 else:
                     self._blocks[index].__dict__["forward"] = forward
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        logits: Tensor = self._model(ids, use_cache=False, logits_to_keep=positions).logits
-        return logits
+    def _logits(
+        self, ids: Tensor, positions: Tensor, instead: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
+        if self._watched is None:
+            raise RuntimeError("a runner outside of its context")
+        return self._watched.logits(ids, positions, instead)
 
     def _hook(self, index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -122,29 +119,6 @@ class SuffixRunner:
                 self._hidden[index] = args[0] if args else kwargs["hidden_states"]
 
         return hook
-
-    def _attention(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Any]:
-        layer = module.layer_idx
-        if self._replaced is not None and self._replaced[0] == layer:
-            return self._replaced[1], None
-        if scaling is None:
-            scaling = query.shape[-1] ** -0.5
-        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        output, _ = attention_forward(module, query, key, value, attention_mask, **how)
-        if self._capturing and layer in self.layers:
-            self.seen[layer] = Seen(layer, query, key, value, output, scaling, softcap, s_aux)
-        return output, None
 
 
 def _decoder_layers(model: Any) -> list[nn.Module]:

@@ -82,7 +82,7 @@ def _rows() -> list[dict[str, Any]]:
                 "arm": "reasonalloc" if cost is None else "best",
                 "config_hash": file.config_hash,
                 "layers": made.layers,
-                "kv_heads": None if cost is None else cost.kv_heads,
+                "kv_heads": None if cost is None else _number(cost.heads),
                 "interval": None if cost is None else cost.interval,
                 "window": None if cost is None else cost.window,
                 "formats": [] if cost is None else cost.formats,
@@ -90,6 +90,11 @@ def _rows() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _number(kv_heads: list[int]) -> int | list[int]:
+    """KV heads of every layer, or of each where they differ."""
+    return kv_heads[0] if len(set(kv_heads)) == 1 else kv_heads
 
 
 def _share(file: str, name: str | None, out: str, as_json: bool) -> None:

@@ -58,7 +58,10 @@ class LayerCompressor:
             before ``forward``. None where keys and values are stored.
         bias: how queries with a bias by distance are read; set before ``forward``. None where they
             have none.
+        differentiable: whether gradients flow through the attention.
     """
+
+    differentiable = False
 
     def __init__(
         self,

@@ -47,20 +47,8 @@ class SharedCall:
 
     def joined(self) -> tuple[Tensor, Logits]:
         """Queries and logits of all readers, as of one whose groups are those of all together."""
-        sinks = [one.sinks for one in self.logits if one.sinks is not None]
         heads = self.slab.kv_heads
-        first = self.logits[0]
-        if len(sinks) not in (0, len(self.logits)) or any(
-            one[:2] != first[:2] for one in self.logits
-        ):
-            raise UnsupportedError(
-                "layers that share a cache scale, cap or bound their attention logits differently, "
-                "which cannot run under a KV budget: detach ReasonAlloc to run this model"
-            )
-        whole = torch.cat([sink.view(heads, -1) for sink in sinks], dim=1) if sinks else None
-        return join_heads(self.queries, heads), Logits(
-            first.scaling, first.softcap, None if whole is None else whole.flatten()
-        )
+        return join_heads(self.queries, heads), join_logits(self.logits, heads)
 
 
 class SharedCompressor(LayerCompressor):
@@ -183,3 +171,20 @@ def join_heads(queries: Sequence[Tensor], kv_heads: int) -> Tensor:
     """
     groups = [query.unflatten(1, (kv_heads, -1)) for query in queries]
     return torch.cat(groups, dim=2).flatten(1, 2)
+
+
+def join_logits(logits: Sequence[Logits], kv_heads: int) -> Logits:
+    """Join how the readers of a cache make weights of logits, as ``join_heads`` joins queries.
+
+    Raises:
+        UnsupportedError: they do it differently.
+    """
+    sinks = [one.sinks for one in logits if one.sinks is not None]
+    first = logits[0]
+    if len(sinks) not in (0, len(logits)) or any(one[:2] != first[:2] for one in logits):
+        raise UnsupportedError(
+            "layers that share a cache scale, cap or bound their attention logits differently, "
+            "which cannot run under a KV budget: detach ReasonAlloc to run this model"
+        )
+    whole = torch.cat([sink.view(kv_heads, -1) for sink in sinks], dim=1) if sinks else None
+    return Logits(first.scaling, first.softcap, None if whole is None else whole.flatten())

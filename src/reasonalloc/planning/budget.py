@@ -341,6 +341,7 @@ class BudgetPlan(Shown):
             head_dim=first.query_dim - first.distances - first.query_sinks,
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
+            kv_heads=tuple(shape.kv_heads for shape in self._budgeted),
         )
         policy: Any = make_policy(self.config).bind(facts)
         name = f"policy={self.config.arm.policy!r}"
@@ -406,8 +407,10 @@ class BudgetPlan(Shown):
             n_sink=config.n_sink,
             model_id=self.name,
             config_hash=self._fingerprint,
-            row_bytes=lambda kind, item: row_bytes(
-                self._budgeted[0], kind, item or self.dtype.itemsize
-            ),
+            row_bytes=self._row_bytes if self._alike else None,
             heads=tuple(shape.kv_heads for shape in self._budgeted),
         )
+
+    def _row_bytes(self, kind: str, itemsize: int) -> int:
+        """Bytes of a token of a head in a format, where all layers have one shape."""
+        return row_bytes(self._budgeted[0], kind, itemsize or self.dtype.itemsize)

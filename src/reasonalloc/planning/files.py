@@ -90,14 +90,9 @@ def check_alike(config: CompressionConfig, name: str) -> None:
         name: of a model whose layers differ in shape.
 
     Raises:
-        UnsupportedError: a part of the arm reads a calibrated file, or the budget is in bytes.
+        UnsupportedError: the budget is in bytes, and tokens are divided among the layers.
     """
     arm = config.arm
-    for part in readers(arm):
-        raise UnsupportedError(
-            f"{part}={getattr(arm, part)!r} reads a calibrated file, and {name} cannot be "
-            "calibrated yet: its layers under a budget differ in shape; use an arm without a file"
-        )
     if config.size is not None and str(arm.layers) != "uniform":
         raise UnsupportedError(
             f"budget={config.size.text!r}: layers={arm.layers!r} divides bytes among layers of "

@@ -109,6 +109,7 @@ class ModelFacts:
             float32: ``W^T W`` of the part ``W`` of the output projection that reads a query head,
             averaged over the group. Raises ``UnsupportedError`` if the projection cannot be read;
             None while only the configuration is known.
+        kv_heads: KV heads of each layer under a budget.
     """
 
     model_id: str
@@ -118,6 +119,7 @@ class ModelFacts:
     head_dim: int
     load_rope: Callable[[], Rope] | None = None
     load_output_metrics: Callable[[], dict[int, Tensor]] | None = None
+    kv_heads: tuple[int, ...] = ()
 
 
 class Policy(ABC):

@@ -33,7 +33,7 @@ class Calibrated(ReadsCalibrated, Policy):
 
     def bind(self, model: ModelFacts) -> Policy:
         policy, costs = self.resolve(), load_costs(self.path)
-        costs.check_model(model.model_id, model.config_hash, model.layers, costs.kv_heads)
+        costs.check_model(model.model_id, model.config_hash, model.kv_heads)
         return policy.bind(model)
 
     def score(self, candidates: Candidates) -> Tensor:

@@ -52,7 +52,7 @@ class PredictedLoss(ReadsCalibrated, Policy):
                 "'reasonalloc calibrate --objective fisher --policy predicted_loss'"
             )
         costs = load_costs(self.path)
-        costs.check_model(model.model_id, model.config_hash, model.layers, costs.kv_heads)
+        costs.check_model(model.model_id, model.config_hash, model.kv_heads)
         predictor = costs.predictor
         if predictor is None:
             raise UsageError(

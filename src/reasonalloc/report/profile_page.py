@@ -29,7 +29,7 @@ def _demand(profile: DemandProfile) -> dict[str, Any]:
 
 def _costs(profile: CostProfile) -> dict[str, Any]:
     """Return costs in 1/1000 nat per token: ``layers`` [budgets][layers], ``heads``
-    [budgets][kv_heads][layers]."""
+    [budgets][kv_heads][layers], None where a layer has fewer heads."""
     curves = profile.curves()
     points = range(len(profile.budgets))
     return {
@@ -42,7 +42,10 @@ def _costs(profile: CostProfile) -> dict[str, Any]:
         "budgets": profile.budgets,
         "layers": [[1000 * cost for cost in layer_costs(profile, b)] for b in profile.budgets],
         "heads": [
-            [[1000 * layer[head][point] for layer in curves] for head in range(profile.kv_heads)]
+            [
+                [1000 * layer[head][point] if head < len(layer) else None for layer in curves]
+                for head in range(max(profile.heads))
+            ]
             for point in points
         ],
     }

@@ -107,7 +107,7 @@ def compare(first: str, second: str, budget: int | None = None) -> Comparison:
     if isinstance(one, CostProfile) and isinstance(two, CostProfile):
         at = _common_budget(one, two, budget)
         lines = [curves.layer_costs(one, at), curves.layer_costs(two, at)]
-        if (one.layers, one.kv_heads) == (two.layers, two.kv_heads):
+        if one.heads == two.heads:
             heads = curves.rank_correlation(curves.head_costs(one, at), curves.head_costs(two, at))
     elif isinstance(one, DemandProfile) and isinstance(two, DemandProfile):
         _no_budget(budget)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -9,6 +12,8 @@ from reasonalloc.allocators.minimise import minimise, minimise_bytes
 from reasonalloc.calibrated.costs import CostProfile, load_costs
 from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.errors import UsageError
+
+_Item = TypeVar("_Item")
 
 
 @LAYER_ALLOCATORS.register("cost", source="ours: measured KL of compressing each head alone")
@@ -57,7 +62,7 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
                 "'reasonalloc calibrate --objective fisher'"
             )
         costs = load_costs(self.path)
-        costs.check_model(query.model_id, query.config_hash, query.layers, query.kv_heads)
+        costs.check_model(query.model_id, query.config_hash, query.heads)
         texts = [i for i, kind in enumerate(costs.kinds) if self.kind in ("", kind)]
         if not texts:
             raise UsageError(
@@ -74,35 +79,40 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
         upper = max(int(self.most * query.budget), query.budget)
         points = torch.tensor(costs.budgets, dtype=torch.float64, device="cpu")
         if self.by == "layers":
+            if len(set(query.heads)) > 1:
+                raise UsageError(
+                    f"cost: by='layers' gives the heads of a layer equal shares, and the layers of "
+                    f"{query.model_id!r} have {min(query.heads)} to {max(query.heads)} of them: "
+                    "leave it out"
+                )
             curves = torch.tensor(costs.layer_curves(texts), dtype=torch.float64, device="cpu")
             mean = query.layers * query.budget
             equal = minimise(curves, points, mean, lower, upper).tolist()
             return [[size] * query.kv_heads for size in equal]
-        curves = torch.tensor(costs.curves(texts), dtype=torch.float64, device="cpu").flatten(0, 1)
-        sizes = minimise(curves, points, query.total, lower, upper)
-        heads: list[list[int]] = sizes.view(query.layers, query.kv_heads).tolist()
-        return heads
+        sizes = minimise(costs.head_curves(texts), points, query.total, lower, upper)
+        return _by_layer(sizes.tolist(), query.heads)
 
     def plan_formats(self, query: LayerQuery) -> list[list[tuple[int, str]]] | None:
         return self._plan_formats(query) if self.bits == "planned" else None
 
     def _plan_formats(self, query: LayerQuery) -> list[list[tuple[int, str]]]:
         costs, texts = self._costs(query)
-        if not costs.coded or query.row_bytes is None:
+        if query.row_bytes is None:
+            raise UsageError(
+                f"cost: bits='planned' counts bytes, and the layers of {query.model_id!r} differ "
+                "in shape: use bits='fixed' (the preset 'best')"
+            )
+        if not costs.coded:
             raise UsageError(
                 f"cost: bits='planned' needs costs in several formats, {self.path!r} has one: "
                 "calibrate with --kv-dtypes auto,int8,int8:int4,int4h"
             )
         widths = [query.row_bytes(kind, self.itemsize) for kind in costs.formats]
-        heads = query.layers * query.kv_heads
+        heads = sum(query.heads)
         lower = min(query.window + query.n_sink + self.least, query.budget)
         upper = max(int(self.most * query.budget), query.budget) * max(widths) // min(widths)
-        curves = [
-            torch.tensor(costs.curves(texts, kind), dtype=torch.float64, device="cpu").flatten(0, 1)
-            for kind in costs.formats
-        ]
         formats, tokens = minimise_bytes(
-            torch.stack(curves),
+            torch.stack([costs.head_curves(texts, kind) for kind in costs.formats]),
             torch.tensor(costs.budgets, dtype=torch.float64, device="cpu"),
             torch.tensor(widths, dtype=torch.float64, device="cpu"),
             heads * (query.budget - query.window) * widths[0],
@@ -111,9 +121,13 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
             query.window,
         )
         names = [costs.formats[place] for place in formats.tolist()]
-        pairs = list(zip(tokens.tolist(), names, strict=True))
-        each = query.kv_heads
-        return [pairs[start : start + each] for start in range(0, len(pairs), each)]
+        return _by_layer(list(zip(tokens.tolist(), names, strict=True)), query.heads)
 
     def allocate(self, query: LayerQuery) -> list[int]:
         return [sum(heads) for heads in self.plan_heads(query)]
+
+
+def _by_layer(items: Sequence[_Item], heads: Sequence[int]) -> list[list[_Item]]:
+    """Return what all heads get as a list per layer, of so many heads each."""
+    rest = iter(items)
+    return [list(islice(rest, count)) for count in heads]

@@ -33,8 +33,9 @@ def in_proportion(preference: Tensor, query: LayerQuery) -> list[int]:
     Every layer keeps at least the sinks and one token more per head besides its window, if the
     budget has room for that.
     """
-    windows = query.kv_heads * query.window
-    mean = query.kv_heads * query.budget - windows
-    least = min(query.kv_heads * (query.n_sink + 1), mean)
-    total = query.layers * mean
-    return [free + windows for free in shares_of(preference, total, least, total, exponent=1.0)]
+    windows = [heads * query.window for heads in query.heads]
+    free = query.total - sum(windows)
+    each = query.budget - query.window
+    least = [min(heads * (query.n_sink + 1), heads * each) for heads in query.heads]
+    given = shares_of(preference, free, least, free, exponent=1.0)
+    return [own + window for own, window in zip(given, windows, strict=True)]

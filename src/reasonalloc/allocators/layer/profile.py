@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
 from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.calibrated.demand import load_profile
@@ -36,7 +38,13 @@ class FromProfile(ReadsCalibrated, LayerAllocator):
             )
         profile = load_profile(self.path)
         profile.check_model(query.model_id, query.config_hash, query.layers)
-        mean = query.kv_heads * query.budget
-        lower = min(max(int(self.least * mean), query.least), mean)
-        upper = max(int(self.most * mean), mean)
-        return shares_of(profile.demand_mean, query.total, lower, upper, self.gamma)
+        means = [heads * query.budget for heads in query.heads]
+        lower = [
+            min(max(int(self.least * mean), least), mean)
+            for mean, least in zip(means, query.leasts, strict=True)
+        ]
+        upper = [max(int(self.most * mean), mean) for mean in means]
+        # The demand is a KV head's.
+        heads = torch.tensor(query.heads, dtype=torch.float64, device="cpu") / max(query.heads)
+        demand = torch.tensor(profile.demand_mean, dtype=torch.float64, device="cpu")
+        return shares_of(demand**self.gamma * heads, query.total, lower, upper, exponent=1.0)

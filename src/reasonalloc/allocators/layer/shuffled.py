@@ -27,6 +27,12 @@ class Shuffled(FromProfile):
             raise UsageError(f"shuffled: seed={self.seed} must be between 0 and 2^63 - 1")
 
     def allocate(self, query: LayerQuery) -> list[int]:
+        if len(set(query.heads)) > 1:
+            raise UsageError(
+                f"layers='shuffled' deals budgets out to other layers, and those of "
+                f"{query.model_id!r} have {min(query.heads)} to {max(query.heads)} KV heads: use "
+                "'profile'"
+            )
         budgets = super().allocate(query)
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         order = torch.randperm(len(budgets), generator=generator, device="cpu").tolist()

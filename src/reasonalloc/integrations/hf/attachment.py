@@ -8,7 +8,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -178,6 +178,15 @@ class Attachment:
 
     def new_cache(self) -> BudgetCache:
         """An empty cache, for ``generate(..., past_key_values=cache)`` or a plain forward call."""
+        return self.cache_of(_compressor)
+
+    def cache_of(self, make: Callable[..., LayerCompressor]) -> BudgetCache:
+        """An empty cache.
+
+        Args:
+            make: returns what a layer under a budget is; gets the arguments of ``LayerCompressor``
+                and ``readers``, how many layers of the model read it.
+        """
         self._require_model()
         recorder = Recorder(self.config.record)
         parts = iter(self._plan.parts(self.shard))
@@ -199,10 +208,7 @@ class Attachment:
                 planned,
                 next(formats),
             )
-            if shape.readers:
-                layers.append(SharedCompressor(*settings, readers=1 + len(shape.readers)))
-            else:
-                layers.append(LayerCompressor(*settings))
+            layers.append(make(*settings, readers=1 + len(shape.readers)))
         shapes = tuple(self.shard.shape(shape) for shape in self.shapes)
         cache = budget_class(own_class(self._model))(layers, shapes, recorder, self)
         self._last, self.recorder = weakref.ref(cache), recorder
@@ -443,6 +449,13 @@ def attach(
         record=record,
     )
     return attach_config(model, config)
+
+
+def _compressor(*settings: Any, readers: int) -> LayerCompressor:
+    """One layer under a budget, which one or several layers of the model read."""
+    if readers > 1:
+        return SharedCompressor(*settings, readers=readers)
+    return LayerCompressor(*settings)
 
 
 def _refuse(reason: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -142,7 +142,7 @@ def attention_forward(
         query = in_groups(query, copies, heads)
         out = layer.attend(query, keys, values, attention_mask, scaling, softcap, learned, *own)
         out = as_asked(out, copies, heads)
-        if torch.is_grad_enabled() and query.requires_grad:
+        if torch.is_grad_enabled() and query.requires_grad and not layer.differentiable:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     elif position_bias is not None:
         _check_plain(module, softcap, s_aux, dropout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -131,62 +130,3 @@ def _check_causal(model: Any, name: str) -> None:
         raise NothingToBudget(
             f"{name} cannot run under a KV budget: its attention is not causal{remedy}"
         )
-
-
-def check_followed(model: Any, layers: Iterable[int], seen: Container[int]) -> None:
-    """Refuse a model whose layers could not be told apart by their attention modules.
-
-    Args:
-        model: it was called.
-        layers: those that calibration has to see.
-        seen: those that it saw.
-
-    Raises:
-        UnsupportedError: names the first layer that was not seen.
-    """
-    for layer in layers:
-        if layer not in seen:
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be calibrated yet: layer {layer} does not attend "
-                "through a module of its own; use an arm without a profile"
-            )
-
-
-def check_measurable(model: Any) -> tuple[LayerShape, ...]:
-    """Shapes of a model's layers, all of which calibration can follow.
-
-    Raises:
-        UnsupportedError: it cannot work, or has latent attention, layers that share a cache,
-            layers under a budget of different shapes, repeats the heads of its caches, or has
-            modules that compute attention themselves.
-    """
-    shapes = check_model(model)
-    budgeted = [shape for shape in shapes if shape.compressible]
-    unequal = len({(shape.kv_heads, shape.query_heads, shape.dims) for shape in budgeted}) > 1
-    for present, what in (
-        (any(shape.latent is not None for shape in shapes), "latent attention (MLA)"),
-        (any(shape.distances for shape in shapes), "a bias of its logits by distance"),
-        (any(shape.readers for shape in shapes), "layers that share a cache"),
-        (any(shape.again is not None for shape in shapes), "layers that run in loops"),
-        (any(shape.paired for shape in shapes), "KV heads that read each other's values"),
-        (any(shape.image for shape in shapes), "layers that attend to an image"),
-        (unequal, "layers under a budget that differ in shape"),
-        (_repeats_heads(model, shapes), "attention that repeats the heads of its caches"),
-        (computes_inline(model), "modules that compute attention themselves"),
-    ):
-        if present:
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be calibrated yet: it has {what}; use an arm "
-                "without a profile"
-            )
-    return shapes
-
-
-def _repeats_heads(model: Any, shapes: Sequence[LayerShape]) -> bool:
-    """Whether attention of a layer under a budget gets more key heads than its cache holds."""
-    groups = {i: s.query_heads // s.kv_heads for i, s in enumerate(shapes) if s.compressible}
-    modules = [module for module in model.modules() if getattr(module, "layer_idx", None) in groups]
-    return any(
-        getattr(m, "num_key_value_groups", groups[m.layer_idx]) != groups[m.layer_idx]
-        for m in modules
-    )

@@ -3,7 +3,8 @@
 The text is replayed hundreds of tokens at a time, which gives exactly what token-by-token decoding
 under the same eviction gives: a layer's output for a token depends on the layer's earlier inputs
 alone, so that each layer can go from boundary to boundary through all of them before the next one.
-Layers that share a cache go from boundary to boundary together.
+Layers that share a cache go from boundary to boundary together. Models whose Mamba layers start
+anew at every call with several tokens get the completion one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.hf.versions import cache_of, with_cache
-from reasonalloc.planning.shapes import text_config
+from reasonalloc.planning.shapes import layer_shapes, text_config
 from reasonalloc.texts import Trajectory
 
 #: Tokens that are fed at once: enough for the weights' products, few enough for their logits.
@@ -38,14 +39,21 @@ def replay_logits(model: Any, trajectory: Trajectory, cache: Any) -> Iterator[Te
     fed = torch.tensor([trajectory.completion_ids[:-1]], dtype=torch.int64, device=model.device)
     out = model(prompt, **with_cache({}, cache), use_cache=True, logits_to_keep=1)
     yield out.logits[0, -1:]  # some models know no logits_to_keep
+    most = PIECE if _goes_on(model) else 1
     for piece in fed.split(PIECE, dim=1):
         parts = []
         while piece.shape[1]:
-            fits = PIECE if cache is None else cache.replayable
+            fits = most if cache is None else min(most, cache.replayable)
             out = model(piece[:, :fits], **with_cache({}, cache_of(out)), use_cache=True)
             parts.append(out.logits[0])
             piece = piece[:, fits:]
         yield parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _goes_on(model: Any) -> bool:
+    """Whether a call with several tokens goes on from the states of all layers."""
+    shapes = layer_shapes(text_config(model), type(model).__name__)
+    return all(shape.state is None or shape.state.continues for shape in shapes)
 
 
 def check_text(model: Any, trajectory: Trajectory) -> None:

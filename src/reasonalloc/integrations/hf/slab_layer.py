@@ -87,6 +87,11 @@ class SlabLayer(CacheLayerMixin):
         return self.waiting > len(self._shape.readers)
 
     @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through the attention."""
+        return self.compressor.differentiable
+
+    @property
     def counts_columns(self) -> bool:
         """Whether the model counts hidden tokens in distances, which are not stored here."""
         return self._shape.distances > 0
@@ -139,8 +144,9 @@ class SlabLayer(CacheLayerMixin):
             query = self._with_bias(query, bias, query_sinks)
         if query.shape[2] == 1 and self._logical > 1 and self.decode_is_real:
             mask = None
+        recorded = self.differentiable and torch.is_grad_enabled()
         # A cache may be used inside and outside of inference mode; its tensors are plain ones.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             sinks = None if sinks is None else sinks.detach()
             new = self._stored(key, value)
             out = self.compressor.forward(query, *new, mask, scaling, softcap, self.replay, sinks)

@@ -107,7 +107,8 @@ def _joined(
         of_queries, of_keys: [batch or 1, heads or 1, q or 1, c].
         own: [batch or 1, heads, q, 1] float32: the bias of each query's position, by ``scaling``.
     """
-    unit, most = _SHIFTS.get(key.dtype, _UNIT), torch.finfo(query.dtype).max
+    unit = _SHIFTS.get(key.dtype, _UNIT)
+    most = min(torch.finfo(query.dtype).max, torch.finfo(own.dtype).max)
     shift = (-own / unit).clamp(-most, most).to(query.dtype)
     ones = torch.full_like(key[..., :1], unit)
     long = [query, *(one.expand(*query.shape[:3], -1) for one in (of_queries, shift))]
