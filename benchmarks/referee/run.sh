@@ -56,7 +56,9 @@ done
 
 # (b) Waves of other benchmarks, (c) at other lengths, (e) with other shares of the attention's mass.
 for name in questions code documents; do wave "$name" "$prompts/$name.jsonl" 512 64; done
-for length in 128 256 1024; do wave "maths-$length" "$prompts/maths.jsonl" "$length" $((length / 8)); done
+for length in 128 256 1024; do
+  wave "maths-$length" "$prompts/maths.jsonl" "$length" $((length < 512 ? length / 8 : 64))
+done
 for rho in 0.8 0.98; do wave "maths-rho$rho" "$prompts/maths.jsonl" 512 64 --rho "$rho"; done
 arms=rkv
 for name in maths questions code documents; do arms+=",rkv/profile(path=$out/wave-$name.json)/uniform"; done

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import reasonalloc
 from models import prompt, tiny
+from reasonalloc.errors import UnsupportedError
 
 SMALL: dict[str, Any] = {"budget": 16, "interval": 8, "window": 4}
 
@@ -43,6 +44,27 @@ def test_int8_weights_of_torchao(folder: Path, step: str) -> None:
 
     config = TorchAoConfig(Int8WeightOnlyConfig())
     check(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config), step=step)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_bitsandbytes(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny("llama", hidden_size=192, intermediate_size=256).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    settings: dict[str, Any] = {"quantization_config": config, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    check(model)
+    check(model, step="static")
+    if bits == 8:
+        ids = prompt(30)
+        with (
+            reasonalloc.attach(model, **SMALL, step="compile"),
+            pytest.raises(UnsupportedError, match=r"step='compile': .*bitsandbytes"),
+        ):
+            model.generate(ids, max_new_tokens=9, do_sample=False)
 
 
 @pytest.mark.once
