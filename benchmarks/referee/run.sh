@@ -36,7 +36,7 @@ arms=rkv,reasonalloc
 for gamma in 0 0.25 1; do arms+=",rkv/profile(gamma=$gamma)/reasonalloc"; done
 for beta in 0.25 1; do arms+=",rkv/profile/reasonalloc(beta=$beta)"; done
 for mu in 0 0.5 0.75; do arms+=",rkv/profile/reasonalloc(mu=$mu)"; done
-arms+=",rkv/profile/reasonalloc(score_norm=length)"
+arms+=",rkv/profile/reasonalloc(score_norm=paper)"
 replay knobs "$ten" "$arms" --budgets 128 --profile "$out/wave-maths.json"
 
 # (b) Costs of one kind of text on all others.
