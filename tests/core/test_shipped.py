@@ -101,8 +101,10 @@ def test_costs_of_the_coder_are_found() -> None:
     found = reasonalloc.plan(config, arm="best", budget=64, interval=64)
     assert found.shipped == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
     assert sum(found.totals) == 64 * 2 * 28 and len(set(found.totals)) > 10
-    with pytest.raises(UsageError, match="--kv-dtypes"):  # one format was measured
-        reasonalloc.plan(config, arm="best-bytes", budget=64, interval=64)
+    half: dict[str, Any] = {"budget": 64, "interval": 64, "dtype": torch.bfloat16}
+    coded, plain = (reasonalloc.plan(config, arm=arm, **half) for arm in ("best-bytes", "rkv"))
+    assert coded.shipped == found.shipped and sum(coded.totals) > 1.5 * sum(found.totals)
+    assert coded.memory().compressed_bytes(700) <= plain.memory().compressed_bytes(700)
 
 
 def test_attach_reads_it(own: Path) -> None:
