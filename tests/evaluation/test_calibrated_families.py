@@ -13,6 +13,7 @@ from torch import Tensor
 
 import reasonalloc
 from models import (
+    ABLE,
     HYBRIDS,
     INLINE,
     LATENTS,
@@ -53,6 +54,8 @@ TOLD = ["deepseek_v2", "minicpm3", "gemma3n_full", "gemma4_full_shared", "laguna
 TOLD += ["bloom", "mpt", "inkling", "inkling2"]
 #: Those whose caches several layers read.
 SHARED = {"gemma3n_full", "gemma4_full_shared"}
+#: Those that transformers before 5.23 computes or configures in another way.
+NEWER = {"gemma3n_full", "gemma4_full_shared", "mllama", "diffllama", "unequal_heads"}
 #: One of each kind.
 KINDS = ["deepseek_v2", "kimi_linear", "gemma3n_full", "laguna", "diffllama", "jetmoe", "dory"]
 KINDS += ["falcon_alibi", "inkling2", "unequal_heads"]
@@ -61,6 +64,8 @@ SMOOTH = ["minicpm3", "gemma3n_full", "diffllama", "falcon_alibi", "bloom", "mpt
 
 
 def made(name: str, **changes: Any) -> Any:
+    if name in NEWER and not ABLE:
+        pytest.skip("refused with this transformers")
     if name == "unequal_heads":
         return unequal_heads()
     for table, build in (
@@ -279,7 +284,7 @@ def test_demand_of_latents_is_that_of_all_heads_together(name: str) -> None:
 
 
 def test_layers_of_unequal_heads(tmp_path: Path) -> None:
-    model, trajectory = unequal_heads(), text()
+    model, trajectory = made("unequal_heads"), text()
     (costs,) = fisher(
         model, [trajectory], policies=["rkv"], budgets=(8, 12, 20), samples=2, **CADENCE
     )
