@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,3 +330,94 @@ def test_a_model_that_records_no_gradients() -> None:
         fisher(model, [text()], budgets=(10, 16), samples=1, **CADENCE)
     costs = ablation(model, [text()], budgets=(10, 16), **CADENCE)
     assert all(cost > 0 for layer in costs.layer_costs[0] for cost in layer)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layers", [0, 1, 7], r"losses of layers \[0, 1, 7\], but .* layers \[0, 1, 2\]"),
+        ("weights", 1e300, "weights must be numbers up to 1e\\+30"),
+        ("weights", 10**400, "weights must be numbers up to"),
+        ("costs", 10**400, "every head needs 2 numbers"),
+        ("interval", 10**400, r"interval=10000000000000000000\.\.\. must be a whole number"),
+        ("budgets", [8, 10**30], "budgets must be"),
+    ],
+)
+def test_edited_files_are_refused_where_they_are_read(
+    tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    model, path = tiny("llama"), tmp_path / "costs.json"
+    (costs,) = fisher(
+        model, [text()], policies=["predicted_loss"], budgets=(8, 12), samples=1, **CADENCE
+    )
+    costs.save(path)
+    data = json.loads(path.read_text())
+    if field == "layers":
+        data["foretells"]["layers"] = value
+    elif field == "weights":
+        data["foretells"]["weights"][1][0][2] = value
+    elif field == "costs":
+        data["costs"][0][1][0][0] = value
+    else:
+        data[field] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=message):
+        reasonalloc.attach(model, arm="best", budget=16, profile=path, **CADENCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma3n_full", {"num_kv_shared_layers": 1}),
+        ("laguna", {"num_attention_heads_per_layer": [3, 9, 6, 6]}),
+        ("deepseek_v2", {"kv_lora_rank": 16}),
+        ("dory_full", {"n_recurrent_loops": 2}),
+        ("bloom", {"n_head": 12}),
+    ],
+)
+def test_a_file_of_another_model_is_refused(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    wave = attention_mass(made(name), [prompt(12)], max_new_tokens=10, every=4, window=4)
+    wave.save(tmp_path / "wave.json")
+    settings: dict[str, Any] = {"budget": 16, "profile": tmp_path / "wave.json", **CADENCE}
+    reasonalloc.plan(made(name), arm="reasonalloc", **settings)
+    with pytest.raises(UsageError, match="calibrate this model"):
+        reasonalloc.plan(made(name, **changes), arm="reasonalloc", **settings)
+
+
+def test_a_file_of_unequal_heads_is_of_no_other_model(tmp_path: Path) -> None:
+    wave = attention_mass(made("unequal_heads"), [prompt(12)], max_new_tokens=10, every=4, window=4)
+    wave.save(tmp_path / "wave.json")
+    settings: dict[str, Any] = {"budget": 16, "profile": tmp_path / "wave.json", **CADENCE}
+    with pytest.raises(UsageError, match="calibrate this model"):
+        reasonalloc.plan(tiny("llama"), arm="reasonalloc", **settings)
+
+
+@pytest.mark.parametrize("measure", [attention_mass, statistics])
+@pytest.mark.parametrize(
+    "wrong",
+    [prompt(10, 2), prompt(10)[0], prompt(10)[0].tolist(), prompt(10)[:, :0], prompt(10).float()],
+)
+def test_wrong_prompts(measure: Any, wrong: Any) -> None:
+    model = tiny("llama")
+    with pytest.raises(UsageError, match=r"prompts\[1\] is .*: give the token ids of one prompt"):
+        measure(model, [prompt(9), wrong], max_new_tokens=9, every=4)
+    with pytest.raises(UsageError, match="training mode"):
+        measure(model.train(), [prompt(9)], max_new_tokens=9, every=4)
+
+
+def test_inference_mode_and_adapters_change_nothing() -> None:
+    peft = pytest.importorskip("peft")
+    settings: dict[str, Any] = {"policies": ["rkv"], "budgets": (8, 12), "samples": 2, **CADENCE}
+    model = tiny("llama")
+    expected = fisher(model, [text()], **settings)
+    with torch.inference_mode():
+        assert fisher(model, [text()], **settings) == expected
+    adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"])).eval()
+    for measured in (
+        fisher(adapted, [text()], **settings)[0],
+        ablation(adapted, [text()], budgets=(8, 12), **CADENCE),
+    ):
+        assert measured.config_hash == expected[0].config_hash
+    assert attention_mass(adapted, [prompt(9)], max_new_tokens=9, every=4, window=4).layers == 3

@@ -7,6 +7,7 @@ from typing import Any
 
 from reasonalloc.calibrated.predictor import read_predictor
 from reasonalloc.calibrated.reading import (
+    LARGEST_WHOLE,
     check_choice,
     check_fields,
     check_object,
@@ -74,16 +75,21 @@ def check_costs(data: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def _check_settings(data: dict[str, Any]) -> None:
     for name, least in (("interval", 1), ("window", 1), ("samples", 0)):
-        if type(data[name]) is not int or data[name] < least:
-            raise UsageError(f"{name}={data[name]!r} must be a whole number >= {least}")
+        if type(data[name]) is not int or not least <= data[name] <= LARGEST_WHOLE:
+            raise UsageError(f"{name}={_short(data[name])} must be a whole number >= {least}")
     budgets = data["budgets"]
     if (
         not isinstance(budgets, list)
         or len(budgets) < 2
-        or not all(type(b) is int and b > 0 for b in budgets)
+        or not all(type(b) is int and 0 < b <= LARGEST_WHOLE for b in budgets)
         or sorted(set(budgets)) != budgets
     ):
         raise UsageError("budgets must be at least two positive whole numbers, rising")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}..."
 
 
 def _list(name: str, values: Any, length: int | None, kind: type) -> int:

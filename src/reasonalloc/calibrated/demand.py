@@ -35,6 +35,28 @@ _ARCHITECTURE = (
     "num_key_value_heads",
     "layer_types",
     "sliding_window",
+    # Those that have others, or other names.
+    "alibi",
+    "attention_k_eq_v",
+    "cross_attention_layers",
+    "global_head_dim",
+    "kv_channels",
+    "kv_lora_rank",
+    "multi_query",
+    "n_head",
+    "n_heads",
+    "n_layer",
+    "n_layers",
+    "n_recurrent_layers",
+    "n_recurrent_loops",
+    "new_decoder_architecture",
+    "num_attention_heads_per_layer",
+    "num_global_key_value_heads",
+    "num_kv_heads",
+    "num_kv_shared_layers",
+    "per_layer_config",
+    "qk_rope_head_dim",
+    "v_head_dim",
 )
 
 

@@ -16,6 +16,7 @@ from reasonalloc.errors import UsageError
 HALF_LIVES = (8.0, 128.0)
 #: What is known of a token at a boundary, each as a logarithm; the last one is a constant.
 FEATURES = (*(f"recent{life:g}" for life in HALF_LIVES), "age", "distance", "one")
+_LARGEST = 1e30  # of a weight; sums of products with features stay finite in float32
 _LEAST = 1e-6  # of an attention weight or a distance; keeps logarithms finite
 
 
@@ -93,8 +94,8 @@ def read_predictor(data: Any, kv_heads: Sequence[int]) -> Predictor | None:
         for head in layer:
             if not isinstance(head, list) or len(head) != len(FEATURES):
                 raise UsageError(shape)
-            if not all(map(is_number, head)):
-                raise UsageError("foretells: weights must be finite numbers")
+            if not all(is_number(weight) and abs(weight) <= _LARGEST for weight in head):
+                raise UsageError(f"foretells: weights must be numbers up to {_LARGEST:g}")
     return Predictor(own, weights)
 
 

@@ -66,6 +66,12 @@ def check_texts(data: dict[str, Any], names: Sequence[str]) -> None:
             raise UsageError(f"{name} must be text")
 
 
+#: Whole numbers in a file are sizes, or costs without a fraction.
+LARGEST_WHOLE = 1 << 53
+
+
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= LARGEST_WHOLE

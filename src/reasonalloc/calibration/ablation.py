@@ -26,6 +26,7 @@ from reasonalloc.calibration.observe import fingerprint
 from reasonalloc.calibration.suffix import SuffixRunner
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError
+from reasonalloc.integrations.hf.model import inner_model
 from reasonalloc.planning.shapes import text_config
 from reasonalloc.texts import Trajectory
 from reasonalloc.whole import whole_number
@@ -83,6 +84,7 @@ def ablation(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
+    model = inner_model(model)
     settings = checked(model, texts, kinds, [policy], budgets, interval, window, prompt=prompt)
     if to_be_fitted(settings.policies[0]):
         raise UsageError(
@@ -150,6 +152,7 @@ def estimate(
 
     Arguments and errors are those of ``ablation``.
     """
+    model = inner_model(model)
     settings = checked(model, texts, None, [policy], budgets, interval, window, prompt=prompt)
     stride = whole_number("stride", stride, 1)
     layers = settings.layers

@@ -10,10 +10,16 @@ from torch import Tensor
 
 from reasonalloc.calibrated.demand import DemandProfile, config_hash
 from reasonalloc.calibrated.objectives import CalibrationConfig
-from reasonalloc.calibration.observe import Observer, fingerprint, observe
+from reasonalloc.calibration.observe import (
+    Observer,
+    check_mode,
+    check_prompts,
+    fingerprint,
+    observe,
+)
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UsageError
-from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.model import check_model, inner_model
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.whole import whole_number
 
@@ -82,6 +88,9 @@ def attention_mass(
     """
     if not 0 < rho < 1:
         raise UsageError(f"rho={rho} must lie between 0 and 1")
+    model = inner_model(model)
+    check_mode(model)
+    check_prompts(prompts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     every, window = whole_number("every", every, 1), whole_number("window", window, 1)
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]

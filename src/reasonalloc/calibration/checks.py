@@ -11,7 +11,7 @@ import torch
 
 from reasonalloc.calibrated import CostProfile
 from reasonalloc.calibrated.demand import config_hash
-from reasonalloc.calibration.observe import fingerprint
+from reasonalloc.calibration.observe import check_mode, fingerprint
 from reasonalloc.config import Arm, CompressionConfig, Prompt
 from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
@@ -116,8 +116,7 @@ def checked(
 
 
 def _check_texts(model: Any, texts: Sequence[Trajectory], kinds: Sequence[str] | None) -> None:
-    if model.training:
-        raise UsageError("the model is in training mode: call model.eval() first")
+    check_mode(model)
     if not texts:
         raise UsageError("texts: none given, at least one is needed")
     if kinds is not None and len(kinds) != len(texts):

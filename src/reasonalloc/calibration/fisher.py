@@ -35,6 +35,7 @@ from reasonalloc.calibration.predictor import Examples, texts_to_fit, with_predi
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.core.watched import Seen, join_outputs
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.hf.model import inner_model
 from reasonalloc.integrations.hf.watched import Watched, watching
 from reasonalloc.kinds import is_coded
 from reasonalloc.texts import Trajectory
@@ -96,6 +97,7 @@ def fisher(
         UsageError: a wrong argument.
         UnsupportedError: a model that cannot run under a budget.
     """
+    model = inner_model(model)
     settings = checked(model, texts, kinds, policies, budgets, interval, window, seed, prompt)
     samples = whole_number("samples", samples, 1)
     formats = read_formats(kv_dtypes)
@@ -221,6 +223,7 @@ def estimate(
 
     Arguments and errors are those of ``fisher``.
     """
+    model = inner_model(model)
     settings = checked(model, texts, None, policies, budgets, interval, window, prompt=prompt)
     samples = whole_number("samples", samples, 1)
     check_formats(model, read_formats(kv_dtypes), settings)
@@ -281,13 +284,10 @@ def _gradients(
     advance: Callable[[], None],
 ) -> list[Tensor]:
     """Return random roots of the Fisher matrix, [samples, tokens, query_heads, value_dim] each."""
-    ids = torch.tensor(
-        [(*trajectory.prompt_ids, *trajectory.completion_ids[:-1])],
-        dtype=torch.int64,
-        device=generator.device,
-    )
-    predicted = torch.arange(len(trajectory.prompt_ids), ids.shape[1], device=ids.device)
-    with torch.enable_grad():
+    tokens = (*trajectory.prompt_ids, *trajectory.completion_ids[:-1])
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = torch.tensor([tokens], dtype=torch.int64, device=generator.device)
+        predicted = torch.arange(len(trajectory.prompt_ids), len(tokens), device=ids.device)
         logits = tape.watched.logits(ids, predicted)[0].float()
         probability = logits.detach().softmax(dim=-1)
         root = probability.sqrt()

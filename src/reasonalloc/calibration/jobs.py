@@ -29,6 +29,7 @@ from reasonalloc.calibration.statistics import statistics
 from reasonalloc.config import split_arms
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.completions import complete_missing, tell_no_end, turn_ends
+from reasonalloc.integrations.hf.model import inner_model
 from reasonalloc.tables import Table
 from reasonalloc.texts import (
     Trajectory,
@@ -247,6 +248,7 @@ def prepare(
     Raises:
         UsageError, UnsupportedError: as ``calibrate``.
     """
+    model = inner_model(model)
     if not config.chosen.reads_texts:
         return _PromptJob(model, config, _prompts(tokenizer, texts, config.count, name))
     trajectories, kinds = _trajectories(tokenizer, texts, name)

@@ -74,15 +74,13 @@ def observe(
 
     Args:
         model: a decoder-only transformers model, not attached to anything.
-        prompts: token ids, each [1, tokens].
+        prompts: token ids, each [1, tokens], checked.
         observer: started anew for every prompt.
         max_new_tokens: generated tokens per prompt, at most.
 
     Raises:
-        UsageError: no prompt, or generations too short for a single sample.
+        UsageError: generations too short for a single sample.
     """
-    if not prompts:
-        raise UsageError("prompts: none given, at least one is needed")
     if observer.every >= max_new_tokens:
         raise UsageError(
             f"every={observer.every} leaves no sample of max_new_tokens={max_new_tokens}, so "
@@ -98,6 +96,36 @@ def observe(
                     "nothing was measured: lower every, raise max_new_tokens or take another prompt"
                 )
             yield index
+
+
+def check_mode(model: Any) -> None:
+    """Refuse a model in training mode, whose dropout would be measured as well.
+
+    Raises:
+        UsageError: says what to call.
+    """
+    if model.training:
+        raise UsageError("the model is in training mode: call model.eval() first")
+
+
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Refuse what are no prompts, one of them or more.
+
+    Raises:
+        UsageError: names the first.
+    """
+    if not len(prompts):
+        raise UsageError("prompts: none given, at least one is needed")
+    for index, ids in enumerate(prompts):
+        given = f"{ids!r}"[:60]
+        if isinstance(ids, Tensor):
+            given = f"a tensor {list(ids.shape)} of {ids.dtype}"
+            whole = not ids.is_floating_point() and ids.dtype != torch.bool
+            if whole and ids.dim() == 2 and ids.shape[0] == 1 and ids.shape[1]:
+                continue
+        raise UsageError(
+            f"prompts[{index}] is {given}: give the token ids of one prompt, [1, tokens]"
+        )
 
 
 def fingerprint(ids: Tensor) -> str:

@@ -12,10 +12,16 @@ from torch.nn import functional as F
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibrated.statistics import Statistics
-from reasonalloc.calibration.observe import Observer, fingerprint, observe
+from reasonalloc.calibration.observe import (
+    Observer,
+    check_mode,
+    check_prompts,
+    fingerprint,
+    observe,
+)
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.model import check_model
+from reasonalloc.integrations.hf.model import check_model, inner_model
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.rotation import check_rotation
 from reasonalloc.planning.memory import LayerShape
@@ -150,6 +156,9 @@ def statistics(
         UsageError: a wrong argument, or generations too short for a single sample.
         UnsupportedError: a model that cannot run under a budget.
     """
+    model = inner_model(model)
+    check_mode(model)
+    check_prompts(prompts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     every, window = whole_number("every", every, 1), whole_number("window", window)
     if window < 2:
@@ -204,7 +213,7 @@ def _rope(
             return None, f"{type(model).__name__} has {what}: its queries are not averaged"
     try:
         rope = read_rope(model)
-        check_rotation(model, rope, int(prompts[0][0, -1]) if prompts else 0)
+        check_rotation(model, rope, int(prompts[0][0, -1]))
     except UnsupportedError as error:
         return None, str(error)
     return rope, ""

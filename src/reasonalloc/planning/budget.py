@@ -342,6 +342,7 @@ class BudgetPlan(Shown):
             load_rope=self.load_rope,
             load_output_metrics=self.load_output_metrics,
             kv_heads=tuple(shape.kv_heads for shape in self._budgeted),
+            indices=tuple(i for i, shape in enumerate(self.shapes) if shape.compressible),
         )
         policy: Any = make_policy(self.config).bind(facts)
         name = f"policy={self.config.arm.policy!r}"

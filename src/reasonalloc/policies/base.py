@@ -110,6 +110,7 @@ class ModelFacts:
             averaged over the group. Raises ``UnsupportedError`` if the projection cannot be read;
             None while only the configuration is known.
         kv_heads: KV heads of each layer under a budget.
+        indices: of the layers under a budget, among all layers.
     """
 
     model_id: str
@@ -120,6 +121,7 @@ class ModelFacts:
     load_rope: Callable[[], Rope] | None = None
     load_output_metrics: Callable[[], dict[int, Tensor]] | None = None
     kv_heads: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
 
 
 class Policy(ABC):

@@ -59,6 +59,12 @@ class PredictedLoss(ReadsCalibrated, Policy):
                 f"policy='predicted_loss': the cost profile {self.path!r} was made with "
                 f"{costs.policy} and foretells nothing: calibrate with --policy predicted_loss"
             )
+        if predictor.layers != list(model.indices):
+            raise UsageError(
+                f"policy='predicted_loss': the cost profile {self.path!r} foretells losses of "
+                f"layers {predictor.layers}, but {model.model_id!r} has a budget in layers "
+                f"{list(model.indices)}: calibrate this model"
+            )
         return self.with_predictor(predictor)
 
     def with_predictor(self, predictor: Predictor) -> PredictedLoss:
