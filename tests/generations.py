@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,27 @@ def check_a_small_budget(model: Any, new: int, static: bool = True, **settings: 
     if static:
         with reasonalloc.attach(model, **SMALL, **settings, step="static"):
             assert torch.equal(generated(model, ids, mask, new), small)
+
+
+def check_compiled_steps(model: Any, continues: bool = True) -> None:
+    """The tokens of plain steps: in a batch and alone, in a further turn, on a copied cache."""
+    ids, mask = batch()
+    found: list[list[Tensor]] = []
+    for step in ("eager", "compile"):
+        with reasonalloc.attach(model, **SMALL, step=step) as attached:
+            cache = attached.new_cache()
+            out = generated(model, ids, mask, 30, past_key_values=cache)
+            own = ids[1:2, PADDED[1] :]
+            alone = generated(model, own, torch.ones_like(own), 30)
+            assert cache.recorder.compressions and torch.equal(alone[0], out[1])
+            found.append([out])
+            if continues:
+                text = torch.cat([ids, out, prompt(5, 3, seed=8)], dim=1)
+                seen = torch.cat([mask, torch.ones_like(text[:, ids.shape[1] :])], dim=1)
+                for one in (copy.deepcopy(cache), cache):
+                    found[-1].append(generated(model, text, seen, 20, past_key_values=one))
+                assert torch.equal(found[-1][1], found[-1][2])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def check_planned_bytes(model: Any, planned: MemoryPlan) -> Any:

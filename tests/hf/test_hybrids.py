@@ -19,6 +19,7 @@ from generations import (
     batch,
     check_a_budget_for_everything,
     check_a_small_budget,
+    check_compiled_steps,
     check_planned_bytes,
     check_two_turns,
     full_cache,
@@ -36,6 +37,8 @@ from reasonalloc.texts import Trajectory
 NAMES = [name for name, (_, model, _) in HYBRIDS.items() if hasattr(transformers, model)]
 # Those whose states several tokens go on from.
 CONTINUING = [name for name in NAMES if name not in ("jamba", "zamba")]
+# Those whose steps can be repeated: nothing grows, and no bias follows a position of the host.
+COMPILED = [name for name in NAMES if not ("sliding" in name or name.startswith("inkling"))]
 
 
 @functools.cache
@@ -66,6 +69,15 @@ def test_a_budget_that_holds_everything_changes_nothing(name: str) -> None:
 def test_a_small_budget_in_a_batch(name: str) -> None:
     """Tokens change; a sequence alone and static steps give the same; positions rise."""
     check_a_small_budget(made(name), 24, static="sliding" not in name)
+
+
+@needs_layers
+@pytest.mark.once
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.filterwarnings("ignore::reasonalloc.errors.CompressionNeverHappened")
+def test_compiled_steps(name: str) -> None:
+    check_compiled_steps(made(name), name in CONTINUING)
+    check_a_budget_for_everything(made(name), step="compile")
 
 
 def _in_type(model: Any, dtype: torch.dtype) -> Any:
@@ -268,9 +280,13 @@ class Collected:
 
 @needs_layers
 def test_what_is_refused_by_name() -> None:
-    for step in ("compile", "graph"):
-        with pytest.raises(UnsupportedError, match=rf"step='{step}' .* use step='eager'"):
-            reasonalloc.attach(made("bamba"), budget=64, step=step)
+    with pytest.raises(UnsupportedError, match=r"step='graph' .* use step='eager'"):
+        reasonalloc.attach(made("bamba"), budget=64, step="graph")
+    with (
+        reasonalloc.attach(made("inkling"), **SMALL, step="compile"),
+        pytest.raises(UnsupportedError, match=r"numbers of the host that change .* step='eager'"),
+    ):
+        made("inkling").generate(prompt(20), max_new_tokens=9, do_sample=False)
     model = made("jamba")
     with torch.no_grad(), reasonalloc.attach(model, budget=64) as attached:
         cache = attached.new_cache()
