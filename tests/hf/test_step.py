@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reasonalloc
 import recorded_graph
+from generations import check_a_small_budget
 from made_statistics import ready
 from models import FACTORIES, prompt, tiny
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
@@ -311,7 +312,8 @@ def test_refusals() -> None:
         reasonalloc.attach(tiny("llama"), budget=16, step="statik")  # type: ignore[arg-type]
     for name in SLIDING:
         with pytest.raises(UnsupportedError, match="sliding window grow"):
-            reasonalloc.attach(tiny(name), budget=16, step="static")
+            reasonalloc.attach(tiny(name), budget=16, step="compile")
+        check_a_small_budget(tiny(name), 40)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="needs a GPU, but the model is on cpu"):
             reasonalloc.attach(tiny("llama"), budget=16, step="graph")

@@ -58,10 +58,10 @@ def test_a_small_budget_in_a_batch(name: str) -> None:
     model = made(name)
     shapes = layer_shapes(model.config, name)
     bounded = any(shape.sliding_window is not None for shape in shapes)
-    check_a_small_budget(model, 24, static=not bounded)
+    check_a_small_budget(model, 24)
     if bounded:
         with pytest.raises(UnsupportedError, match="grow from step to step: use step='eager'"):
-            reasonalloc.attach(model, **SMALL, step="static")
+            reasonalloc.attach(model, **SMALL, step="compile")
 
 
 @every

@@ -643,6 +643,11 @@ class BudgetCache(Cache):
         )
 
     @property
+    def keeps_padding(self) -> bool:
+        """Whether a layer holds padding, which masks have to hide: one with a sliding window."""
+        return bool(self._sliding)
+
+    @property
     def _sliding(self) -> list[SlidingLayer]:
         return [s for s in self.layers if isinstance(s, SlidingLayer)]
 

@@ -40,12 +40,12 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
 
     if step == "eager":
         return
-    if any(shape.sliding_window is not None for shape in shapes):
-        raise refuse("the caches of its layers with a sliding window grow from step to step")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refuse("it does not take position_ids")
     if step == "static":
         return
+    if any(shape.sliding_window is not None for shape in shapes):
+        raise refuse("the caches of its layers with a sliding window grow from step to step")
     if getattr(text_config(model), "attn_temperature_tuning", False):
         raise refuse("its attention's temperature follows a position that the host counts")
     if getattr(text_config(model), "model_type", None) == "xglm":
@@ -160,7 +160,8 @@ class StaticStep:
         if args or not self._is_step(kwargs):
             self.forget()
             return self._forward(*args, **kwargs)
-        kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
+        if not self._cache.keeps_padding:
+            kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
         if kwargs.get("position_ids") is None:
             shape = kwargs["input_ids"].shape
             kwargs["position_ids"] = torch.full(
