@@ -317,6 +317,7 @@ def test_formats_that_do_not_go_are_refused_before_anything_runs(name: str, why:
         fisher(model, [text()], budgets=(10, 16), kv_dtypes=("auto", "int8"), **CADENCE)
 
 
+@pytest.mark.once
 def test_a_model_that_records_no_gradients() -> None:
     config = getattr(sys.modules["transformers"], "HrmTextConfig", None)
     if config is None:
@@ -328,7 +329,7 @@ def test_a_model_that_records_no_gradients() -> None:
     model = sys.modules["transformers"].HrmTextForCausalLM(toy_config("hrm_text")).eval()
     with pytest.raises(UnsupportedError, match=r"gradients, which layer 0 .* objective='kl'"):
         fisher(model, [text()], budgets=(10, 16), samples=1, **CADENCE)
-    costs = ablation(model, [text()], budgets=(10, 16), **CADENCE)
+    costs = ablation(model, [text(20, 12)], budgets=(8, 10), **CADENCE)
     assert all(cost > 0 for layer in costs.layer_costs[0] for cost in layer)
 
 
@@ -336,8 +337,8 @@ def test_a_model_that_records_no_gradients() -> None:
     ("field", "value", "message"),
     [
         ("layers", [0, 1, 7], r"losses of layers \[0, 1, 7\], but .* layers \[0, 1, 2\]"),
-        ("weights", 1e300, "weights must be numbers up to 1e\\+30"),
-        ("weights", 10**400, "weights must be numbers up to"),
+        ("weights", 1e300, "weights must be finite numbers up to 1e\\+30"),
+        ("weights", 10**400, "weights must be finite numbers up to"),
         ("costs", 10**400, "every head needs 2 numbers"),
         ("interval", 10**400, r"interval=10000000000000000000\.\.\. must be a whole number"),
         ("budgets", [8, 10**30], "budgets must be"),

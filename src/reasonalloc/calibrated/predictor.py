@@ -95,7 +95,7 @@ def read_predictor(data: Any, kv_heads: Sequence[int]) -> Predictor | None:
             if not isinstance(head, list) or len(head) != len(FEATURES):
                 raise UsageError(shape)
             if not all(is_number(weight) and abs(weight) <= _LARGEST for weight in head):
-                raise UsageError(f"foretells: weights must be numbers up to {_LARGEST:g}")
+                raise UsageError(f"foretells: weights must be finite numbers up to {_LARGEST:g}")
     return Predictor(own, weights)
 
 

@@ -65,7 +65,7 @@ def top_shares(attention: Sequence[Tensor], tops: Sequence[int]) -> list[list[fl
         [tops][layers], each row sums to 1. Equal attentions: the earlier layer's counts.
     """
     flat = torch.cat([layer.cpu().flatten() for layer in attention])
-    heads = torch.tensor([layer.shape[0] for layer in attention], device="cpu")
+    heads = torch.tensor([layer.shape[0] for layer in attention], dtype=torch.int64, device="cpu")
     owner = torch.arange(len(attention), device="cpu").repeat_interleave(
         heads * attention[0].shape[1]
     )

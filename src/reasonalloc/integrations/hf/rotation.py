@@ -50,5 +50,5 @@ def _queries(model: Any, token: int, position: int) -> dict[int, Tensor]:
 
     ids = torch.tensor([[token]], dtype=torch.int64, device=model.device)
     with watching(model, note) as watched:
-        watched.logits(ids, torch.tensor([0], device=ids.device), first=position, own=True)
+        watched.logits(ids, torch.zeros_like(ids[0]), first=position, own=True)
     return queries
