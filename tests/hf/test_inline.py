@@ -346,7 +346,7 @@ def test_compiled_steps_of_a_growing_table_are_refused() -> None:
         reasonalloc.attach(made("xglm"), **SMALL, step="compile")
 
 
-@pytest.mark.parametrize("name", [name for name in STATIC if name != "xglm"])
+@pytest.mark.parametrize("name", sorted({*STATIC} - {"xglm", "gpt_neo"}))
 def test_compiled_steps_give_the_same_tokens(name: str) -> None:
     model, (ids, mask) = made(name), batch()
     with reasonalloc.attach(model, **SMALL):
