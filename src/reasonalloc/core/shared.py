@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,30 @@ from reasonalloc.errors import UnsupportedError
 
 
 @dataclass
-class SharedCall:
+class Call:
     """New tokens that some readers of a layer have attended with, and others have not.
+
+    Attributes:
+        queries, logits: of the readers so far.
+    """
+
+    queries: list[Tensor] = field(default_factory=list, kw_only=True)
+    logits: list[Logits] = field(default_factory=list, kw_only=True)
+
+    def joined(self, kv_heads: int) -> tuple[Tensor, Logits]:
+        """Queries and logits of all readers, as of one whose groups are those of all together."""
+        return join_heads(self.queries, kv_heads), join_logits(self.logits, kv_heads)
+
+
+@dataclass
+class SharedCall(Call):
+    """The same over a layer under a budget.
 
     Attributes:
         slab: where they are stored.
         key, value: [batch, kv_heads, q, ...], in the types of the slab.
         valid: [batch, q] bool, false at padding; None if all are real.
         chunk: what they see, if they are several or the first; None of a decode step.
-        queries, logits: of the readers so far.
         received: of a decode step [batch, slots], over the readers so far; None if not watched.
     """
 
@@ -34,8 +49,6 @@ class SharedCall:
     value: Tensor
     valid: Tensor | None
     chunk: Chunk | None = None
-    queries: list[Tensor] = field(default_factory=list)
-    logits: list[Logits] = field(default_factory=list)
     received: Tensor | None = None
 
     def add(self, query: Tensor, logits: Logits, received: Tensor | None) -> None:
@@ -45,33 +58,41 @@ class SharedCall:
         if received is not None:
             self.received = received if self.received is None else self.received + received
 
-    def joined(self) -> tuple[Tensor, Logits]:
-        """Queries and logits of all readers, as of one whose groups are those of all together."""
-        heads = self.slab.kv_heads
-        return join_heads(self.queries, heads), join_logits(self.logits, heads)
+
+_Own = TypeVar("_Own", bound=Call)
 
 
-class SharedCompressor(LayerCompressor):
-    """Cache and attention of a layer whose cache several layers read, itself among them.
-
-    ``forward`` is called once for each reader of the same new tokens. All of them see what the
-    layer held before and the new tokens; the cadence goes on with the last one. Policies get the
-    queries of all: the group of a KV head has the query heads of every reader.
+class ReadLayer(LayerCompressor, Generic[_Own]):
+    """A layer whose ``forward`` is called once for each of its readers with the same new tokens.
 
     Args:
-        readers: number of layers that read the cache.
         settings: see ``LayerCompressor``.
+        readers: number of layers that read the cache.
     """
 
     def __init__(self, *settings: Any, readers: int) -> None:
         super().__init__(*settings)
         self.readers = readers
-        self._call: SharedCall | None = None
+        self._call: _Own | None = None
 
     @property
     def waiting(self) -> int:
         """Readers that have not attended with the latest tokens yet; 0 between calls."""
         return 0 if self._call is None else self.readers - len(self._call.queries)
+
+    def clear(self) -> None:
+        """Forget everything, also a call that broke off."""
+        super().clear()
+        self._call = None
+
+
+class SharedCompressor(ReadLayer[SharedCall]):
+    """Cache and attention of a layer whose cache several layers read, itself among them.
+
+    All readers see what the layer held before and the new tokens; the cadence goes on with the last
+    one. Policies get the queries of all: the group of a KV head has the query heads of every
+    reader.
+    """
 
     def forward(
         self,
@@ -111,11 +132,6 @@ class SharedCompressor(LayerCompressor):
             self._call = None
         return out
 
-    def clear(self) -> None:
-        """Forget everything, also a call that broke off."""
-        super().clear()
-        self._call = None
-
     def _begin(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, replay: bool
     ) -> SharedCall:
@@ -141,7 +157,7 @@ class SharedCompressor(LayerCompressor):
         return call
 
     def _end(self, call: SharedCall) -> None:
-        query, logits = call.joined()
+        query, logits = call.joined(call.slab.kv_heads)
         if call.chunk is not None:
             self._close(call.chunk, query, logits)
             return
@@ -169,6 +185,8 @@ def join_heads(queries: Sequence[Tensor], kv_heads: int) -> Tensor:
     Returns:
         [batch, query_heads of all, q, head_dim]: for each KV head those of the first, the second...
     """
+    if len(queries) == 1:
+        return queries[0]
     groups = [query.unflatten(1, (kv_heads, -1)) for query in queries]
     return torch.cat(groups, dim=2).flatten(1, 2)
 

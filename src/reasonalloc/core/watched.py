@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from reasonalloc.attention.dense import attend, repeat_heads
 from reasonalloc.attention.distance import DistanceBias
 from reasonalloc.attention.latent import LatentHeads
-from reasonalloc.core.compressor import LayerCompressor
-from reasonalloc.core.shared import join_heads, join_logits
+from reasonalloc.core.shared import Call, ReadLayer, join_heads
 from reasonalloc.core.steps import Logits
 from reasonalloc.sinks import softmax
 
@@ -113,28 +112,23 @@ def join_outputs(parts: Sequence[Tensor], kv_heads: int) -> Tensor:
     Returns:
         [batch, q, query_heads of all, value_dim].
     """
-    if len(parts) == 1:
-        return parts[0]
     return join_heads([part.transpose(1, 2) for part in parts], kv_heads).transpose(1, 2)
 
 
 @dataclass
-class _Call:
-    """What the readers of a layer have seen so far of the same new tokens."""
+class _Call(Call):
+    """The same with what the readers so far have read, [batch, q, query_heads, value_dim] each."""
 
-    queries: list[Tensor]
-    logits: list[Logits]
-    outputs: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
 
 
-class WatchedLayer(LayerCompressor):
+class WatchedLayer(ReadLayer[_Call]):
     """A layer that evicts nothing, whatever its budget; gradients flow through it.
 
     Of one sequence without padding.
 
     Args:
-        settings: see ``LayerCompressor``.
-        readers: layers of the model that read the cache.
+        settings, readers: see ``ReadLayer``.
         show: gets what was seen, after the last reader of the same new tokens.
         instead: [batch, q, query_heads, value_dim], what attention gives instead, in a single call;
             or None.
@@ -151,17 +145,10 @@ class WatchedLayer(LayerCompressor):
         instead: Tensor | None = None,
         own: bool = False,
     ) -> None:
-        super().__init__(*settings)
-        self.readers = readers
+        super().__init__(*settings, readers=readers)
         self._show, self._instead, self._own = show, instead, own
         self._key: Tensor | None = None
         self._value: Tensor | None = None
-        self._call: _Call | None = None
-
-    @property
-    def waiting(self) -> int:
-        """See ``SharedCompressor.waiting``."""
-        return 0 if self._call is None else self.readers - len(self._call.outputs)
 
     def forward(
         self,
@@ -177,7 +164,7 @@ class WatchedLayer(LayerCompressor):
         """Attention of one reader over everything; see ``LayerCompressor.forward``."""
         call = self._call
         if call is None:
-            call = self._call = _Call([], [], [])
+            call = self._call = _Call()
             self._store(key, value)
         keys, values = self._tokens()
         logits = Logits(scaling, softcap, sinks)
@@ -225,11 +212,11 @@ class WatchedLayer(LayerCompressor):
         return self.bias.attend(query, keys, values, mask, positions, logits.scaling)
 
     def _seen(self, call: _Call, keys: Tensor, values: Tensor) -> Seen:
-        heads, logits = keys.shape[1], join_logits(call.logits, keys.shape[1])
-        joined = call.queries[0] if self.readers == 1 else join_heads(call.queries, heads)
+        heads = keys.shape[1]
+        query, logits = call.joined(heads)
         return Seen(
             self.layer,
-            joined.detach(),
+            query.detach(),
             keys.detach(),
             values.detach(),
             join_outputs([part.detach() for part in call.outputs], heads),
@@ -242,4 +229,4 @@ class WatchedLayer(LayerCompressor):
     def clear(self) -> None:
         """Forget everything, also a call that broke off."""
         super().clear()
-        self._key = self._value = self._call = None
+        self._key = self._value = None

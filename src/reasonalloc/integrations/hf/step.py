@@ -149,6 +149,7 @@ class StaticStep:
         functools.update_wrapper(self, forward)  # generate() looks at the signature
         self._forward = forward
         self._cache = cache
+        self._keeps_padding = cache.keeps_padding
         self._device = device
         self._step = step
         self._inputs: dict[str, Tensor] = {}
@@ -160,7 +161,7 @@ class StaticStep:
         if args or not self._is_step(kwargs):
             self.forget()
             return self._forward(*args, **kwargs)
-        if not self._cache.keeps_padding:
+        if not self._keeps_padding:
             kwargs.pop("attention_mask", None)  # all that is stored is visible, and all that is new
         if kwargs.get("position_ids") is None:
             shape = kwargs["input_ids"].shape
