@@ -58,7 +58,9 @@ def decided(
             return keep, budgets
         scores = policy.score(candidates).float()
         sinks = candidates.evictable & ((candidates.positions < config.n_sink) | scores.isinf())
-        open_ = candidates.evictable & ~sinks  # sinks stay, whatever their scores
+        recent = (budgets.double() * policy.recent_fraction).long()
+        late = candidates.index >= (candidates.lengths - recent)[..., None]
+        open_ = candidates.evictable & ~sinks & ~late  # the others stay, whatever their scores
         size = scores.where(open_, 0.0).abs().amax(dim=-1).clamp_min(1e-30)
         stays = scores.masked_fill(~(open_ & keep), torch.inf).amin(dim=-1)
         goes = scores.masked_fill(~open_ | keep, -torch.inf).amax(dim=-1)

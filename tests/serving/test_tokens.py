@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import greedy, random_prompts
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import made_costs
+import made_statistics
 from reasonalloc.calibrated.demand import config_hash
 
 LENGTHS = (40, 150, 7, 300)
@@ -54,6 +56,45 @@ def test_other_arms(engine: Callable[..., Any], clear: Callable[..., Any], arm: 
     settings = {**CADENCE, "arm": arm, "n_sink": 4, "seed": 3, "window": 4}
     prompts, expected = clear(LENGTHS, 120, **settings)
     assert greedy(engine(settings), prompts, 120) == expected
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What calibration would have written, by the arm that reads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    where = tmp_path_factory.mktemp("calibrated")
+    costs = dataclasses.replace(
+        made_costs.of_model(model), policy="predicted_loss", interval=32, window=8
+    )
+    costs.save(where / "costs.json")
+    made_statistics.of_model(model).save(where / "statistics.safetensors")
+    return {
+        "best": str(where / "costs.json"),
+        "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
+    }
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "best",
+        "h2o",
+        "value_aware/pyramid/reasonalloc",
+        "lazy_eviction/uniform/adakv",
+        "tri_attention/pyramid/uniform",
+    ],
+)
+def test_arms_that_see_attention_or_read_files(
+    engine: Callable[..., Any], clear: Callable[..., Any], files: dict[str, str], arm: str
+) -> None:
+    settings = {**CADENCE, "arm": arm}
+    if arm in files:
+        settings["profile"] = files[arm]
+    prompts, expected = clear(LENGTHS, 400, **settings)
+    assert greedy(engine(settings), prompts, 400) == expected
+    # Prompts in pieces, and too few blocks for all at a time.
+    llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=3)
+    assert greedy(llm, prompts, 100) == [tokens[:100] for tokens in expected]
 
 
 def test_compiled(engine: Callable[..., Any], clear: Callable[..., Any]) -> None:

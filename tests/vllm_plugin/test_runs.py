@@ -92,9 +92,9 @@ class Pool:
     def __init__(self, plan: EngineBudget, block_size: int, seed: int) -> None:
         self.plan = plan
         self.layout = plan.layouts(block_size)[0]
-        self.runs = Runs(self.layout, torch.device("cpu"))
+        self.runs = Runs(self.layout, torch.device("cpu"), 8)
         raw = torch.full((LAYERS * BLOCKS * HEADS, 2, block_size, WIDTH), 7.0)
-        self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], BLOCKS, HEADS, block_size))
+        self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], block_size, HEADS, BLOCKS * HEADS, 1))
         self.queries = QueryRows(LAYERS, WINDOW)
         self.compressor = PoolCompressor(plan, 0, self.runs, self.queries, WIDTH**-0.5, None)
         self.free = list(range(1, BLOCKS))
@@ -116,8 +116,8 @@ class Pool:
         )
         due = []
         for row, (request, more) in enumerate(zip(requests, new, strict=True)):
-            start = request.prompt if request.tokens == 0 else None
-            request.tracked = tracked = self.runs.track(request.name, start)
+            tracked = self.runs.track(request.name, request.prompt, request.tokens)
+            request.tracked, tracked.seen = tracked, request.tokens + more
             span = torch.arange(request.tokens, request.tokens + more)
             for layer in range(LAYERS):
                 self._store(layer, request, tracked, span, blocks[row : row + 1])
@@ -136,13 +136,10 @@ class Pool:
         blocks: torch.Tensor,
     ) -> None:
         slot = torch.tensor([tracked.slot])
-        index = self.runs.shift[layer, slot][..., None] + span
-        to = self.runs.place(
-            self.runs.first[layer, slot][..., None],
-            self.runs.stride[slot][:, None, None],
-            index,
-            blocks,
-        )[0]
+        index = self.runs.shift[layer, slot][0, :, None] + span
+        size = self.layout.reserve.block_size
+        table = self.runs.table(slot, blocks, int(index.max()) // size + 1)[layer, 0]
+        to = table.gather(1, index // size).long() * size + index % size
         self.runs.pages.write(to, request.keys[layer][:, span], request.values[layer][:, span])
         row = self.queries.lend(tracked)
         last = span[-WINDOW:]

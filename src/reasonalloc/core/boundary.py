@@ -21,7 +21,7 @@ def decide(
     config: CompressionConfig,
     policy: Policy,
     heads: HeadAllocator,
-    total: int,
+    total: int | Tensor,
     planned: Tensor | None,
     prompt: int | Tensor = 0,
     ops: Operations = TORCH,
@@ -37,8 +37,10 @@ def decide(
         candidates: what the layer holds.
         config: window, sinks.
         policy, heads: which tokens, how many per head.
-        total: tokens that the layer may keep, all its KV heads together.
-        planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
+        total: tokens that the layer may keep, all its KV heads together: one number, or [batch]
+            int64 where rows are of several layers.
+        planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or [batch,
+            kv_heads] where rows are of several layers, or None.
         prompt: first tokens that must stay besides the sinks: one number, or [batch] int64.
         ops: what it is computed with.
         pinned: tokens that stay on top of the total, or None.

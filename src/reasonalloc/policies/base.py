@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -39,7 +39,8 @@ class Candidates:
         softcap: soft-capping of the attention logits, or None.
         sinks: [kv_heads, group] learned sinks: logits that stand in the softmax of every query
             beside those of the tokens (``reasonalloc.sinks``); None if the model has none.
-        layer: index of the layer.
+        layer: index of the layer; [batch] int64 where rows are of several layers, which only the
+            library's own policies are asked to score.
         seed: seed of the run.
         stored: where the keys lie, for loops that read them there: [batch, m, head_dim], and
             [batch, kv_heads, n] int64 places in them; None if they lie in several places.
@@ -60,7 +61,7 @@ class Candidates:
     window: int
     scaling: float
     softcap: float | None
-    layer: int
+    layer: int | Tensor
     seed: int
     stored: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
@@ -179,6 +180,25 @@ POLICIES: Registry[Policy] = Registry(
     "policy", "reasonalloc.policies", lambda: Policy, "reasonalloc.policies"
 )
 """Policies by name: the library's, those of packages and your own."""
+
+
+def of_rows(known: Callable[[int], Tensor], layers: Sequence[int], layer: int | Tensor) -> Tensor:
+    """What is known of each row's layer, on its device.
+
+    Args:
+        known: of a layer, by its index in the model: [kv_heads, ...].
+        layers: indices of all of them, rising.
+        layer: see ``Candidates.layer``; all among ``layers``.
+
+    Returns:
+        [1 or batch, kv_heads, ...].
+    """
+    if not isinstance(layer, Tensor):
+        return known(layer)[None]
+    first = layers[0]
+    if list(layers) != list(range(first, first + len(layers))):
+        raise NotImplementedError("rows of several layers that do not follow each other")
+    return torch.stack([known(index) for index in layers])[layer - first]
 
 
 def kept_state(candidates: Candidates) -> Tensor:

@@ -18,6 +18,7 @@ from reasonalloc.policies.base import (
     Policy,
     from_mean_value,
     kept_state,
+    of_rows,
 )
 from reasonalloc.policies.recent import add_received, weight_sums
 
@@ -85,9 +86,15 @@ class PredictedLoss(ReadsCalibrated, Policy):
         ]
         distance = torch.linalg.vector_norm(from_mean_value(candidates), dim=-1)
         known = features(recent, seen, distance)
-        weights = self._of_layer(candidates.layer, known)
-        score = (known * weights[:, None]).sum(dim=-1)
+        weights = self._of_rows(candidates.layer, known)
+        score = (known * weights[:, :, None]).sum(dim=-1)
         return score.masked_fill(candidates.positions < self.sinks, torch.inf)
+
+    def _of_rows(self, layer: int | Tensor, known: Tensor) -> Tensor:
+        """[1 or batch, kv_heads, features], see ``Candidates.layer``."""
+        if self._predictor is None:
+            raise RuntimeError("predicted_loss must be bound to a model")
+        return of_rows(lambda index: self._of_layer(index, known), self._predictor.layers, layer)
 
     def _of_layer(self, layer: int, known: Tensor) -> Tensor:
         """[kv_heads, features] on a device; copied there once, since a copy may wait for it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from reasonalloc.calibrated.reader import ReadsCalibrated
 from reasonalloc.calibrated.statistics import Statistics, load_statistics
 from reasonalloc.errors import UsageError
-from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy
+from reasonalloc.policies.base import POLICIES, Candidates, ModelFacts, Policy, of_rows
 from reasonalloc.rotary import Rope, from_features, to_features, turns
 
 
@@ -90,13 +90,16 @@ class TriAttention(ReadsCalibrated, Policy):
         if statistics is None or statistics.rope is None:
             raise RuntimeError("tri_attention must be bound to a model")
         rope, keys = statistics.rope, candidates.keys.float()
-        layer = self._layer(statistics, candidates.layer, keys)
         # Keys are rotated already: rotating the mean query to where it will be asked gives the
         # cosines of all distances at once, and their average over the future is one vector.
-        turn = turns(candidates.seen - 1, layer.rates).to(torch.complex64)
-        query = from_features(layer.mean * turn[:, None, None], rope.pairs)
+        indices, layer = statistics.layers, candidates.layer
+        mean = of_rows(lambda index: self._layer(statistics, index, keys).mean, indices, layer)
+        spread = of_rows(lambda index: self._layer(statistics, index, keys).spread, indices, layer)
+        rates = self._layer(statistics, statistics.layers[0], keys).rates
+        turn = turns(candidates.seen - 1, rates).to(torch.complex64)
+        query = from_features(mean * turn[:, None, None], rope.pairs)
         sizes = to_features(keys, rope.pairs).abs()
-        scores = query @ keys.transpose(-1, -2) + layer.spread @ sizes.transpose(-1, -2)
+        scores = query @ keys.transpose(-1, -2) + spread @ sizes.transpose(-1, -2)
         return _standardised(scores, candidates.evictable[:, :, None]).amax(dim=2)
 
     def _layer(self, statistics: Statistics, layer: int, keys: Tensor) -> _Layer:

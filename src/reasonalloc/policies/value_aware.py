@@ -15,6 +15,7 @@ from reasonalloc.policies.base import (
     Policy,
     from_mean_value,
     kept_state,
+    of_rows,
 )
 from reasonalloc.policies.recent import add_received, weight_sums
 
@@ -66,7 +67,10 @@ class ValueAware(Policy):
         attention = kept_state(candidates)[..., 0] / weight_sums(seen, self.half_life)
         away = from_mean_value(candidates)
         if self.metric == "output":
-            away = away @ self._root(candidates.layer, away.device)
+            layers = sorted(self._metrics)
+            away = away @ of_rows(
+                lambda index: self._root(index, away.device), layers, candidates.layer
+            )
         score: Tensor = attention * torch.linalg.vector_norm(away, dim=-1)
         return score.masked_fill(candidates.positions < self.sinks, torch.inf)
 

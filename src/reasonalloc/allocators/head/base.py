@@ -21,11 +21,13 @@ class HeadQuery:
         scores: [batch, kv_heads, n] float32, the policy's scores; -inf where no candidate stands.
         lengths: [batch, kv_heads] int64, tokens that each head holds now: the ceiling.
         total: [batch] int64, tokens that the layer may keep, at most ``lengths.sum(1)``.
-        layer_total: the layer's budget, an upper bound of ``total``.
+        layer_total: the layer's budget, an upper bound of ``total``; [batch] int64 where rows are
+            of several layers.
         least: [batch] int64, tokens that every head has to keep (window, sinks, prompt).
         window: always-kept recent tokens per head.
         shares: scores are shares of a head's own tokens (``Policy.sums_to_one``).
-        planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or None.
+        planned: [kv_heads] int64, what the layer allocator gave each head beforehand, or [batch,
+            kv_heads] where rows are of several layers, or None.
         ops: what ``pooled_counts`` and ``divide`` compute with.
         scored: [batch, kv_heads] int64, tokens of each head whose scores sum to one, if these are
             more than ``lengths``: pinned ones are scored and do not compete. Else None.
@@ -34,7 +36,7 @@ class HeadQuery:
     scores: Tensor
     lengths: Tensor
     total: Tensor
-    layer_total: int
+    layer_total: int | Tensor
     least: Tensor
     window: int
     shares: bool = False
@@ -46,8 +48,13 @@ class HeadQuery:
         """[batch, kv_heads] int64: ``max(share * mean, window + margin, least)``, made feasible."""
         heads = self.lengths.shape[1]
         mean = self.layer_total // heads
-        wanted = min(max(int(share * mean), self.window + margin), mean)
-        floor = self.least.clamp_min(wanted).minimum(self.total // heads)
+        if isinstance(mean, Tensor):
+            share_ = (share * mean.double()).long()
+            wanted = share_.clamp_min(self.window + margin).minimum(mean)
+            floor = self.least.maximum(wanted)
+        else:
+            floor = self.least.clamp_min(min(max(int(share * mean), self.window + margin), mean))
+        floor = floor.minimum(self.total // heads)
         return floor[:, None].minimum(self.lengths)
 
     def pooled_counts(self, score_norm: str) -> Tensor:

@@ -66,6 +66,8 @@ class BudgetImpl(CPUAttentionBackendImpl):
         if meta.by_head:
             back = out.view(heads, tokens, group, width).transpose(0, 1)
             output[:tokens].view(tokens, heads, group, width).copy_(back)
+        for piece in meta.prompts:
+            builder.observe(piece, index, query)
         return output
 
 

@@ -33,12 +33,11 @@ class EngineBudget(BudgetPlan):
                 f"layers={self.config.arm.layers!r} plans bits per head, which cannot run in vLLM "
                 "yet: use the arm 'best', or transformers"
             )
-        if self.policy.state_channels:
+        if self.ranks > 1 and getattr(self.policy, "reads", None) is not None:
             raise UnsupportedError(
-                f"policy={self.config.arm.policy!r} looks at the attention that every token "
-                "receives, which vLLM's kernels do not give: use a policy that scores by the "
-                "window's queries (rkv, snapkv, tova) or a cost profile that was calibrated with "
-                "one of them"
+                f"policy={self.config.arm.policy!r} reads numbers of all KV heads, and each "
+                f"process holds one of {self.ranks} parts (tensor_parallel_size): use another "
+                "policy"
             )
 
     def _check_layers(self) -> None:
@@ -101,10 +100,10 @@ def check_storage(config: CompressionConfig) -> None:
             )
 
 
-def _no_rope() -> Any:
+def _no_outputs() -> Any:
     raise UnsupportedError(
-        "policy='tri_attention' needs the model's rotary embedding, which it cannot get at inside "
-        "vLLM yet: use another policy"
+        "policy='value_aware(metric=output)' needs the model's output projections, which it cannot "
+        "get at inside vLLM yet: use metric=value"
     )
 
 
@@ -144,4 +143,6 @@ def make_budget(config: CompressionConfig, name: str, text_config: Any, ranks: i
         UsageError, UnsupportedError: settings or a model that cannot work.
     """
     shapes = layer_shapes(text_config, name)
-    return EngineBudget(config, shapes, text_config, name, load_rope=_no_rope, ranks=ranks)
+    return EngineBudget(
+        config, shapes, text_config, name, load_output_metrics=_no_outputs, ranks=ranks
+    )

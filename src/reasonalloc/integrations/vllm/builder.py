@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
+from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
 from reasonalloc.integrations.vllm.runs import (
     NO_REQUEST,
     Batch,
@@ -23,8 +25,23 @@ from reasonalloc.integrations.vllm.runs import (
     Runs,
     Tracked,
     dummy_batch,
+    send,
 )
 from reasonalloc.integrations.vllm.spec import BudgetSpec
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``stop`` of the step: a piece of a prompt, after ``before`` tokens.
+
+    ``row``: of the batch.
+    """
+
+    request: Tracked
+    row: int
+    start: int
+    stop: int
+    before: int
 
 
 @dataclass
@@ -41,6 +58,7 @@ class BudgetMetadata:
         slots: [L, tokens * kv_heads] int64, where new tokens go.
         noted: tokens whose queries are remembered, their rows and places; None if none are.
         longest_query: most new tokens of a request.
+        prompts: pieces of prompts whose attention the policy is to see.
     """
 
     builder: BudgetBuilder
@@ -52,6 +70,7 @@ class BudgetMetadata:
     slots: Tensor
     noted: tuple[Tensor, Tensor, Tensor] | None
     longest_query: int
+    prompts: list[Piece]
 
     def __post_init__(self) -> None:
         self._schedules: dict[int, Any] = {}
@@ -83,10 +102,18 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         self._rank = get_tensor_model_parallel_rank() if plan.ranks > 1 else 0
         layout = plan.layouts(kv_cache_spec.block_size)[self._rank]
         self.layers = {name: index for index, name in enumerate(layer_names)}
-        self.runs = Runs(layout, device)
-        self.queries = QueryRows(len(layer_names), plan.config.window)
+        self._observes = plan.policy.state_channels > 0
+        self.runs = Runs(
+            layout,
+            device,
+            vllm_config.scheduler_config.max_num_seqs,
+            plan.policy.state_channels,
+        )
+        width = plan.config.window
+        self.queries = QueryRows(len(layer_names), max(width, FLUSH) if self._observes else width)
         self._batch: Batch | None = None
         self._due: list[Due] = []
+        self._unseen: list[Unseen] = []
         self._blocks: Tensor | None = None
         self._tables: tuple[Any, Tensor] | None = None
         # Equal budgets: no need to look at the layers one by one.
@@ -130,26 +157,44 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.logits_soft_cap or None,
         )
 
-    def begin(self, alive: Any, requests: list[str], before: list[int], new: list[int]) -> None:
+    @cached_property
+    def observer(self) -> PoolObserver:
+        """What the policy knows of every token."""
+        impl = self._modules[0].impl
+        return PoolObserver(
+            self._plan.policy, self.runs, self.queries, impl.scale, impl.logits_soft_cap or None
+        )
+
+    def begin(
+        self,
+        alive: Collection[str],
+        requests: list[str],
+        starts: list[int],
+        before: list[int],
+        new: list[int],
+    ) -> None:
         """Take note of the requests of the step that is built next.
 
         Args:
-            alive: by name, the requests that the worker knows, with their ``num_tokens``.
+            alive: names of the requests that the worker knows.
             requests: those of the step, in order.
+            starts: tokens of each one's prefill.
             before: tokens of each in the cache; new: tokens that the step adds.
         """
         self.queries.give_back(self.runs.forget_others(alive))
-        tracked = [
-            self.runs.track(name, alive[name].num_tokens if seen == 0 else None)
-            for name, seen in zip(requests, before, strict=True)
-        ]
+        tracked = [self.runs.track(*each) for each in zip(requests, starts, before, strict=True)]
         after = [seen + more for seen, more in zip(before, new, strict=True)]
         self._batch = Batch(tracked, before, after)
-        self._due = [
-            Due(request, row, tokens)
-            for row, (request, tokens) in enumerate(zip(tracked, after, strict=True))
-            if tokens == self._boundary(request, tokens)
-        ]
+        self._due, self._unseen = [], []
+        for row, (request, seen, tokens) in enumerate(zip(tracked, before, after, strict=True)):
+            request.seen = tokens
+            due = tokens == self._boundary(request, tokens)
+            if due:
+                self._due.append(Due(request, row, tokens))
+            if seen < request.start:
+                request.observed = tokens  # a piece of the prompt: by the attention itself
+            elif self._observes and (due or tokens - request.observed >= FLUSH):
+                self._unseen.append(Unseen(request, row, tokens))
 
     def _boundary(self, request: Tracked, tokens: int) -> int:
         """The first boundary at or after ``tokens`` tokens."""
@@ -166,18 +211,20 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         starts = common.query_start_loc_cpu.tolist()
         new = [b - a for a, b in itertools.pairwise(starts)]
         if batch is None:
-            self._due = []
+            self._due, self._unseen = [], []
             after = common.seq_lens.tolist()
             batch = dummy_batch([n - q for n, q in zip(after, new, strict=True)], after)
         self._bind()
         runs = self.runs
         heads, tokens = runs.heads, starts[-1]
-        slots = torch.tensor(batch.slots, dtype=torch.int64, device=self.device)
+        (slots,) = send(self.device, batch.slots)
         lengths = runs.lengths(slots, common.seq_lens)
         blocks = self._blocks = common.block_table_tensor
         table = self._table(batch, slots, lengths, blocks)
         by_head = tokens > len(new)
         new_slots = self._new_slots(table, lengths, new, starts)
+        if runs.state is not None:
+            runs.state[new_slots.flatten()] = 0
         query_start = common.query_start_loc
         if by_head:
             table, lengths = table.transpose(1, 2), lengths.transpose(1, 2)
@@ -196,6 +243,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             slots=new_slots,
             noted=self._noted(batch, starts),
             longest_query=max(new),
+            prompts=self._prompts(batch, starts) if self._observes else [],
         )
 
     def _table(self, batch: Batch, slots: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:
@@ -222,10 +270,14 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         size = self.kv_cache_spec.block_size
         place, row = lengths.long() - 1, torch.arange(requests, device=self.device)
         if starts[-1] > requests:
-            row = row.repeat_interleave(torch.tensor(new, dtype=torch.int64, device=self.device))
-            ends = torch.tensor(starts[1:], dtype=torch.int64, device=self.device)[row]
-            behind = ends - torch.arange(1, starts[-1] + 1, device=self.device)
-            place = place[:, row] - behind[:, None]
+            rows = [row for row, count in enumerate(new) for _ in range(count)]
+            behind = [
+                end - 1 - n
+                for end, start in zip(starts[1:], starts, strict=False)
+                for n in range(start, end)
+            ]
+            row, after = send(self.device, rows, behind)
+            place = place[:, row] - after[:, None]
         run = torch.arange(layers, device=self.device)[:, None, None] * requests + row[:, None]
         run = run * heads + torch.arange(heads, device=self.device)
         page = table.reshape(-1).take(run * pages + place // size)
@@ -233,27 +285,55 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
 
     def _noted(self, batch: Batch, starts: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Tokens of the step that a boundary's observation window will want."""
-        if not self._plan.policy.needs_queries:
+        policy = self._plan.policy
+        if not (policy.needs_queries or self._observes):
             return None
         tokens, rows, places = [], [], []
-        window = self.queries.window
         steps = zip(batch.requests, batch.before, batch.after, strict=True)
         for at, (request, before, after) in zip(starts, steps, strict=False):
             if request.slot == NO_REQUEST:
                 continue
-            for position in range(max(before, self._boundary(request, after) - window), after):
+            first = after
+            if policy.needs_queries:
+                first = self._boundary(request, after) - self._plan.config.window
+            if self._observes:
+                first = min(first, request.start)
+            for position in range(max(before, first), after):
                 tokens.append(at + position - before)
                 rows.append(self.queries.lend(request))
-                places.append(position % window)
+                places.append(position % self.queries.width)
         if not tokens:
             return None
-        tensors = [
-            torch.tensor(x, dtype=torch.int64, device=self.device) for x in (tokens, rows, places)
+        return tuple(send(self.device, tokens, rows, places))  # type: ignore[return-value]
+
+    @staticmethod
+    def _prompts(batch: Batch, starts: list[int]) -> list[Piece]:
+        """Pieces of prompts among the tokens of the step."""
+        return [
+            Piece(request, row, starts[row], starts[row + 1], before)
+            for row, (request, before) in enumerate(zip(batch.requests, batch.before, strict=True))
+            if request.slot != NO_REQUEST and before < request.start
         ]
-        return tensors[0], tensors[1], tensors[2]
+
+    def observe(self, piece: Piece, layer: int, query: Tensor) -> None:
+        """Let the policy see the attention of a piece of a prompt in a layer.
+
+        Args:
+            piece: of the step that was built last.
+            layer: which.
+            query: [tokens, query_heads, head_dim], of the whole step.
+        """
+        if self._blocks is not None:
+            own = query[piece.start : piece.stop]
+            blocks = self._blocks[piece.row]
+            self.observer.prefill(layer, own, piece.request, piece.before, blocks)
 
     def finish(self) -> None:
         """Compress what reached a boundary; after the forward pass of a step."""
-        due, self._due = self._due, []
-        if due and self._blocks is not None:
+        due, unseen, self._due, self._unseen = self._due, self._unseen, [], []
+        if self._blocks is None:
+            return
+        if unseen:
+            self.observer.steps(unseen, self._blocks)
+        if due:
             self._compressor.run(due, self._blocks)

@@ -1,20 +1,27 @@
-"""What happens at a boundary: score, allocate, select, and move what stays among the pages."""
+"""What happens at a boundary: score, allocate, select, and move what stays among the pages.
+
+All layers of all requests that are due are one batch: a *row* is one layer of one request.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.cache.host import DeferredMax
 from reasonalloc.core.boundary import decide
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
+from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
 from reasonalloc.policies import Candidates
+from reasonalloc.registry import is_builtin
 
-_CHUNK_BYTES = 256 << 20  # of kept keys and values that are held outside the pool at a time
+_KEPT_BYTES = 256 << 20  # of kept keys and values that are held outside the pool at a time
+_DECIDED_BYTES = 1 << 30  # of what a decision works with at a time
+_COPIES = 6  # that a policy makes of the keys, in float32, generously
 
 
 @dataclass(frozen=True)
@@ -27,27 +34,48 @@ class Due:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Requests that are treated alike, as tensors."""
+class _Row:
+    """One layer of one request, on the host; ``full``: it is over its budget."""
 
-    slots: Tensor  # [n] int64
-    tokens: Tensor  # [n] int32
-    blocks: Tensor  # [n, blocks] int32
-    queries: Tensor  # [n] int64, rows of QueryRows
+    due: Due
+    layer: int
+    full: bool
+    total: int
+    room: int
 
 
 @dataclass(frozen=True)
-class _Moved:
-    """What stays of one layer: where it goes, and what the tables will say."""
+class _Rows:
+    """Rows that are dealt with together, as tensors. ``n`` rows, ``H`` KV heads.
 
-    layer: int
-    to: Tensor  # [n, kept] int64, pool slots
-    keys: Tensor
-    values: Tensor
-    positions: Tensor  # [n, kept] int32
-    first: Tensor  # [n, kv_heads] int32, and the next two
-    shift: Tensor
-    kept: Tensor
+    Attributes:
+        layers, slots, tokens, totals, rooms, queries: [n] int64.
+        full: [n] bool.
+        blocks: [n, blocks] int32.
+        pages: [n, H, pages] int32, those of each run in the pool.
+        lengths: [n, H] int32.
+        positions: [n, H, pages * block_size] int32.
+    """
+
+    layers: Tensor
+    slots: Tensor
+    tokens: Tensor
+    totals: Tensor
+    rooms: Tensor
+    queries: Tensor
+    full: Tensor
+    blocks: Tensor
+    pages: Tensor
+    lengths: Tensor
+    positions: Tensor
+
+    def part(self, rows: slice | Tensor) -> _Rows:
+        """Some of them."""
+        fields = (
+            self.layers, self.slots, self.tokens, self.totals, self.rooms, self.queries,
+            self.full, self.blocks, self.pages, self.lengths, self.positions,
+        )  # fmt: skip
+        return _Rows(*(field[rows] for field in fields))
 
 
 class PoolCompressor:
@@ -72,15 +100,14 @@ class PoolCompressor:
         self._plan, self._runs, self._queries = plan, runs, queries
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
         self._scaling, self._softcap = scaling, softcap
-        shard = plan.shard(rank)
-        device = runs.first.device
-        self._planned = [
-            None
-            if heads is None
-            else torch.tensor(shard.heads(heads), dtype=torch.int64, device=device)
-            for heads in (plan.planned or [None] * runs.layers)
-        ]
-        self._offsets = runs.layout.offsets
+        shard, device = plan.shard(rank), runs.device
+        self._planned: Tensor | None = None
+        if plan.planned is not None:
+            own = [list(shard.heads(heads)) for heads in plan.planned]
+            self._planned = torch.tensor(own, dtype=torch.int64, device=device)
+        self._offsets = torch.tensor(runs.layout.offsets, dtype=torch.int64, device=device)
+        # What is not ours may take the index of a layer for a number.
+        self._together = is_builtin(type(plan.policy)) and is_builtin(type(self._heads))
 
     def run(self, due: Sequence[Due], blocks: Tensor) -> None:
         """Compress requests that have just reached a boundary.
@@ -89,128 +116,149 @@ class PoolCompressor:
             due: they.
             blocks: [batch, n] int32, blocks of all requests of the batch.
         """
-        reserve = self._runs.layout.reserve
-        later: list[Due] = []
-        first: dict[tuple[int, int], list[Due]] = {}
-        for item in due:
-            event = reserve.first_event(item.request.start)
-            if item.tokens > event:
-                later.append(item)
-            elif item.tokens == event:
-                first.setdefault((item.tokens, item.request.start), []).append(item)
-        for chunk in self._chunks(later):
-            everybody = self._group(chunk, blocks)
-            for layer in range(self._runs.layers):
-                # A layer with a large budget may still be filling up.
-                full = [i for i in chunk if self._runs.layout.is_due(layer, i.tokens)]
-                if full:
-                    group = everybody if len(full) == len(chunk) else self._group(full, blocks)
-                    self._write(group, self._keep(layer, group, None))
-        for (_, start), same in first.items():
-            for chunk in self._chunks(same):
-                group = self._group(chunk, blocks)
-                # All layers change places among each other: read everything before any write.
-                moved = [self._keep(layer, group, start) for layer in range(self._runs.layers)]
-                for part in moved:
-                    self._write(group, part)
-                self._runs.stride[group.slots] = 1
+        for chunk in self._chunks(due):
+            self._compress(chunk, blocks)
         self._queries.give_back([item.request for item in due])
-        self._runs.version += 1
 
-    def _chunks(self, items: list[Due]) -> list[list[Due]]:
+    def _chunks(self, due: Sequence[Due]) -> Iterator[list[_Row]]:
+        """The rows of as many requests as may be held outside the pool at a time."""
         pages = self._runs.pages
         one = sum(self._runs.layout.totals) * pages.raw[0, :, 0].numel() * pages.raw.element_size()
-        size = max(1, _CHUNK_BYTES // one)
-        return [items[i : i + size] for i in range(0, len(items), size)]
+        most, chunk, requests = max(1, _KEPT_BYTES // one), list[_Row](), 0
+        for item in due:
+            rows = self._rows(item)
+            if requests == most:
+                yield chunk
+                chunk, requests = [], 0
+            chunk, requests = chunk + rows, requests + bool(rows)
+        if chunk:
+            yield chunk
 
-    def _group(self, items: Sequence[Due], blocks: Tensor) -> _Group:
-        device = blocks.device
-        rows = torch.tensor([item.row for item in items], dtype=torch.int64, device=device)
-        return _Group(
-            slots=torch.tensor(
-                [item.request.slot for item in items], dtype=torch.int64, device=device
-            ),
-            tokens=torch.tensor([i.tokens for i in items], dtype=torch.int32, device=device),
-            blocks=blocks[rows],
-            queries=torch.tensor(
-                [item.request.queries or 0 for item in items], dtype=torch.int64, device=device
-            ),
-        )
+    def _rows(self, item: Due) -> list[_Row]:
+        """The layers of a request that are compressed, or change their place for the first time."""
+        layout, tokens, start = self._runs.layout, item.tokens, item.request.start
+        event = layout.reserve.first_event(start)
+        rows = []
+        for layer, total in enumerate(layout.totals):
+            # A layer with a large budget may still be filling up.
+            if tokens >= event and layout.is_due(layer, tokens):
+                rows.append(_Row(item, layer, True, total, layout.reserve.interval))
+            elif tokens == event:
+                room = layout.first_due(layer, start) - tokens
+                rows.append(_Row(item, layer, False, self._runs.heads * tokens, room))
+        return rows
 
-    def _keep(self, layer: int, group: _Group, start: int | None) -> _Moved:
-        """Decide what stays of a layer.
-
-        Args:
-            layer: which.
-            group: requests; of the same length and ``start`` if that is given.
-            start: tokens of the prefill if this is the first compression: then the layer may
-                still be below its budget and only change its place.
-        """
-        runs, layout = self._runs, self._runs.layout
-        shift, kept = runs.shift[layer, group.slots], runs.kept[layer, group.slots]
-        lengths = shift + group.tokens[:, None]
-        index = torch.arange(int(lengths.max()), dtype=torch.int32, device=shift.device)
-        source = runs.place(
-            runs.first[layer, group.slots][..., None],
-            runs.stride[group.slots][:, None, None],
-            index,
-            group.blocks,
-        )
-        positions = (index - shift[..., None]).where(
-            index >= kept[..., None], runs.positions[source]
-        )
-        room, total = layout.reserve.interval, layout.totals[layer]
-        tokens = int(group.tokens[0]) if start is not None else 0
-        if start is not None and not layout.is_due(layer, tokens):
-            keep, budgets = index < lengths[..., None], lengths.long()
-            room, total = layout.first_due(layer, start) - tokens, runs.heads * tokens
-        else:
-            keep, budgets = decide(
-                self._candidates(layer, group, lengths, positions, source),
-                self._plan.config,
-                self._plan.policy,
-                self._heads,
-                total,
-                self._planned[layer],
-            )
-        size = layout.reserve.block_size
-        pages = (budgets + room + size - 1) // size
-        first = (self._offsets[layer] + pages.cumsum(dim=1) - pages).int()
+    def _compress(self, chunk: Sequence[_Row], blocks: Tensor) -> None:
+        """All layers change places among each other: everything is read before any write."""
+        rows = self._gather(chunk, blocks)
+        keep, budgets = self._decide(rows, chunk)
+        runs, size = self._runs, self._runs.layout.reserve.block_size
+        pages = (budgets + rows.rooms[:, None] + size - 1) // size
+        first = (self._offsets[rows.layers, None] + pages.cumsum(dim=1) - pages).int()
         # What stays, one head after the other: as many tokens for every request.
+        width = max(row.total for row in chunk)
         chosen = keep.flatten(1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        chosen = chosen[:, :total]
-        rank = (keep.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen)
-        to = runs.place(first.gather(1, chosen // len(index)), 1, rank, group.blocks)
-        keys, values = runs.pages.read(source.flatten(1).gather(1, chosen))
-        return _Moved(
-            layer,
-            to,
-            keys,
-            values,
-            positions.flatten(1).gather(1, chosen),
-            first,
-            (budgets - group.tokens[:, None]).int(),
-            budgets.int(),
-        )
+        chosen = chosen[:, :width]
+        real = torch.arange(width, device=chosen.device) < rows.totals[:, None]
+        rank = (keep.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
+        head = chosen // keep.shape[-1]
+        wide = -(-width // size)
+        target = runs.numbered(first, torch.zeros_like(rows.slots), rows.layers, rows.blocks, wide)
+        # What is too much goes to the null block, which nobody reads.
+        to = _places(target, head, rank, size).where(real, 0)
+        source = _places(rows.pages, head, chosen % keep.shape[-1], size)
+        keys, values = runs.pages.read(source)
+        state = None if runs.state is None else runs.state[source]
+        runs.pages.write(to, keys, values)
+        runs.positions[to] = rows.positions.flatten(1).gather(1, chosen)
+        if runs.state is not None and state is not None:
+            runs.state[to] = state
+        runs.first[rows.layers, rows.slots] = first
+        runs.shift[rows.layers, rows.slots] = (budgets - rows.tokens[:, None]).int()
+        runs.kept[rows.layers, rows.slots] = budgets.int()
+        runs.plain[rows.slots] = 0
+        runs.version += 1
+        longest = DeferredMax(budgets)
+        for item in {row.due.request.slot: row.due for row in chunk}.values():
+            layout = self._runs.layout
+            if all(layout.is_due(layer, item.tokens) for layer in range(self._runs.layers)):
+                item.request.longest, item.request.compressed = longest, item.tokens
 
-    def _candidates(
-        self, layer: int, group: _Group, lengths: Tensor, positions: Tensor, source: Tensor
-    ) -> Candidates:
-        policy, window = self._plan.policy, self._plan.config.window
-        seen = group.tokens.long()
-        recent = seen[:, None] + torch.arange(-window, 0, device=seen.device)
+    def _gather(self, chunk: Sequence[_Row], blocks: Tensor) -> _Rows:
+        runs = self._runs
+        dues = [row.due for row in chunk]
+        batch, layers, slots, tokens, totals, rooms, queries, full = send(
+            runs.device,
+            [due.row for due in dues],
+            [row.layer for row in chunk],
+            [due.request.slot for due in dues],
+            [due.tokens for due in dues],
+            [row.total for row in chunk],
+            [row.room for row in chunk],
+            [due.request.queries or 0 for due in dues],
+            [int(row.full) for row in chunk],
+        )
+        longest = max(due.request.most(due.tokens) for due in dues)
+        own = blocks[batch]
+        view = runs.view(layers, slots, tokens, own, longest)
+        return _Rows(
+            layers, slots, tokens, totals, rooms, queries, full.bool(), own, view.pages,
+            view.lengths, view.positions,
+        )  # fmt: skip
+
+    def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""
+        parts = []
+        for part in self._parts(chunk, rows):
+            some = rows.part(part)
+            layer = some.layers if self._together else chunk[part.start].layer
+            total: int | Tensor = some.totals if self._together else chunk[part.start].total
+            planned = None if self._planned is None else self._planned[layer]
+            parts.append(
+                decide(
+                    self._candidates(some, layer),
+                    self._plan.config,
+                    self._plan.policy,
+                    self._heads,
+                    total,
+                    planned,
+                )
+            )
+        keep, budgets = (torch.cat(each) for each in zip(*parts, strict=True))
+        if all(row.full for row in chunk):
+            return keep, budgets
+        index = torch.arange(keep.shape[-1], device=keep.device)
+        full, held = rows.full[:, None], rows.lengths
+        everything = index < held[..., None]
+        return keep.where(full[..., None], everything), budgets.where(full, held.long())
+
+    def _parts(self, chunk: Sequence[_Row], rows: _Rows) -> Iterator[slice]:
+        """Rows that are decided on at a time: as memory allows, or one by one."""
+        n = rows.positions.shape[-1]
+        one = self._runs.heads * n * self._runs.pages.keys.shape[-1] * 4 * _COPIES
+        size = max(1, _DECIDED_BYTES // one) if self._together else 1
+        for start in range(0, len(chunk), size):
+            yield slice(start, min(start + size, len(chunk)))
+
+    def _candidates(self, rows: _Rows, layer: int | Tensor) -> Candidates:
+        policy, window, runs = self._plan.policy, self._plan.config.window, self._runs
+        recent = rows.tokens[:, None] + torch.arange(-window, 0, device=runs.device)
         queries = None
         if policy.needs_queries:
-            queries = self._queries.read(layer, group.queries, recent, self._runs.heads)
+            queries = self._queries.read(rows.layers, rows.queries, recent, runs.heads)
+        state = None
+        if runs.state is not None:
+            size = runs.layout.reserve.block_size
+            state = runs.state.view(-1, size, runs.state.shape[-1])[rows.pages].flatten(2, 3)
         return Candidates(
-            lengths=lengths.long(),
-            positions=positions.long(),
-            load_keys=lambda: self._runs.pages.read(source)[0],
-            load_values=lambda: self._runs.pages.read(source)[1],
+            lengths=rows.lengths.long(),
+            positions=rows.positions.long(),
+            load_keys=lambda: runs.pages.keys[rows.pages].flatten(2, 3),
+            load_values=lambda: runs.pages.values[rows.pages].flatten(2, 3),
             queries=queries,
             query_positions=recent if policy.needs_queries else None,
-            state=None,
-            seen=seen,
+            state=state,
+            seen=rows.tokens,
             window=window,
             scaling=self._scaling,
             softcap=self._softcap,
@@ -218,10 +266,17 @@ class PoolCompressor:
             seed=self._plan.config.seed,
         )
 
-    def _write(self, group: _Group, moved: _Moved) -> None:
-        runs, layer = self._runs, moved.layer
-        runs.pages.write(moved.to, moved.keys, moved.values)
-        runs.positions[moved.to] = moved.positions
-        runs.first[layer, group.slots] = moved.first
-        runs.shift[layer, group.slots] = moved.shift
-        runs.kept[layer, group.slots] = moved.kept
+
+def _places(pages: Tensor, head: Tensor, index: Tensor, size: int) -> Tensor:
+    """Pool slots (page * block_size + place) of the tokens at ``index`` of runs.
+
+    Args:
+        pages: [n, H, pages] int32.
+        head, index: [n, m] int64, which run of the row and where in it.
+        size: tokens of a page.
+
+    Returns:
+        [n, m] int64.
+    """
+    flat = pages.flatten(1).gather(1, head * pages.shape[-1] + index // size)
+    return flat.long() * size + index % size

@@ -16,21 +16,23 @@ from reasonalloc.errors import UnsupportedError
 class Pages:
     """The KV cache of all layers as pages of one KV head each.
 
-    Page ``(layer * blocks + block) * kv_heads + head`` is that head's page of that block. Page 0
-    belongs to vLLM's null block and holds nothing.
+    The page of block ``b``, layer ``l`` and head ``h`` is ``b * of_block + l * of_layer + h *
+    of_head``. Page 0 belongs to vLLM's null block and holds nothing.
 
     Attributes:
         raw: [pages, 2, block_size, head_dim], keys and values as they lie in memory.
         keys, values: [pages, block_size, head_dim] views whatever the kernel's order is.
-        blocks, kv_heads, block_size: sizes.
+        block_size: tokens of a page.
+        of_block, of_layer, of_head: steps, in pages.
     """
 
     raw: Tensor
     keys: Tensor
     values: Tensor
-    blocks: int
-    kv_heads: int
     block_size: int
+    of_block: int
+    of_layer: int
+    of_head: int
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at ``slots`` (page * block_size + place): [..., head_dim] each."""
@@ -87,26 +89,48 @@ class Kernel(Protocol):
         ...
 
 
-def joined(caches: Sequence[Tensor]) -> Tensor:
-    """The caches of all layers, which lie behind each other, as [pages, 2 * block_size * head_dim].
+@dataclass(frozen=True)
+class Pool:
+    """The caches of all layers as one row of pages; steps as in ``Pages``."""
+
+    memory: Tensor  # [pages, numbers of a page]
+    of_block: int
+    of_layer: int
+    of_head: int
+
+
+def joined(caches: Sequence[Tensor]) -> Pool:
+    """The caches of all layers in one piece of memory, whatever vLLM's layout is.
+
+    Args:
+        caches: per layer [blocks, kv_heads, block_size, 2 * head_dim], as vLLM binds them.
 
     Raises:
-        UnsupportedError: they do not lie so.
+        UnsupportedError: they are no views of one piece, or not one as far behind the other.
     """
     first = caches[0]
-    blocks, heads, _, _ = first.shape
-    page = first[0, 0].numel()
-    size = blocks * heads * page
-    base = first.storage_offset()
-    for layer, cache in enumerate(caches):
-        expected = first.shape, base + layer * size, first.untyped_storage().data_ptr()
-        actual = cache.shape, cache.storage_offset(), cache.untyped_storage().data_ptr()
-        if actual != expected or not cache.is_contiguous():
-            raise UnsupportedError(
-                "vLLM laid out the KV cache in an unexpected way, so that pages cannot be shared "
-                "among layers and heads: unset VLLM_KV_CACHE_LAYOUT"
-            )
-    return first.as_strided((len(caches) * blocks * heads, page), (page, 1), base)
+    blocks, heads, size, width = first.shape
+    page, base = size * width, first.storage_offset()
+    starts = [cache.storage_offset() - base for cache in caches]
+    layer = starts[1] if len(caches) > 1 else page
+    block, head = first.stride(0), first.stride(1) if heads > 1 else page
+    alike = all(
+        cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and cache.shape == first.shape
+        and cache.stride() == first.stride()
+        and cache[0, 0].is_contiguous()
+        and start == number * layer
+        for number, (cache, start) in enumerate(zip(caches, starts, strict=True))
+    )
+    steps = (block, layer, head)
+    if not alike or any(step % page or step < page for step in steps):
+        raise UnsupportedError(
+            "vLLM laid out the KV cache in an unexpected way, so that pages cannot be shared "
+            "among layers and heads: unset VLLM_KV_CACHE_LAYOUT"
+        )
+    last = (blocks - 1) * block + (len(caches) - 1) * layer + (heads - 1) * head
+    memory = first.as_strided((last // page + 1, page), (page, 1), base)
+    return Pool(memory, block // page, layer // page, head // page)
 
 
 class CpuKernel:
@@ -136,10 +160,11 @@ class CpuKernel:
 
     def pages(self, caches: Sequence[Tensor]) -> Pages:
         """See ``Kernel``."""
-        blocks, heads, block_size, _ = caches[0].shape
-        raw = joined(caches).view(-1, 2, block_size, self._head_dim)
+        block_size = caches[0].shape[2]
+        pool = joined(caches)
+        raw = pool.memory.view(-1, 2, block_size, self._head_dim)
         keys, values = self._views(raw, block_size)
-        return Pages(raw, keys, values, blocks, heads, block_size)
+        return Pages(raw, keys, values, block_size, pool.of_block, pool.of_layer, pool.of_head)
 
     def _views(self, raw: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         """Readable views, in the order that the kernel's own writing shows on the null page."""

@@ -92,6 +92,7 @@ def _requests_of_a_step(original: Callable[..., Any]) -> Callable[..., Any]:
                 builder.begin(
                     self.requests,
                     names,
+                    [self.requests[name].num_tokens for name in names],
                     self.input_batch.num_computed_tokens_cpu[: len(names)].tolist(),
                     [scheduled[name] for name in names],
                 )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from reasonalloc.cache.host import DeferredMax
 from reasonalloc.integrations.vllm.kernels import Pages
 from reasonalloc.integrations.vllm.layout import Layout
 
 NO_REQUEST = 0  # slot of requests that are none: warm-up, padding
+_ALL = 1 << 30  # leading pages of a request that was never compressed
 
 
 @dataclass
@@ -21,12 +24,26 @@ class Tracked:
     Attributes:
         slot: its row in the tables.
         start: tokens of its prefill.
+        seen: tokens in the cache after the last step that was scheduled.
+        observed: tokens whose attention the policy has seen, if it looks at any.
         queries: its row among the remembered queries, while some are.
+        longest: tokens of its longest run right after ``compressed`` tokens; None while some layer
+            holds all of them.
     """
 
     slot: int
     start: int
+    seen: int = 0
+    observed: int = 0
     queries: int | None = None
+    longest: DeferredMax | None = None
+    compressed: int = 0
+
+    def most(self, tokens: int) -> int:
+        """Upper bound of the tokens in a run when the request has ``tokens``."""
+        if self.longest is None:
+            return tokens
+        return self.longest.get() + tokens - self.compressed
 
 
 @dataclass
@@ -52,35 +69,67 @@ def dummy_batch(before: list[int], after: list[int]) -> Batch:
     return Batch([Tracked(NO_REQUEST, 0) for _ in before], before, after)
 
 
+def send(device: torch.device, *rows: Sequence[int]) -> list[Tensor]:
+    """Whole numbers of the host as int64 tensors on a device, in one copy that nobody waits for."""
+    flat = [number for row in rows for number in row]
+    # Pinned memory of PyTorch's allocator is not given to others before the copy is done.
+    pinned = device.type == "cuda"
+    packed = torch.tensor(flat, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    return list(packed.to(device, non_blocking=True).split([len(row) for row in rows]))
+
+
+@dataclass(frozen=True)
+class View:
+    """Runs of ``n`` (layer, request) pairs, ``H`` KV heads each.
+
+    Attributes:
+        pages: [n, H, pages] int32, in the pool; those behind a run's end are of no meaning.
+        lengths: [n, H] int32, tokens of each.
+        positions: [n, H, pages * block_size] int32, of the tokens in their sequence.
+        shift: [n, H] int32, place of a token less its position, of those that were never moved.
+    """
+
+    pages: Tensor
+    lengths: Tensor
+    positions: Tensor
+    shift: Tensor
+
+
 class Runs:
     """Run tables. ``L`` layers, ``H`` KV heads; a run is one head's tokens, in order.
 
     The pages of a request are numbered through its blocks: page ``g`` is the ``g % (L * H)``-th
-    (layer, head) of its block ``g // (L * H)``. The run of head ``h`` takes pages ``first``,
-    ``first + stride``, ... Its token at place ``i`` has position ``i - shift``, unless it is among
-    the first ``kept``, whose positions are stored.
+    (layer, head) of its block ``g // (L * H)``. The first ``plain`` pages of the run of (layer,
+    head) lie as vLLM has them: page ``i`` is the (layer, head) of block ``i``. Those behind them
+    follow each other from page ``first`` on, counted behind the plain blocks. The run's token at
+    place ``i`` has position ``i - shift``, unless it is among the first ``kept``: then its position
+    is stored, or is ``i`` where the page is plain.
 
     Args:
         layout: of this process.
         device: of the tables.
+        requests: how many there are at most at a time.
+        channels: numbers that the policy keeps of every token.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, device: torch.device, requests: int, channels: int = 0
+    ) -> None:
         self.layout = layout
         self.layers, self.heads = len(layout.totals), layout.kv_heads
-        self._device = device
-        shape = (self.layers, 0, self.heads)
+        self.device, self._channels = device, channels
+        shape = (self.layers, requests + 1, self.heads)
         self.first = torch.zeros(shape, dtype=torch.int32, device=device)
         self.shift = torch.zeros_like(self.first)
         self.kept = torch.zeros_like(self.first)
-        self.stride = torch.zeros(0, dtype=torch.int32, device=device)
-        self._free: list[int] = []
+        self.plain = torch.full((requests + 1,), _ALL, dtype=torch.int32, device=device)
+        self._free = list(range(1, requests + 1))  # the first is the dummy's
         self._tracked: dict[str, Tracked] = {}
         self.version = 0  # of the tables
         self._pages: Pages | None = None
         self._page_base = torch.zeros(0, dtype=torch.int32, device=device)
         self.positions = torch.zeros(0, dtype=torch.int32, device=device)
-        self._take_slot()  # the dummy's
+        self.state: Tensor | None = None
 
     @property
     def per_block(self) -> int:
@@ -102,50 +151,48 @@ class Runs:
     def bind(self, pages: Pages) -> None:
         """Work on a pool."""
         self._pages = pages
-        which = torch.arange(self.per_block, dtype=torch.int32, device=self._device)
+        which = torch.arange(self.per_block, dtype=torch.int32, device=self.device)
         layer, head = which // self.heads, which % self.heads
-        self._page_base = layer * (pages.blocks * self.heads) + head
+        self._page_base = layer * pages.of_layer + head * pages.of_head
         slots = len(pages.raw) * pages.block_size
-        self.positions = torch.zeros(slots, dtype=torch.int32, device=self._device)
+        self.positions = torch.zeros(slots, dtype=torch.int32, device=self.device)
+        if self._channels:
+            shape = (slots, self._channels)
+            self.state = torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-    def track(self, request: str, start: int | None) -> Tracked:
-        """The request's entry; a new or reset one if ``start`` says that it begins now."""
+    def track(self, request: str, start: int, before: int) -> Tracked:
+        """The request's entry; a new one if it is not known, or begins anew.
+
+        Args:
+            request: its name.
+            start: tokens of its prefill.
+            before: tokens in the cache before the step; fewer than were seen: it begins anew.
+        """
         tracked = self._tracked.get(request)
-        if start is not None:
+        if tracked is None or before < tracked.seen:
             slot = self._take_slot() if tracked is None else tracked.slot
             self._reset(slot)
-            tracked = self._tracked[request] = Tracked(slot, start)
-        if tracked is None:
-            raise RuntimeError(f"request {request!r} goes on, but was never begun")
+            queries = None if tracked is None else tracked.queries
+            tracked = self._tracked[request] = Tracked(slot, start, before, before, queries)
         return tracked
 
     def forget_others(self, alive: Collection[str]) -> list[Tracked]:
         """Drop requests that are not alive; returns them."""
         gone = [request for request in self._tracked if request not in alive]
         dropped = [self._tracked.pop(request) for request in gone]
-        self._free.extend(request.slot for request in dropped)
+        for request in dropped:
+            heapq.heappush(self._free, request.slot)
         return dropped
 
     def _take_slot(self) -> int:
         if not self._free:
-            old = self.first.shape[1]
-            new = max(8, old)
-            for name in ("first", "shift", "kept"):
-                table = getattr(self, name)
-                more = table.new_zeros(self.layers, new, self.heads)
-                setattr(self, name, torch.cat([table, more], dim=1))
-            self.stride = torch.cat([self.stride, self.stride.new_zeros(new)])
-            self._free = list(range(old + new - 1, old - 1, -1))
-        slot = self._free.pop()
-        self._reset(slot)
-        return slot
+            raise RuntimeError(f"more than {self.plain.shape[0] - 1} requests at a time")
+        return heapq.heappop(self._free)
 
     def _reset(self, slot: int) -> None:
-        whole = torch.arange(self.per_block, dtype=torch.int32, device=self._device)
-        self.first[:, slot] = whole.view(self.layers, self.heads)
-        self.shift[:, slot] = 0
-        self.kept[:, slot] = 0
-        self.stride[slot] = self.per_block
+        for table in (self.first, self.shift, self.kept):
+            table[:, slot] = 0
+        self.plain[slot] = _ALL
         self.version += 1
 
     def lengths(self, slots: Tensor, tokens: Tensor) -> Tensor:
@@ -160,41 +207,73 @@ class Runs:
             blocks: [requests, n] int32, the requests' blocks.
             pages: how many; those behind a run's end are of no meaning.
         """
-        steps = torch.arange(pages, dtype=torch.int32, device=self._device)
-        steps = steps * self.stride[slots][:, None, None]
-        number = self.first[:, slots][..., None] + steps
-        return self._page(number, blocks[None, :, None].expand(self.layers, -1, self.heads, -1))
+        layers = torch.arange(self.layers, device=self.device)[:, None]
+        return self.numbered(
+            self.first[:, slots],
+            self.plain[slots],
+            layers,
+            blocks.expand(self.layers, -1, -1),
+            pages,
+        )
 
-    def _page(self, number: Tensor, blocks: Tensor) -> Tensor:
-        """Pool pages of request pages ``number`` [..., n] within ``blocks`` [..., blocks]."""
-        block = (number // self.per_block).clamp_max(blocks.shape[-1] - 1)
-        chosen = blocks.gather(-1, block.long())
-        return chosen * self.heads + self._page_base[number % self.per_block]
-
-    def place(self, first: Tensor, stride: Tensor | int, index: Tensor, blocks: Tensor) -> Tensor:
-        """Pool slots (page * block_size + place) of the tokens at ``index`` of runs.
+    def view(
+        self, layers: Tensor, slots: Tensor, tokens: Tensor, blocks: Tensor, longest: int
+    ) -> View:
+        """Where the tokens of (layer, request) pairs lie.
 
         Args:
-            first, index: broadcastable, [requests, ..., n]; stride likewise.
-            blocks: [requests, blocks] int32.
+            layers, slots, tokens: [n] int64, the pairs and how many tokens the requests have seen.
+            blocks: [n, m] int32, the requests' blocks.
+            longest: upper bound of the tokens in a run.
         """
         size = self.layout.reserve.block_size
-        number = first + index // size * stride
-        between = [1] * (number.dim() - 2)
-        wide = blocks.view(len(blocks), *between, -1).expand(*number.shape[:-1], -1)
-        return self._page(number, wide).long() * size + index % size
+        shift, kept = self.shift[layers, slots], self.kept[layers, slots]
+        pages = self.numbered(
+            self.first[layers, slots], self.plain[slots], layers, blocks, -(-longest // size)
+        )
+        index = torch.arange(pages.shape[-1] * size, dtype=torch.int32, device=self.device)
+        stored = self.positions.view(-1, size)[pages].flatten(-2)
+        positions = torch.where(index < kept[..., None], stored, index - shift[..., None])
+        return View(pages, shift + tokens[:, None].int(), positions, shift)
+
+    def numbered(
+        self, first: Tensor, plain: Tensor, layers: Tensor, blocks: Tensor, pages: int
+    ) -> Tensor:
+        """[..., H, pages] int32: the first pages of runs, in the pool.
+
+        Args:
+            first: [..., H] int32, see the class.
+            plain: [...] int32, likewise.
+            layers: [...] int64, of each row.
+            blocks: [..., n] int32, the requests' blocks.
+            pages: how many; those behind a run's end are of no meaning.
+        """
+        index = torch.arange(pages, dtype=torch.int32, device=self.device)
+        head = torch.arange(self.heads, dtype=torch.int32, device=self.device)[:, None]
+        own = layers.int()[..., None, None] * self.heads + head
+        leading = plain.clamp_max(pages)[..., None, None]
+        behind = leading * self.per_block + first[..., None] + (index - leading)
+        number = torch.where(index < leading, own + index * self.per_block, behind)
+        block = (number // self.per_block).clamp_max(blocks.shape[-1] - 1)
+        wide = blocks[..., None, :].expand(*block.shape[:-1], -1)
+        chosen = wide.gather(-1, block.long())
+        return chosen * self.pages.of_block + self._page_base[number % self.per_block]
 
 
 class QueryRows:
-    """Queries of the tokens before a boundary, for requests that are about to reach one.
+    """The last queries of requests that will soon be asked for them.
 
-    Row ``r`` keeps the query of position ``p`` in place ``p % window``. Rows are lent and given
-    back, since few requests are that near to a boundary at a time.
+    Row ``r`` keeps the query of position ``p`` in place ``p % width``. Rows are lent and given
+    back, since few requests are near to a boundary at a time.
+
+    Args:
+        layers: of the model.
+        width: queries of a row.
     """
 
-    def __init__(self, layers: int, window: int) -> None:
-        self._layers, self.window = layers, window
-        self._rows: list[Tensor] = []
+    def __init__(self, layers: int, width: int) -> None:
+        self._layers, self.width = layers, width
+        self._rows: Tensor | None = None
         self._free: list[int] = []
         self._made = 0
 
@@ -204,27 +283,39 @@ class QueryRows:
             if not self._free:
                 self._free = [self._made]
                 self._made += 1
-            request.queries = self._free.pop()
+            request.queries = heapq.heappop(self._free)
         return request.queries
 
     def give_back(self, requests: Sequence[Tracked]) -> None:
         """The requests need none any more."""
         for request in requests:
             if request.queries is not None:
-                self._free.append(request.queries)
+                heapq.heappush(self._free, request.queries)
                 request.queries = None
 
     def note(self, layer: int, query: Tensor, tokens: Tensor, rows: Tensor, places: Tensor) -> None:
         """Remember ``query[tokens]``; query is [n, query_heads, head_dim]."""
-        while len(self._rows) < self._layers:
-            self._rows.append(query.new_zeros(0, self.window, *query.shape[1:]))
-        kept = self._rows[layer]
-        if len(kept) < self._made:
-            more = kept.new_zeros(max(self._made, 2 * len(kept)) - len(kept), *kept.shape[1:])
-            kept = self._rows[layer] = torch.cat([kept, more])
-        kept[rows, places] = query[tokens]
+        kept = self._rows
+        if kept is None or kept.shape[1] < self._made:
+            old = 0 if kept is None else kept.shape[1]
+            more = query.new_zeros(
+                self._layers, max(self._made - old, old), self.width, *query.shape[1:]
+            )
+            kept = self._rows = more if kept is None else torch.cat([kept, more], dim=1)
+        kept[layer, rows, places] = query[tokens]
 
-    def read(self, layer: int, rows: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
-        """[rows, kv_heads, group, window, head_dim]; positions [rows, window], oldest first."""
-        queries = self._rows[layer][rows[:, None], positions % self.window]
+    def read(self, layers: Tensor, rows: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
+        """Queries of (layer, row) pairs at positions.
+
+        Args:
+            layers, rows: [n] int64.
+            positions: [n, q] int64, oldest first.
+            kv_heads: heads per layer.
+
+        Returns:
+            [n, kv_heads, group, q, head_dim].
+        """
+        if self._rows is None:
+            raise RuntimeError("no query was remembered")
+        queries = self._rows[layers[:, None], rows[:, None], positions % self.width]
         return queries.transpose(1, 2).unflatten(1, (kv_heads, -1))

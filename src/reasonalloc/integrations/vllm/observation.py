@@ -1,0 +1,152 @@
+"""What a policy knows of every token in the pool, by the attention that the token received.
+
+vLLM's kernels do not tell attention weights. Nothing is evicted between two boundaries, so they are
+computed later from the same queries and keys: those of a prefill right after its attention, those
+of decode steps for ``FLUSH`` of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, View, send
+from reasonalloc.policies import Policy
+
+FLUSH = 16  # decode steps whose queries are kept until their attention is computed
+_LOGIT_BYTES = 256 << 20  # of explicit logits at a time
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Decode steps whose attention the policy has not seen: those before ``tokens`` tokens.
+
+    ``row``: of the batch.
+    """
+
+    request: Tracked
+    row: int
+    tokens: int
+
+
+class PoolObserver:
+    """Updates the policy's state in vLLM's pool.
+
+    Args:
+        policy: has ``state_channels``.
+        runs, queries: where tokens lie, the last queries.
+        scaling, softcap: of the attention logits.
+    """
+
+    def __init__(
+        self, policy: Policy, runs: Runs, queries: QueryRows, scaling: float, softcap: float | None
+    ) -> None:
+        self._policy, self._runs, self._queries = policy, runs, queries
+        self._scaling, self._softcap = scaling, softcap
+
+    def steps(self, unseen: Sequence[Unseen], blocks: Tensor) -> None:
+        """Take in the attention of decode steps, of all layers.
+
+        Args:
+            unseen: at most ``FLUSH`` steps of each request; their queries are remembered.
+            blocks: [batch, n] int32, blocks of all requests of the batch.
+        """
+        pairs = [(item, layer) for layer in range(self._runs.layers) for item in unseen]
+        longest = max(item.request.most(item.tokens) for item in unseen)
+        for some in self._parts(pairs, longest):
+            self._observe(some, blocks, longest)
+        for item in unseen:
+            item.request.observed = item.tokens
+
+    def prefill(
+        self, layer: int, query: Tensor, request: Tracked, before: int, blocks: Tensor
+    ) -> None:
+        """Take in the attention of a piece of a prompt.
+
+        Args:
+            layer: which.
+            query: [tokens, query_heads, head_dim], of the piece.
+            request: whose; it holds every token before the piece, and the piece.
+            before: tokens before the piece.
+            blocks: [n] int32, of the request.
+        """
+        runs, after = self._runs, before + len(query)
+        slot, index, tokens = send(runs.device, [request.slot], [layer], [after])
+        view = runs.view(index, slot, tokens, blocks[None], after)
+        asked = query.transpose(0, 1).unflatten(0, (1, runs.heads, -1))
+        positions = torch.arange(before, after, device=runs.device)[None]
+        self._take_in(view, asked, positions, torch.ones_like(positions, dtype=torch.bool))
+
+    def _parts(
+        self, pairs: list[tuple[Unseen, int]], longest: int
+    ) -> Iterator[list[tuple[Unseen, int]]]:
+        pages = self._runs.pages
+        one = self._runs.heads * longest * (pages.keys.shape[-1] * 2 + FLUSH * 8) * 4
+        size = max(1, _LOGIT_BYTES // one)
+        for start in range(0, len(pairs), size):
+            yield pairs[start : start + size]
+
+    def _observe(self, pairs: list[tuple[Unseen, int]], blocks: Tensor, longest: int) -> None:
+        runs = self._runs
+        items = [item for item, _ in pairs]
+        batch, layers, slots, tokens, first, rows = send(
+            runs.device,
+            [item.row for item in items],
+            [layer for _, layer in pairs],
+            [item.request.slot for item in items],
+            [item.tokens for item in items],
+            [item.request.observed for item in items],
+            [item.request.queries or 0 for item in items],
+        )
+        view = runs.view(layers, slots, tokens, blocks[batch], longest)
+        positions = tokens[:, None] + torch.arange(-FLUSH, 0, device=runs.device)
+        asked = self._queries.read(layers, rows, positions, runs.heads)
+        self._take_in(view, asked, positions, positions >= first[:, None])
+
+    @property
+    def _states(self) -> Tensor:
+        """[pages, block_size, channels] float32."""
+        state = self._runs.state
+        if state is None:
+            raise RuntimeError("runs without state")
+        return state.view(-1, self._runs.layout.reserve.block_size, state.shape[-1])
+
+    def _take_in(self, view: View, asked: Tensor, positions: Tensor, real: Tensor) -> None:
+        """Let the policy see queries.
+
+        Args:
+            view: the runs.
+            asked: [n, H, group, q, head_dim].
+            positions: [n, q] int64, of the queries in their sequence.
+            real: [n, q] bool, whether there is such a query.
+        """
+        n, heads, group, queries, _ = asked.shape
+        keys = self._runs.pages.keys[view.pages].flatten(2, 3).float().transpose(-1, -2)
+        state = self._states[view.pages].flatten(2, 3)
+        index = torch.arange(keys.shape[-1], device=keys.device)
+        most = max(1, _LOGIT_BYTES // (n * heads * group * keys.shape[-1] * 8))
+        for start in range(0, queries, most):
+            some = slice(start, min(start + most, queries))
+            flat = (asked[:, :, :, some].float() * self._scaling).flatten(2, 3)
+            logits = (flat @ keys).unflatten(2, (group, -1))
+            if self._softcap is not None:
+                logits = torch.tanh(logits / self._softcap) * self._softcap
+            own = (view.shift[..., None] + positions[:, None, some])[..., None]
+            hidden = (index > own)[:, :, None]
+            weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
+            received = weights.mean(dim=2) * real[:, None, some, None]
+            age = positions[:, None, some, None] - view.positions[:, :, None]
+            self._policy.observe(state, received, age.float())
+        self._write(state, view)
+
+    def _write(self, state: Tensor, view: View) -> None:
+        """Put the state of runs back; pages behind their ends belong to others."""
+        size = self._runs.layout.reserve.block_size
+        begins = torch.arange(view.pages.shape[-1], device=state.device) * size
+        own = view.pages.where(
+            begins < view.lengths[..., None], 0
+        )  # the null block: nobody reads it
+        self._states[own] = state.unflatten(2, (-1, size))
