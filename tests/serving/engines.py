@@ -54,7 +54,7 @@ def decided(
     def watched(candidates: Any, config: Any, policy: Any, *rest: Any) -> Any:
         keep, budgets = original(candidates, config, policy, *rest)
         # Whole numbers, or rounded by the policy itself.
-        if config.arm.policy in ("streaming_llm", "random", "knorm"):
+        if config.arm.policy in ("streaming_llm", "random", "knorm", "lazy_eviction"):
             return keep, budgets
         scores = policy.score(candidates).float()
         sinks = candidates.evictable & ((candidates.positions < config.n_sink) | scores.isinf())

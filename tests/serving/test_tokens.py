@@ -80,7 +80,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
         "best",
         "h2o",
         "value_aware/pyramid/reasonalloc",
-        "lazy_eviction/uniform/adakv",
+        "lazy_eviction/uniform/uniform",
         "tri_attention/pyramid/uniform",
     ],
 )

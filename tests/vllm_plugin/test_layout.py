@@ -24,7 +24,8 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, ...]:
         st.lists(st.lists(total, min_size=layers, max_size=layers), min_size=1, max_size=3)
     )
     interval = draw(st.integers(1, 40))
-    return make_layouts(ranks, heads, interval, draw(st.sampled_from([1, 2, 16, 32])))
+    size = draw(st.sampled_from([1, 2, 16, 32]))
+    return make_layouts(ranks, heads, interval, size, draw(st.booleans()))
 
 
 @given(layouts(), st.integers(1, 300), st.integers(0, 400))
@@ -35,9 +36,14 @@ def test_events_are_those_of_the_other_engine(
     for layout in ranks:
         reserve = layout.reserve
         for layer, total in enumerate(layout.totals):
-            expected = compression_points(total, layout.kv_heads, reserve.interval, prompt, steps)
+            # What is pinned is held besides: as if it were not there.
+            pinned = prompt if reserve.pin else 0
+            points_ = compression_points(
+                total, layout.kv_heads, reserve.interval, prompt - pinned, steps
+            )
+            expected = [n + pinned for n in points_]
             boundaries = range(prompt, prompt + steps + 1, reserve.interval)
-            assert [n for n in boundaries if layout.is_due(layer, n)] == expected
+            assert [n for n in boundaries if layout.is_due(layer, prompt, n)] == expected
             if expected:
                 assert layout.first_due(layer, prompt) == expected[0]
             points.update(expected)
@@ -65,7 +71,8 @@ def test_pages_hold_any_division_among_heads(
                 )
             )
             shares = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
-            need = sum(-(-(share + reserve.interval) // size) for share in shares)
+            rest = data.draw(st.integers(0, size - 1)) if reserve.pin else 0  # of a prompt
+            need = sum(-(-(share + rest + reserve.interval) // size) for share in shares)
             assert need <= layout.pages[layer]
             assert layout.offsets[layer] == used
             used += layout.pages[layer]
@@ -78,8 +85,9 @@ def test_a_layer_that_still_fills_up_fits_its_pages(ranks: tuple[Layout, ...], p
         size = layout.reserve.block_size
         first = layout.reserve.first_event(prompt)
         for layer in range(len(layout.totals)):
-            if not layout.is_due(layer, first):
+            if not layout.is_due(layer, prompt, first):
                 until = layout.first_due(layer, prompt)
+                until -= layout.reserve.leading(prompt) * size
                 assert layout.kv_heads * -(-until // size) <= layout.pages[layer]
 
 
@@ -93,7 +101,8 @@ def test_the_peak_is_the_most_that_any_step_needs(
     first = reserve.first_event(prompt)
     rising = need[: min(first, len(need))]
     assert rising == sorted(rising)
-    assert all(n == reserve.blocks for n in need[first:])
+    stay = prompt // reserve.block_size if reserve.pin else 0
+    assert all(n == stay + reserve.blocks for n in need[first:])
 
 
 def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from reasonalloc.integrations.vllm.kernels import Pages
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.planning.shapes import layer_shapes
 
-LAYERS, HEADS, GROUP, WIDTH, BLOCKS, WINDOW = 3, 2, 2, 8, 220, 4
+LAYERS, HEADS, GROUP, WIDTH, BLOCKS, WINDOW = 3, 2, 2, 8, 500, 4
 MODEL = LlamaConfig(
     hidden_size=HEADS * GROUP * WIDTH,
     num_hidden_layers=LAYERS,
@@ -103,7 +103,7 @@ class Pool:
     def step(self, requests: list[Request], new: list[int]) -> None:
         reserve = self.layout.reserve
         for request, more in zip(requests, new, strict=True):
-            keep = reserve.blocks
+            keep = reserve.held(request.prompt)
             if request.tokens >= reserve.first_event(request.prompt):
                 self.free += request.blocks[keep:]
                 del request.blocks[keep:]
@@ -220,9 +220,10 @@ def drive(plan: EngineBudget, block_size: int, requests: list[Request], seed: in
         max_size=3,
     ),
     st.integers(0, 3),
+    st.sampled_from(["evict", "pin"]),
     st.integers(0, 100),
 )
-@examples(15, suppress_health_check=[HealthCheck.too_slow])
+@examples(25, suppress_health_check=[HealthCheck.too_slow])
 def test_the_pool_keeps_what_slabs_keep(
     arm: str,
     budget: int,
@@ -230,9 +231,10 @@ def test_the_pool_keeps_what_slabs_keep(
     block_size: int,
     shapes: list[tuple[int, int, int]],
     n_sink: int,
+    prompt: str,
     seed: int,
 ) -> None:
-    plan = make_plan(arm, budget, interval, n_sink=n_sink, seed=seed)
+    plan = make_plan(arm, budget, interval, n_sink=n_sink, prompt=prompt, seed=seed)
     requests = [Request(str(i), *shape) for i, shape in enumerate(shapes)]
     drive(plan, block_size, requests, seed)
 

@@ -38,7 +38,7 @@ class Cadence:
         """
         return range(self.boundary(start, overflow), tokens + 1, self.interval)
 
-    def held(self, start: int, tokens: int, total: int, kv_heads: int) -> int:
+    def held(self, start: int, tokens: int, total: int, kv_heads: int, pinned: int = 0) -> int:
         """Return the tokens that a layer holds of a sequence, all its KV heads together.
 
         Args:
@@ -46,11 +46,12 @@ class Cadence:
             tokens: tokens so far.
             total: tokens that the layer keeps after a compression.
             kv_heads: its KV heads.
+            pinned: tokens of the prefill that every head keeps on top of it.
         """
-        first = self.boundary(start, overflow(total, kv_heads))
+        first = self.boundary(start, overflow(total, kv_heads) + pinned)
         if tokens < first:
             return kv_heads * tokens
-        return total + kv_heads * ((tokens - first) % self.interval)
+        return total + kv_heads * (pinned + (tokens - first) % self.interval)
 
 
 def compression_points(

@@ -79,15 +79,16 @@ class Accounting:
             generated: its tokens; the last one was never fed and is not in the cache.
         """
         tokens = prompt + max(generated, 1) - 1
+        reserve = self.layouts[0].reserve
+        pinned = reserve.pinned(prompt)
         kept = sum(
-            layout.reserve.cadence.held(prompt, tokens, total, layout.kv_heads)
+            reserve.cadence.held(prompt, tokens, total, layout.kv_heads, pinned)
             for layout in self.layouts
             for total in layout.totals
         )
-        reserve = self.layouts[0].reserve
         compressed = tokens >= reserve.first_event(prompt)
         plain = -(-tokens // self.block_size)
-        held = reserve.blocks if compressed else plain
+        held = reserve.held(prompt) if compressed else plain
         return Account(
             kept=kept,
             evicted=self.plan.kv_heads * len(self.plan.shapes) * tokens - kept,

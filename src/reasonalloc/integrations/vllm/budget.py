@@ -80,11 +80,13 @@ class EngineBudget(BudgetPlan):
         totals = [
             [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
         ]
-        return make_layouts(totals, self.kv_heads // self.ranks, self.config.interval, block_size)
+        pin = self.config.prompt == "pin"
+        heads = self.kv_heads // self.ranks
+        return make_layouts(totals, heads, self.config.interval, block_size, pin)
 
 
 def check_storage(config: CompressionConfig) -> None:
-    """Refuse what vLLM's pages cannot hold yet: prompts that are kept, fewer bits, bytes.
+    """Refuse what vLLM's pages cannot hold yet: protected prompts, fewer bits, bytes.
 
     Raises:
         UnsupportedError: names it.
@@ -93,11 +95,10 @@ def check_storage(config: CompressionConfig) -> None:
         raise UnsupportedError(
             f"budget={config.size.text!r} cannot run in vLLM yet: give it in tokens"
         )
-    for name, able in (("prompt", "evict"), ("kv_dtype", "auto")):
-        if (value := getattr(config, name)) != able:
-            raise UnsupportedError(
-                f"{name}={value!r} cannot run in vLLM yet: use {name}={able!r}, or transformers"
-            )
+    for name, able in (("prompt", ("evict", "pin")), ("kv_dtype", ("auto",))):
+        if (value := getattr(config, name)) not in able:
+            use = " or ".join(f"{name}={each!r}" for each in able)
+            raise UnsupportedError(f"{name}={value!r} cannot run in vLLM yet: use {use}")
 
 
 def _no_outputs() -> Any:

@@ -306,9 +306,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             return None
         return tuple(send(self.device, tokens, rows, places))  # type: ignore[return-value]
 
-    @staticmethod
-    def _prompts(batch: Batch, starts: list[int]) -> list[Piece]:
-        """Pieces of prompts among the tokens of the step."""
+    def _prompts(self, batch: Batch, starts: list[int]) -> list[Piece]:
+        """Pieces of prompts among the tokens of the step; pinned ones need no state."""
+        if self.runs.layout.reserve.pin:
+            return []
         return [
             Piece(request, row, starts[row], starts[row + 1], before)
             for row, (request, before) in enumerate(zip(batch.requests, batch.before, strict=True))

@@ -5,6 +5,7 @@ All layers of all requests that are due are one batch: a *row* is one layer of o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.cache.host import DeferredMax
 from reasonalloc.core.boundary import decide
+from reasonalloc.core.pinned import Pinned
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
 from reasonalloc.policies import Candidates
@@ -35,12 +37,20 @@ class Due:
 
 @dataclass(frozen=True)
 class _Row:
-    """One layer of one request, on the host; ``full``: it is over its budget."""
+    """One layer of one request, on the host.
+
+    Attributes:
+        full: it is over its budget.
+        total: tokens that may stay besides pinned ones, all heads together.
+        moved: tokens that stay and change their place.
+        room: tokens that each head will grow by.
+    """
 
     due: Due
     layer: int
     full: bool
     total: int
+    moved: int
     room: int
 
 
@@ -49,7 +59,7 @@ class _Rows:
     """Rows that are dealt with together, as tensors. ``n`` rows, ``H`` KV heads.
 
     Attributes:
-        layers, slots, tokens, totals, rooms, queries: [n] int64.
+        layers, slots, tokens, starts, totals, moved, rooms, leading, queries: [n] int64.
         full: [n] bool.
         blocks: [n, blocks] int32.
         pages: [n, H, pages] int32, those of each run in the pool.
@@ -60,8 +70,11 @@ class _Rows:
     layers: Tensor
     slots: Tensor
     tokens: Tensor
+    starts: Tensor
     totals: Tensor
+    moved: Tensor
     rooms: Tensor
+    leading: Tensor
     queries: Tensor
     full: Tensor
     blocks: Tensor
@@ -71,11 +84,7 @@ class _Rows:
 
     def part(self, rows: slice | Tensor) -> _Rows:
         """Some of them."""
-        fields = (
-            self.layers, self.slots, self.tokens, self.totals, self.rooms, self.queries,
-            self.full, self.blocks, self.pages, self.lengths, self.positions,
-        )  # fmt: skip
-        return _Rows(*(field[rows] for field in fields))
+        return _Rows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 class PoolCompressor:
@@ -137,15 +146,19 @@ class PoolCompressor:
     def _rows(self, item: Due) -> list[_Row]:
         """The layers of a request that are compressed, or change their place for the first time."""
         layout, tokens, start = self._runs.layout, item.tokens, item.request.start
-        event = layout.reserve.first_event(start)
+        reserve, heads = layout.reserve, self._runs.heads
+        event = reserve.first_event(start)
+        stays = reserve.leading(start) * reserve.block_size
         rows = []
         for layer, total in enumerate(layout.totals):
             # A layer with a large budget may still be filling up.
-            if tokens >= event and layout.is_due(layer, tokens):
-                rows.append(_Row(item, layer, True, total, layout.reserve.interval))
+            if tokens >= event and layout.is_due(layer, start, tokens):
+                moved = total + heads * (reserve.pinned(start) - stays)
+                rows.append(_Row(item, layer, True, total, moved, reserve.interval))
             elif tokens == event:
                 room = layout.first_due(layer, start) - tokens
-                rows.append(_Row(item, layer, False, self._runs.heads * tokens, room))
+                moved = heads * (tokens - stays)
+                rows.append(_Row(item, layer, False, heads * tokens, moved, room))
         return rows
 
     def _compress(self, chunk: Sequence[_Row], blocks: Tensor) -> None:
@@ -153,17 +166,24 @@ class PoolCompressor:
         rows = self._gather(chunk, blocks)
         keep, budgets = self._decide(rows, chunk)
         runs, size = self._runs, self._runs.layout.reserve.block_size
-        pages = (budgets + rows.rooms[:, None] + size - 1) // size
+        stays = rows.leading * size
+        pages = (budgets - stays[:, None] + rows.rooms[:, None] + size - 1) // size
         first = (self._offsets[rows.layers, None] + pages.cumsum(dim=1) - pages).int()
-        # What stays, one head after the other: as many tokens for every request.
-        width = max(row.total for row in chunk)
-        chosen = keep.flatten(1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        # What moves, one head after the other: as many tokens for every request.
+        width = max(row.moved for row in chunk)
+        moves = keep
+        if runs.layout.reserve.pin:
+            moves = keep & (
+                torch.arange(keep.shape[-1], device=keep.device) >= stays[:, None, None]
+            )
+        chosen = moves.flatten(1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
         chosen = chosen[:, :width]
-        real = torch.arange(width, device=chosen.device) < rows.totals[:, None]
-        rank = (keep.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
+        real = torch.arange(chosen.shape[1], device=chosen.device) < rows.moved[:, None]
+        rank = (moves.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
         head = chosen // keep.shape[-1]
-        wide = -(-width // size)
-        target = runs.numbered(first, torch.zeros_like(rows.slots), rows.layers, rows.blocks, wide)
+        behind = first + (rows.leading * runs.per_block)[:, None].int()
+        none = torch.zeros_like(rows.slots)
+        target = runs.numbered(behind, none, rows.layers, rows.blocks, -(-width // size))
         # What is too much goes to the null block, which nobody reads.
         to = _places(target, head, rank, size).where(real, 0)
         source = _places(rows.pages, head, chosen % keep.shape[-1], size)
@@ -176,35 +196,40 @@ class PoolCompressor:
         runs.first[rows.layers, rows.slots] = first
         runs.shift[rows.layers, rows.slots] = (budgets - rows.tokens[:, None]).int()
         runs.kept[rows.layers, rows.slots] = budgets.int()
-        runs.plain[rows.slots] = 0
+        runs.plain[rows.slots] = rows.leading.int()
         runs.version += 1
         longest = DeferredMax(budgets)
         for item in {row.due.request.slot: row.due for row in chunk}.values():
             layout = self._runs.layout
-            if all(layout.is_due(layer, item.tokens) for layer in range(self._runs.layers)):
+            start = item.request.start
+            if all(layout.is_due(layer, start, item.tokens) for layer in range(self._runs.layers)):
                 item.request.longest, item.request.compressed = longest, item.tokens
 
     def _gather(self, chunk: Sequence[_Row], blocks: Tensor) -> _Rows:
         runs = self._runs
         dues = [row.due for row in chunk]
-        batch, layers, slots, tokens, totals, rooms, queries, full = send(
+        reserve = runs.layout.reserve
+        batch, full, *numbers = send(
             runs.device,
             [due.row for due in dues],
+            [int(row.full) for row in chunk],
             [row.layer for row in chunk],
             [due.request.slot for due in dues],
             [due.tokens for due in dues],
+            [due.request.start for due in dues],
             [row.total for row in chunk],
+            [row.moved for row in chunk],
             [row.room for row in chunk],
+            [reserve.leading(due.request.start) for due in dues],
             [due.request.queries or 0 for due in dues],
-            [int(row.full) for row in chunk],
         )
-        longest = max(due.request.most(due.tokens) for due in dues)
+        layers, slots, tokens = numbers[:3]
+        requests = {due.request.slot: due for due in dues}.values()
+        longest = max(due.request.most(due.tokens) for due in requests)
         own = blocks[batch]
         view = runs.view(layers, slots, tokens, own, longest)
-        return _Rows(
-            layers, slots, tokens, totals, rooms, queries, full.bool(), own, view.pages,
-            view.lengths, view.positions,
-        )  # fmt: skip
+        every = [*numbers, full.bool(), own, view.pages, view.lengths, view.positions]
+        return _Rows(*every)
 
     def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""
@@ -222,6 +247,7 @@ class PoolCompressor:
                     self._heads,
                     total,
                     planned,
+                    pinned=self._pinned(some, chunk[part]),
                 )
             )
         keep, budgets = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -231,6 +257,14 @@ class PoolCompressor:
         full, held = rows.full[:, None], rows.lengths
         everything = index < held[..., None]
         return keep.where(full[..., None], everything), budgets.where(full, held.long())
+
+    def _pinned(self, rows: _Rows, chunk: Sequence[_Row]) -> Pinned | None:
+        """The prompts of rows, if these stay."""
+        if not self._runs.layout.reserve.pin:
+            return None
+        starts, pinned = {row.due.request.start for row in chunk}, Pinned()
+        pinned.add(0, max(starts) if len(starts) == 1 else rows.starts, max(starts))
+        return pinned
 
     def _parts(self, chunk: Sequence[_Row], rows: _Rows) -> Iterator[slice]:
         """Rows that are decided on at a time: as memory allows, or one by one."""

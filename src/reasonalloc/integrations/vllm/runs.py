@@ -234,6 +234,9 @@ class Runs:
         index = torch.arange(pages.shape[-1] * size, dtype=torch.int32, device=self.device)
         stored = self.positions.view(-1, size)[pages].flatten(-2)
         positions = torch.where(index < kept[..., None], stored, index - shift[..., None])
+        if self.layout.reserve.pin:
+            leading = self.plain[slots].clamp_max(pages.shape[-1]) * size
+            positions = torch.where(index < leading[:, None, None], index, positions)
         return View(pages, shift + tokens[:, None].int(), positions, shift)
 
     def numbered(

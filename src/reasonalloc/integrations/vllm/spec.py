@@ -72,7 +72,7 @@ class BudgetManager(FullAttentionManager):
     ) -> None:
         """Give back what a long prompt took and its compressed cache does not need."""
         blocks = self.req_to_blocks.get(request_id)
-        keep = self._reserve.blocks
+        keep = self._reserve.held(self._start.get(request_id, 0))
         if not blocks or len(blocks) <= keep:
             return
         if processed_computed_tokens >= self._reserve.first_event(self._start[request_id]):
