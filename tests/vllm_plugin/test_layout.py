@@ -143,8 +143,9 @@ def test_a_variable_that_is_no_json_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_tested_versions_run() -> None:
-    check_version("0.32.0")
-    for version in ("0.31.2", "0.33.0", "1.0", "dev"):
+    for version in ("0.32.0", "0.33.1", "0.33.0+cpu"):
+        check_version(version)
+    for version in ("0.31.2", "0.34.0", "1.0", "dev"):
         with pytest.raises(Exception, match="was not tested"):
             check_version(version)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
 
 #: Releases that the patches and the kernels were tested with: at least, and below.
-VERSIONS = ((0, 32), (0, 33))
+VERSIONS = ((0, 32), (0, 34))
 _CPU_BLOCK, _BLOCK = 32, 16  # tokens; vLLM's own 128 on a CPU would waste much of a small budget
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -53,7 +52,6 @@ def prepare(args: Any) -> None:
     args.enable_prefix_caching = False
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = _CPU_BLOCK
-    os.environ.setdefault(_RUNNER, "0")
 
 
 def check_engine(config: Any) -> None:
@@ -66,6 +64,7 @@ def check_engine(config: Any) -> None:
         UnsupportedError, UsageError: names the flag and the remedy.
     """
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     def refuse(flag: str, why: str) -> UnsupportedError:
         return UnsupportedError(f"{flag} cannot be used with a KV budget yet: {why}")
@@ -76,8 +75,8 @@ def check_engine(config: Any) -> None:
             f"{current_platform.device_name}: use transformers there (reasonalloc.attach)"
         )
     parallel, cache = config.parallel_config, config.cache_config
-    if getattr(config, "use_v2_model_runner", False):
-        raise refuse(f"{_RUNNER}=1", f"set {_RUNNER}=0")
+    if config.use_v2_model_runner and not HAS_TRITON:
+        raise refuse(f"{_RUNNER}=1", f"that runner needs Triton; set {_RUNNER}=0")
     if config.speculative_config is not None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
     if config.kv_transfer_config is not None:

@@ -6,15 +6,20 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm.budget import find_budget
 
 _MARK = "_reasonalloc_wrapped"
+# Names of vLLM's own requests; those of users end in a hyphen and random digits.
+_WARM_UP = re.compile(r"_\w*warmup_(\d+|prefill|decode)_")
 
 
 @dataclass(frozen=True)
@@ -81,33 +86,47 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _requests_of_a_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The metadata builder is told which requests a real step has."""
+def _begin_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    """V1: the metadata builder is told which requests a real step has."""
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         scheduled = kwargs.get("num_scheduled_tokens")
         if scheduled is not None:
             names = self.input_batch.req_ids
+            starts = [self.requests[name].num_tokens for name in names]
+            before = self.input_batch.num_computed_tokens_cpu[: len(names)].tolist()
+            new = [scheduled[name] for name in names]
             for builder in _builders(self):
-                builder.begin(
-                    self.requests,
-                    names,
-                    [self.requests[name].num_tokens for name in names],
-                    self.input_batch.num_computed_tokens_cpu[: len(names)].tolist(),
-                    [scheduled[name] for name in names],
-                )
+                builder.begin(self.requests, names, starts, before, new)
         return original(self, *args, **kwargs)
 
     return wrapper
 
 
-def _compress_after_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _begin_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """V2: the same. Warm-up requests hold fewer blocks than real ones: they stay unknown."""
+
+    def wrapper(self: Any, input_batch: Any) -> Any:
+        names = input_batch.req_ids
+        if not any(_WARM_UP.fullmatch(name) for name in names):
+            starts = input_batch.prefill_len_np.tolist()
+            before = input_batch.num_computed_tokens_np.tolist()
+            new = input_batch.num_scheduled_tokens.tolist()
+            for builder in _builders(self):
+                builder.begin(self.req_states.req_id_to_index, names, starts, before, new)
+        return original(self, input_batch)
+
+    return wrapper
+
+
+def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
     """Boundaries are dealt with when the model has run."""
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        for builder in _builders(self):
-            builder.finish()
+        with torch.inference_mode():
+            for builder in _builders(self):
+                builder.finish()
         return output
 
     return wrapper
@@ -191,16 +210,29 @@ PATCHES = (
         ("attn_backend",),
         _budget_backend,
     ),
+    # The V1 model runner.
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
         ("num_scheduled_tokens",),
-        _requests_of_a_step,
+        _begin_v1,
     ),
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
         ("input_ids", "positions"),
-        _compress_after_forward,
+        _finish,
     ),
+    # The V2 model runner.
+    Patch(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn",
+        ("input_batch",),
+        _begin_v2,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+        ("grammar_output",),
+        _finish,
+    ),
+    # Both.
     Patch(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
         ("request",),

@@ -1,0 +1,1 @@
+"""A Triton backend that is there and never active."""
