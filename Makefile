@@ -12,10 +12,14 @@ TORCH ?= torch==2.13.0
 PIP := -m pip install --disable-pip-version-check -q --no-compile
 KVPRESS := .venv-kvpress
 VLLM := .venv-vllm
+# Folders that Python reads before those of $(VLLM).
+VLLM_V2 := .venv-vllm-v2
+VLLM_NEXT := .venv-vllm-next
+VLLM_NEXT_VERSION := 0.33.0
 BIN := $(VENV)/bin
 
 .PHONY: setup demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm test-vllm-next clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -142,9 +146,41 @@ $(VLLM)/.ready: pyproject.toml src/reasonalloc/version.py Makefile
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving \
-		tests/house/test_examples.py::test_serve_and_call
+# The V2 model runner needs Triton: without a GPU that is Triton's interpreter, and a backend in name.
+$(VLLM_V2)/.ready: $(VLLM)/.ready $(shell find tests/serving/triton_cpu_backend -name '*.py' -o -name '*.toml')
+	rm -rf $(VLLM_V2)
+	$(VLLM)/bin/python $(PIP) --no-deps --no-build-isolation --target $(VLLM_V2) \
+		./tests/serving/triton_cpu_backend
+	touch $@
+
+# The next release has no CPU build yet: its Python, with the libraries of $(VLLM). pip reads the
+# metadata of a source distribution by its setup.py, which needs two packages.
+$(VLLM_NEXT)/.ready: $(VLLM)/.ready tests/serving/overlay.py
+	rm -rf $(VLLM_NEXT)
+	$(VLLM)/bin/python $(PIP) 'setuptools-rust>=1.9' 'setuptools-scm>=8'
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_NEXT_VERSION) $(VLLM)/bin/python -m pip \
+		download -q --no-deps --no-build-isolation --no-binary vllm -d $(VLLM_NEXT) \
+		vllm==$(VLLM_NEXT_VERSION)
+	$(VLLM)/bin/python tests/serving/overlay.py $(VLLM_NEXT)/vllm-$(VLLM_NEXT_VERSION).tar.gz $(VLLM_NEXT)
+	rm $(VLLM_NEXT)/*.tar.gz
+	touch $@
+
+# What depends on vLLM's version and model runner.
+TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[reasonalloc-pyramid-rkv]' \
+	tests/serving/test_tokens.py::test_prompts_that_come_in_chunks \
+	tests/serving/test_blocks.py::test_aborted_requests_leave_nothing \
+	tests/serving/test_blocks.py::test_several_samples_stop_strings_and_odd_lengths \
+	tests/serving/test_async.py tests/serving/test_runners.py
+TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
+TEST_VLLM_V2 := TRITON_INTERPRET=1 $(TEST_VLLM)
+
+test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
+	$(TEST_VLLM) tests/serving tests/house/test_examples.py::test_serve_and_call
+	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 $(TEST_VLLM_V2) $(TOUCHES_VLLM)
+
+test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
+	PYTHONPATH=$(VLLM_NEXT) EXPECTED_VLLM=0.33,v1 $(TEST_VLLM) $(TOUCHES_VLLM)
+	PYTHONPATH=$(VLLM_NEXT):$(VLLM_V2) EXPECTED_VLLM=0.33,v2 $(TEST_VLLM_V2) $(TOUCHES_VLLM)
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
@@ -228,4 +264,4 @@ clean-newest:
 	rm -rf $(NEWEST)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site coverage.xml .coverage .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(KVPRESS) $(VLLM) $(VLLM_V2) $(VLLM_NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site coverage.xml .coverage .import_linter_cache

@@ -57,6 +57,7 @@ def test_the_workflow_calls_every_kind_of_check() -> None:
         run for job in jobs(_ROOT / ".github/workflows/ci.yml").values() for run in commands(job)
     }
     wanted = ("check", "suite", "test-oldest", "test-newest", "test-vllm", "docs", "coverage")
+    wanted += ("test-vllm-next",)
     assert {f"make {name}" for name in wanted} <= runs
 
 

@@ -7,7 +7,6 @@ with links to the compiled libraries of this Python's CPU build. ``PYTHONPATH=FO
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -16,11 +15,10 @@ METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
 
 
 def overlay(sdist: Path, folder: Path) -> None:
-    """Write the folder anew."""
+    """Write an empty folder."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise SystemExit("this Python has no vLLM: install its CPU build first")
-    shutil.rmtree(folder, ignore_errors=True)
     root = sdist.name.removesuffix(".tar.gz")
     with tarfile.open(sdist) as archive:
         for member in archive:

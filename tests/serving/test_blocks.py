@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import greedy, pool, random_prompts, scheduler
+from engines import greedy, pool, random_prompts, scheduler, worker
 
 SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 
@@ -82,7 +82,7 @@ def test_aborted_requests_leave_nothing(engine: Callable[..., Any]) -> None:
     finished = run(llm, random_prompts([5, 60, 150, 300, 20, 80]), watch, max_tokens=200)
     assert [out.request_id for out in finished if len(out.outputs[0].token_ids) == 200] == ["5"]
     assert used(llm) == 0
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = worker(llm).model_runner
     alone = greedy(llm, random_prompts([33]), 100)
     builder = runner.attn_groups[0][0].get_metadata_builder(0)
     assert len(builder.runs._tracked) <= 1

@@ -54,6 +54,18 @@ def test_learned_sinks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         made(None, sinks=[0.0])
 
 
+def test_the_v2_runner_without_triton(
+    engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        pytest.skip("Triton is there")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        engine({"budget": 64})
+
+
 def test_speculation_is_refused(engine: Callable[..., Any]) -> None:
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     with pytest.raises(UnsupportedError, match="--speculative-config"):

@@ -1,0 +1,58 @@
+"""Both model runners tell the worker's tables the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines import greedy, random_prompts, worker
+
+from reasonalloc.integrations.vllm.patches import version
+
+SETTINGS = {"budget": 32, "interval": 16, "arm": "rkv/uniform/adakv"}
+EXPECTED = os.environ.get("EXPECTED_VLLM", "")
+
+
+def builder(llm: Any) -> Any:
+    return worker(llm).model_runner.attn_groups[0][0].get_metadata_builder(0)
+
+
+@pytest.mark.skipif(not EXPECTED, reason="EXPECTED_VLLM names no version and runner")
+def test_the_version_and_runner_that_are_meant(engine: Callable[..., Any]) -> None:
+    release, runner = EXPECTED.split(",")
+    assert version().startswith(release)
+    assert engine(SETTINGS).llm_engine.vllm_config.use_v2_model_runner == (runner == "v2")
+
+
+def test_which_requests_begin(engine: Callable[..., Any]) -> None:
+    tables = builder(engine(SETTINGS))
+
+    def start(alive: set[str], starts: int, before: int, new: int) -> int:
+        tables.begin(alive, ["a"], [starts], [before], [new])
+        found: int = tables.runs._tracked["a"].start
+        return found
+
+    assert start({"a"}, 100, 64, 36) == 100  # the first 64 tokens were cached by another request
+    assert start({"a"}, 101, 100, 1) == 100
+    assert start({"a"}, 102, 0, 50) == 102  # computed anew
+    assert start({"a"}, 102, 50, 52) == 102
+    tables.begin({"b"}, ["b"], [7], [0], [7])
+    assert set(tables.runs._tracked) == {"b"}
+    assert start({"a", "b"}, 9, 8, 1) == 9
+    tables.begin(set(), [], [], [], [])
+
+
+def test_warm_up_requests_are_never_compressed(engine: Callable[..., Any]) -> None:
+    llm = engine(SETTINGS)
+    if not llm.llm_engine.vllm_config.use_v2_model_runner:
+        pytest.skip("the V1 model runner warms up without requests")
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    alone = greedy(llm, random_prompts([50]), 40)
+    steps = worker(llm).model_runner, worker(llm).execute_model, worker(llm).sample_tokens
+    warmup_kernels(*steps)
+    assert run_mixed_prefill_decode_warmup(*steps, num_tokens=100)
+    assert not any("warmup" in name for name in builder(llm).runs._tracked)
+    assert greedy(llm, random_prompts([50]), 40) == alone
