@@ -15,6 +15,7 @@ from engines import decided, random_prompts
 from tiny_folder import save_tiny
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow, also to warm up many requests
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
 # In this process, so that tests can look into scheduler and worker.
@@ -72,6 +73,7 @@ def engine(folder: Path) -> Iterator[Callable[..., Any]]:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             "kv_cache_memory_bytes": 64 << 20,
+            **({"max_num_seqs": 8} if INTERPRETED else {}),
             **arguments,
         }
         if settings:

@@ -40,6 +40,6 @@ def test_a_small_pool(engine: Callable[..., Any], ahead: Callable[..., Any]) -> 
     prompts = random_prompts([20, 90, 160] * 4, seed=2)
     new = [30 + 7 * i for i in range(len(prompts))]
     expected = greedy(engine(SETTINGS), prompts, new)
-    llm = ahead(SETTINGS, kv_cache_memory_bytes=1 << 20, max_num_seqs=64)
+    llm = ahead(SETTINGS, kv_cache_memory_bytes=1 << 20, max_num_seqs=12)
     assert greedy(llm, prompts, new) == expected
     assert used(llm) == 0
