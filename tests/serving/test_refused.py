@@ -26,7 +26,6 @@ from reasonalloc.integrations.vllm.patches import PATCHES, Patch
             {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
             "--pipeline-parallel-size",
         ),
-        ({}, {"scheduling_policy": "priority"}, "--scheduling-policy"),
         ({"arm": "h2o"}, {}, "looks at the attention"),
         ({"policy": "value_aware"}, {}, "value_aware"),
         ({"arm": "reasonalloc"}, {}, "needs a profile"),

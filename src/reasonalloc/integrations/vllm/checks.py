@@ -91,11 +91,6 @@ def check_engine(config: Any) -> None:
         raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", "use auto")
     if cache.kv_sharing_fast_prefill:
         raise refuse("--kv-sharing-fast-prefill", "leave it out")
-    if config.scheduler_config.policy != "fcfs":
-        raise refuse(
-            f"--scheduling-policy {config.scheduler_config.policy}",
-            "it preempts requests, which would then continue differently; use fcfs",
-        )
     if config.model_config.runner_type != "generate":
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
 

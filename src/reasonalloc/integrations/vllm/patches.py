@@ -15,6 +15,7 @@ import torch
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
+from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.budget import find_budget
 
 _MARK = "_reasonalloc_wrapped"
@@ -148,15 +149,51 @@ def _announce(original: Callable[..., Any]) -> Callable[..., Any]:
     """The block manager learns how long a request may get before it is admitted."""
 
     def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from reasonalloc.integrations.vllm.spec import BudgetManager
-
-        for manager in self.coordinator.single_type_managers:
-            if isinstance(manager, BudgetManager):
-                last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-                manager.announce(request.request_id, request.num_tokens, last)
+        if (admission := _admission(self)) is not None:
+            last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            admission.announce(request.request_id, request.num_tokens, last)
         return original(self, request, *args, **kwargs)
 
     return wrapper
+
+
+def _pause(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Requests that have to pause are not there while a step is scheduled.
+
+    vLLM would preempt one whose blocks cannot be had.
+    """
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        admission = _admission(self.kv_cache_manager)
+        if admission is None:
+            return original(self, *args, **kwargs)
+        before = self.running
+        paused = admission.pause(
+            {r.request_id: r.num_tokens_with_spec + r.num_output_placeholders for r in before}
+        )
+        self.running = [r for r in before if r.request_id not in paused]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            if paused:
+                hidden = [r for r in before if r.request_id in paused]
+                order = {r.request_id: place for place, r in enumerate(before)}
+                self.running = sorted(
+                    [*hidden, *self.running],
+                    key=lambda r: order.get(r.request_id, len(order)),
+                )
+
+    return wrapper
+
+
+def _admission(manager: Any) -> Admission | None:
+    """What admits the requests of a ``KVCacheManager`` with a budget; None of another one."""
+    from reasonalloc.integrations.vllm.spec import BudgetManager
+
+    for single in manager.coordinator.single_type_managers:
+        if isinstance(single, BudgetManager):
+            return single.admission
+    return None
 
 
 def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,6 +275,7 @@ PATCHES = (
         ("request",),
         _announce,
     ),
+    Patch("vllm.v1.core.sched.scheduler:Scheduler.schedule", (), _pause),
 )
 
 

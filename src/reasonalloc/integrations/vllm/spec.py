@@ -11,53 +11,41 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.layout import Reserve
 
 
 class BudgetManager(FullAttentionManager):
     """Blocks of requests under a budget: growing until the first compression, constant after it.
 
-    A request is admitted only if the pool can hold the most that it and all admitted ones will
-    ever need, so that none is preempted: a preempted request would be computed anew, with other
-    boundaries, and could continue differently.
+    None is ever preempted: a preempted request would be computed anew, with other boundaries, and
+    could continue differently. ``admission`` says who is admitted and who pauses.
     """
 
     def __init__(self, kv_cache_spec: BudgetSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._reserve = kv_cache_spec.reserve
-        self._start: dict[str, int] = {}  # tokens of the prefill
-        self._peak: dict[str, int] = {}  # most blocks, of admitted requests
-
-    def announce(self, request_id: str, start: int, last: int) -> None:
-        """Take note of a request that is about to be admitted.
-
-        Args:
-            request_id: of the request.
-            start: tokens of its prefill: the prompt, or all tokens if it is computed anew.
-            last: most tokens that it will have in the cache.
-        """
-        if request_id not in self.req_to_blocks:
-            self._start[request_id] = start
-            self._peak[request_id] = self._reserve.peak(start, last)
+        self.admission = Admission(self._reserve, self.block_pool.num_gpu_blocks - 1)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """Blocks that must be free: the missing ones, or all that are reserved by an admission."""
+        """Blocks that must be free: the missing ones, or more than there are if it must wait."""
+        admission = self.admission
+        if request_id not in admission and not admission.can_admit(request_id):
+            return self.block_pool.num_gpu_blocks
         held = len(self.req_to_blocks.get(request_id, ()))
-        if held:
-            return max(self._reserve.needed(self._start[request_id], num_tokens) - held, 0)
-        outstanding = sum(
-            self._peak[other] - len(blocks) for other, blocks in self.req_to_blocks.items()
-        )
-        return self._peak[request_id] + outstanding
+        return max(self._reserve.needed(admission.start(request_id), num_tokens) - held, 0)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Blocks for a step that ends with ``num_tokens`` tokens."""
+        if request_id not in self.admission:
+            self.admission.admit(request_id)
         blocks = self.req_to_blocks[request_id]
-        missing = self._reserve.needed(self._start[request_id], num_tokens) - len(blocks)
+        start = self.admission.start(request_id)
+        missing = self._reserve.needed(start, num_tokens) - len(blocks)
         if missing <= 0:
             return []
         new = self.block_pool.get_new_blocks(missing)
@@ -75,15 +63,14 @@ class BudgetManager(FullAttentionManager):
         keep = self._reserve.held(self._start.get(request_id, 0))
         if not blocks or len(blocks) <= keep:
             return
-        if processed_computed_tokens >= self._reserve.first_event(self._start[request_id]):
+        if processed_computed_tokens >= self._reserve.first_event(self.admission.start(request_id)):
             self.block_pool.free_blocks(reversed(blocks[keep:]))
             del blocks[keep:]
-            self._peak[request_id] = keep
+            self.admission.settle(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request."""
-        self._start.pop(request_id, None)
-        self._peak.pop(request_id, None)
+        self.admission.forget(request_id)
         return super().pop_blocks_for_free(request_id)
 
 

@@ -1,0 +1,220 @@
+"""Who is admitted, and who pauses when blocks run short; in numbers, without vLLM.
+
+Admitted requests stand in the order of their admission. Each has *blocks* that are promised to it:
+those of its prefill at first, more as it grows. Its *peak* is the most that it can need from now
+on. At all times, for every admitted request ``k``:
+
+    peak of k + blocks of all younger than k <= pool
+
+The oldest can then always grow to its peak, so it runs until it is finished; the next one is the
+oldest then, and the same holds for it. So every request finishes, and no blocks ever have to be
+taken away. A request that grows changes only the sums of older ones, and a new one changes those
+of all; whoever would break one of them pauses or waits. It keeps its blocks meanwhile. Requests
+that finish, or need less after their first compression, make sums smaller. The oldest never pauses.
+
+The oldest alone at work would be safe but slow. So the sums are kept with several peaks too: those
+of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These all run at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from reasonalloc.integrations.vllm.layout import Reserve
+
+_SURE = 0.25  # of the pool
+_REMEMBERED = 128  # answers
+
+
+@dataclass
+class Admitted:
+    """A request.
+
+    Attributes:
+        reserve: what is known of the engine.
+        start: tokens of its prefill.
+        last: most tokens that it will have in the cache.
+        blocks: promised to it.
+        peak: the most that it can need from now on.
+        tokens: in the cache, at the end of the step that is scheduled.
+    """
+
+    reserve: Reserve
+    start: int
+    last: int
+    blocks: int = field(init=False)
+    peak: int = field(init=False)
+    tokens: int = field(init=False)
+    _first: int = field(init=False)  # tokens at its first compression
+
+    def __post_init__(self) -> None:
+        self.blocks = self.reserve.needed(self.start, self.start)
+        self.peak = max(self.blocks, self.reserve.peak(self.start, self.last))
+        self.tokens = self.start
+        self._first = self.reserve.first_event(self.start)
+
+    def missing(self, tokens: int) -> int:
+        """Blocks that it lacks for a step that ends with ``tokens`` tokens."""
+        held = self.blocks * self.reserve.block_size
+        if self.blocks == self.peak or tokens <= held < self._first:
+            return 0
+        return max(self.reserve.needed(self.start, min(tokens, self.last)) - self.blocks, 0)
+
+    def peak_at(self, tokens: int) -> int:
+        """The most that it needs if it ends with ``tokens`` tokens."""
+        return max(self.blocks, self.reserve.peak(self.start, min(tokens, self.last)))
+
+    def settle(self) -> None:
+        """It was compressed for the first time, and needs a constant number of blocks."""
+        self.blocks = self.peak = self.reserve.blocks
+
+
+class Answers:
+    """How long answers were: what to expect of the next ones."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+        self._tails: tuple[list[int], list[int]] | None = None
+
+    def add(self, request_id: str, tokens: int) -> None:
+        """An answer ended with so many tokens."""
+        self._tokens.pop(request_id, None)
+        self._tokens[request_id] = tokens
+        if len(self._tokens) > _REMEMBERED:
+            del self._tokens[next(iter(self._tokens))]
+        self._tails = None
+
+    def take_back(self, request_id: str) -> None:
+        """It was no end: the request goes on."""
+        if self._tokens.pop(request_id, None) is not None:
+            self._tails = None
+
+    def expected(self, tokens: int) -> int | None:
+        """Mean tokens of answers that had at least ``tokens``; None if none was that long."""
+        if self._tails is None:
+            rising = sorted(self._tokens.values())
+            self._tails = rising, [*accumulate(reversed(rising))][::-1]
+        rising, sums = self._tails
+        at = bisect_left(rising, tokens)
+        return -(-sums[at] // (len(rising) - at)) if at < len(rising) else None
+
+
+class Admission:
+    """Promises the blocks of a pool to requests.
+
+    A request is admitted if its prefill's blocks can be promised to it, and if the pool holds what
+    all admitted ones are expected to need at their ends: as much as finished requests whose
+    answers were at least as long, or the peak where none was. Expectations that are wrong cost
+    pauses, nothing else.
+
+    Args:
+        reserve: what is known of the engine.
+        pool: blocks, the null block left out.
+    """
+
+    def __init__(self, reserve: Reserve, pool: int) -> None:
+        self._reserve, self._pool = reserve, pool
+        self._announced: dict[str, Admitted] = {}
+        self._admitted: dict[str, Admitted] = {}  # the oldest first
+        self._answers = Answers()
+        self._pausing = False
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._admitted
+
+    def announce(self, request_id: str, start: int, last: int) -> None:
+        """Take note of a request that may be admitted next.
+
+        Args:
+            request_id: of the request.
+            start: tokens of its prefill: the prompt, or all tokens if it is computed anew.
+            last: most tokens that it will have in the cache.
+        """
+        if request_id not in self._admitted:
+            self._announced[request_id] = Admitted(self._reserve, start, last)
+
+    def start(self, request_id: str) -> int:
+        """Tokens of a request's prefill."""
+        return (self._admitted.get(request_id) or self._announced[request_id]).start
+
+    def can_admit(self, request_id: str) -> bool:
+        """Whether an announced request may be admitted in this step."""
+        new = self._announced[request_id]
+        if self._pausing or new.peak > self._pool:
+            return False
+        if not self._admitted:
+            return True
+        if new.blocks > min(self._spare()):
+            return False
+        return sum(self._expected(r) for r in (*self._admitted.values(), new)) <= self._pool
+
+    def admit(self, request_id: str) -> None:
+        """Promise an announced request the blocks of its prefill; it is the youngest now."""
+        self._answers.take_back(request_id)
+        self._admitted[request_id] = self._announced.pop(request_id)
+
+    def settle(self, request_id: str) -> None:
+        """A request was compressed for the first time."""
+        self._admitted[request_id].settle()
+
+    def forget(self, request_id: str) -> None:
+        """A request is finished, or begins anew later."""
+        self._announced.pop(request_id, None)
+        if (gone := self._admitted.pop(request_id, None)) is not None:
+            self._answers.add(request_id, gone.tokens - gone.start)
+
+    def pause(self, tokens: Mapping[str, int]) -> set[str]:
+        """Promise the blocks of the next step; returns the requests that must pause in it.
+
+        Blocks go to the oldest first. Once one lacks some, no younger one gets any; those that
+        need none run on.
+
+        Args:
+            tokens: of the requests that could run, in the cache at the end of the step.
+        """
+        paused: set[str] = set()
+        missing = {name: self._admitted[name].missing(n) for name, n in tokens.items()}
+        spare = self._spare() if any(missing.values()) else ()
+        least = self._pool
+        for (name, request), room in zip(self._admitted.items(), spare, strict=False):
+            least = min(least, room)
+            if more := missing.get(name, 0):
+                if paused or more > least:
+                    paused.add(name)
+                    continue
+                request.blocks += more
+                least -= more
+        for name in tokens.keys() - paused:
+            self._admitted[name].tokens = tokens[name]
+        self._pausing = bool(paused)
+        return paused
+
+    def _spare(self) -> Iterable[int]:
+        """[admitted + 1] blocks that may go to a request and all younger ones.
+
+        Place ``k`` has the least of all sums that count the blocks of request ``k`` and, of those
+        before it, only peaks. The last place is that of a new request.
+        """
+        requests = [*self._admitted.values()]
+        count = len(requests)
+        younger = [*accumulate((r.blocks for r in reversed(requests)), initial=0)][::-1]
+        spare = [self._pool] * (count + 1)
+        end, peaks = 0, 0
+        for k, request in enumerate(requests):
+            spare[k + 1] = min(spare[k + 1], self._pool - request.peak - younger[k + 1])
+            if end <= k:
+                end, peaks = k + 1, request.peak
+            while end < count and peaks + requests[end].peak <= _SURE * self._pool:
+                peaks += requests[end].peak
+                end += 1
+            spare[end] = min(spare[end], self._pool - peaks - younger[end])
+            peaks -= request.peak
+        return spare
+
+    def _expected(self, request: Admitted) -> int:
+        """Blocks that a request is expected to need at its end."""
+        answer = self._answers.expected(request.tokens - request.start + 1)
+        return request.peak if answer is None else request.peak_at(request.start + answer)

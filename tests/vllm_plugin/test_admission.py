@@ -1,0 +1,218 @@
+"""Every request finishes, none is preempted, and blocks suffice; without vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reasonalloc.integrations.vllm.admission import Admission, Answers
+from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
+
+LIMIT = 100_000  # steps: nothing here takes that many unless it stands still
+
+
+@dataclass
+class Asked:
+    """A request: its prompt, the tokens of its answer, and how many it may have."""
+
+    prompt: int
+    answer: int
+    allowed: int
+
+
+@dataclass
+class Engine:
+    """A scheduler with a pool, as far as blocks go.
+
+    Attributes:
+        chunk: most tokens of a prefill in a step.
+        ahead: steps that are scheduled before the first one's end is known.
+        seqs: most requests at once.
+    """
+
+    reserve: Reserve
+    pool: int
+    chunk: int = 1000
+    ahead: int = 1
+    seqs: int = 100
+    held: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, Asked] = field(default_factory=dict)
+    most: int = 0
+    steps: int = 0
+    pauses: int = 0
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.reserve, self.pool)
+        self.pipeline: list[dict[str, int]] = []
+
+    def take(self, name: str, tokens: int) -> None:
+        """Blocks for a step that ends with ``tokens``, and back what is not needed any more."""
+        start = self.admission.start(name)
+        flying = sum(step.get(name, 0) for step in self.pipeline)
+        processed = self.tokens[name] - flying
+        if (
+            processed >= self.reserve.first_event(start)
+            and self.held.get(name, 0) > self.reserve.blocks
+        ):
+            self.held[name] = self.reserve.blocks
+            self.admission.settle(name)
+        need = self.reserve.needed(start, tokens)
+        self.held[name] = max(self.held.get(name, 0), need)
+        assert sum(self.held.values()) <= self.pool, "a request would be preempted"
+
+    def step(self, waiting: list[str]) -> None:
+        target = {
+            name: max(self.asked[name].prompt, n + 1)
+            for name, n in self.tokens.items()
+            if n < self.asked[name].prompt + self.asked[name].allowed - 1
+        }
+        paused = self.admission.pause(target)
+        self.pauses += len(paused)
+        new: dict[str, int] = {}
+        for name in [n for n in target if n not in paused]:
+            new[name] = min(target[name] - self.tokens[name], self.chunk)
+            self.take(name, self.tokens[name] + new[name])
+        while waiting and len(self.tokens) < self.seqs:
+            name = waiting[0]
+            request = self.asked[name]
+            self.admission.announce(name, request.prompt, request.prompt + request.allowed)
+            if not self.admission.can_admit(name):
+                break
+            assert not paused
+            self.admission.admit(waiting.pop(0))
+            self.tokens[name] = 0
+            new[name] = min(request.prompt, self.chunk)
+            self.take(name, new[name])
+        for name, more in new.items():
+            self.tokens[name] += more
+        self.pipeline.append(new)
+        if len(self.pipeline) >= self.ahead:
+            self.learn(self.pipeline.pop(0))
+        self.most = max(self.most, len(self.tokens))
+        self.steps += 1
+
+    def learn(self, done: dict[str, int]) -> None:
+        """A step has ended: some requests have their last token."""
+        for name in done:
+            if name in self.tokens:
+                flying = sum(step.get(name, 0) for step in self.pipeline)
+                request = self.asked[name]
+                if self.tokens[name] - flying >= request.prompt + request.answer - 1:
+                    self.drop(name)
+
+    def drop(self, name: str) -> None:
+        self.admission.forget(name)
+        self.held.pop(name, None)
+        self.tokens.pop(name, None)
+
+    def serve(self, requests: dict[str, Asked], drops: dict[int, str] | None = None) -> None:
+        """All requests, some of them dropped (aborted) before a step."""
+        self.asked.update(requests)
+        waiting, gone = list(requests), drops or {}
+        while waiting or self.tokens:
+            if (name := gone.get(self.steps)) is not None:
+                self.drop(name)
+                waiting = [other for other in waiting if other != name]
+            self.step(waiting)
+            assert self.steps < LIMIT, "it stands still"
+        assert not self.held
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> tuple[Engine, dict[str, Asked]]:
+    heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    total = st.integers(heads * 4, heads * 30)
+    ranks = [draw(st.lists(total, min_size=layers, max_size=layers))]
+    size = draw(st.sampled_from([1, 2, 4, 16]))
+    reserve = make_layouts(ranks, heads, draw(st.integers(1, 20)), size)[0].reserve
+    request = st.builds(
+        lambda prompt, answer, more: Asked(prompt, answer, answer + more),
+        st.integers(1, 80),
+        st.integers(1, 60),
+        st.integers(0, 100),
+    )
+    requests = {str(i): r for i, r in enumerate(draw(st.lists(request, min_size=1, max_size=25)))}
+    least = max(reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values())
+    engine = Engine(
+        reserve,
+        draw(st.integers(least, 4 * least)),
+        chunk=draw(st.sampled_from([3, 16, 1000])),
+        ahead=draw(st.integers(1, 2)),
+        seqs=draw(st.sampled_from([2, 8, 100])),
+    )
+    return engine, requests
+
+
+@given(engines(), st.data())
+def test_every_request_finishes_without_preemption(
+    made: tuple[Engine, dict[str, Asked]], data: st.DataObject
+) -> None:
+    engine, requests = made
+    step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
+    engine.serve(requests, data.draw(st.dictionaries(step, name, max_size=4)))
+
+
+@given(engines())
+def test_blocks_that_all_need_at_once_are_never_waited_for(
+    made: tuple[Engine, dict[str, Asked]],
+) -> None:
+    engine, requests = made
+    engine.pool = sum(
+        engine.reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values()
+    )
+    engine.admission = Admission(engine.reserve, engine.pool)
+    engine.serve(requests)
+    assert engine.pauses == 0
+    assert engine.most <= engine.seqs
+
+
+RESERVE = make_layouts([[8 * 1024]], 8, 128, 16)[0].reserve
+
+
+def test_short_answers_more_than_double_concurrency() -> None:
+    pool = 10 * RESERVE.peak(20, 4116)
+    engine = Engine(RESERVE, pool)
+    engine.serve({str(i): Asked(20, 400, 4096) for i in range(200)})
+    assert engine.most >= 20
+    assert engine.steps <= 200 / 10 * 400 / 2
+
+
+def test_long_answers_lose_nothing() -> None:
+    pool = 10 * RESERVE.peak(20, 4116)
+    engine = Engine(RESERVE, pool)
+    engine.serve({str(i): Asked(20, 3000, 4096) for i in range(40)})
+    assert engine.steps <= 1.02 * 4 * 3000
+
+
+def test_answers_that_suddenly_get_long_are_served_by_several_at_once() -> None:
+    engine = Engine(RESERVE, 10 * RESERVE.peak(20, 4116))
+    engine.serve({str(i): Asked(20, 200, 4096) for i in range(60)})
+    before = engine.steps
+    engine.serve({f"long{i}": Asked(20, 3000, 4096) for i in range(40)})
+    assert engine.pauses > 0
+    assert engine.steps - before <= 4 * (4 * 3000)
+
+
+def test_what_is_expected_of_answers() -> None:
+    answers = Answers()
+    assert answers.expected(0) is None
+    for name, tokens in (("a", 10), ("b", 20), ("c", 61)):
+        answers.add(name, tokens)
+    assert [answers.expected(n) for n in (0, 11, 21, 61, 62)] == [31, 41, 61, 61, None]
+    answers.take_back("c")
+    assert [answers.expected(n) for n in (0, 21)] == [15, None]
+    for index in range(200):
+        answers.add(str(index), 7)
+    assert answers.expected(8) is None
+
+
+def test_a_request_that_the_pool_can_never_hold_waits() -> None:
+    admission = Admission(RESERVE, 10)
+    admission.announce("a", 20, 4000)
+    assert not admission.can_admit("a")
+    with pytest.raises(KeyError):
+        admission.start("b")
