@@ -1,11 +1,13 @@
-"""Compile kernels for real GPUs: those of ``plain`` runs, or of ``coded`` ones.
+"""Compile kernels for real GPUs: of ``plain`` runs, ``coded`` or ``paged`` ones, or ``all-paged``.
 
 Run without TRITON_INTERPRET, needs no GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +15,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reasonalloc.attention.kernels import coded, decode
+from reasonalloc.attention.kernels import coded, decode, paged
 from reasonalloc.ops.codes import row_format
 
 INTEGERS = ("kv_heads", "uniform_run", "uniform_length", "slots", "count", "pool_bytes")
 INTEGERS += ("coded_slots", "room", "run_blocks", "query_heads")
-FLOATS = ("scaling", "softcap")
-BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received", "sinks"), "*fp32")
+INTEGERS += ("layer", "table_slots", "max_blocks", "table_stride", "ring_width", "query_row")
+INTEGERS += ("key_token", "key_head", "value_token", "value_head", "query_token", "query_head")
+INTEGERS += ("layer_stride", "head_stride", "token_stride", "value_at", "out_row", "out_head")
+FLOATS = ("scaling", "softcap", "key_scale", "value_scale")
+BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received", "sinks", "lse"), "*fp32")
+TABLES = ("table", "seq_lens", "slots", "first", "shift", "plain")
+TABLES += ("token_row", "token_position", "ring_row")
+# Rows of 16-bit numbers begin at multiples of 16 bytes, and triton sees it.
+DIVISIBLE = ("block_stride", "layer_stride", "head_stride", "token_stride", "value_at")
+DIVISIBLE += ("query_row", "query_head", "key_token", "key_head", "value_token", "value_head")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on sm_86 and sm_89
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODED = (
     ("bf16", "int8:int4", 256),
     ("bf16", "int4h:fp8", 80),
@@ -30,20 +41,28 @@ CODED = (
 )
 
 
-def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int) -> None:
-    types = pointers | dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
+def build(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 2,
+    archs: Sequence[int] = (80, 90),
+) -> None:
+    types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32") | pointers
+    types["block_stride"] = "i64"
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     aligned = {  # as tensors are
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in DIVISIBLE
     }
-    for arch in (80, 90):
+    for arch in archs:
         built = triton.compile(
             ASTSource(kernel, signature, places, aligned),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": warps, "num_stages": 2},
+            options={"num_warps": warps, "num_stages": stages},
         )
         if not built.asm["cubin"] or built.metadata.shared > SHARED_MEMORY:
             raise SystemExit(f"{kernel.__name__} on sm_{arch}: {built.metadata}")
@@ -51,7 +70,7 @@ def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warp
 
 def build_coded(name: str, kv_dtype: str, dim: int) -> None:
     """The kernels of coded runs; ``name`` of triton's element types."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    dtype = TYPES[name]
     form = row_format(kv_dtype, dim, dim, dtype)
     types = dict.fromkeys(("query", "tail_keys", "tail_values"), "*" + name) | BUFFERS
     types |= dict.fromkeys(("starts", "offsets", "lengths", "tail_lengths"), "*i64")
@@ -107,6 +126,48 @@ def build_all_plain() -> None:
                 build(decode._join_kernel, data | BUFFERS, constants, 1)
 
 
+def build_paged(name: str, dim: int, fp8: bool, arch: int) -> None:
+    """The kernels of runs in a pool of pages, as Llama-8B has them but for ``dim``."""
+    dtype = TYPES[name]
+    own = paged._E4M3 if arch >= 89 else paged._BITS
+    pointers = dict.fromkeys(("query", "key", "value", "out", "ring"), "*" + name) | BUFFERS
+    pointers |= dict.fromkeys(TABLES, "*i32") | {"pool": "*u8" if fp8 else "*" + name}
+    sizes = {"HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PAD": dim}
+    pages = {"PER_BLOCK": 8 * 32, "BLOCK_SIZE": 16}
+    parts = {"SPLITS": 4, "BLOCK": decode._block(dim, dtype.itemsize)}
+    form = own if fp8 else paged._AS_IT_IS
+    reading = {"GROUP_PAD": 16, "SOFTCAP": dim == 256, "FORM": form}
+    launch = paged._launch(dtype)
+    launched = launch["num_warps"], launch["num_stages"], (arch,)
+    build(paged._decode_kernel, pointers, sizes | pages | parts | reading, *launched)
+    joining = {"SPLITS_PAD": 4, "SINKS": dim != 128}
+    build(paged._join_kernel, pointers, sizes | parts | joining, 1, archs=(arch,))
+    storing = {"GROUP_PAD": 4, "FP8": fp8, "NOTE": dim != 64}
+    build(paged._store_kernel, pointers, sizes | pages | storing, 1, archs=(arch,))
+
+
+def build_some_paged() -> None:
+    """Every type, width and GPU at least once."""
+    build_paged("bf16", 128, False, 80)
+    build_paged("fp16", 64, True, 80)
+    build_paged("fp32", 128, False, 90)
+    build_paged("bf16", 128, True, 90)
+    build_paged("fp16", 256, False, 100)
+
+
+def build_all_paged() -> None:
+    for name, dim, arch in itertools.product(TYPES, (64, 128, 256), (80, 90, 100)):
+        for fp8 in (False, True)[: 2 if name != "fp32" else 1]:
+            build_paged(name, dim, fp8, arch)
+
+
+BUILDS = {
+    "plain": build_all_plain,
+    "coded": build_all_coded,
+    "paged": build_some_paged,
+    "all-paged": build_all_paged,
+}
+
 if __name__ == "__main__":
-    {"plain": build_all_plain, "coded": build_all_coded}[sys.argv[1]]()
+    BUILDS[sys.argv[1]]()
     print("compiled")

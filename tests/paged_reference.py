@@ -56,7 +56,7 @@ def decoded(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of query [rows, query_heads, dim] and log-sum-exps, float64; padded rows as given."""
+    """float64 attention of query [rows, query_heads, dim], log-sum-exps; padded rows as given."""
     out, lse = out.double(), lse.double()
     rows, query_heads, dim = query.shape
     heads = paged.pages.shape[2]

@@ -31,14 +31,17 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_are_the_reference() -> None:
+@pytest.mark.parametrize("cases", ["triton_cases.py", "paged_cases.py"])
+def test_kernels_are_the_reference(cases: str) -> None:
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    cases = str(HERE / "triton_cases.py")
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, **own)
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases), **own)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.parametrize("kernels", ["plain", "coded"])
+# Every paged kernel takes two minutes; "paged" builds a few of them.
+@pytest.mark.parametrize(
+    "kernels", ["plain", "coded", "paged", pytest.param("all-paged", marks=pytest.mark.long)]
+)
 def test_kernels_compile_for_gpus(kernels: str) -> None:
     done = run(str(HERE / "compile_kernels.py"), kernels)
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]

@@ -82,7 +82,7 @@ def _tile(pool, at, inside, dim, DIM: tl.constexpr, FORM: tl.constexpr, DTYPE: t
         pool + at[:, None] + dim[None, :], mask=inside[:, None] & (dim[None, :] < DIM), other=0
     )
     if FORM == 1:
-        x = _e4m3(x)
+        x = _e4m3(x)  # on any GPU
     elif FORM == 2:
         x = x.to(tl.float8e4nv, bitcast=True)
     return x.to(DTYPE)
@@ -190,8 +190,7 @@ def _to_e4m3(x):
 @triton.jit
 def _as_stored(x, scale, pool, FP8: tl.constexpr):
     """Numbers as the pool keeps them."""
-    x = _to_e4m3(x.to(tl.float32) / scale) if FP8 else x.to(pool.dtype.element_ty)
-    return x
+    return _to_e4m3(x.to(tl.float32) / scale) if FP8 else x.to(pool.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -233,11 +232,11 @@ def _store_kernel(
         if noted >= 0:
             group = tl.arange(0, GROUP_PAD)
             which = head * GROUP + group
-            mask = (group[:, None] < GROUP) & (dim[None, :] < DIM)
+            asked = (group[:, None] < GROUP) & real[None, :]
             source = query + token * query_token + which[:, None] * query_head + dim[None, :]
-            q = tl.load(source, mask=mask, other=0.0)
+            q = tl.load(source, mask=asked, other=0.0)
             entry = (noted.to(tl.int64) * ring_width + position % ring_width) * HEADS * GROUP
-            tl.store(ring + (entry + which)[:, None] * DIM + dim[None, :], q, mask=mask)
+            tl.store(ring + (entry + which)[:, None] * DIM + dim[None, :], q, mask=asked)
 
 
 @dataclass(frozen=True)
@@ -464,8 +463,8 @@ def paged_decode(
     Raises:
         RuntimeError: something has another shape, type or place.
     """
-    rows, query_heads, dim = len(slots), *query.shape[1:]
     _runs(pool, tables, layer, block_table, slots, query)
+    rows, query_heads, dim = len(slots), *query.shape[1:]
     shape = (rows, query_heads, pool.head_dim)
     _vectors("query", query, shape, query)
     _vectors("out", out, shape, query)
@@ -519,8 +518,6 @@ def _decode(
     )
     group, form = query_heads // heads, _form(pool)
     pool = pool if form == _AS_IT_IS else pool.view(torch.uint8)
-    # Two tiles of keys and values are under way, unless they are as large as those of float32.
-    stages = 3 if query.element_size() < 4 else 2
     sizes = {"HEADS": heads, "GROUP": group, "DIM": dim, "SPLITS": splits}
     sizes["DIM_PAD"] = max(16, triton.next_power_of_2(dim))
     sizes["BLOCK"] = _block(dim, query.element_size())
@@ -531,7 +528,7 @@ def _decode(
             query.stride(0), query.stride(1), *strides, scaling, softcap or 1.0,
             PER_BLOCK=layers * heads, BLOCK_SIZE=block_size,
             GROUP_PAD=max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
-            SOFTCAP=softcap != 0, FORM=form, num_warps=4, num_stages=stages, **sizes,
+            SOFTCAP=softcap != 0, FORM=form, **_launch(query.dtype), **sizes,
         )  # fmt: skip
         _join_kernel[(rows, query_heads)](
             parts, peaks, sums, lse if sinks is None else sinks, seq_lens, slots, shift, out, lse,
@@ -544,6 +541,12 @@ def _decode(
 @_decode.register_fake
 def _(*arguments: object) -> None:
     """Nothing is returned, and nothing is read."""
+
+
+def _launch(dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages: float32 multiplies in registers; the next tiles of others are under way."""
+    slow = dtype == torch.float32
+    return {"num_warps": 8 if slow else 4, "num_stages": 2 if slow else 3}
 
 
 def _form(pool: Tensor) -> int:
@@ -579,7 +582,8 @@ def paged_store(
         layer: whose.
         block_table: [rows, n] int32, the blocks of each row's request.
         slots: [rows] int32, rows of the tables.
-        token_row: [tokens] int32, the row of each token; -1: padding, nothing is done.
+        token_row: [tokens] int32, the row of each token, below ``rows``; -1: padding, nothing is
+            done.
         token_position: [tokens] int32, in its sequence.
         ring: [ring_rows, width, query_heads, head_dim] of the query's type, contiguous: that of
             this layer. Position ``p`` is written to ``p % width``.
