@@ -250,6 +250,7 @@ FULL_BATCH ?= 24
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/kernel_bandwidth.py --out bench-gpu-kernel.json
+	$(BIN)/python benchmarks/paged_bandwidth.py --out bench-gpu-paged.json
 	$(GPU_BENCH) --batch 1 --new-tokens 2048 --repeats 3 --at 512 \
 		--arms rkv,rkv/uniform/reasonalloc,full,full-static --out bench-gpu-one.json
 	$(GPU_BENCH) --batch $(BATCH) --new-tokens 16384 --at 1024 \

@@ -149,16 +149,18 @@ def clocked(run: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def show(rows: Sequence[dict[str, Any]], title: str) -> None:
-    def micro(seconds: Sequence[float]) -> str:
-        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return f"{1e6 * middle:.1f} ({1e6 * low:.1f}-{1e6 * high:.1f})"
+def show_micro(seconds: Sequence[float]) -> str:
+    """Median and quartiles, in microseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{1e6 * middle:.1f} ({1e6 * low:.1f}-{1e6 * high:.1f})"
 
+
+def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     table = [
         [
             str(row["batch"]),
             str(row["budget"]),
-            *(micro(row[kind]) for kind in ("ragged", "equal", "padded_sdpa")),
+            *(show_micro(row[kind]) for kind in ("ragged", "equal", "padded_sdpa")),
             f"{100 * row['share_of_copy']:.0f} %",
         ]
         for row in rows

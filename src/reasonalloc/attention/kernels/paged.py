@@ -295,8 +295,9 @@ class Pool:
             f"pages {list(pages.shape)} with strides {list(pages.stride())}: not [blocks, layers, "
             "heads, block_size, 2 * head_dim] with a last stride of 1",
         )
-        dim = pages.shape[4] // 2
-        return cls(pages, *pages.shape[1:4], dim, *pages.stride()[:4], dim)
+        _, layers, heads, block_size, both = pages.shape
+        strides = pages.stride()[:4]
+        return cls(pages, layers, heads, block_size, both // 2, *strides, both // 2)
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:
