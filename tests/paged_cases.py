@@ -237,7 +237,6 @@ def test_what_the_operators_say_of_themselves() -> None:
     torch.library.opcheck(
         kernels._decode, (*decode, 8, 1, 2, 0.2, 0.0, 1.0), test_utils=tests
     )  # fmt: skip
-    assert out[0].any() and not out[1].any()
     key, row = query[:, :2], torch.arange(2, dtype=torch.int32, device=DEVICE)
     ring = torch.zeros(2, 4, 4, 32, device=DEVICE)
     stored = (key, key, query, pool.data, *runs, world.slots, row, seen - 1, ring, row)

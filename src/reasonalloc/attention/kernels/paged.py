@@ -296,8 +296,9 @@ class Pool:
             "heads, block_size, 2 * head_dim] with a last stride of 1",
         )
         _, layers, heads, block_size, both = pages.shape
-        strides = pages.stride()[:4]
-        return cls(pages, layers, heads, block_size, both // 2, *strides, both // 2)
+        block, layer, head, token, _ = pages.stride()
+        dim = both // 2
+        return cls(pages, layers, heads, block_size, dim, block, layer, head, token, dim)
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:
