@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -51,13 +52,18 @@ def decided(
     room = torch.full((len(prompts),), torch.inf)
     original = reasonalloc.core.compressor.decide
 
-    def watched(candidates: Any, config: Any, policy: Any, *rest: Any) -> Any:
-        keep, budgets = original(candidates, config, policy, *rest)
+    signature = inspect.signature(original)
+
+    def watched(candidates: Any, config: Any, policy: Any, *rest: Any, **more: Any) -> Any:
+        keep, budgets = original(candidates, config, policy, *rest, **more)
         # Whole numbers, or rounded by the policy itself.
         if config.arm.policy in ("streaming_llm", "random", "knorm", "lazy_eviction"):
             return keep, budgets
         scores = policy.score(candidates).float()
         sinks = candidates.evictable & ((candidates.positions < config.n_sink) | scores.isinf())
+        given = signature.bind(candidates, config, policy, *rest, **more).arguments
+        if pinned := given.get("pinned"):
+            sinks |= pinned.mask(candidates.positions)
         recent = (budgets.double() * policy.recent_fraction).long()
         late = candidates.index >= (candidates.lengths - recent)[..., None]
         open_ = candidates.evictable & ~sinks & ~late  # the others stay, whatever their scores

@@ -152,7 +152,17 @@ def test_only_tested_versions_run() -> None:
 
 def test_a_prompt_beyond_the_pool_is_named() -> None:
     reserve = make_layouts([[64, 64]], 1, 32, 16)[0].reserve
-    assert check_prompt(160, reserve, 10) is None
-    problem = check_prompt(161, reserve, 10)
+    assert check_prompt(160, reserve, 10, 1000) is None
+    problem = check_prompt(161, reserve, 10, 1000)
     assert problem is not None
     assert "shorten it to 160 tokens" in problem
+
+
+def test_a_pinned_prompt_beyond_the_pool_is_named() -> None:
+    reserve = make_layouts([[64, 64]], 1, 32, 16, True)[0].reserve
+    assert reserve.blocks == 7
+    assert check_prompt(63, reserve, 10, 1000) is None
+    problem = check_prompt(64, reserve, 10, 1000)
+    assert problem is not None
+    assert "shorten it to 48 tokens" in problem
+    assert check_prompt(64, reserve, 10, 66) is None  # it never gets there

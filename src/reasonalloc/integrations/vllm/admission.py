@@ -69,7 +69,7 @@ class Admitted:
 
     def settle(self) -> None:
         """It was compressed for the first time, and needs a constant number of blocks."""
-        self.blocks = self.peak = self.reserve.blocks
+        self.blocks = self.peak = self.reserve.held(self.start)
 
 
 class Answers:

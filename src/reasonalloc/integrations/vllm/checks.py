@@ -36,20 +36,26 @@ def default_block_size() -> int:
     return _CPU_BLOCK if current_platform.is_cpu() else _BLOCK
 
 
-def prepare(args: Any) -> None:
+def prepare(args: Any, pin: bool) -> None:
     """Set what a user left open in vLLM's ``EngineArgs`` to what works under a budget.
+
+    Args:
+        args: they.
+        pin: prompts stay, on top of the budget.
 
     Raises:
         UsageError: something else was asked for.
     """
     from vllm.platforms import current_platform
 
-    if args.enable_prefix_caching:
-        raise UsageError(
-            "enable_prefix_caching=True (--enable-prefix-caching) cannot be used with a KV budget: "
-            "compressed blocks are no prefix of anything; leave the flag out"
-        )
-    args.enable_prefix_caching = False
+    if not pin:
+        if args.enable_prefix_caching:
+            raise UsageError(
+                "enable_prefix_caching=True (--enable-prefix-caching) cannot be used with prompts "
+                "that are evicted from: compressed blocks are no prefix of anything; pin prompts "
+                "(prompt='pin', --prompt pin), or leave the flag out"
+            )
+        args.enable_prefix_caching = False
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = _CPU_BLOCK
 
@@ -95,19 +101,28 @@ def check_engine(config: Any) -> None:
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
 
 
-def check_prompt(tokens: int, reserve: Any, blocks: int) -> str | None:
+def check_prompt(tokens: int, reserve: Any, blocks: int, last: int) -> str | None:
     """What to say of a prompt that the whole pool cannot hold, else None.
 
     Args:
         tokens: of the prompt.
         reserve: ``layout.Reserve`` of the engine.
         blocks: of the pool, the null block left out.
+        last: most tokens of a sequence.
     """
     needed = reserve.needed(tokens, tokens)
-    if needed <= blocks:
-        return None
-    return (
-        f"the prompt has {tokens} tokens and takes {needed} blocks until it is compressed, but the "
-        f"whole KV cache has {blocks}: shorten it to {blocks * reserve.block_size} tokens, or give "
-        "the engine more KV cache memory"
-    )
+    if needed > blocks:
+        return (
+            f"the prompt has {tokens} tokens and takes {needed} blocks until it is compressed, but "
+            f"the whole KV cache has {blocks}: shorten it to {blocks * reserve.block_size} tokens, "
+            "or give the engine more KV cache memory"
+        )
+    peak = reserve.peak(tokens, max(last, tokens))
+    if reserve.pin and peak > blocks:
+        room = max(blocks - reserve.blocks, 0) * reserve.block_size
+        return (
+            f"the prompt has {tokens} tokens, is pinned, and takes {peak} blocks with its answer, "
+            f"but the whole KV cache has {blocks}: shorten it to {room} tokens, or give the engine "
+            "more KV cache memory"
+        )
+    return None

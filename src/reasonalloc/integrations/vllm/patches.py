@@ -202,11 +202,11 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         from reasonalloc.integrations.vllm.settings import find_settings
 
-        if find_settings(self.additional_config) is None:
+        if (settings := find_settings(self.additional_config)) is None:
             return original(self, *args, **kwargs)
         if _broken is not None:
             raise _broken
-        checks.prepare(self)
+        checks.prepare(self, settings.prompt == "pin")
         config = original(self, *args, **kwargs)
         checks.check_engine(config)
         find_budget(config)
@@ -227,7 +227,9 @@ def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
         engines = self.vllm_config.parallel_config.data_parallel_size
         blocks = cache.num_gpu_blocks // engines - 1
         reserve = plan.layouts(cache.block_size)[0].reserve
-        if (problem := checks.check_prompt(prompt_len, reserve, blocks)) is not None:
+        last = self.vllm_config.model_config.max_model_len
+        problem = checks.check_prompt(prompt_len, reserve, blocks, last)
+        if problem is not None:
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(problem)

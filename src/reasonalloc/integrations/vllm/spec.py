@@ -28,14 +28,27 @@ class BudgetManager(FullAttentionManager):
         self.admission = Admission(self._reserve, self.block_pool.num_gpu_blocks - 1)
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
         """Blocks that must be free: the missing ones, or more than there are if it must wait."""
         admission = self.admission
         if request_id not in admission and not admission.can_admit(request_id):
             return self.block_pool.num_gpu_blocks
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(self._reserve.needed(admission.start(request_id), num_tokens) - held, 0)
+        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        missing = self._reserve.needed(admission.start(request_id), num_tokens) - held
+        # Those of a prefix that nobody holds now are free and will not be.
+        return max(missing, 0) + self._get_num_evictable_blocks(new_computed_blocks)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Let others find blocks that will not be written again: full ones of a pinned prompt."""
+        start = self.admission.start(request.request_id)
+        stays = self._reserve.leading(start) * self._reserve.block_size
+        super().cache_blocks(request, min(num_tokens, stays), *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -60,8 +73,10 @@ class BudgetManager(FullAttentionManager):
     ) -> None:
         """Give back what a long prompt took and its compressed cache does not need."""
         blocks = self.req_to_blocks.get(request_id)
-        keep = self._reserve.held(self._start.get(request_id, 0))
-        if not blocks or len(blocks) <= keep:
+        if not blocks:
+            return
+        keep = self._reserve.held(self.admission.start(request_id))
+        if len(blocks) <= keep:
             return
         if processed_computed_tokens >= self._reserve.first_event(self.admission.start(request_id)):
             self.block_pool.free_blocks(reversed(blocks[keep:]))
@@ -87,8 +102,8 @@ class BudgetSpec(FullAttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Compressed blocks are no prefix of anything."""
-        return False
+        """Compressed blocks are no prefix of anything, those of pinned prompts are."""
+        return self.reserve.pin
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest generation; a long prompt may need more for a moment."""
