@@ -68,8 +68,9 @@ def test_stock_vllm_would_refuse_this_memory(engine: Callable[..., Any]) -> None
     assert len(greedy(llm, random_prompts([40]), 960)[0]) == 960
 
 
-def test_aborted_requests_leave_nothing(engine: Callable[..., Any]) -> None:
-    llm = engine(SETTINGS)
+@pytest.mark.parametrize("prompt", ["evict", "pin"])
+def test_aborted_requests_leave_nothing(engine: Callable[..., Any], prompt: str) -> None:
+    llm = engine({**SETTINGS, "prompt": prompt})
     seen = 0
 
     def watch() -> None:

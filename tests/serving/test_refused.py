@@ -26,8 +26,9 @@ from reasonalloc.integrations.vllm.patches import PATCHES, Patch
             {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
             "--pipeline-parallel-size",
         ),
-        ({"arm": "h2o"}, {}, "looks at the attention"),
-        ({"policy": "value_aware"}, {}, "value_aware"),
+        ({"policy": "value_aware(metric=output)"}, {}, "output projections"),
+        ({"prompt": "protect"}, {}, "prompt='protect'"),
+        ({"kv_dtype": "int8"}, {}, "kv_dtype='int8'"),
         ({"arm": "reasonalloc"}, {}, "needs a profile"),
         ({"budgett": 3}, {}, "budget"),
         ({"budget": 4}, {}, "cannot hold the observation window"),
@@ -71,9 +72,7 @@ def test_speculation_is_refused(engine: Callable[..., Any]) -> None:
         engine({"budget": 64}, speculative_config=speculative)
 
 
-def test_a_cost_profile_of_a_policy_that_needs_attention(
-    engine: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_foreign_cost_profile(engine: Callable[..., Any], tmp_path: Path) -> None:
     made_costs.make(4, 2).save(tmp_path / "costs.json")
     with pytest.raises((UsageError, UnsupportedError)):
         engine({"budget": 64, "arm": "best", "profile": str(tmp_path / "costs.json")})

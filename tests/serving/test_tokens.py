@@ -128,11 +128,18 @@ def test_the_plugin_without_a_budget_changes_nothing(
     assert greedy(engine(), prompts, 60) == expected
 
 
-def test_no_request_depends_on_its_batch_mates(engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("arm", "prompt"),
+    [("rkv/uniform/reasonalloc", "evict"), ("value_aware/uniform/uniform", "pin")],
+)
+def test_no_request_depends_on_its_batch_mates(
+    engine: Callable[..., Any], arm: str, prompt: str
+) -> None:
     chance = random.Random(0)
     prompts = random_prompts([chance.randint(1, 200) for _ in range(100)], seed=5)
     new = [chance.randint(1, 120) for _ in prompts]
-    llm = engine({"budget": 48, "interval": 16, "arm": "rkv/uniform/reasonalloc"}, max_num_seqs=32)
+    settings = {"budget": 48, "interval": 16, "arm": arm, "prompt": prompt}
+    llm = engine(settings, max_num_seqs=32)
     first = greedy(llm, prompts, new)
     assert [len(tokens) for tokens in first] == new
     for seed in range(2):

@@ -111,7 +111,10 @@ def accounting_table(sizes: Accounting, last: int, memory: int | None) -> Table:
     plain = -(-last // sizes.block_size)
     rows = [
         ("arm", f"{config.arm}, budget {config.budget}, interval {config.interval}"),
-        ("a sequence", f"{blocks} blocks of {sizes.block_size} tokens, {human(blocks * per_gpu)}"),
+        (
+            "a sequence, its prompt besides" if sizes.layouts[0].reserve.pin else "a sequence",
+            f"{blocks} blocks of {sizes.block_size} tokens, {human(blocks * per_gpu)}",
+        ),
         (f"  without a budget, {last} tokens", f"{plain} blocks, {human(plain * per_gpu)}"),
     ]
     if memory is not None:

@@ -44,9 +44,11 @@ def prepare(args: Any, pin: bool) -> None:
         pin: prompts stay, on top of the budget.
 
     Raises:
-        UsageError: something else was asked for.
+        UsageError, UnsupportedError: something else was asked for.
     """
+    from vllm import envs
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     if not pin:
         if args.enable_prefix_caching:
@@ -56,6 +58,8 @@ def prepare(args: Any, pin: bool) -> None:
                 "(prompt='pin', --prompt pin), or leave the flag out"
             )
         args.enable_prefix_caching = False
+    if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
+        raise UnsupportedError(f"{_RUNNER}=1 needs Triton, which is not there: set {_RUNNER}=0")
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = _CPU_BLOCK
 
@@ -70,7 +74,6 @@ def check_engine(config: Any) -> None:
         UnsupportedError, UsageError: names the flag and the remedy.
     """
     from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
 
     def refuse(flag: str, why: str) -> UnsupportedError:
         return UnsupportedError(f"{flag} cannot be used with a KV budget yet: {why}")
@@ -81,8 +84,6 @@ def check_engine(config: Any) -> None:
             f"{current_platform.device_name}: use transformers there (reasonalloc.attach)"
         )
     parallel, cache = config.parallel_config, config.cache_config
-    if config.use_v2_model_runner and not HAS_TRITON:
-        raise refuse(f"{_RUNNER}=1", f"that runner needs Triton; set {_RUNNER}=0")
     if config.speculative_config is not None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
     if config.kv_transfer_config is not None:
