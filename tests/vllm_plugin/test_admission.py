@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reasonalloc.integrations.vllm.admission import Admission, Answers
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
 
-LIMIT = 100_000  # steps: nothing here takes that many unless it stands still
+STILL = 10  # steps without a token
 
 
 @dataclass
@@ -23,6 +23,13 @@ class Asked:
     allowed: int
 
 
+class Sanguine(Answers):
+    """Expects every answer to end now."""
+
+    def expected(self, tokens: int) -> int | None:
+        return tokens
+
+
 @dataclass
 class Engine:
     """A scheduler with a pool, as far as blocks go.
@@ -31,6 +38,7 @@ class Engine:
         chunk: most tokens of a prefill in a step.
         ahead: steps that are scheduled before the first one's end is known.
         seqs: most requests at once.
+        answers: what it expects of answers.
     """
 
     reserve: Reserve
@@ -38,6 +46,7 @@ class Engine:
     chunk: int = 1000
     ahead: int = 1
     seqs: int = 100
+    answers: Answers = field(default_factory=Answers)
     held: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     asked: dict[str, Asked] = field(default_factory=dict)
@@ -46,8 +55,9 @@ class Engine:
     pauses: int = 0
 
     def __post_init__(self) -> None:
-        self.admission = Admission(self.reserve, self.pool)
+        self.admission = Admission(self.reserve, self.pool, self.answers)
         self.pipeline: list[dict[str, int]] = []
+        self.still = 0
 
     def take(self, name: str, tokens: int) -> None:
         """Blocks for a step that ends with ``tokens``, and back what is not needed any more."""
@@ -71,6 +81,7 @@ class Engine:
             if n < self.asked[name].prompt + self.asked[name].allowed - 1
         }
         paused = self.admission.pause(target)
+        assert not paused or next(iter(self.tokens)) not in paused, "the oldest paused"
         self.pauses += len(paused)
         new: dict[str, int] = {}
         for name in [n for n in target if n not in paused]:
@@ -89,6 +100,8 @@ class Engine:
             self.take(name, new[name])
         for name, more in new.items():
             self.tokens[name] += more
+        self.still = 0 if new else self.still + 1
+        assert self.still < STILL, "it stands still"
         self.pipeline.append(new)
         if len(self.pipeline) >= self.ahead:
             self.learn(self.pipeline.pop(0))
@@ -118,7 +131,6 @@ class Engine:
                 self.drop(name)
                 waiting = [other for other in waiting if other != name]
             self.step(waiting)
-            assert self.steps < LIMIT, "it stands still"
         assert not self.held
 
 
@@ -132,7 +144,7 @@ def engines(draw: st.DrawFn) -> tuple[Engine, dict[str, Asked]]:
     request = st.builds(
         lambda prompt, answer, more: Asked(prompt, answer, answer + more),
         st.integers(1, 80),
-        st.integers(1, 60),
+        st.integers(1, 150),
         st.integers(0, 100),
     )
     requests = {str(i): r for i, r in enumerate(draw(st.lists(request, min_size=1, max_size=25)))}
@@ -143,6 +155,7 @@ def engines(draw: st.DrawFn) -> tuple[Engine, dict[str, Asked]]:
         chunk=draw(st.sampled_from([3, 16, 1000])),
         ahead=draw(st.integers(1, 2)),
         seqs=draw(st.sampled_from([2, 8, 100])),
+        answers=draw(st.sampled_from([Answers, Sanguine]))(),
     )
     return engine, requests
 
@@ -164,7 +177,7 @@ def test_blocks_that_all_need_at_once_are_never_waited_for(
     engine.pool = sum(
         engine.reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values()
     )
-    engine.admission = Admission(engine.reserve, engine.pool)
+    engine.admission = Admission(engine.reserve, engine.pool, engine.answers)
     engine.serve(requests)
     assert engine.pauses == 0
     assert engine.most <= engine.seqs
@@ -195,6 +208,19 @@ def test_answers_that_suddenly_get_long_are_served_by_several_at_once() -> None:
     engine.serve({f"long{i}": Asked(20, 3000, 4096) for i in range(40)})
     assert engine.pauses > 0
     assert engine.steps - before <= 4 * (4 * 3000)
+
+
+SMALL = make_layouts([[2 * 64]], 2, 16, 4)[0].reserve
+
+
+@pytest.mark.parametrize("peaks", [1.0, 1.5, 2.3, 4.0, 7.9])
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_nothing_stands_still_where_far_too_many_are_admitted(peaks: float, ahead: int) -> None:
+    pool = int(peaks * SMALL.peak(150, 400))
+    engine = Engine(SMALL, pool, chunk=50, ahead=ahead, answers=Sanguine())
+    prompts = [3, 40, 9, 150, 1, 77]
+    engine.serve({str(i): Asked(prompts[i % 6], 60 + 7 * i, 400) for i in range(40)})
+    assert engine.pauses > 0
 
 
 def test_what_is_expected_of_answers() -> None:

@@ -113,13 +113,14 @@ class Admission:
     Args:
         reserve: what is known of the engine.
         pool: blocks, the null block left out.
+        answers: what is known of answers so far.
     """
 
-    def __init__(self, reserve: Reserve, pool: int) -> None:
+    def __init__(self, reserve: Reserve, pool: int, answers: Answers | None = None) -> None:
         self._reserve, self._pool = reserve, pool
         self._announced: dict[str, Admitted] = {}
         self._admitted: dict[str, Admitted] = {}  # the oldest first
-        self._answers = Answers()
+        self._answers = answers or Answers()
         self._pausing = False
 
     def __contains__(self, request_id: str) -> bool:
