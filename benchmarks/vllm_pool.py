@@ -54,6 +54,12 @@ CASES: dict[str, dict[str, Any]] = {
                 "interval": 64,
                 "arm": "rkv/pyramid/reasonalloc",
             },
+            # Looks at attention as best does, whose costs are of no use to random weights.
+            "value_aware/pyramid/uniform": {
+                "budget": 128,
+                "interval": 64,
+                "arm": "value_aware/pyramid/uniform",
+            },
         },
     },
 }

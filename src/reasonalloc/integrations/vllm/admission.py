@@ -25,7 +25,7 @@ from itertools import accumulate
 
 from reasonalloc.integrations.vllm.layout import Reserve
 
-_SURE = 0.35  # of the pool
+_SURE = 0.5  # of the pool
 _REMEMBERED = 128  # answers
 
 
