@@ -19,7 +19,7 @@ VLLM_NEXT_VERSION := 0.33.0
 BIN := $(VENV)/bin
 
 .PHONY: setup demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm test-vllm-next clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
 
 setup: $(VENV)/.ready
@@ -172,15 +172,25 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[reasonall
 	tests/serving/test_blocks.py::test_several_samples_stop_strings_and_odd_lengths \
 	tests/serving/test_async.py tests/serving/test_runners.py
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
-TEST_VLLM_V2 := TRITON_INTERPRET=1 $(TEST_VLLM)
+BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
-	$(TEST_VLLM) tests/serving tests/house/test_examples.py::test_serve_and_call
-	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 $(TEST_VLLM_V2) $(TOUCHES_VLLM)
+	$(BESIDE_EACH_OTHER) vllm-all vllm-v2
 
 test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
+	$(BESIDE_EACH_OTHER) vllm-next vllm-next-v2
+
+vllm-all:
+	$(TEST_VLLM) tests/serving tests/house/test_examples.py::test_serve_and_call
+
+vllm-v2:
+	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM)
+
+vllm-next:
 	PYTHONPATH=$(VLLM_NEXT) EXPECTED_VLLM=0.33,v1 $(TEST_VLLM) $(TOUCHES_VLLM)
-	PYTHONPATH=$(VLLM_NEXT):$(VLLM_V2) EXPECTED_VLLM=0.33,v2 $(TEST_VLLM_V2) $(TOUCHES_VLLM)
+
+vllm-next-v2:
+	PYTHONPATH=$(VLLM_NEXT):$(VLLM_V2) EXPECTED_VLLM=0.33,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM)
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
