@@ -12,9 +12,14 @@ SETTINGS = {"budget": 48, "interval": 32, "prompt": "pin"}
 LENGTHS = (40, 150, 7, 64)
 
 
-@pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize(
-    "arm", ["rkv/pyramid/reasonalloc", "value_aware/uniform/adakv", "snapkv/uniform/uniform"]
+    ("arm", "caching"),
+    [
+        ("rkv/pyramid/reasonalloc", True),
+        ("rkv/pyramid/reasonalloc", False),
+        ("value_aware/uniform/adakv", True),
+        ("snapkv/uniform/uniform", True),
+    ],
 )
 def test_as_on_transformers(
     engine: Callable[..., Any], clear: Callable[..., Any], arm: str, caching: bool

@@ -93,9 +93,15 @@ def test_arms_that_see_attention_or_read_files(
         settings["profile"] = files[arm]
     prompts, expected = clear(LENGTHS, 400, **settings)
     assert greedy(engine(settings), prompts, 400) == expected
-    # Prompts in pieces, and too few blocks for all at a time.
+
+
+def test_best_sees_prompts_in_pieces(
+    engine: Callable[..., Any], clear: Callable[..., Any], files: dict[str, str]
+) -> None:
+    settings = {**CADENCE, "arm": "best", "profile": files["best"]}
+    prompts, expected = clear(LENGTHS, 100, **settings)
     llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=3)
-    assert greedy(llm, prompts, 100) == [tokens[:100] for tokens in expected]
+    assert greedy(llm, prompts, 100) == expected
 
 
 @pytest.mark.skipif(
