@@ -185,7 +185,8 @@ vllm-all:
 	$(TEST_VLLM) tests/serving tests/house/test_examples.py::test_serve_and_call
 
 vllm-v2:
-	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM)
+	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM) \
+		tests/serving/test_paged_path.py
 
 vllm-next:
 	PYTHONPATH=$(VLLM_NEXT) EXPECTED_VLLM=0.33,v1 $(TEST_VLLM) $(TOUCHES_VLLM)

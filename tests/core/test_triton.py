@@ -31,7 +31,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("cases", ["triton_cases.py", "paged_cases.py"])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "paged_cases.py", "selftest_cases.py"])
 def test_kernels_are_the_reference(cases: str) -> None:
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases), **own)

@@ -12,7 +12,7 @@ from engines import greedy, random_prompts
 
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm import patches
+from reasonalloc.integrations.vllm import checks, patches
 from reasonalloc.integrations.vllm.patches import PATCHES, Patch
 
 
@@ -39,6 +39,16 @@ def test_refused(
 ) -> None:
     with pytest.raises((UsageError, UnsupportedError), match=says):
         engine({"budget": 64, **settings}, **arguments)
+
+
+def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    no = dict.fromkeys(("is_cpu", "is_cuda"), lambda: False)
+    device = SimpleNamespace(device_name="a toaster", **no)
+    monkeypatch.setattr(vllm.platforms, "current_platform", device)
+    with pytest.raises(UnsupportedError, match="this is a toaster"):
+        checks.check_engine(None)
 
 
 def test_learned_sinks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

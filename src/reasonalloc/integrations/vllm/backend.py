@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.selector import get_attn_backend
 
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.builder import BudgetBuilder, BudgetMetadata
-from reasonalloc.integrations.vllm.spec import BudgetSpec
+from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 
 
 class BudgetImpl(CPUAttentionBackendImpl):
@@ -90,21 +92,34 @@ class BudgetBackend(CPUAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> BudgetSpec:
         """The layer's KV cache with what the scheduler must know of the budget."""
-        return BudgetSpec(
-            block_size=spec.block_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            head_size_v=spec.head_size_v,
-            dtype=spec.dtype,
-            reserve=cls.plan.layouts(spec.block_size)[0].reserve,
-        )
+        return budget_spec(spec, cls.plan.layouts(spec.block_size)[0].reserve)
 
 
-_backends: dict[int, type[BudgetBackend]] = {}
+_backends: dict[tuple[int, Any], Any] = {}
 
 
-def backend_of(plan: EngineBudget) -> type[BudgetBackend]:
-    """The backend class of a plan: one for all layers."""
-    if id(plan) not in _backends:
-        _backends[id(plan)] = type("BudgetBackend", (BudgetBackend,), {"plan": plan})
-    return _backends[id(plan)]
+def stock_backend(head_size: int, kv_cache_dtype: str, attn_type: str) -> Any:
+    """The backend that vLLM would choose for a layer on this GPU; None on a CPU."""
+    if current_platform.is_cpu():
+        return None
+    return get_attn_backend(
+        head_size, torch.get_default_dtype(), kv_cache_dtype, attn_type=attn_type
+    )
+
+
+def backend_of(plan: EngineBudget, stock: Any = None) -> Any:
+    """The backend class of a plan: one for all layers.
+
+    Args:
+        plan: the budget.
+        stock: what vLLM would choose; None: the kernel for processors.
+    """
+    key = (id(plan), stock)
+    if key not in _backends:
+        if stock is None:
+            _backends[key] = type("BudgetBackend", (BudgetBackend,), {"plan": plan})
+        else:
+            from reasonalloc.integrations.vllm.paged import paged_backend
+
+            _backends[key] = paged_backend(plan, stock)
+    return _backends[key]

@@ -284,11 +284,18 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         return (page.long() * size + place % size).flatten(1)
 
     def _noted(self, batch: Batch, starts: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Tokens of the step that a boundary's observation window will want."""
-        policy = self._plan.policy
-        if not (policy.needs_queries or self._observes):
+        """``_wanted`` on the device; None of none."""
+        tokens, rows, places = self._wanted(batch, starts)
+        if not tokens:
             return None
-        tokens, rows, places = [], [], []
+        return tuple(send(self.device, tokens, rows, places))  # type: ignore[return-value]
+
+    def _wanted(self, batch: Batch, starts: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of the step that a boundary's observation window will want; rows, places."""
+        policy = self._plan.policy
+        tokens, rows, places = list[int](), list[int](), list[int]()
+        if not (policy.needs_queries or self._observes):
+            return tokens, rows, places
         steps = zip(batch.requests, batch.before, batch.after, strict=True)
         for at, (request, before, after) in zip(starts, steps, strict=False):
             if request.slot == NO_REQUEST:
@@ -302,9 +309,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
                 tokens.append(at + position - before)
                 rows.append(self.queries.lend(request))
                 places.append(position % self.queries.width)
-        if not tokens:
-            return None
-        return tuple(send(self.device, tokens, rows, places))  # type: ignore[return-value]
+        return tokens, rows, places
 
     def _prompts(self, batch: Batch, starts: list[int]) -> list[Piece]:
         """Pieces of prompts among the tokens of the step; pinned ones need no state."""

@@ -74,15 +74,18 @@ def check_engine(config: Any) -> None:
         UnsupportedError, UsageError: names the flag and the remedy.
     """
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     def refuse(flag: str, why: str) -> UnsupportedError:
         return UnsupportedError(f"{flag} cannot be used with a KV budget yet: {why}")
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise UnsupportedError(
-            f"KV budgets in vLLM run on its CPU backend so far, and this is "
+            "KV budgets in vLLM run on NVIDIA GPUs and on its CPU backend, and this is "
             f"{current_platform.device_name}: use transformers there (reasonalloc.attach)"
         )
+    if current_platform.is_cuda() and not HAS_TRITON:
+        raise UnsupportedError("KV budgets in vLLM need Triton on a GPU: pip install triton")
     parallel, cache = config.parallel_config, config.cache_config
     if config.speculative_config is not None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")

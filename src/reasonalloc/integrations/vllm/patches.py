@@ -70,7 +70,7 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
         plan = find_budget(get_current_vllm_config())
         if plan is not None:
-            from reasonalloc.integrations.vllm.backend import backend_of
+            from reasonalloc.integrations.vllm import backend
 
             if kwargs.get("sinks") is not None:
                 raise UnsupportedError(
@@ -81,7 +81,15 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise UnsupportedError(
                     f"{plan.name} cannot run under a KV budget: it brings its own attention"
                 )
-            kwargs["attn_backend"] = backend_of(plan)
+            given = inspect.signature(original).bind(self, *args, **kwargs)
+            given.apply_defaults()
+            cache = given.arguments["cache_config"]
+            stock = backend.stock_backend(
+                given.arguments["head_size"],
+                "auto" if cache is None else cache.cache_dtype,
+                given.arguments["attn_type"],
+            )
+            kwargs["attn_backend"] = backend.backend_of(plan, stock)
         original(self, *args, **kwargs)
 
     return wrapper

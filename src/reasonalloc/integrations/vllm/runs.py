@@ -262,6 +262,26 @@ class Runs:
         chosen = wide.gather(-1, block.long())
         return chosen * self.pages.of_block + self._page_base[number % self.per_block]
 
+    def places(self, slots: Tensor, positions: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
+        """[L, tokens, H] int64: where tokens lie (page * block_size + place), of every run.
+
+        Args:
+            slots, rows: [tokens] int64, of each token's request in the tables and in ``blocks``.
+            positions: [tokens] int32, those that a run keeps where they came.
+            blocks: [requests, n] int32, the requests' blocks.
+        """
+        size = self.layout.reserve.block_size
+        place = (self.shift[:, slots] + positions[:, None]).clamp_min(0)
+        page, plain = place // size, self.plain[slots][:, None]
+        own = torch.arange(self.per_block, dtype=torch.int32, device=self.device)
+        own = own.view(self.layers, 1, self.heads) + page * self.per_block
+        leading = plain.minimum(page)  # of a request that was never compressed it is huge
+        behind = leading * self.per_block + self.first[:, slots] + (page - leading)
+        number = torch.where(page < plain, own, behind)
+        block = blocks[rows[:, None], (number // self.per_block).clamp_max(blocks.shape[-1] - 1)]
+        chosen = block * self.pages.of_block + self._page_base[number % self.per_block]
+        return chosen.long() * size + place % size
+
 
 class QueryRows:
     """The last queries of requests that will soon be asked for them.
@@ -279,6 +299,20 @@ class QueryRows:
         self._rows: Tensor | None = None
         self._free: list[int] = []
         self._made = 0
+
+    def prepare(self, rows: int, query: Tensor) -> None:
+        """Make ``rows`` rows at once, that stay where they are.
+
+        Args:
+            rows: most that are lent at a time.
+            query: [query_heads, head_dim], of the type and device of queries.
+        """
+        shape = (self._layers, rows, self.width, *query.shape)
+        self._rows = torch.zeros(shape, dtype=query.dtype, device=query.device)
+
+    def ring(self, layer: int) -> Tensor | None:
+        """[rows, width, query_heads, head_dim] of a layer; None if no query was ever wanted."""
+        return None if self._rows is None else self._rows[layer]
 
     def lend(self, request: Tracked) -> int:
         """A row for a request."""

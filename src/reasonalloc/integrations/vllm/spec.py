@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from reasonalloc.integrations.vllm.admission import Admission
@@ -116,3 +116,8 @@ class BudgetSpec(FullAttentionSpec):
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers under a budget must share one KV cache spec")
         return specs[0]
+
+
+def budget_spec(spec: Any, reserve: Reserve) -> BudgetSpec:
+    """A layer's KV cache ``spec`` under a budget; all else stays as it is."""
+    return replace_as(spec, BudgetSpec, reserve=reserve)

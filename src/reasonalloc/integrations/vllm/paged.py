@@ -1,0 +1,306 @@
+"""Attention on GPUs: our kernels for requests with one token, vLLM's own backend for prompts.
+
+A prompt is computed before its request is compressed for the first time, so its pages are those of
+vLLM without a budget, and the backend that vLLM would choose reads them as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm import selftest
+from reasonalloc.integrations.vllm.budget import EngineBudget
+from reasonalloc.integrations.vllm.builder import BudgetBuilder, Piece
+from reasonalloc.integrations.vllm.runs import NO_REQUEST, Batch, dummy_batch
+from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
+from reasonalloc.integrations.vllm.steps import Step, Steps, cells
+
+# A page of one head must be one piece. Blocks outermost: a block is one row of pages.
+_LAYOUTS = (KVCacheLayout.BLHNC, KVCacheLayout.LBHNC)
+_OF_ROWS = (
+    "seq_lens",
+    "block_table_tensor",
+    "is_prefilling",
+    "seq_lens_cpu_upper_bound",
+    "req_idx",
+    "encoder_seq_lens",
+    "encoder_seq_lens_cpu",
+    "dcp_local_seq_lens",
+    "dcp_local_seq_lens_cpu_upper_bound",
+    "rswa_prefix_lens",
+)
+_OF_TOKENS = ("slot_mapping", "positions")
+_DERIVED = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
+
+
+@dataclass(frozen=True)
+class PagedMetadata:
+    """What a step's attention needs, for all layers.
+
+    Attributes:
+        builder: owns the storage.
+        step: of our kernels.
+        stock: metadata of vLLM's own backend, of the requests with several tokens; None of none.
+        prompts: pieces of prompts whose attention the policy is to see.
+    """
+
+    builder: PagedBuilder
+    step: Step
+    stock: Any
+    prompts: list[Piece]
+
+
+class PagedBuilder(BudgetBuilder):
+    """Metadata without a table of pages: one copy to the device per step, no answer from it."""
+
+    reorder_batch_threshold: int | None = 1  # requests with one token come first
+    # vLLM captures what is between attentions; whole steps were not tried.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    stock: ClassVar[Any]  # vLLM's own backend
+
+    def __init__(
+        self,
+        kv_cache_spec: BudgetSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        make = self.stock.get_builder_cls()
+        self._stock_builder = make(kv_cache_spec, layer_names, vllm_config, device)
+        self._steps: Steps | None = None
+        if device.type != "cpu":
+            impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
+            group = impl.num_heads // impl.num_kv_heads
+            selftest.check(device, dtype, impl.head_size, group, kv_cache_spec.block_size)
+
+    @property
+    def steps(self) -> Steps:
+        """The kernels' tensors."""
+        if self._steps is None:
+            raise RuntimeError("the KV cache is not there yet")
+        return self._steps
+
+    def _bind(self) -> None:
+        if self.runs.bound:
+            return
+        impl = self._modules[0].impl
+        pages, pool = cells([module.kv_cache for module in self._modules])
+        config, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
+        rows, heads = scheduler.max_num_seqs, impl.num_heads
+        query = torch.empty(heads, impl.head_size, dtype=config.dtype, device=self.device)
+        self.runs.bind(pages)
+        if self._plan.policy.needs_queries or self._observes:
+            self.queries.prepare(rows, query)
+        self._steps = Steps(
+            self.runs,
+            self.queries,
+            pool,
+            query,
+            rows,
+            scheduler.max_num_batched_tokens,
+            config.max_model_len,
+            impl.scale,
+            impl.logits_soft_cap or 0.0,
+        )
+
+    def build(  # type: ignore[override]
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PagedMetadata:
+        """Metadata of one step."""
+        common, batch, self._batch = common_attn_metadata, self._batch, None
+        starts = common.query_start_loc_cpu.tolist()
+        if batch is None:
+            self._due, self._unseen = [], []
+            after = common.seq_lens.tolist()  # a warm-up may wait for the device
+            new = [b - a for a, b in itertools.pairwise(starts)]
+            batch = dummy_batch([n - q for n, q in zip(after, new, strict=False)], after)
+        self._bind()
+        rows = len(batch.requests)
+        starts = starts[: rows + 1]  # others are padding
+        self._blocks = blocks = common.block_table_tensor[:rows]
+        tokens, noted, _ = self._wanted(batch, starts)
+        decodes = next((row for row in range(rows) if starts[row + 1] - starts[row] != 1), rows)
+        self._check_prompts(batch, decodes)
+        step = self.steps.next(
+            batch.slots,
+            batch.before,
+            starts,
+            (tokens, noted),
+            max(batch.after[:decodes], default=1),
+            blocks,
+            common.seq_lens[:rows],
+        )
+        stock = None
+        if decodes < rows:
+            some = _behind(common, decodes, starts)
+            stock = self._stock_builder.build(0, some, fast_build)
+        prompts = self._prompts(batch, starts) if self._observes else []
+        return PagedMetadata(self, step, stock, prompts)
+
+    def _check_prompts(self, batch: Batch, decodes: int) -> None:
+        """Only requests that were never compressed may have several tokens."""
+        for request, before in zip(batch.requests[decodes:], batch.before[decodes:], strict=True):
+            if request.slot != NO_REQUEST and before >= request.start:
+                raise RuntimeError(
+                    "a request that decodes came behind prompts, or with many tokens"
+                )
+
+
+def _behind(common: CommonAttentionMetadata, decodes: int, starts: list[int]) -> Any:
+    """The metadata of the requests from row ``decodes`` on, as if they were alone.
+
+    Args:
+        common: of all requests.
+        decodes: those before have one token each.
+        starts: [rows + 1], the first token of each request, and the end.
+    """
+    rows, tokens = len(starts) - 1, starts[-1]
+    names = {field.name for field in dataclasses.fields(common)}
+    parts = {name: slice(decodes, rows) for name in _OF_ROWS}
+    parts |= {name: slice(decodes, tokens) for name in _OF_TOKENS}
+    changes: dict[str, Any] = {
+        name: getattr(common, name)[part]
+        for name, part in parts.items()
+        if name in names and getattr(common, name) is not None
+    }
+    changes |= {name: None for name in _DERIVED if name in names}
+    if isinstance(common.causal, Tensor):
+        changes["causal"] = common.causal[decodes:rows]
+    return common.replace(
+        query_start_loc=common.query_start_loc[decodes : rows + 1] - decodes,
+        query_start_loc_cpu=common.query_start_loc_cpu[decodes : rows + 1] - decodes,
+        num_reqs=rows - decodes,
+        num_actual_tokens=tokens - decodes,
+        max_query_len=max(b - a for a, b in itertools.pairwise(starts[decodes:])),
+        **changes,
+    )
+
+
+class PagedImpl:
+    """Attention of one layer; comes before vLLM's own class, which computes prompts."""
+
+    num_heads: int
+    head_size: int
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise UnsupportedError("ALiBi cannot run under a KV budget in vLLM: use transformers")
+        if kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+            raise UnsupportedError(
+                f"a KV cache of {kv_cache_dtype} cannot run under a KV budget in vLLM yet: use a "
+                "checkpoint that does not ask for one"
+            )
+        given = (num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window)
+        super().__init__(*given, kv_cache_dtype, *args, **kwargs)  # type: ignore[call-arg]
+        self.supports_quant_query_input = False
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PagedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As vLLM calls it: query [tokens, heads, head_dim], output likewise, filled in place."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantisation under a KV budget")
+        if attn_metadata is None:  # a warm-up without attention
+            return output.fill_(0)
+        meta, builder, step = attn_metadata, attn_metadata.builder, attn_metadata.step
+        index = builder.layers[layer.layer_name]
+        builder.steps.store(index, query, key, value, step)
+        builder.steps.attend(index, query, output, step)
+        if meta.stock is not None:
+            some = slice(step.decodes, step.tokens)
+            super().forward(  # type: ignore[misc]
+                layer, query[some], key[some], value[some], kv_cache, meta.stock, output[some]
+            )
+        for piece in meta.prompts:
+            builder.observe(piece, index, query)
+        return output
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Output is written as it is."""
+        return False
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """Tokens are stored by our own kernel."""
+        return False
+
+    fused_qk_norm_rope_kvcache_supported = fused_rope_kvcache_supported
+    fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
+
+
+class PagedBackend:
+    """Comes before vLLM's own backend."""
+
+    forward_includes_kv_cache_update: bool = True
+    plan: ClassVar[EngineBudget]
+    stock: ClassVar[Any]
+    impl: ClassVar[Any]
+    builder: ClassVar[Any]
+
+    @classmethod
+    def get_impl_cls(cls) -> Any:
+        """The attention of a layer."""
+        return cls.impl
+
+    @classmethod
+    def get_builder_cls(cls) -> Any:
+        """The metadata of a step."""
+        return cls.builder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Those in which pages can be shared among layers and heads."""
+        theirs = cls.stock.supported_kv_cache_layouts()
+        both = tuple(each for each in _LAYOUTS if theirs is None or each in theirs)
+        if not both:
+            raise UnsupportedError(
+                f"vLLM's {cls.stock.get_name()} reads no KV cache whose pages can be shared among "
+                "heads: give another --attention-backend"
+            )
+        return both
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> BudgetSpec:
+        """The layer's KV cache with what the scheduler must know of the budget."""
+        reserve = cls.plan.layouts(spec.block_size)[0].reserve
+        return budget_spec(cls.stock.customize_spec(spec), reserve)
+
+
+def paged_backend(plan: EngineBudget, stock: Any) -> Any:
+    """The backend of a plan where vLLM would choose ``stock``."""
+    impl = type("PagedImpl", (PagedImpl, stock.get_impl_cls()), {})
+    builder = type("PagedBuilder", (PagedBuilder,), {"stock": stock})
+    members = {"plan": plan, "stock": stock, "impl": impl, "builder": builder}
+    return type("PagedBackend", (PagedBackend, stock), members)

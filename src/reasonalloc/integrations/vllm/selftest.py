@@ -1,0 +1,215 @@
+"""What a GPU shows before a budget runs on it: toy requests, here and there, with the same result.
+
+Two requests are stored, one is compressed, both decode: with the kernels on the device, and with
+plain PyTorch on the CPU.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import triton
+from torch import Tensor
+from transformers import LlamaConfig
+
+from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm.budget import EngineBudget
+from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
+from reasonalloc.integrations.vllm.runs import QueryRows, Runs
+from reasonalloc.integrations.vllm.steps import Step, Steps, cells
+from reasonalloc.planning.shapes import layer_shapes
+from reasonalloc.version import __version__
+
+_LAYERS, _HEADS, _WINDOW, _DECODED = 2, 2, 4, 3
+_PROMPTS = (33, 9)  # the first is over its budget
+_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_done: set[tuple[object, ...]] = set()
+
+
+def check(device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int) -> None:
+    """Compare a device with the CPU; once per process.
+
+    Args:
+        device: to be used.
+        dtype: of queries and pages.
+        dim, group, block_size: head size, query heads per KV head, tokens of a page.
+
+    Raises:
+        UnsupportedError: they differ; the message is a report.
+    """
+    key = (device, dtype, dim, group, block_size)
+    if key in _done:
+        return
+    problems = compare(device, dtype, dim, group, block_size)
+    if problems:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UnsupportedError(
+            f"no KV budget can run on this {name}: its self-test failed ({'; '.join(problems)}). "
+            "Please report this line: "
+            f"reasonalloc {__version__}, torch {torch.__version__}, triton {triton.__version__}, "
+            f"Python {platform.python_version()}, {dtype}, head size {dim}, group {group}, block "
+            f"size {block_size}"
+        )
+    _done.add(key)
+
+
+@torch.inference_mode()
+def compare(
+    device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int
+) -> list[str]:
+    """What a device does otherwise than the CPU; see ``check``."""
+    plan = _plan(dim, group)
+    own, reference = (
+        _Side(plan, place, dtype, dim, group, block_size) for place in (device, torch.device("cpu"))
+    )
+    random = torch.Generator(device="cpu").manual_seed(0)
+    problems, before, new = [], [0, 0], list(_PROMPTS)
+    for step in range(1 + _DECODED):
+        tokens = sum(new)
+        query, key, value = (
+            torch.randn(tokens, heads, dim, generator=random, dtype=torch.float32, device="cpu")
+            for heads in (_HEADS * group, _HEADS, _HEADS)
+        )
+        # Sizes of keys decide what is kept: none lies close to another.
+        sizes = 1 + torch.randperm(tokens * _HEADS, generator=random, device="cpu").float() / 16
+        key = torch.nn.functional.normalize(key, dim=-1) * sizes.view(tokens, _HEADS, 1)
+        batch = [x.to(dtype) for x in (query, key, value)]
+        found = own.by_kernels(before, new, *batch).cpu().float()
+        expected = reference.by_hand(before, new, *batch).float()
+        before = [a + b for a, b in zip(before, new, strict=True)]
+        if step == 0:
+            own.compress(before)
+            reference.compress(before)
+            new = [1, 1]
+        worst = float((found - expected).abs().max()) if len(found) else 0.0
+        if not worst <= _LIMIT[dtype]:
+            problems.append(f"step {step}: attention differs by {worst:.3g}")
+        problems += [f"step {step}: {name} differ" for name in own.differences(reference)]
+    return problems
+
+
+def _plan(dim: int, group: int) -> EngineBudget:
+    arm = parse_arm("knorm/uniform/adakv")
+    model = LlamaConfig(
+        hidden_size=_HEADS * group * dim,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS * group,
+        num_key_value_heads=_HEADS,
+        head_dim=dim,
+    )
+    if arm is None:
+        raise RuntimeError("an arm without a budget")
+    config = CompressionConfig(24, arm, interval=8, window=_WINDOW, n_sink=1)
+    return EngineBudget(config, layer_shapes(model, "toy"), model, "toy")
+
+
+class _Side:
+    """The toy requests on one device."""
+
+    def __init__(
+        self,
+        plan: EngineBudget,
+        device: torch.device,
+        dtype: torch.dtype,
+        dim: int,
+        group: int,
+        block_size: int,
+    ) -> None:
+        layout = plan.layouts(block_size)[0]
+        width = max(layout.reserve.peak(start, start + _DECODED) for start in _PROMPTS)
+        self._runs = Runs(layout, device, 2)
+        blocks, self._scaling = 2 * width + 1, dim**-0.5
+        shape = (blocks, _LAYERS, _HEADS, block_size, 2 * dim)
+        memory = torch.zeros(shape, dtype=dtype, device=device)
+        pages, pool = cells(list(memory.unbind(1)))
+        self._memory = memory
+        self._runs.bind(pages)
+        self._queries = QueryRows(_LAYERS, _WINDOW)
+        query = torch.zeros(_HEADS * group, dim, dtype=dtype, device=device)
+        self._queries.prepare(2, query)
+        self._compressor = PoolCompressor(plan, 0, self._runs, self._queries, self._scaling, None)
+        order = torch.arange(2 * width, 0, -1, dtype=torch.int32, device="cpu")
+        self._blocks = order.view(width, 2).t().contiguous().to(device)
+        self._tracked = [self._runs.track(str(i), start, 0) for i, start in enumerate(_PROMPTS)]
+        for request in self._tracked:
+            self._queries.lend(request)
+        most = sum(_PROMPTS)
+        self._steps = Steps(
+            self._runs, self._queries, pool, query, 2, most, most, self._scaling, 0.0
+        )
+
+    def compress(self, tokens: list[int]) -> None:
+        due = zip(self._tracked, tokens, strict=True)
+        self._compressor.run([Due(r, row, n) for row, (r, n) in enumerate(due)], self._blocks)
+        for request in self._tracked:
+            self._queries.lend(request)
+
+    def by_kernels(
+        self, before: list[int], new: list[int], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """[tokens, query_heads, dim], of a step in which every request has one token."""
+        device = self._runs.device
+        query, key, value = (x.to(device) for x in (query, key, value))
+        starts, after = [0, new[0], sum(new)], [a + b for a, b in zip(before, new, strict=True)]
+        rows = [row for row, n in enumerate(new) for _ in range(n)]
+        noted = [int(self._tracked[row].queries or 0) for row in rows]
+        # Two tokens of a prompt could go to one place: only the last ones are wanted.
+        last = [t for t, row in enumerate(rows) if t >= starts[row + 1] - _WINDOW]
+        slots = [request.slot for request in self._tracked]
+        lengths = torch.tensor(after, dtype=torch.int32, device=device)
+        step: Step = self._steps.next(
+            slots, before, starts, (last, [noted[t] for t in last]), 99, self._blocks, lengths
+        )
+        out = torch.zeros_like(query)
+        for layer in range(_LAYERS):
+            self._steps.store(layer, query, key, value, step)
+            self._steps.attend(layer, query, out, step)
+        return out[: step.decodes]  # of the last layer
+
+    def by_hand(
+        self, before: list[int], new: list[int], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """The same, by plain PyTorch."""
+        runs, count = self._runs, torch.tensor(new, device="cpu")
+        rows = torch.arange(2, device="cpu").repeat_interleave(count)
+        own = [torch.arange(a, a + n, device="cpu") for a, n in zip(before, new, strict=True)]
+        positions = torch.cat(own).int()
+        slots = torch.tensor([request.slot for request in self._tracked], device="cpu")
+        places = runs.places(slots[rows], positions, self._blocks, rows)
+        lent = torch.tensor([int(r.queries or 0) for r in self._tracked], device="cpu")
+        after = torch.tensor(before, device="cpu") + count
+        last = (positions >= after[rows] - _WINDOW).nonzero()[:, 0]
+        for layer in range(_LAYERS):
+            runs.pages.write(places[layer], key, value)
+            ring_places = positions[last].long() % _WINDOW
+            self._queries.note(layer, query, last, lent[rows[last]], ring_places)
+        if max(new) > 1:
+            return query[:0]
+        size, lengths = runs.layout.reserve.block_size, runs.lengths(slots, after.int())
+        table = runs.table(slots, self._blocks, -(-int(lengths.max()) // size))[-1]
+        index = torch.arange(table.shape[-1] * size, device="cpu")
+        where = (table[..., None] * size + torch.arange(size, device="cpu")).flatten(2).long()
+        keys, values = (x.float() for x in runs.pages.read(where))  # [rows, heads, tokens, dim]
+        asked = query.float().unflatten(1, (_HEADS, -1)) * self._scaling
+        logits = asked @ keys.transpose(-1, -2)
+        hidden = index >= lengths[-1][..., None, None]
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return (weights @ values.masked_fill(hidden.transpose(-1, -2), 0.0)).flatten(1, 2)
+
+    def differences(self, other: _Side) -> list[str]:
+        """What is not the same to the bit, besides the null block."""
+        mine, theirs = self._parts(), other._parts()
+        return [name for name in mine if not torch.equal(mine[name].cpu(), theirs[name].cpu())]
+
+    def _parts(self) -> dict[str, Tensor]:
+        runs, per_block = self._runs, self._runs.layout.reserve.block_size * self._runs.per_block
+        ring = [self._queries.ring(layer) for layer in range(_LAYERS)]
+        return {
+            "run tables": torch.stack([runs.first, runs.shift, runs.kept]),
+            "plain pages": runs.plain,
+            "keys and values": self._memory[1:],
+            "positions": runs.positions[per_block:],
+            "queries": torch.stack([each for each in ring if each is not None]),
+        }

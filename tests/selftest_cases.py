@@ -1,0 +1,97 @@
+"""The self-test of GPUs; tests/core/test_triton.py runs this in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from reasonalloc.attention.kernels import paged
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm import runs, selftest
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "group", "size"), [(128, 1, 32), (80, 7, 16)])
+def test_passed(dtype: torch.dtype, dim: int, group: int, size: int) -> None:
+    selftest.check(DEVICE, dtype, dim, group, size)
+    selftest.check(DEVICE, dtype, dim, group, size)
+
+
+def broken_decode(original: Callable[..., None]) -> Callable[..., None]:
+    """The softmax of one head is off by a percent."""
+
+    def decode(query: Any, pool: Any, tables: Any, layer: int, *rest: Any) -> None:
+        original(query, pool, tables, layer, *rest)
+        rest[3][:, -1] *= 1.01
+
+    return decode
+
+
+def forgets_shift(original: Callable[..., None]) -> Callable[..., None]:
+    """Compressed runs are read as if nothing had moved."""
+
+    def decode(query: Any, pool: Any, tables: Any, *rest: Any) -> None:
+        plain = torch.full_like(tables.plain, paged.PLAIN)
+        original(query, pool, dataclasses.replace(tables, plain=plain), *rest)
+
+    return decode
+
+
+def other_place(original: Callable[..., None]) -> Callable[..., None]:
+    """Keys and values change places."""
+
+    def store(key: Any, value: Any, *rest: Any) -> None:
+        original(value, key, *rest)
+
+    return store
+
+
+def no_ring(original: Callable[..., None]) -> Callable[..., None]:
+    """Queries are forgotten."""
+
+    def store(*arguments: Any) -> None:
+        original(*arguments[:10])
+
+    return store
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "says"),
+    [
+        ("paged_decode", broken_decode, "attention differs by"),
+        ("paged_decode", forgets_shift, "attention differs by"),
+        ("paged_store", other_place, "keys and values differ"),
+        ("paged_store", no_ring, "queries differ"),
+    ],
+)
+def test_a_broken_kernel(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Callable[..., Any], says: str
+) -> None:
+    monkeypatch.setattr(selftest, "_done", set())
+    monkeypatch.setattr(paged, name, broken(getattr(paged, name)))
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        selftest.check(DEVICE, torch.float32, 32, 4, 16)
+    assert "\n" not in str(caught.value) and torch.__version__ in str(caught.value)
+
+
+def test_a_broken_compression(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device numbers pages wrongly."""
+    monkeypatch.setattr(selftest, "_done", set())
+    right, calls = runs.Runs.numbered, []
+
+    def numbered(self: Any, *arguments: Any) -> Any:
+        calls.append(0)
+        found = right(self, *arguments)
+        return found.flip(-1) if len(calls) <= 2 else found  # of the side that comes first
+
+    monkeypatch.setattr(runs.Runs, "numbered", numbered)
+    with pytest.raises(UnsupportedError, match="keys and values differ"):
+        selftest.check(DEVICE, torch.float32, 32, 4, 16)

@@ -1,0 +1,181 @@
+"""The attention of GPUs, in Triton's interpreter: the same tokens as on transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engines import greedy, pool, worker
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+
+from reasonalloc.cache.host import DeferredMax
+from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.integrations.vllm.budget import EngineBudget
+from reasonalloc.planning.shapes import layer_shapes
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels need Triton's interpreter"
+)
+LENGTHS = (40, 90, 7)
+SETTINGS = {"budget": 32, "interval": 16}
+
+
+@pytest.fixture
+def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own Triton backend computes prompts, as it may on a GPU."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    from reasonalloc.integrations.vllm import backend
+
+    monkeypatch.setattr(backend, "stock_backend", lambda *layer: TritonAttentionBackend)
+
+
+def builder(llm: Any) -> Any:
+    return worker(llm).model_runner.attn_groups[0][0].get_metadata_builder(0)
+
+
+@pytest.mark.parametrize(
+    ("arm", "prompt"),
+    [
+        ("rkv/uniform/adakv", "evict"),
+        ("value_aware/pyramid/reasonalloc", "evict"),
+        ("value_aware/uniform/adakv", "pin"),
+    ],
+)
+def test_as_on_transformers(
+    engine: Callable[..., Any], clear: Callable[..., Any], paged: None, arm: str, prompt: str
+) -> None:
+    settings = {**SETTINGS, "arm": arm, "prompt": prompt}
+    prompts, expected = clear(LENGTHS, 60, **settings)
+    # Prompts come in pieces, beside requests that decode.
+    llm = engine(settings, max_num_batched_tokens=50, max_num_seqs=4)
+    assert type(builder(llm)).__name__ == "PagedBuilder"
+    cache = builder(llm)._modules[0].kv_cache
+    assert cache.stride(0) > 4 * cache.stride(1)  # blocks are rows of pages of all layers
+    assert greedy(llm, prompts, 60) == expected
+    if prompt == "pin":
+        assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+class Count(TorchDispatchMode):
+    """Counts operations of a device that are no mere views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.namespace in ("aten", "reasonalloc") and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def make_plan(arm: str, layers: int) -> EngineBudget:
+    parsed = parse_arm(arm)
+    assert parsed is not None
+    model = LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    config = CompressionConfig(24, parsed, interval=8, window=4, n_sink=1)
+    return EngineBudget(config, layer_shapes(model, "tiny"), model, "tiny")
+
+
+class Worker:
+    """Two requests through builder and attention, on tensors without data."""
+
+    def __init__(self, plan: EngineBudget, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+        from reasonalloc.integrations.vllm import builder as builders
+        from reasonalloc.integrations.vllm.paged import paged_backend
+
+        class Stock(TritonAttentionBackend):
+            """Computes no prompts."""
+
+            @staticmethod
+            def get_builder_cls() -> Any:
+                return lambda *given: SimpleNamespace(build=lambda *common: None)
+
+        monkeypatch.setattr(builders, "find_budget", lambda config: plan)
+        backend = paged_backend(plan, Stock)
+        self.impl = backend.get_impl_cls()(4, 32, 0.2, 2, None, None, "auto")
+        caches = torch.zeros(64, len(plan.totals), 2, 16, 64).unbind(1)
+        self.modules = {
+            str(i): SimpleNamespace(impl=self.impl, kv_cache=cache, layer_name=str(i))
+            for i, cache in enumerate(caches)
+        }
+        vllm_config: Any = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=128),
+            model_config=SimpleNamespace(dtype=torch.float32, max_model_len=512),
+            compilation_config=SimpleNamespace(static_forward_context=self.modules),
+        )
+        spec: Any = SimpleNamespace(block_size=16)
+        self.builder = backend.get_builder_cls()(
+            spec, list(self.modules), vllm_config, torch.device("cpu")
+        )
+        self.blocks = torch.zeros(2, 32, dtype=torch.int32)
+
+    def step(self, before: list[int], new: list[int]) -> int:
+        """Operations of a step, without what a boundary does."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        starts, tokens = [0, new[0], sum(new)], sum(new)
+        common = CommonAttentionMetadata(
+            query_start_loc=torch.zeros(3, dtype=torch.int32),
+            # Known on the host.
+            query_start_loc_cpu=Listed(starts),  # type: ignore[arg-type]
+            seq_lens=torch.zeros(2, dtype=torch.int32),
+            num_reqs=2,
+            num_actual_tokens=tokens,
+            max_query_len=max(new),
+            max_seq_len=512,
+            block_table_tensor=self.blocks,
+            slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+        )
+        query, out = torch.zeros(2, tokens, 4, 32)
+        key, value = torch.zeros(2, tokens, 2, 32)
+        with Count() as count:
+            self.builder.begin({"a", "b"}, ["a", "b"], [40, 64], before, new)
+            meta = self.builder.build(0, common)
+            for module in self.modules.values():
+                self.impl.forward(module, query, key, value, module.kv_cache, meta, out)
+        self.builder.finish()
+        return count.number
+
+
+class Listed(list[int]):
+    """Numbers that the host knows, as vLLM's tensors of the CPU hold them."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.zeros(3, dtype=torch.int32)[index]
+
+
+@pytest.mark.parametrize(
+    ("arm", "own"), [("rkv/uniform/adakv", 2), ("value_aware/pyramid/adakv", 40)]
+)
+def test_a_step_asks_nothing(arm: str, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy to the device, two operators per layer, and nothing is read back."""
+    monkeypatch.setattr(DeferredMax, "get", lambda self: 48)
+    counts = []
+    for layers in (2, 6):
+        plan = make_plan(arm, layers)
+        with FakeTensorMode():
+            worker = Worker(plan, monkeypatch)
+            worker.step([0, 0], [40, 64])
+            counts.append({worker.step([40 + n, 64 + n], [1, 1]) for n in range(18)})
+            assert worker.builder.runs._tracked["a"].longest is not None
+    few, many = counts
+    assert len(few) == len(many) == 1  # the same in every step
+    assert max(many) - max(few) == 2 * 4
+    assert max(few) - 2 * 2 <= own
