@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import greedy, random_prompts, worker
+from engines import greedy, worker
 
 from reasonalloc.integrations.vllm.patches import version
 
@@ -44,15 +44,22 @@ def test_which_requests_begin(engine: Callable[..., Any]) -> None:
     tables.begin(set(), [], [], [], [])
 
 
-def test_warm_up_requests_are_never_compressed(engine: Callable[..., Any]) -> None:
+def test_warm_up_requests_are_never_compressed(
+    engine: Callable[..., Any], clear: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = engine(SETTINGS)
     if not llm.llm_engine.vllm_config.use_v2_model_runner:
         pytest.skip("the V1 model runner warms up without requests")
+    from vllm import SamplingParams
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
-    alone = greedy(llm, random_prompts([50]), 40)
-    steps = worker(llm).model_runner, worker(llm).execute_model, worker(llm).sample_tokens
-    warmup_kernels(*steps)
-    assert run_mixed_prefill_decode_warmup(*steps, num_tokens=100)
+    # Triton's interpreter cannot run the kernels of all samplers and of grammars.
+    greedily = SamplingParams(temperature=0)
+    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", lambda: greedily)
+    steps = worker(llm).execute_model, lambda grammar: worker(llm).sample_tokens(None)
+    runner = worker(llm).model_runner
+    warmup_kernels(runner, *steps)
+    assert run_mixed_prefill_decode_warmup(runner, *steps, num_tokens=100)
     assert not any("warmup" in name for name in builder(llm).runs._tracked)
-    assert greedy(llm, random_prompts([50]), 40) == alone
+    prompts, expected = clear([50], 40, **SETTINGS)
+    assert greedy(llm, prompts, 40) == expected
