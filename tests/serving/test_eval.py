@@ -113,7 +113,7 @@ def test_an_engine_per_worker(
     [
         (["--device-map", "auto"], "--device-map cannot be used with --engine vllm"),
         (["--protect-prompt"], "--protect-prompt cannot be used"),
-        (["--arms", "h2o"], "looks at the attention"),
+        (["--arms", "value_aware(metric=output)/uniform/uniform"], "output projections"),
     ],
 )
 def test_refused(

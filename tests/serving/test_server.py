@@ -152,8 +152,9 @@ def test_ctrl_c_stops_it(server: Server) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--arm", "h2o"], "looks at the attention"),
-        (["--arm", "value_aware/uniform/uniform"], "value_aware"),
+        (["--arm", "value_aware(metric=output)/uniform/uniform"], "output projections"),
+        (["--prompt", "protect"], "prompt='protect'"),
+        (["--kv-dtype", "int8"], "kv_dtype='int8'"),
         (["--arm", "tri_attention/uniform/uniform"], "tri_attention"),
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),
