@@ -172,14 +172,16 @@ class _Side:
         self, before: list[int], new: list[int], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """The same, by plain PyTorch."""
-        runs, count = self._runs, torch.tensor(new, device="cpu")
+        runs, count = self._runs, torch.tensor(new, dtype=torch.int64, device="cpu")
         rows = torch.arange(2, device="cpu").repeat_interleave(count)
         own = [torch.arange(a, a + n, device="cpu") for a, n in zip(before, new, strict=True)]
         positions = torch.cat(own).int()
-        slots = torch.tensor([request.slot for request in self._tracked], device="cpu")
+        tracked = self._tracked
+        slots = torch.tensor([r.slot for r in tracked], dtype=torch.int64, device="cpu")
         places = runs.places(slots[rows], positions, self._blocks, rows)
-        lent = torch.tensor([int(r.queries or 0) for r in self._tracked], device="cpu")
-        after = torch.tensor(before, device="cpu") + count
+        rings = [int(r.queries or 0) for r in tracked]
+        lent = torch.tensor(rings, dtype=torch.int64, device="cpu")
+        after = torch.tensor(before, dtype=torch.int64, device="cpu") + count
         last = (positions >= after[rows] - _WINDOW).nonzero()[:, 0]
         for layer in range(_LAYERS):
             runs.pages.write(places[layer], key, value)
