@@ -403,6 +403,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "--pin-limit", "9"), "pin_limit=9 has no effect with prompt='evict'"),
     ((*RUN, "--arm", "full", "--prompt-mode", "pin"), "--prompt-mode has no effect"),
     (("serve", "MODEL", "--prompt", "protect"), "prompt='protect' cannot run in vLLM yet"),
+    (
+        ("serve", "MODEL", "--prompt", "pin", "--pin-limit", "9"),
+        "pin_limit=9 cannot run in vLLM yet",
+    ),
     (("serve", "MODEL", "--prompt-mode", "protect"), "prompt='protect' cannot run in vLLM yet"),
     (("serve", "MODEL", "--protect-prompt"), "--protect-prompt has no effect on vLLM"),
     (("plan", "MODEL", "--prompt", "pin"), "--prompt-tokens 0 with --prompt pin"),

@@ -95,6 +95,11 @@ def check_storage(config: CompressionConfig) -> None:
         raise UnsupportedError(
             f"budget={config.size.text!r} cannot run in vLLM yet: give it in tokens"
         )
+    if config.pin_limit is not None:
+        raise UnsupportedError(
+            f"pin_limit={config.pin_limit} cannot run in vLLM yet: leave it out (a prompt that the "
+            "pool cannot hold is refused)"
+        )
     for name, able in (("prompt", ("evict", "pin")), ("kv_dtype", ("auto",))):
         if (value := getattr(config, name)) not in able:
             use = " or ".join(f"{name}={each!r}" for each in able)
