@@ -82,7 +82,7 @@ class _Rows:
     lengths: Tensor
     positions: Tensor
 
-    def part(self, rows: slice | Tensor) -> _Rows:
+    def part(self, rows: slice) -> _Rows:
         """Some of them."""
         return _Rows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
@@ -280,10 +280,7 @@ class PoolCompressor:
         queries = None
         if policy.needs_queries:
             queries = self._queries.read(rows.layers, rows.queries, recent, runs.heads)
-        state = None
-        if runs.state is not None:
-            size = runs.layout.reserve.block_size
-            state = runs.state.view(-1, size, runs.state.shape[-1])[rows.pages].flatten(2, 3)
+        states = runs.states
         return Candidates(
             lengths=rows.lengths.long(),
             positions=rows.positions.long(),
@@ -291,7 +288,7 @@ class PoolCompressor:
             load_values=lambda: runs.pages.values[rows.pages].flatten(2, 3),
             queries=queries,
             query_positions=recent if policy.needs_queries else None,
-            state=state,
+            state=None if states is None else states[rows.pages].flatten(2, 3),
             seen=rows.tokens,
             window=window,
             scaling=self._scaling,

@@ -109,10 +109,9 @@ class PoolObserver:
     @property
     def _states(self) -> Tensor:
         """[pages, block_size, channels] float32."""
-        state = self._runs.state
-        if state is None:
+        if (states := self._runs.states) is None:
             raise RuntimeError("runs without state")
-        return state.view(-1, self._runs.layout.reserve.block_size, state.shape[-1])
+        return states
 
     def _take_in(self, view: View, asked: Tensor, positions: Tensor, real: Tensor) -> None:
         """Let the policy see queries.
@@ -146,7 +145,6 @@ class PoolObserver:
         """Put the state of runs back; pages behind their ends belong to others."""
         size = self._runs.layout.reserve.block_size
         begins = torch.arange(view.pages.shape[-1], device=state.device) * size
-        own = view.pages.where(
-            begins < view.lengths[..., None], 0
-        )  # the null block: nobody reads it
+        # What is behind goes to the null block, which nobody reads.
+        own = view.pages.where(begins < view.lengths[..., None], 0)
         self._states[own] = state.unflatten(2, (-1, size))

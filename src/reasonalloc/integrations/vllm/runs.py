@@ -144,6 +144,13 @@ class Runs:
         return self._pages
 
     @property
+    def states(self) -> Tensor | None:
+        """``state`` by pages, [pages, block_size, channels] float32; None without."""
+        if self.state is None:
+            return None
+        return self.state.view(-1, self.layout.reserve.block_size, self._channels)
+
+    @property
     def bound(self) -> bool:
         """Whether the pool is there."""
         return self._pages is not None
@@ -254,13 +261,23 @@ class Runs:
         index = torch.arange(pages, dtype=torch.int32, device=self.device)
         head = torch.arange(self.heads, dtype=torch.int32, device=self.device)[:, None]
         own = layers.int()[..., None, None] * self.heads + head
-        leading = plain.clamp_max(pages)[..., None, None]
-        behind = leading * self.per_block + first[..., None] + (index - leading)
-        number = torch.where(index < leading, own + index * self.per_block, behind)
+        number = self._number(own, first[..., None], plain[..., None, None], index)
         block = (number // self.per_block).clamp_max(blocks.shape[-1] - 1)
         wide = blocks[..., None, :].expand(*block.shape[:-1], -1)
-        chosen = wide.gather(-1, block.long())
-        return chosen * self.pages.of_block + self._page_base[number % self.per_block]
+        return self._in_pool(number, wide.gather(-1, block.long()))
+
+    def _number(self, own: Tensor, first: Tensor, plain: Tensor, index: Tensor) -> Tensor:
+        """Number of page ``index`` of runs among their requests' pages; all broadcast.
+
+        ``own`` is the number of (layer, head) in a block; ``first`` and ``plain`` are the tables'.
+        """
+        leading = plain.minimum(index)  # of a request that was never compressed plain is huge
+        behind = leading * self.per_block + first + (index - leading)
+        return torch.where(index < plain, own + index * self.per_block, behind)
+
+    def _in_pool(self, number: Tensor, block: Tensor) -> Tensor:
+        """Pool pages of request pages ``number``, which lie in the pool's blocks ``block``."""
+        return block * self.pages.of_block + self._page_base[number % self.per_block]
 
     def places(self, slots: Tensor, positions: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
         """[L, tokens, H] int64: where tokens lie (page * block_size + place), of every run.
@@ -272,14 +289,12 @@ class Runs:
         """
         size = self.layout.reserve.block_size
         place = (self.shift[:, slots] + positions[:, None]).clamp_min(0)
-        page, plain = place // size, self.plain[slots][:, None]
+        page = place // size
         own = torch.arange(self.per_block, dtype=torch.int32, device=self.device)
-        own = own.view(self.layers, 1, self.heads) + page * self.per_block
-        leading = plain.minimum(page)  # of a request that was never compressed it is huge
-        behind = leading * self.per_block + self.first[:, slots] + (page - leading)
-        number = torch.where(page < plain, own, behind)
-        block = blocks[rows[:, None], (number // self.per_block).clamp_max(blocks.shape[-1] - 1)]
-        chosen = block * self.pages.of_block + self._page_base[number % self.per_block]
+        own = own.view(self.layers, 1, self.heads)
+        number = self._number(own, self.first[:, slots], self.plain[slots][:, None], page)
+        block = (number // self.per_block).clamp_max(blocks.shape[-1] - 1)
+        chosen = self._in_pool(number, blocks[rows[:, None], block])
         return chosen.long() * size + place % size
 
 
