@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
 	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
-	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu
+	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
 setup: $(VENV)/.ready
 
@@ -269,6 +269,11 @@ bench-gpu: setup
 		--arms rkv,rkv/uniform/reasonalloc --out bench-gpu-many.json
 	$(GPU_BENCH) --batch $(FULL_BATCH) --new-tokens 16384 --at 1024 --arms full \
 		--out bench-gpu-full.json
+
+# All that a GPU has to show, with the Python that is there: nothing is installed. It can be started
+# again and goes on; GPU_CHECK has options, as "--minutes 9" or "--only kernel,paged".
+gpu-check:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean-oldest:
 	rm -rf $(OLDEST)
