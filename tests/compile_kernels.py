@@ -129,21 +129,21 @@ def build_all_plain() -> None:
 def build_paged(name: str, dim: int, fp8: bool, arch: int) -> None:
     """The kernels of runs in a pool of pages, as Llama-8B has them but for ``dim``."""
     dtype = TYPES[name]
-    own = paged._E4M3 if arch >= 89 else paged._BITS
+    own = paged.decode._E4M3 if arch >= 89 else paged.decode._BITS
     pointers = dict.fromkeys(("query", "key", "value", "out", "ring"), "*" + name) | BUFFERS
     pointers |= dict.fromkeys(TABLES, "*i32") | {"pool": "*u8" if fp8 else "*" + name}
     sizes = {"HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PAD": dim}
     pages = {"PER_BLOCK": 8 * 32, "BLOCK_SIZE": 16}
     parts = {"SPLITS": 4, "BLOCK": decode._block(dim, dtype.itemsize)}
-    form = own if fp8 else paged._AS_IT_IS
+    form = own if fp8 else paged.decode._AS_IT_IS
     reading = {"GROUP_PAD": 16, "SOFTCAP": dim == 256, "FORM": form}
-    launch = paged._launch(dtype)
+    launch = paged.decode._launch(dtype)
     launched = launch["num_warps"], launch["num_stages"], (arch,)
-    build(paged._decode_kernel, pointers, sizes | pages | parts | reading, *launched)
+    build(paged.decode._decode_kernel, pointers, sizes | pages | parts | reading, *launched)
     joining = {"SPLITS_PAD": 4, "SINKS": dim != 128}
-    build(paged._join_kernel, pointers, sizes | parts | joining, 1, archs=(arch,))
+    build(paged.decode._join_kernel, pointers, sizes | parts | joining, 1, archs=(arch,))
     storing = {"GROUP_PAD": 4, "FP8": fp8, "NOTE": dim != 64}
-    build(paged._store_kernel, pointers, sizes | pages | storing, 1, archs=(arch,))
+    build(paged.store._store_kernel, pointers, sizes | pages | storing, 1, archs=(arch,))
 
 
 def build_some_paged() -> None:

@@ -235,13 +235,13 @@ def test_what_the_operators_say_of_themselves() -> None:
     tests = ("test_schema", "test_faketensor")
     decode = (query, pool.data, *runs, seen, world.slots, None, out, lse, scratch, pool.strides)
     torch.library.opcheck(
-        kernels._decode, (*decode, 8, 1, 2, 0.2, 0.0, 1.0), test_utils=tests
+        kernels.decode._decode, (*decode, 8, 1, 2, 0.2, 0.0, 1.0), test_utils=tests
     )  # fmt: skip
     key, row = query[:, :2], torch.arange(2, dtype=torch.int32, device=DEVICE)
     ring = torch.zeros(2, 4, 4, 32, device=DEVICE)
     stored = (key, key, query, pool.data, *runs, world.slots, row, seen - 1, ring, row)
     torch.library.opcheck(
-        kernels._store, (*stored, pool.strides, 8, 1, 1.0, 1.0), test_utils=tests
+        kernels.store._store, (*stored, pool.strides, 8, 1, 1.0, 1.0), test_utils=tests
     )  # fmt: skip
 
 

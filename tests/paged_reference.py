@@ -1,4 +1,4 @@
-"""Runs in a pool of pages, token by token: the slow version of ``attention/kernels/paged.py``."""
+"""Runs in a pool of pages, token by token: the slow version of ``attention/kernels/paged/``."""
 
 from __future__ import annotations
 

@@ -156,3 +156,11 @@ def test_splits_follow_from_shapes() -> None:
     assert paged.decode_splits(1, 10, query, pool) == 1
     assert paged.decode_splits(1, 10**6, query, pool) > paged.decode_splits(4, 10**6, query, pool)
     assert paged.decode_splits(0, 0, query, pool) == 1
+
+
+def test_few_kernels_are_compiled() -> None:
+    """A kernel per number of splits: whatever rows and lengths a server has, there are seven."""
+    query, pool = decoding()["query"], common(1)["pool"]
+    cases = [(rows, longest) for rows in range(1, 70) for longest in (0, 1, 100, 900, 10**5)]
+    found = {paged.decode_splits(rows, longest, query, pool) for rows, longest in cases}
+    assert found <= {1, 2, 4, 8, 16, 32, 64} and len(found) > 3
