@@ -17,8 +17,9 @@ VLLM_V2 := .venv-vllm-v2
 VLLM_NEXT := .venv-vllm-next
 VLLM_NEXT_VERSION := 0.33.0
 BIN := $(VENV)/bin
+BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
-.PHONY: setup demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
+.PHONY: setup environments more-environments demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
 	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
@@ -61,7 +62,15 @@ docs: setup
 
 # The newest transformers runs everything, the oldest one that is declared what touches it. Tests
 # with random examples try the same ones every time; others: make test-random.
-test: lint test-oldest suite
+test: environments
+	$(BESIDE_EACH_OTHER) lint test-oldest
+	$(MAKE) --no-print-directory suite
+
+# Of the main suite and the oldest transformers, and the three others: each takes minutes of one core.
+environments:
+	$(BESIDE_EACH_OTHER) setup $(OLDEST)/.ready
+
+more-environments: newest $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 
 suite: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not long'
@@ -173,7 +182,6 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[reasonall
 	'tests/serving/test_prefixes.py::test_as_on_transformers[value_aware/uniform/adakv-True]' \
 	tests/serving/test_async.py tests/serving/test_runners.py
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
-BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
 	$(BESIDE_EACH_OTHER) vllm-all vllm-v2
