@@ -30,7 +30,7 @@ class _Notes(TorchDispatchMode):
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """As ``integrations.hf.step.capture``; noting executes, so the first replay does not."""
+    """As ``graphs.capture``; noting executes, so the first replay does not."""
     notes = _Notes()
     with notes:
         result = run()

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import recorded_graph
 from reasonalloc.attention.kernels import paged
 from reasonalloc.errors import UnsupportedError
-from reasonalloc.integrations.vllm import runs, selftest
+from reasonalloc.integrations.vllm import runs, selftest, steps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16 wrongly.
@@ -23,6 +24,40 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_avai
 def test_passed(dtype: torch.dtype, dim: int, group: int, size: int) -> None:
     selftest.check(DEVICE, dtype, dim, group, size)
     selftest.check(DEVICE, dtype, dim, group, size)
+
+
+def recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A graph's notes; noting has done the step, as the test does it before capturing."""
+    replay = recorded_graph.capture(run, device)
+    replay()
+    return replay
+
+
+@pytest.fixture
+def as_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps are noted and repeated, where there is no GPU that does it."""
+    monkeypatch.setattr(selftest, "_done", set())
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(selftest, "capture", recorded)
+        monkeypatch.setattr(selftest, "_has_graphs", lambda device: True)
+
+
+@pytest.mark.parametrize(("dim", "group", "size"), [(64, 1, 16), (32, 4, 32)])
+def test_steps_that_are_replayed(as_a_graph: None, dim: int, group: int, size: int) -> None:
+    selftest.check(DEVICE, torch.float32, dim, group, size)
+
+
+def test_a_step_that_is_told_elsewhere(as_a_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads where it was captured."""
+    right = steps.Steps.next
+
+    def told(self: Any, *arguments: Any) -> Any:
+        self._facts = self._facts.clone()
+        return right(self, *arguments)
+
+    monkeypatch.setattr(steps.Steps, "next", told)
+    with pytest.raises(UnsupportedError, match="step 2: "):
+        selftest.check(DEVICE, torch.float32, 32, 4, 16)
 
 
 def broken_decode(original: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
+import recorded_graph
 from reasonalloc.cache.host import DeferredMax
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.vllm.budget import EngineBudget
@@ -62,6 +64,71 @@ def test_as_on_transformers(
     if prompt == "pin":
         assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+def test_steps_that_are_replayed(
+    engine: Callable[..., Any],
+    clear: Callable[..., Any],
+    paged: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a CUDA graph: a layer's part of a step with n rows is what it was when noted first."""
+    from reasonalloc.integrations.vllm.paged import PagedImpl
+
+    settings = {**SETTINGS, "arm": "rkv/uniform/adakv"}
+    prompts, expected = clear((40, 7), 24, **settings)
+    right, notes, replayed = PagedImpl.forward, {}, []
+
+    def forward(
+        self: Any,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        cache: Any,
+        meta: Any,
+        output: Any,
+        **scales: Any,
+    ) -> Any:
+        if meta is None or meta.stock is not None or meta.step.tokens != meta.step.decodes:
+            return right(self, layer, query, key, value, cache, meta, output)
+        name = layer.layer_name, len(query)
+        if name not in notes:
+            given = [x.clone() for x in (query, key, value, output)]
+            run = lambda: right(self, layer, *given[:3], cache, meta, given[3])  # noqa: E731
+            replay = recorded_graph.capture(run, query.device)
+            replay()  # noting has done this step
+            notes[name] = given, replay
+        else:
+            given, replay = notes[name]
+            for mine, theirs in zip(given, (query, key, value), strict=False):
+                mine.copy_(theirs)
+            replay()
+            replayed.append(name)
+        return output.copy_(given[3])
+
+    monkeypatch.setattr(PagedImpl, "forward", forward)
+    llm = engine(settings, max_num_seqs=2)
+    assert greedy(llm, prompts, [24, 10]) == [expected[0], expected[1][:10]]
+    assert greedy(llm, prompts[1:], 4) == [expected[1][:4]]  # another request, in the same graph
+    assert {rows for _, rows in replayed} == {1, 2} and len(replayed) >= 4 * (22 - 2 + 2)
+
+
+def test_a_graph_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeferredMax, "get", lambda self: 48)
+    worker = Worker(make_plan("rkv/uniform/adakv", 2), monkeypatch)
+    worker.blocks = torch.zeros(4, 32, dtype=torch.int32)
+    lengths = torch.zeros(4, dtype=torch.int32)
+    captured = worker.builder.build_for_cudagraph_capture(worker.common([1] * 4, 4, lengths))
+    assert (captured.step.tokens, captured.step.decodes) == (4, 4)
+    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [40, 64], [1, 1])
+    step = worker.builder.build(0, worker.common([1, 1, 0, 0], 4, lengths)).step
+    assert (step.tokens, step.decodes, step.splits) == (4, 4, captured.step.splits)
+    assert step.blocks.data_ptr() == captured.step.blocks.data_ptr()
+    worker.blocks = worker.blocks.clone()
+    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [41, 65], [1, 1])
+    with pytest.raises(RuntimeError, match=r"moved its tables .* a CUDA graph of 4 requests"):
+        worker.builder.build(0, worker.common([1, 1, 0, 0], 4, lengths))
 
 
 class Count(TorchDispatchMode):
@@ -123,23 +190,28 @@ class Worker:
         )
         self.blocks = torch.zeros(2, 32, dtype=torch.int32)
 
-    def step(self, before: list[int], new: list[int]) -> int:
-        """Operations of a step, without what a boundary does."""
+    def common(self, new: list[int], tokens: int, lengths: torch.Tensor) -> Any:
+        """vLLM's metadata of rows with ``new`` tokens, in tensors of ``tokens`` ones."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        starts, tokens = [0, new[0], sum(new)], sum(new)
-        common = CommonAttentionMetadata(
-            query_start_loc=torch.zeros(3, dtype=torch.int32),
+        starts = list(itertools.accumulate(new, initial=0))
+        return CommonAttentionMetadata(
+            query_start_loc=torch.zeros(len(starts), dtype=torch.int32),
             # Known on the host.
             query_start_loc_cpu=Listed(starts),  # type: ignore[arg-type]
-            seq_lens=torch.zeros(2, dtype=torch.int32),
-            num_reqs=2,
+            seq_lens=lengths,
+            num_reqs=len(new),
             num_actual_tokens=tokens,
             max_query_len=max(new),
             max_seq_len=512,
             block_table_tensor=self.blocks,
             slot_mapping=torch.zeros(tokens, dtype=torch.int64),
         )
+
+    def step(self, before: list[int], new: list[int]) -> int:
+        """Operations of a step, without what a boundary does."""
+        tokens = sum(new)
+        common = self.common(new, tokens, torch.zeros(2, dtype=torch.int32))
         query, out = torch.zeros(2, tokens, 4, 32)
         key, value = torch.zeros(2, tokens, 2, 32)
         with Count() as count:

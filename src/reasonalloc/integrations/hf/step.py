@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.graphs import capture
 from reasonalloc.integrations.hf.cache import BudgetCache
 from reasonalloc.integrations.hf.calls import CallCheck, CallEnd
 from reasonalloc.integrations.hf.versions import given_cache
@@ -100,27 +101,6 @@ def _is_foreign(hook: Any) -> bool:
     """
     place = getattr(hook, "__module__", None) or type(hook).__module__
     return not isinstance(hook, (CallCheck, CallEnd)) and not place.startswith("transformers.")
-
-
-def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Capture what ``run`` does on a GPU, without doing it.
-
-    Returns:
-        What replays it and returns what it returned: every replay writes to the same memory.
-    """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that stream, may go on using the device.
-    with (
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
-        result = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
 
 
 class StaticStep:

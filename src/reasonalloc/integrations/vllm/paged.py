@@ -63,8 +63,9 @@ class PagedBuilder(BudgetBuilder):
     """Metadata without a table of pages: one copy to the device per step, no answer from it."""
 
     reorder_batch_threshold: int | None = 1  # requests with one token come first
-    # vLLM captures what is between attentions; whole steps were not tried.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
     stock: ClassVar[Any]  # vLLM's own backend
 
     def __init__(
@@ -78,6 +79,7 @@ class PagedBuilder(BudgetBuilder):
         make = self.stock.get_builder_cls()
         self._stock_builder = make(kv_cache_spec, layer_names, vllm_config, device)
         self._steps: Steps | None = None
+        self._captured: dict[int, tuple[int, ...]] = {}
         if device.type != "cpu":
             impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
             group = impl.num_heads // impl.num_kv_heads
@@ -108,7 +110,6 @@ class PagedBuilder(BudgetBuilder):
             query,
             rows,
             scheduler.max_num_batched_tokens,
-            config.max_model_len,
             impl.scale,
             impl.logits_soft_cap or 0.0,
         )
@@ -130,25 +131,47 @@ class PagedBuilder(BudgetBuilder):
         self._bind()
         rows = len(batch.requests)
         starts = starts[: rows + 1]  # others are padding
-        self._blocks = blocks = common.block_table_tensor[:rows]
         tokens, noted, _ = self._wanted(batch, starts)
         decodes = next((row for row in range(rows) if starts[row + 1] - starts[row] != 1), rows)
         self._check_prompts(batch, decodes)
+        # A CUDA graph of single tokens has rows of padding; vLLM gives them a length of 0.
+        padded = min(common.num_reqs, common.num_actual_tokens) if decodes == rows else rows
+        self._blocks = common.block_table_tensor[:rows]
         step = self.steps.next(
             batch.slots,
             batch.before,
             starts,
             (tokens, noted),
-            max(batch.after[:decodes], default=1),
-            blocks,
-            common.seq_lens[:rows],
+            common.block_table_tensor[:padded],
+            common.seq_lens[:padded],
         )
+        if decodes == rows:
+            self._check_addresses(step)
         stock = None
         if decodes < rows:
             some = _behind(common, decodes, starts)
             stock = self._stock_builder.build(0, some, fast_build)
         prompts = self._prompts(batch, starts) if self._observes else []
         return PagedMetadata(self, step, stock, prompts)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> PagedMetadata:
+        """Metadata of a step that is captured: of requests with one token each, or none."""
+        meta = self.build(0, common_attn_metadata)
+        step = meta.step
+        if step.decodes == step.tokens:
+            self._captured[step.decodes] = _addresses(step)
+        return meta
+
+    def _check_addresses(self, step: Step) -> None:
+        """A graph reads vLLM's tables where they were when it was captured."""
+        expected = self._captured.get(step.decodes)
+        if expected is not None and expected != _addresses(step):
+            raise RuntimeError(
+                f"vLLM moved its tables after it captured a CUDA graph of {step.decodes} requests: "
+                'start with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and report it'
+            )
 
     def _check_prompts(self, batch: Batch, decodes: int) -> None:
         """Only requests that were never compressed may have several tokens."""
@@ -157,6 +180,11 @@ class PagedBuilder(BudgetBuilder):
                 raise RuntimeError(
                     "a request that decodes came behind prompts, or with many tokens"
                 )
+
+
+def _addresses(step: Step) -> tuple[int, ...]:
+    """Where a graph reads what is vLLM's."""
+    return step.blocks.data_ptr(), step.blocks.stride(0), step.seq_lens.data_ptr()
 
 
 def _behind(common: CommonAttentionMetadata, decodes: int, starts: list[int]) -> Any:

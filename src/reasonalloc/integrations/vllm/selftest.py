@@ -1,12 +1,13 @@
 """What a GPU shows before a budget runs on it: toy requests, here and there, with the same result.
 
-Two requests are stored, one is compressed, both decode: with the kernels on the device, and with
-plain PyTorch on the CPU.
+Two requests are stored, one is compressed, both decode: with the kernels on the device, from their
+second token on as a CUDA graph with a row of padding, and with plain PyTorch on the CPU.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from transformers import LlamaConfig
 
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.graphs import capture
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
@@ -22,7 +24,7 @@ from reasonalloc.integrations.vllm.steps import Step, Steps, cells
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.version import __version__
 
-_LAYERS, _HEADS, _WINDOW, _DECODED = 2, 2, 4, 3
+_LAYERS, _HEADS, _WINDOW, _DECODED, _PADDED = 2, 2, 4, 4, 3
 _PROMPTS = (33, 9)  # the first is over its budget
 _LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _done: set[tuple[object, ...]] = set()
@@ -90,6 +92,10 @@ def compare(
     return problems
 
 
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _plan(dim: int, group: int) -> EngineBudget:
     arm = parse_arm("knorm/uniform/adakv")
     model = LlamaConfig(
@@ -131,13 +137,19 @@ class _Side:
         self._queries.prepare(2, query)
         self._compressor = PoolCompressor(plan, 0, self._runs, self._queries, self._scaling, None)
         order = torch.arange(2 * width, 0, -1, dtype=torch.int32, device="cpu")
-        self._blocks = order.view(width, 2).t().contiguous().to(device)
+        table = torch.zeros(_PADDED, width, dtype=torch.int32, device=device)
+        table[:2] = order.view(width, 2).t()
+        self._padded, self._blocks = table, table[:2]
+        self._lengths = torch.zeros(_PADDED, dtype=torch.int32, device=device)
+        self._graph: Callable[[], Tensor] | None = None
+        wide = torch.zeros(3, _PADDED, _HEADS * group, dim, dtype=dtype, device=device)
+        self._given = wide[0], wide[1, :, :_HEADS], wide[2, :, :_HEADS]
         self._tracked = [self._runs.track(str(i), start, 0) for i, start in enumerate(_PROMPTS)]
         for request in self._tracked:
             self._queries.lend(request)
         most = sum(_PROMPTS)
         self._steps = Steps(
-            self._runs, self._queries, pool, query, 2, most, most, self._scaling, 0.0
+            self._runs, self._queries, pool, query, _PADDED, most, self._scaling, 0.0
         )
 
     def compress(self, tokens: list[int]) -> None:
@@ -157,16 +169,35 @@ class _Side:
         noted = [int(self._tracked[row].queries or 0) for row in rows]
         # Two tokens of a prompt could go to one place: only the last ones are wanted.
         last = [t for t, row in enumerate(rows) if t >= starts[row + 1] - _WINDOW]
-        slots = [request.slot for request in self._tracked]
-        lengths = torch.tensor(after, dtype=torch.int32, device=device)
-        step: Step = self._steps.next(
-            slots, before, starts, (last, [noted[t] for t in last]), 99, self._blocks, lengths
+        self._lengths[:2] = torch.tensor(after, dtype=torch.int32, device=device)
+        decodes = max(new) == 1
+        some = _PADDED if decodes else 2
+        step = self._steps.next(
+            [request.slot for request in self._tracked],
+            before,
+            starts,
+            (last, [noted[t] for t in last]),
+            self._padded[:some],
+            self._lengths[:some],
         )
+        if not decodes:
+            return self._launched(step, query, key, value)[:0]
+        for mine, theirs in zip(self._given, (query, key, value), strict=True):
+            mine[:2] = theirs
+        if self._graph is not None:
+            return self._graph()[:2]
+        out = self._launched(step, *self._given)[:2].clone()  # also warms up
+        if _has_graphs(device):
+            self._graph = capture(lambda: self._launched(step, *self._given), device)
+        return out
+
+    def _launched(self, step: Step, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[tokens, query_heads, dim], of the last layer."""
         out = torch.zeros_like(query)
         for layer in range(_LAYERS):
             self._steps.store(layer, query, key, value, step)
             self._steps.attend(layer, query, out, step)
-        return out[: step.decodes]  # of the last layer
+        return out
 
     def by_hand(
         self, before: list[int], new: list[int], query: Tensor, key: Tensor, value: Tensor

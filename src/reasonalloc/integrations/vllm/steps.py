@@ -44,11 +44,11 @@ class Step:
     """What differs between steps.
 
     Attributes:
-        tokens: new ones.
-        decodes: requests with one token; their rows come first.
+        tokens: new ones, and padding where all requests have one.
+        decodes: requests with one token; their rows come first, and padding is counted.
         splits: parts of a run.
         blocks: [rows, n] int32, of each request.
-        seq_lens: [rows] int32, new tokens included.
+        seq_lens: [rows] int32, new tokens included; 0 for padding.
     """
 
     tokens: int
@@ -66,7 +66,6 @@ class Steps:
         pool: the pages.
         query: any tensor of the type and device of queries, [.., query_heads, head_dim].
         rows, tokens: most requests and most tokens of a step.
-        longest: most tokens of a sequence.
         scaling, softcap: of the logits; softcap 0 for none.
     """
 
@@ -78,7 +77,6 @@ class Steps:
         query: Tensor,
         rows: int,
         tokens: int,
-        longest: int,
         scaling: float,
         softcap: float,
     ) -> None:
@@ -90,14 +88,17 @@ class Steps:
         shape = (4, max(rows, tokens))
         self._facts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._lse = torch.zeros(rows, heads, dtype=torch.float32, device=device)
+        layout = runs.layout
+        # A head's share of the largest layer; what a head has more is cut into the same parts. The
+        # same in every step, so that a captured one can be replayed.
+        self._share = max(layout.totals) // layout.kv_heads + layout.reserve.interval
         floats = max(
-            kernels.scratch_floats(n, heads, dim, kernels.decode_splits(n, longest, query, pool))
-            for n in range(1, rows + 1)
+            kernels.scratch_floats(n, heads, dim, self._splits(n)) for n in range(1, rows + 1)
         )
         self._scratch = torch.zeros(floats, dtype=torch.float32, device=device)
-        layout = runs.layout
-        # A head's share of the largest layer; what a head has more is cut into the same parts.
-        self._share = max(layout.totals) // layout.kv_heads + layout.reserve.interval
+
+    def _splits(self, rows: int) -> int:
+        return kernels.decode_splits(rows, self._share, self._query, self._pool)
 
     def next(
         self,
@@ -105,19 +106,21 @@ class Steps:
         before: Sequence[int],
         starts: Sequence[int],
         noted: tuple[Sequence[int], Sequence[int]],
-        longest: int,
         blocks: Tensor,
         seq_lens: Tensor,
     ) -> Step:
         """Tell the device of the next step.
 
+        Whatever the step is, it is told in the same memory: after this call a CUDA graph of a step
+        with as many rows, all of one token, can be replayed instead of storing and attending.
+
         Args:
-            slots: [rows], of each request in the run tables; those with one token first.
-            before: [rows], tokens of each in the cache.
-            starts: [rows + 1], the first token of each, and the end.
+            slots: [requests], of each request in the run tables; those with one token first.
+            before: [requests], tokens of each in the cache.
+            starts: [requests + 1], the first token of each, and the end.
             noted: tokens whose queries are remembered, and their rows.
-            longest: a bound of the tokens of a sequence that decodes.
-            blocks, seq_lens: as in ``Step``.
+            blocks, seq_lens: as in ``Step``; rows behind those of the requests are padding, of
+                which a step has any only if all its requests have one token.
         """
         rows, tokens = len(slots), starts[-1]
         begins = np.asarray(starts[:-1], dtype=np.int32)
@@ -135,11 +138,11 @@ class Steps:
             host = host.pin_memory()  # not given to others before the copy is done
         self._facts.copy_(host, non_blocking=True)
         decodes = next((row for row, n in enumerate(new) if n != 1), rows)
-        most = min(longest, self._share)
-        splits = kernels.decode_splits(max(1, decodes), most, self._query, self._pool)
         if self._runs.state is not None:
             self._reset_state(rows, tokens, blocks)
-        return Step(tokens, decodes, splits, blocks, seq_lens)
+        if decodes == rows:
+            tokens = decodes = len(seq_lens)
+        return Step(tokens, decodes, self._splits(max(1, decodes)), blocks, seq_lens)
 
     def _reset_state(self, rows: int, tokens: int, blocks: Tensor) -> None:
         """Forget what the policy knew of the tokens that were where new ones come."""
