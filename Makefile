@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 .PHONY: setup environments more-environments demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
 setup: $(VENV)/.ready
@@ -204,6 +204,11 @@ vllm-next-v2:
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py
+
+# vLLM's own serving benchmark, rows in bench-serve.md: ten minutes of two cores. Server, engine and
+# client are processes of their own. Options: make bench-serve SERVE="--arms full,h2o --scale 0.5"
+bench-serve: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python benchmarks/serve.py $(SERVE)
 
 # Speed on this machine, random weights in the shape of SmolLM2-135M: about 45 minutes on two cores.
 BENCH := OMP_WAIT_POLICY=ACTIVE $(BIN)/reasonalloc bench --shape smollm2-135m --device cpu
