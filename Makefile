@@ -207,6 +207,8 @@ bench-vllm: $(VLLM)/.ready
 
 # vLLM's own serving benchmark, rows in bench-serve.md: ten minutes of two cores. Server, engine and
 # client are processes of their own. Options: make bench-serve SERVE="--arms full,h2o --scale 0.5"
+SERVE ?= --turns
+
 bench-serve: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python benchmarks/serve.py $(SERVE)
 

@@ -6,7 +6,9 @@
 
 One server per arm, budget and pool, one after the other, with the same options. Each gets every mix
 of lengths (serve_traffic.py) and rate, several runs each, through `vllm bench serve`; one row each
-goes to the results file, and is not measured again. Nothing is downloaded.
+goes to the results file, and is not measured again. With --turns all servers of a pool are there at
+once and take turns run by run, since runs that are minutes apart meet different machines: for small
+models. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -51,6 +53,14 @@ class Case:
     mix: str
     rate: float
 
+    @property
+    def server(self) -> str:
+        return f"{self.arm}{'' if self.budget is None else f' at {self.budget}'}, {self.memory}"
+
+    @property
+    def traffic(self) -> str:
+        return f"{self.mix}, {self.rate:g}/s"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
@@ -82,6 +92,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--request-rates", default="inf", help="requests per second; inf: at once")
     parser.add_argument("--requests", type=int, help="per run; default: depends on the mix")
     parser.add_argument("--runs", type=int, default=4, help="per row, at least 2")
+    parser.add_argument(
+        "--turns", action="store_true", help="arms of a pool take turns, run by run"
+    )
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
@@ -169,20 +182,20 @@ def measure(options: argparse.Namespace, cases: list[Case], folder: Path) -> int
         model = str(folder / "model")
         save_tiny_model(Path(model))
     failures = 0
-    for group in by_server(cases):
+    for name, group in groups(cases, "memory" if options.turns else "server").items():
         missing = [case for case in group if not table.has(settings(options, case, length))]
-        print(f"{describe(group[0])}: {len(missing)} rows to measure", file=sys.stderr)
+        print(f"{name}: {len(missing)} rows to measure", file=sys.stderr)
         if not missing:
             continue
         try:
-            measure_server(options, missing, model, length, folder, table)
+            measure_group(options, missing, model, length, folder, table)
         except Failed as error:
-            print(f"error: {describe(group[0])}: {error}", file=sys.stderr)
+            print(f"error: {name}: {error}", file=sys.stderr)
             failures += 1
     return failures
 
 
-def measure_server(
+def measure_group(
     options: argparse.Namespace,
     cases: list[Case],
     model: str,
@@ -190,32 +203,33 @@ def measure_server(
     folder: Path,
     table: Table,
 ) -> None:
-    """Add the rows of one server."""
-    line = server_line(options, cases[0], model, length)
-    with serving(
-        line,
-        folder / "server.log",
-        port=options.port,
-        patience=options.patience,
-        offline=Path(model).is_dir(),
-    ) as url:
+    """Add the rows of servers that are there together."""
+    with contextlib.ExitStack() as servers:
+        urls: dict[str, str] = {}
+        for name, same in groups(cases, "server").items():
+            urls[name] = servers.enter_context(
+                serving(
+                    server_line(options, same[0], model, length),
+                    folder / f"server-{len(urls)}.log",
+                    port=options.port,
+                    patience=options.patience,
+                    offline=Path(model).is_dir(),
+                )
+            )
         words = find_words(load_tokenizer(model))
-        for case in cases:
-            row = run_case(options, case, url, model, words, folder)
-            table.append(settings(options, case, length), row)
-            print(f"  {case.mix}, {case.rate:g}/s: {row['tok/s']} tok/s", file=sys.stderr)
+        for name, same in groups(cases, "traffic").items():
+            rows = run_cases(options, same, urls, model, words, folder)
+            for case, row in zip(same, rows, strict=True):
+                table.append(settings(options, case, length), row)
+                print(f"  {case.server}, {name}: {row['tok/s']} tok/s", file=sys.stderr)
 
 
-def by_server(cases: list[Case]) -> list[list[Case]]:
-    groups: dict[str, list[Case]] = {}
+def groups(cases: list[Case], what: str) -> dict[str, list[Case]]:
+    """Cases by what they have in common: ``memory``, ``server`` or ``traffic``."""
+    found: dict[str, list[Case]] = {}
     for case in cases:
-        groups.setdefault(describe(case), []).append(case)
-    return list(groups.values())
-
-
-def describe(case: Case) -> str:
-    budget = "" if case.budget is None else f" at {case.budget}"
-    return f"{case.arm}{budget}, {case.memory}"
+        found.setdefault(getattr(case, what), []).append(case)
+    return found
 
 
 def every_run(options: argparse.Namespace, case: Case) -> list[list[tuple[int, int]]]:
@@ -238,7 +252,7 @@ def settings(options: argparse.Namespace, case: Case, length: int) -> dict[str, 
         "scale": f"{options.scale:g}",
         "KV memory": case.memory,
         "requests/s": f"{case.rate:g}",
-        "requests": f"{options.runs} x {requests}",
+        "requests": f"{options.runs} x {requests}{', in turns' if options.turns else ''}",
         "model": shown or options.model or TINY,
         "machine": machine(),
         "versions": versions(),
@@ -287,22 +301,40 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def run_case(
-    options: argparse.Namespace, case: Case, url: str, model: str, words: list[str], folder: Path
-) -> dict[str, str]:
-    """Cells of what was measured."""
-    dataset, result = folder / f"{case.mix}.jsonl", folder / "result.json"
-    lengths = every_run(options, case)
-    saved = ["--base-url", url, "--result-filename", str(result), "--disable-tqdm"]
+def run_cases(
+    options: argparse.Namespace,
+    cases: list[Case],
+    urls: dict[str, str],
+    model: str,
+    words: list[str],
+    folder: Path,
+) -> list[dict[str, str]]:
+    """Cells of what was measured of arms under the same traffic, run by run."""
+    dataset, result = folder / f"{cases[0].mix}.jsonl", folder / "result.json"
+    lengths = every_run(options, cases[0])
+
+    def run(case: Case, requests: int) -> dict[str, Any]:
+        line = client_line(case, requests, model, str(dataset))
+        line += ["--base-url", urls[case.server], "--result-filename", str(result)]
+        return bench([*line, "--disable-tqdm"], result)
+
     # Not measured: what is done once, such as the first compression.
     write_dataset(dataset, lengths[0][:2], words, run=-1)
-    bench(client_line(case, len(lengths[0][:2]), model, str(dataset)) + saved, result)
-    line = client_line(case, len(lengths[0]), model, str(dataset)) + saved
-    before, runs = preemptions(url), []
-    for run, pairs in enumerate(lengths):
-        write_dataset(dataset, pairs, words, run)
-        runs.append(bench(line, result))
-    return {**summarise(runs), "preemptions": f"{preemptions(url) - before:.0f}"}
+    for case in cases:
+        run(case, len(lengths[0][:2]))
+    before = [preemptions(urls[case.server]) for case in cases]
+    runs: dict[str, list[dict[str, Any]]] = {case.server: [] for case in cases}
+    for turn, pairs in enumerate(lengths):
+        write_dataset(dataset, pairs, words, turn)
+        for case in cases if turn % 2 == 0 else cases[::-1]:
+            runs[case.server].append(run(case, len(pairs)))
+    plain = next((runs[case.server] for case in cases if case.budget is None), None)
+    rows = []
+    for case, earlier in zip(cases, before, strict=True):
+        count = preemptions(urls[case.server]) - earlier
+        beside = None if case.budget is None else plain
+        rows.append({**summarise(runs[case.server], beside), "preemptions": f"{count:.0f}"})
+    return rows
 
 
 def bench(line: list[str], result: Path) -> dict[str, Any]:

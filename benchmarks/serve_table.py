@@ -24,27 +24,34 @@ MEASURED = {
 }
 FIRST = ("arm", "budget", "interval", "mix", "scale", "KV memory", "requests/s", "requests")
 LAST = ("model", "machine", "versions", "command")
-COLUMNS = (*FIRST, *MEASURED, "preemptions", *LAST)
+BESIDE = "tok/s / full"
+COLUMNS = (*FIRST, BESIDE, *MEASURED, "preemptions", *LAST)
 HEADING = """# vLLM's serving benchmark with and without a budget
 
-`make bench-serve`: `vllm bench serve` against a running server, one server per arm and pool, one
-after the other. A number is the mean of the runs and, after ±, half of its 95 % interval (Student's
-t over runs; each run has other requests, the same for every arm). `requests` is runs x requests of
-a run, `requests/s` the rate at which they are sent (inf: all at once), `scale` what lengths are
-multiplied by, `preemptions` those of all runs together. TTFT: time to the first token, waiting
-included. TPOT: time per further token of a request, pauses included. ITL: time between two tokens.
-E2E: time of a whole request.
+`make bench-serve`: `vllm bench serve` against running servers, one per arm and pool. A number is
+the mean of the runs and, after ±, half of its 95 % interval (Student's t over runs; each run has
+other requests, the same for every arm). `requests` is runs x requests of a run, `requests/s` the
+rate at which they are sent (inf: all at once), `scale` what lengths are multiplied by,
+`preemptions` those of all runs together. `in turns`: the servers of a pool took turns run by run,
+and `tok/s / full` is what a run has beside plain vLLM's with the same requests. TTFT: time to the
+first token, waiting included. TPOT: time per further token of a request, pauses included. ITL: time
+between two tokens. E2E: time of a whole request.
 
 """
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+def summarise(
+    runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]] | None = None
+) -> dict[str, str]:
     """Cells of what was measured in several runs.
 
     Args:
         runs: what ``vllm bench serve`` saved of each, at least two.
+        plain: that of plain vLLM, which took turns with them.
     """
-    cells = {}
+    speeds = [[float(run[MEASURED["tok/s"]]) for run in several] for several in (runs, plain or ())]
+    pairs = list(zip(*speeds, strict=True)) if plain else []
+    cells = {BESIDE: interval([mine / other for mine, other in pairs]) if pairs else ""}
     for column, key in MEASURED.items():
         unit = 1000 if column.endswith(", s") else 1
         cells[column] = interval([float(run[key]) / unit for run in runs])

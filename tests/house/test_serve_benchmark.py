@@ -112,6 +112,11 @@ def test_recorded_results_become_cells(part: Any) -> None:
     assert cells["tok/s"] == f"1152 ± {12.706 * 91.3419:.0f}"
     assert cells["TPOT mean, ms"] == f"13.0 ± {12.706 * 2.3987:.1f}"
     assert cells["E2E mean, s"] == f"7.97 ± {12.706 * 0.0304:.2f}"
+    assert cells["tok/s / full"] == ""
+    twice = tuple({**run, "output_throughput": run["output_throughput"] * 2} for run in RECORDED)
+    assert part("serve_table").summarise(twice, RECORDED)["tok/s / full"] == "2.00 ± 0.00"
+    halves = part("serve_table").summarise((twice[0], RECORDED[1]), RECORDED)
+    assert halves["tok/s / full"] == f"1.50 ± {12.706 / 2:.2f}"
 
 
 def cells(part: Any, *arguments: str) -> list[dict[str, str]]:
@@ -133,11 +138,35 @@ def test_a_row_is_measured_once(part: Any, tmp_path: Path, monkeypatch: pytest.M
     assert [table.has(row) for row in rows] == [True] * 5 + [False] * (len(rows) - 5)
     assert table.rows()[1]["mix"] == "reasoning"
     assert table.rows()[1]["preemptions"] == "3"
-    for other in (["--requests", "5"], ["--scale", "0.5"], ["--no-enforce-eager"], ["--runs", "3"]):
+    for other in (["--requests", "5"], ["--scale", "0.5"], ["--no-enforce-eager"], ["--turns"]):
         assert not table.has(cells(part, *every, *other)[0]), other
     assert table.has(cells(part, *every, "--port", "9000")[0])
     monkeypatch.setattr(part("serve"), "versions", lambda: "vllm 0.33.0")
     assert not table.has(cells(part, *every)[0])
+
+
+def test_arms_take_turns(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, seen = part("serve"), []
+
+    def bench(line: list[str], result: Path) -> dict[str, Any]:
+        requests, url = line[line.index("--num-prompts") + 1], line[line.index("--base-url") + 1]
+        seen.append((url, int(requests), Path(line[line.index("--dataset-path") + 1]).read_text()))
+        speed = {"http://full": 1000.0, "http://rkv": 1500.0}[url]
+        return {**RECORDED[0], "output_throughput": speed}
+
+    monkeypatch.setattr(serve, "bench", bench)
+    monkeypatch.setattr(serve, "preemptions", lambda url: float(len(seen)))
+    options = serve.parse(["--mixes", "sharegpt", "--kv-memory", "6MiB", "--turns", "--runs", "3"])
+    cases = serve.list_cases(options)
+    urls = {case.server: f"http://{case.arm}" for case in cases}
+    rows = serve.run_cases(options, cases, urls, "MODEL", ["a", "b"], tmp_path)
+    arms = [url.removeprefix("http://") for url, *_ in seen]
+    assert arms == ["full", "rkv", "full", "rkv", "rkv", "full", "full", "rkv"]
+    assert [requests for _, requests, _ in seen] == [2] * 2 + [96] * 6
+    prompts = [text for *_, text in seen]
+    assert [prompts.index(text) for text in prompts] == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert [row["tok/s / full"] for row in rows] == ["", "1.50 ± 0.00"]
+    assert [row["preemptions"] for row in rows] == ["6", "6"]  # those of the warm-up not counted
 
 
 def test_another_file_is_not_written_to(part: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_row_and_no_second_one(folder: Path, tmp_path: Path) -> None:
         assert expected in done.stderr
         (row,) = [text for text in out.read_text("utf-8").splitlines() if text.startswith("| rkv")]
         cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
-        assert cells[:8] == ["rkv", "96", "64", "reasoning", "0.1", "4MiB", "inf", "2 x 3"]
-        speed = float(cells[8].partition(" ± ")[0])
+        assert cells[:9] == ["rkv", "96", "64", "reasoning", "0.1", "4MiB", "inf", "2 x 3", "-"]
+        speed = float(cells[9].partition(" ± ")[0])
         assert speed > 0
         assert str(folder) not in row
