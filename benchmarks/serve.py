@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_server import Failed, last_error, preemptions, serving
-from serve_table import Table, summarise
+from serve_server import Failed, counts, last_error, serving
+from serve_table import COUNTED, Table, summarise
 from serve_traffic import MIXES, draw_lengths, find_words, save_tiny_model, write_dataset
 
 from reasonalloc.benchmark.machine import processor
@@ -322,7 +322,7 @@ def run_cases(
     write_dataset(dataset, lengths[0][:2], words, run=-1)
     for case in cases:
         run(case, len(lengths[0][:2]))
-    before = [preemptions(urls[case.server]) for case in cases]
+    before = [counts(urls[case.server], COUNTED.values()) for case in cases]
     runs: dict[str, list[dict[str, Any]]] = {case.server: [] for case in cases}
     for turn, pairs in enumerate(lengths):
         write_dataset(dataset, pairs, words, turn)
@@ -331,9 +331,11 @@ def run_cases(
     plain = next((runs[case.server] for case in cases if case.budget is None), None)
     rows = []
     for case, earlier in zip(cases, before, strict=True):
-        count = preemptions(urls[case.server]) - earlier
+        later = counts(urls[case.server], COUNTED.values())
+        grown = [f"{now - then:.0f}" for now, then in zip(later, earlier, strict=True)]
         beside = None if case.budget is None else plain
-        rows.append({**summarise(runs[case.server], beside), "preemptions": f"{count:.0f}"})
+        counted = dict(zip(COUNTED, grown, strict=True))
+        rows.append({**summarise(runs[case.server], beside), **counted})
     return rows
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reasonalloc.errors import UsageError
@@ -109,11 +109,11 @@ def get(url: str) -> str:
     return text
 
 
-def preemptions(url: str) -> float:
-    """How many there have been since the server started."""
+def counts(url: str, names: Iterable[str]) -> list[float]:
+    """Metrics of the server, all its engines together."""
     try:
         text = get(url + "/metrics")
     except OSError as error:
         raise Failed(f"the server does not answer any more: {error}") from None
-    found = re.findall(r"^vllm:num_preemptions_total\{.*\} (\S+)$", text, re.MULTILINE)
-    return sum(float(value) for value in found)
+    lines = [re.findall(rf"^{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in names]
+    return [sum(float(value) for value in found) for found in lines]

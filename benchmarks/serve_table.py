@@ -22,20 +22,25 @@ MEASURED = {
     "ITL p99, ms": "p99_itl_ms",
     "E2E mean, s": "mean_e2el_ms",
 }
+#: Column: metric of the server, of which a row has what all runs added.
+COUNTED = {
+    "engine steps": "vllm:iteration_tokens_total_count",
+    "preemptions": "vllm:num_preemptions_total",
+}
 FIRST = ("arm", "budget", "interval", "mix", "scale", "KV memory", "requests/s", "requests")
 LAST = ("model", "machine", "versions", "command")
 BESIDE = "tok/s / full"
-COLUMNS = (*FIRST, BESIDE, *MEASURED, "preemptions", *LAST)
+COLUMNS = (*FIRST, BESIDE, *MEASURED, *COUNTED, *LAST)
 HEADING = """# vLLM's serving benchmark with and without a budget
 
 `make bench-serve`: `vllm bench serve` against running servers, one per arm and pool. A number is
 the mean of the runs and, after ±, half of its 95 % interval (Student's t over runs; each run has
 other requests, the same for every arm). `requests` is runs x requests of a run, `requests/s` the
-rate at which they are sent (inf: all at once), `scale` what lengths are multiplied by,
-`preemptions` those of all runs together. `in turns`: the servers of a pool took turns run by run,
-and `tok/s / full` is what a run has beside plain vLLM's with the same requests. TTFT: time to the
-first token, waiting included. TPOT: time per further token of a request, pauses included. ITL: time
-between two tokens. E2E: time of a whole request.
+rate at which they are sent (inf: all at once), `scale` what lengths are multiplied by, `engine
+steps` and `preemptions` those of all runs together. `in turns`: the servers of a pool took turns
+run by run, and `tok/s / full` is what a run has beside plain vLLM's with the same requests. TTFT:
+time to the first token, waiting included. TPOT: time per further token of a request, pauses
+included. ITL: time between two tokens. E2E: time of a whole request.
 
 """
 

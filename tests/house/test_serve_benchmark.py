@@ -132,7 +132,7 @@ def test_a_row_is_measured_once(part: Any, tmp_path: Path, monkeypatch: pytest.M
     every = ("--arms", "full,rkv(lam=0.2)/uniform/adakv", "--budgets", "96,128", "--runs", "2")
     rows = cells(part, *every)
     assert len(rows) == (1 + 2) * 2 * 2  # arms and budgets, pools, mixes
-    measured = {**part("serve_table").summarise(RECORDED), "preemptions": "3"}
+    measured = {**part("serve_table").summarise(RECORDED), "engine steps": "9", "preemptions": "3"}
     for row in rows[:5]:
         table.append(row, measured)
     assert [table.has(row) for row in rows] == [True] * 5 + [False] * (len(rows) - 5)
@@ -155,7 +155,7 @@ def test_arms_take_turns(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return {**RECORDED[0], "output_throughput": speed}
 
     monkeypatch.setattr(serve, "bench", bench)
-    monkeypatch.setattr(serve, "preemptions", lambda url: float(len(seen)))
+    monkeypatch.setattr(serve, "counts", lambda url, names: [3.0 * len(seen), float(len(seen))])
     options = serve.parse(["--mixes", "sharegpt", "--kv-memory", "6MiB", "--turns", "--runs", "3"])
     cases = serve.list_cases(options)
     urls = {case.server: f"http://{case.arm}" for case in cases}
@@ -166,7 +166,8 @@ def test_arms_take_turns(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     prompts = [text for *_, text in seen]
     assert [prompts.index(text) for text in prompts] == [0, 0, 2, 2, 4, 4, 6, 6]
     assert [row["tok/s / full"] for row in rows] == ["", "1.50 ± 0.00"]
-    assert [row["preemptions"] for row in rows] == ["6", "6"]  # those of the warm-up not counted
+    # The warm-up's are not counted.
+    assert [(row["engine steps"], row["preemptions"]) for row in rows] == [("18", "6")] * 2
 
 
 def test_another_file_is_not_written_to(part: Any, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_nothing_is_left_of_a_server(
         with module.serving(line, tmp_path / "log", port=0, patience=60, offline=True) as url:
             started.extend(int(text) for text in pids.read_text().split())
             assert all(alive(process) for process in started)
-            assert module.preemptions(url) == 7
+            assert module.counts(url, ["vllm:num_preemptions_total", "vllm:none"]) == [7, 0]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
