@@ -1,4 +1,7 @@
-"""The Grafana dashboard shows every metric of the server, and no other."""
+"""The Grafana dashboard shows every metric of ReasonAlloc, and how long vLLM's requests take.
+
+That a server exports what panels ask for: ``tests/serving/test_server.py``.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,28 @@ def test_panels_show_every_metric_and_no_other() -> None:
     assert set(re.findall(r"reasonalloc:\w+", text)) == exposed()
 
 
+def test_panels_show_how_long_requests_take() -> None:
+    text = " ".join(expressions(panel) for panel in _DASHBOARD["panels"])
+    assert set(re.findall(r"vllm:\w+", text)) >= {
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:request_time_per_output_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:generation_tokens_total",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_preemptions_total",
+        "vllm:kv_cache_usage_perc",
+    }
+
+
+def test_every_query_hears_the_choice_of_model_and_engine() -> None:
+    for panel in _DASHBOARD["panels"]:
+        text = expressions(panel)
+        metrics = re.findall(r"(?:vllm|reasonalloc):\w+", text)
+        chosen = '{model_name=~"$model_name", engine=~"$engine"}'
+        assert text.count(chosen) == len(metrics) > 0, panel["title"]
+
+
 def test_panels_have_units_and_places_of_their_own() -> None:
     places, ids = set(), set()
     for panel in _DASHBOARD["panels"]:
@@ -61,5 +86,12 @@ def test_the_data_source_is_asked_for_on_import() -> None:
 def test_every_counter_is_a_rate_or_an_increase() -> None:
     for panel in _DASHBOARD["panels"]:
         text = expressions(panel)
-        counters = len(re.findall(r"reasonalloc:\w+_total", text))
-        assert counters == len(re.findall(r"(?:rate|increase)\(reasonalloc:\w+_total", text))
+        counter = r"(?:vllm|reasonalloc):\w+_(?:total|bucket)"
+        counters = len(re.findall(counter, text))
+        assert counters == len(re.findall(rf"(?:rate|increase)\({counter}", text))
+
+
+def test_quantiles_are_of_histograms() -> None:
+    for target in (target for panel in _DASHBOARD["panels"] for target in panel["targets"]):
+        quantile = re.match(r"histogram_quantile\(0\.\d+, sum by \(le\) \(rate\(", target["expr"])
+        assert bool(quantile) == ("_bucket" in target["expr"]), target["expr"]

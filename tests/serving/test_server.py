@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from patience import PATIENCE
 
 SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 LAYERS, KV_HEADS = 4, 2
+DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "reasonalloc.json"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,21 @@ def test_metrics_count_what_happened(server: Server, client: Any) -> None:
     assert after["kv_bytes_per_sequence"] == 4 * block
     assert grown["kv_bytes_saved_total"] == (8 - 4) * block  # ceil(239 / 32) = 8
     assert after["kv_bytes_in_use"] == 0
+
+
+def test_the_server_exports_what_the_dashboard_asks_for(server: Server) -> None:
+    page = json.loads(DASHBOARD.read_text("utf-8"))
+    queries = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
+    queries += [variable["definition"] for variable in page["templating"]["list"]]
+    wanted = {name for query in queries for name in re.findall(r"(?:vllm|reasonalloc):\w+", query)}
+    assert {name.partition(":")[0] for name in wanted} == {"vllm", "reasonalloc"}
+    exported: dict[str, set[str]] = {}
+    for name, labels in re.findall(r"^([\w:]+)\{(.*)\} \S+$", server.get("/metrics"), re.MULTILINE):
+        exported.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
+    assert wanted - exported.keys() == set()
+    for name in wanted:
+        needed = {"model_name", "engine"} | ({"le"} if name.endswith("_bucket") else set())
+        assert needed <= exported[name], name
 
 
 def test_a_client_that_disconnects_leaves_no_blocks(server: Server, client: Any) -> None:
