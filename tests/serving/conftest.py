@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import decided, random_prompts
+from engines import undoubted
+from windowed import save_windowed
 
 from tiny_folder import save_tiny
 
@@ -37,30 +40,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clear(folder: Path) -> Callable[..., tuple[list[list[int]], list[list[int]]]]:
     """Prompts of given lengths that leave no doubt, and the greedy tokens of transformers.
 
-    ``clear(lengths, new, budget=...)``. Engines round differently, and so do processors: where two
-    tokens or two candidates for eviction lie as close as that, any of them is right. Of several
-    random prompts of each length the one is taken whose closest decision is the least close.
+    ``clear(lengths, new, budget=...)``; see ``undoubted``.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    def find(
-        lengths: Sequence[int], new: int, tries: int = 4, **settings: Any
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        candidates = [p for seed in range(tries) for p in random_prompts(lengths, seed)]
-        tokens, room = decided(model, candidates, new, settings)
-        best = room.view(tries, len(lengths)).argmax(dim=0)
-        chosen = [int(turn) * len(lengths) + i for i, turn in enumerate(best)]
-        assert min(room[chosen]) > 1, "no prompt leaves no doubt: give more tries"
-        return [candidates[i] for i in chosen], [tokens[i] for i in chosen]
+    return partial(undoubted, model)
 
-    return find
+
+@dataclass(frozen=True)
+class Windowed:
+    """A model of ``windowed.py``: where it lies, and the same as ``clear`` for it."""
+
+    folder: Path
+    clear: Callable[..., tuple[list[list[int]], list[list[int]]]]
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Windowed]:
+    """Models whose layers are of several kinds, by name."""
+    from transformers import AutoModelForCausalLM
+
+    made: dict[str, Windowed] = {}
+
+    def make(name: str) -> Windowed:
+        if name not in made:
+            folder = save_windowed(tmp_path_factory.mktemp(name), name)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            if name == "gemma2":  # older transformers' sdpa ignores soft-capping
+                model.set_attn_implementation("eager")
+            made[name] = Windowed(folder, partial(undoubted, model))
+        return made[name]
+
+    return make
 
 
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Callable[..., Any]]:
-    """Makes an ``LLM``; settings of the budget as ``budget=...``, the rest goes to vLLM."""
+    """Makes an ``LLM``; settings of the budget as ``budget=...``, the rest goes to vLLM.
+
+    ``model=``: another folder, which needs no tokenizer.
+    """
     from vllm import LLM
 
     made: list[Any] = []
@@ -78,7 +99,9 @@ def engine(folder: Path) -> Iterator[Callable[..., Any]]:
         }
         if settings:
             given["additional_config"] = {"reasonalloc": settings}
-        made.append(LLM(str(folder), **given))
+        if "model" in given:
+            given["skip_tokenizer_init"] = True
+        made.append(LLM(str(given.pop("model", folder)), **given))
         return made[-1]
 
     yield make

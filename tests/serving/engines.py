@@ -107,6 +107,23 @@ def decided(
     return out.sequences[:, width:].tolist(), room
 
 
+def undoubted(
+    model: Any, lengths: Sequence[int], new: int, tries: int = 4, **settings: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of given lengths that leave no doubt, and the greedy tokens of transformers.
+
+    Engines round differently, and so do processors: where two tokens or two candidates for eviction
+    lie as close as that, any of them is right. Of several random prompts of each length the one is
+    taken whose closest decision is the least close.
+    """
+    candidates = [p for seed in range(tries) for p in random_prompts(lengths, seed)]
+    tokens, room = decided(model, candidates, new, settings)
+    best = room.view(tries, len(lengths)).argmax(dim=0)
+    chosen = [int(turn) * len(lengths) + i for i, turn in enumerate(best)]
+    assert min(room[chosen]) > 1, "no prompt leaves no doubt: give more tries"
+    return [candidates[i] for i in chosen], [tokens[i] for i in chosen]
+
+
 def pool(llm: Any) -> Any:
     """The scheduler's block pool."""
     return scheduler(llm).kv_cache_manager.block_pool
@@ -114,6 +131,19 @@ def pool(llm: Any) -> Any:
 
 def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: Any) -> Any:
+    """The block manager of the layers under a budget."""
+    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    return next(each for each in managers if hasattr(each, "admission"))
+
+
+def builder(llm: Any) -> Any:
+    """The worker's metadata builder of the layers under a budget."""
+    groups = [group for groups in worker(llm).model_runner.attn_groups for group in groups]
+    builders = [group.get_metadata_builder(0) for group in groups]
+    return next(each for each in builders if hasattr(each, "runs"))
 
 
 def worker(llm: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import engines
 import pytest
 import torch
 from engines import greedy, pool, worker
@@ -129,6 +130,35 @@ def test_a_graph_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [41, 65], [1, 1])
     with pytest.raises(RuntimeError, match=r"moved its tables .* a CUDA graph of 4 requests"):
         worker.builder.build(0, worker.common([1, 1, 0, 0], 4, lengths))
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"), [("gemma3", "rkv/uniform/adakv"), ("gpt_oss", "value_aware/uniform/adakv")]
+)
+def test_windows_and_sinks(
+    engine: Callable[..., Any],
+    windowed: Callable[[str], Any],
+    paged: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    arm: str,
+) -> None:
+    """Layers with a window keep vLLM's own backend, and its blocks lie among ours."""
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    monkeypatch.setattr(attention, "get_attn_backend", lambda *a, **b: TritonAttentionBackend)
+    # vLLM's kernel that stores tokens asks what the GPU can do.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    settings = {**SETTINGS, "arm": arm}
+    model = windowed(name)
+    prompts, expected = model.clear((50, 7), 44, **settings)
+    llm = engine(settings, model=model.folder, max_num_batched_tokens=32, max_num_seqs=2)
+    layers = engines.builder(llm)
+    assert type(layers).__name__ == "PagedBuilder"
+    assert (layers.sinks(0) is None) == (name != "gpt_oss")
+    assert greedy(llm, prompts, 44) == expected
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
 class Count(TorchDispatchMode):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from engines import pool, random_prompts, scheduler
+from engines import manager, pool, random_prompts, scheduler
 
 SETTINGS = {"budget": 128, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 SMALL = {"kv_cache_memory_bytes": 4 << 20, "max_num_seqs": 64}
@@ -22,7 +22,7 @@ class Watched:
 
     def __init__(self, llm: Any) -> None:
         self.llm, self.scheduler = llm, scheduler(llm)
-        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.manager = manager(llm)
         self.preempted = self.paused = self.most = self.steps = 0
         self.admitted: list[str] = []
         self.pausing: set[str] = set()

@@ -14,6 +14,8 @@ import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm import checks, patches
 from reasonalloc.integrations.vllm.patches import PATCHES, Patch
+from reasonalloc.integrations.vllm.windows import Groups
+from reasonalloc.planning.memory import LayerShape
 
 
 @pytest.mark.parametrize(
@@ -51,17 +53,37 @@ def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check_engine(None)
 
 
-def test_learned_sinks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_vllm_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config
 
     import reasonalloc.integrations.vllm.backend  # noqa: F401 (imported now, it keeps the real one)
 
+    plan = SimpleNamespace(
+        name="a model",
+        groups=Groups(1, 1, (16,)),
+        shapes=[LayerShape(1, 1, 32), LayerShape(1, 1, 32, sliding_window=16)],
+    )
     monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: None)
-    monkeypatch.setattr(patches, "find_budget", lambda config: SimpleNamespace(name="a model"))
+    monkeypatch.setattr(patches, "find_budget", lambda config: plan)
     wrap = next(p.wrap for p in PATCHES if p.wrap is patches._budget_backend)
-    made = wrap(lambda self, **kwargs: pytest.fail("it was made"))
-    with pytest.raises(UnsupportedError, match=r"a model cannot run.*learned attention sinks"):
-        made(None, sinks=[0.0])
+
+    def make(
+        self: Any,
+        prefix: str = "",
+        cache_config: Any = None,
+        per_layer_sliding_window: int | None = None,
+        attn_backend: Any = None,
+    ) -> None:
+        made.append((prefix, attn_backend))
+
+    made: list[tuple[str, Any]] = []
+    wrap(make)(None, prefix="layers.1.attn", per_layer_sliding_window=16)
+    assert made == [("layers.1.attn", None)]  # vLLM's own backend
+    for layer, window in ((1, None), (1, 8), (0, 16)):
+        with pytest.raises(UnsupportedError, match=rf"a model cannot run.*layer {layer} has"):
+            wrap(make)(None, prefix=f"layers.{layer}.attn", per_layer_sliding_window=window)
+    with pytest.raises(UnsupportedError, match="brings its own attention"):
+        wrap(make)(None, prefix="layers.0.attn", attn_backend=object())
 
 
 def test_the_v2_runner_without_triton(

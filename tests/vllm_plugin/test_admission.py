@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from reasonalloc.integrations.vllm.admission import Admission, Answers
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
+from reasonalloc.integrations.vllm.windows import Windows
 
 STILL = 10  # steps without a token
 
@@ -48,6 +49,7 @@ class Engine:
     seqs: int = 100
     answers: Answers = field(default_factory=Answers)
     held: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)  # of layers with sliding windows
     tokens: dict[str, int] = field(default_factory=dict)
     asked: dict[str, Asked] = field(default_factory=dict)
     most: int = 0
@@ -70,9 +72,16 @@ class Engine:
         ):
             self.held[name] = self.reserve.blocks
             self.admission.settle(name)
+        if processed >= start and self.held.get(name, 0):
+            self.admission.prefilled(name)
         need = self.reserve.needed(start, tokens)
         self.held[name] = max(self.held.get(name, 0), need)
-        assert sum(self.held.values()) <= self.pool, "a request would be preempted"
+        size, windows = self.reserve.block_size, self.reserve.windows
+        # As vLLM: blocks that the window of the first token in flight does not reach are free.
+        gone = [max(0, processed - width + 1) // size for width in windows.widths]
+        self.beside[name] = sum(-(-tokens // size) - skipped for skipped in gone)
+        held = sum(self.held.values()) + sum(self.beside.values())
+        assert held <= self.pool, "a request would be preempted"
 
     def step(self, waiting: list[str]) -> None:
         target = {
@@ -120,6 +129,7 @@ class Engine:
     def drop(self, name: str) -> None:
         self.admission.forget(name)
         self.held.pop(name, None)
+        self.beside.pop(name, None)
         self.tokens.pop(name, None)
 
     def serve(self, requests: dict[str, Asked], drops: dict[int, str] | None = None) -> None:
@@ -134,13 +144,23 @@ class Engine:
         assert not self.held
 
 
+def peak(reserve: Reserve, request: Asked) -> int:
+    """The most blocks that a request can need."""
+    start, last = request.prompt, request.prompt + request.allowed
+    return reserve.peak(start, last) + reserve.windows.peak(start, last)
+
+
 @st.composite
 def engines(draw: st.DrawFn) -> tuple[Engine, dict[str, Asked]]:
     heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     total = st.integers(heads * 4, heads * 30)
     ranks = [draw(st.lists(total, min_size=layers, max_size=layers))]
     size = draw(st.sampled_from([1, 2, 4, 16]))
-    reserve = make_layouts(ranks, heads, draw(st.integers(1, 20)), size)[0].reserve
+    chunk, ahead = draw(st.sampled_from([3, 16, 1000])), draw(st.integers(1, 2))
+    widths = draw(st.lists(st.integers(1, 60), max_size=3))
+    windows = Windows(tuple(widths), size, chunk * ahead, ahead)
+    interval = draw(st.integers(1, 20))
+    reserve = make_layouts(ranks, heads, interval, size, windows=windows)[0].reserve
     request = st.builds(
         lambda prompt, answer, more: Asked(prompt, answer, answer + more),
         st.integers(1, 80),
@@ -148,12 +168,12 @@ def engines(draw: st.DrawFn) -> tuple[Engine, dict[str, Asked]]:
         st.integers(0, 100),
     )
     requests = {str(i): r for i, r in enumerate(draw(st.lists(request, min_size=1, max_size=25)))}
-    least = max(reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values())
+    least = max(peak(reserve, r) for r in requests.values())
     engine = Engine(
         reserve,
         draw(st.integers(least, 4 * least)),
-        chunk=draw(st.sampled_from([3, 16, 1000])),
-        ahead=draw(st.integers(1, 2)),
+        chunk=chunk,
+        ahead=ahead,
         seqs=draw(st.sampled_from([2, 8, 100])),
         answers=draw(st.sampled_from([Answers, Sanguine]))(),
     )
@@ -174,9 +194,7 @@ def test_blocks_that_all_need_at_once_are_never_waited_for(
     made: tuple[Engine, dict[str, Asked]],
 ) -> None:
     engine, requests = made
-    engine.pool = sum(
-        engine.reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values()
-    )
+    engine.pool = sum(peak(engine.reserve, r) for r in requests.values())
     engine.admission = Admission(engine.reserve, engine.pool, engine.answers)
     engine.serve(requests)
     assert engine.pauses == 0

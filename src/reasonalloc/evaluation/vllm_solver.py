@@ -22,8 +22,9 @@ from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
+from reasonalloc.integrations.vllm.windows import Windows, divide
 from reasonalloc.loading import load_model
-from reasonalloc.planning.memory import MemoryPlan
+from reasonalloc.planning.memory import LayerShape, MemoryPlan
 from reasonalloc.planning.shapes import text_config
 
 
@@ -177,8 +178,7 @@ class VllmSolver:
         plan = self._plans.get(job)
         tokens = len(prompt) + len(completion) - 1  # the last token is never fed
         block = self._llm.llm_engine.vllm_config.cache_config.block_size
-        whole = sum(s.kv_heads * sum(s.dims) for s in self._shapes) * self._dtype.itemsize
-        full = -(-tokens // block) * block * whole
+        full = self._full(block, tokens)
         return {
             "arm": job.arm,
             "budget": job.budget,
@@ -217,10 +217,19 @@ class VllmSolver:
             for total in plan.totals
         )
 
+    def _full(self, block: int, tokens: int) -> int:
+        """Bytes of the blocks that a request holds at its end without a budget."""
+        shapes: tuple[LayerShape, ...] = self._shapes
+        groups, whole = divide(shapes), sum(s.kv_heads * sum(s.dims) for s in shapes)
+        blocks = -(-tokens // block) * groups.full + Windows(groups.widths, block).held(tokens)
+        numbers = whole * groups.layers // len(shapes)  # of a token in a block
+        full: int = blocks * block * numbers * self._dtype.itemsize
+        return full
+
     def _peak(self, plan: EngineBudget, block: int, prompt: int, tokens: int) -> int:
         """Bytes of the most blocks that a request held."""
         sizes = Accounting(plan, block, self._dtype.itemsize)
-        return sizes.layouts[0].reserve.peak(prompt, tokens) * sizes.block_bytes
+        return sizes.peak(prompt, tokens) * sizes.block_bytes
 
 
 def _arguments(settings: CompressionConfig | None) -> dict[str, Any]:

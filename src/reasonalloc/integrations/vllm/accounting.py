@@ -14,7 +14,8 @@ from reasonalloc.tables import Table, human
 class Account:
     """One request, when it is finished.
 
-    An *entry* is one token of one layer and KV head; those of all tensor-parallel ranks count.
+    An *entry* is one token of one KV head of a layer under the budget; those of all
+    tensor-parallel ranks count.
 
     Attributes:
         kept: entries that are in the cache at the end.
@@ -52,14 +53,30 @@ class Accounting:
 
     @property
     def block_bytes(self) -> int:
-        """Keys and values of one block, all layers and heads of all ranks."""
-        numbers = sum(2 * shape.kv_heads * shape.head_dim for shape in self.plan.shapes)
+        """Keys and values of one block, all heads of all ranks.
+
+        A block holds tokens of all layers; where some have sliding windows, of as many layers as
+        vLLM has in a group.
+        """
+        shape = self.plan.shapes[0]  # of all layers
+        numbers = self.plan.groups.layers * 2 * shape.kv_heads * shape.head_dim
         return numbers * self.block_size * self.itemsize
 
     @property
     def blocks(self) -> int:
-        """Blocks of a sequence from its first compression on."""
-        return self.layouts[0].reserve.blocks
+        """Blocks of a sequence from its first compression on, its windows full."""
+        reserve = self.layouts[0].reserve
+        return reserve.blocks + reserve.windows.decode(1 << 30)
+
+    def peak(self, start: int, last: int) -> int:
+        """Most blocks of a sequence with a prefill of ``start`` tokens and ``last`` in all."""
+        reserve = self.layouts[0].reserve
+        return reserve.peak(start, last) + reserve.windows.peak(start, last)
+
+    def plain(self, tokens: int) -> int:
+        """Blocks of a sequence of ``tokens`` tokens without a budget."""
+        reserve = self.layouts[0].reserve
+        return -(-tokens // self.block_size) + reserve.windows.held(tokens)
 
     def fits(self, memory: int, last: int) -> int:
         """Sequences with prompts inside the budget that a rank's KV memory holds at their peak.
@@ -69,7 +86,7 @@ class Accounting:
             last: most tokens of a sequence.
         """
         pool = memory // (self.block_bytes // self.plan.ranks) - 1  # vLLM keeps a null block
-        return max(pool, 0) // self.layouts[0].reserve.peak(1, last)
+        return max(pool, 0) // self.peak(1, last)
 
     def account(self, prompt: int, generated: int) -> Account:
         """What became of a request.
@@ -87,11 +104,12 @@ class Accounting:
             for total in layout.totals
         )
         compressed = tokens >= reserve.first_event(prompt)
-        plain = -(-tokens // self.block_size)
-        held = reserve.held(prompt) if compressed else plain
+        plain = held = self.plain(tokens)
+        if compressed:
+            held = reserve.held(prompt) + reserve.windows.held(tokens)
         return Account(
             kept=kept,
-            evicted=self.plan.kv_heads * len(self.plan.shapes) * tokens - kept,
+            evicted=self.plan.kv_heads * len(self.plan.totals) * tokens - kept,
             compressions=reserve.compressions(prompt, tokens),
             held_bytes=held * self.block_bytes,
             full_bytes=plain * self.block_bytes,
@@ -107,8 +125,7 @@ def accounting_table(sizes: Accounting, last: int, memory: int | None) -> Table:
         memory: bytes for the KV cache of one GPU, to say how many sequences fit; or None.
     """
     config, per_gpu = sizes.plan.config, sizes.block_bytes // sizes.plan.ranks
-    blocks = sizes.layouts[0].reserve.peak(1, last)
-    plain = -(-last // sizes.block_size)
+    blocks, plain = sizes.peak(1, last), sizes.plain(last)
     rows = [
         ("arm", f"{config.arm}, budget {config.budget}, interval {config.interval}"),
         (

@@ -37,39 +37,78 @@ class Admitted:
         reserve: what is known of the engine.
         start: tokens of its prefill.
         last: most tokens that it will have in the cache.
-        blocks: promised to it.
-        peak: the most that it can need from now on.
         tokens: in the cache, at the end of the step that is scheduled.
     """
 
     reserve: Reserve
     start: int
     last: int
-    blocks: int = field(init=False)
-    peak: int = field(init=False)
     tokens: int = field(init=False)
+    # Promised, and the most: of layers under the budget, and of those with sliding windows.
+    _own: int = field(init=False)
+    _own_peak: int = field(init=False)
+    _beside: int = field(init=False)
+    _beside_peak: int = field(init=False)
+    _prefilling: bool = True
     _first: int = field(init=False)  # tokens at its first compression
 
     def __post_init__(self) -> None:
-        self.blocks = self.reserve.needed(self.start, self.start)
-        self.peak = max(self.blocks, self.reserve.peak(self.start, self.last))
+        reserve = self.reserve
+        self._own = reserve.needed(self.start, self.start)
+        self._own_peak = max(self._own, reserve.peak(self.start, self.last))
+        self._beside = reserve.windows.prefill(self.start)
+        self._beside_peak = max(self._beside, reserve.windows.peak(self.start, self.last))
         self.tokens = self.start
-        self._first = self.reserve.first_event(self.start)
+        self._first = reserve.first_event(self.start)
+
+    @property
+    def blocks(self) -> int:
+        """Promised to it."""
+        return self._own + self._beside
+
+    @property
+    def peak(self) -> int:
+        """The most that it can need from now on."""
+        return self._own_peak + self._beside_peak
 
     def missing(self, tokens: int) -> int:
         """Blocks that it lacks for a step that ends with ``tokens`` tokens."""
-        held = self.blocks * self.reserve.block_size
-        if self.blocks == self.peak or tokens <= held < self._first:
+        return self._missing_own(tokens) + self._missing_beside(tokens)
+
+    def grow(self, tokens: int) -> None:
+        """Promise it what it lacks for a step that ends with ``tokens`` tokens."""
+        self._own += self._missing_own(tokens)
+        self._beside += self._missing_beside(tokens)
+
+    def _missing_own(self, tokens: int) -> int:
+        held = self._own * self.reserve.block_size
+        if self._own == self._own_peak or tokens <= held < self._first:
             return 0
-        return max(self.reserve.needed(self.start, min(tokens, self.last)) - self.blocks, 0)
+        return max(self.reserve.needed(self.start, min(tokens, self.last)) - self._own, 0)
+
+    def _missing_beside(self, tokens: int) -> int:
+        if self._beside == self._beside_peak:
+            return 0
+        windows = self.reserve.windows
+        most = windows.prefill if self._prefilling else windows.decode
+        return max(most(min(tokens, self.last)) - self._beside, 0)
 
     def peak_at(self, tokens: int) -> int:
         """The most that it needs if it ends with ``tokens`` tokens."""
-        return max(self.blocks, self.reserve.peak(self.start, min(tokens, self.last)))
+        last, windows = min(tokens, self.last), self.reserve.windows
+        beside = windows.peak(self.start, last) if self._prefilling else windows.decode(last)
+        return max(self.blocks, self.reserve.peak(self.start, last) + beside)
+
+    def prefilled(self) -> None:
+        """Its prefill is computed: what lay behind its windows was given back."""
+        if self._prefilling:
+            self._prefilling = False
+            self._beside = self.reserve.windows.decode(min(self.tokens, self.last))
+            self._beside_peak = max(self._beside, self.reserve.windows.decode(self.last))
 
     def settle(self) -> None:
-        """It was compressed for the first time, and needs a constant number of blocks."""
-        self.blocks = self.peak = self.reserve.held(self.start)
+        """It was compressed for the first time: a constant number of blocks, besides windows."""
+        self._own = self._own_peak = self.reserve.held(self.start)
 
 
 class Answers:
@@ -157,6 +196,10 @@ class Admission:
         self._answers.take_back(request_id)
         self._admitted[request_id] = self._announced.pop(request_id)
 
+    def prefilled(self, request_id: str) -> None:
+        """A request's prefill is computed."""
+        self._admitted[request_id].prefilled()
+
     def settle(self, request_id: str) -> None:
         """A request was compressed for the first time."""
         self._admitted[request_id].settle()
@@ -186,7 +229,7 @@ class Admission:
                 if paused or more > least:
                     paused.add(name)
                     continue
-                request.blocks += more
+                request.grow(tokens[name])
                 least -= more
         for name in tokens.keys() - paused:
             self._admitted[name].tokens = tokens[name]

@@ -64,6 +64,7 @@ class BudgetImpl(CPUAttentionBackendImpl):
             meta.table[index],
             meta.schedule(index),
             meta.longest_query,
+            builder.sinks(index),
         )
         if meta.by_head:
             back = out.view(heads, tokens, group, width).transpose(0, 1)
@@ -98,12 +99,16 @@ class BudgetBackend(CPUAttentionBackend):
 _backends: dict[tuple[int, Any], Any] = {}
 
 
-def stock_backend(head_size: int, kv_cache_dtype: str, attn_type: str) -> Any:
+def stock_backend(head_size: int, kv_cache_dtype: str, attn_type: str, has_sink: bool) -> Any:
     """The backend that vLLM would choose for a layer on this GPU; None on a CPU."""
     if current_platform.is_cpu():
         return None
     return get_attn_backend(
-        head_size, torch.get_default_dtype(), kv_cache_dtype, attn_type=attn_type
+        head_size,
+        torch.get_default_dtype(),
+        kv_cache_dtype,
+        has_sink=has_sink,
+        attn_type=attn_type,
     )
 
 

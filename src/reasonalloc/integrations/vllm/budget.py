@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.settings import find_settings
+from reasonalloc.integrations.vllm.windows import Groups, Windows, divide
 from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.planning.sharding import HeadShard
@@ -20,9 +22,13 @@ class EngineBudget(BudgetPlan):
 
     Attributes:
         ranks: tensor-parallel processes.
+        in_flight, steps: most tokens and steps that are scheduled and not computed at a time, see
+            ``Windows``.
     """
 
     ranks: int = 1
+    in_flight: int | None = None
+    steps: int = 1
 
     def __post_init__(self) -> None:
         self._check_layers()
@@ -50,10 +56,10 @@ class EngineBudget(BudgetPlan):
                 what = f"the cache of layer {shape.again} in a further loop"
             elif shape.latent is not None:
                 what = "latent attention (MLA)"
-            elif shape.sliding_window is not None:
-                what = "a sliding window"
             elif shape.state is not None or not shape.kv_heads:
                 what = "a state, or no cache at all"
+            elif shape.sliding_window is not None and self._chunked:
+                what = "attention in chunks"
             else:
                 continue
             raise UnsupportedError(
@@ -65,11 +71,31 @@ class EngineBudget(BudgetPlan):
                 f"{self.name} cannot run under a KV budget in vLLM yet: its layers differ in "
                 "shape; run it on transformers"
             )
+        if len({(shape.kv_heads, shape.dims) for shape in self.shapes}) > 1:
+            raise UnsupportedError(
+                f"{self.name} cannot run under a KV budget in vLLM yet: its layers with a sliding "
+                "window have other KV heads than those without; run it on transformers"
+            )
+        if self.groups.full > 1:
+            raise UnsupportedError(
+                f"{self.name} cannot run under a KV budget in vLLM yet: it has so few layers with "
+                f"a sliding window that vLLM divides those without into {self.groups.full} groups; "
+                "run it on transformers"
+            )
         if self.kv_heads % self.ranks:
             raise UsageError(
                 f"tensor_parallel_size={self.ranks}: {self.kv_heads} KV heads cannot be divided "
                 "equally under a KV budget: give a number that divides them"
             )
+
+    @property
+    def _chunked(self) -> bool:
+        return getattr(self.text_config, "attention_chunk_size", None) is not None
+
+    @cached_property
+    def groups(self) -> Groups:
+        """How vLLM divides the layers."""
+        return divide(self.shapes)
 
     def shard(self, rank: int) -> HeadShard:
         """Return the KV heads of one rank."""
@@ -82,7 +108,8 @@ class EngineBudget(BudgetPlan):
         ]
         pin = self.config.prompt == "pin"
         heads = self.kv_heads // self.ranks
-        return make_layouts(totals, heads, self.config.interval, block_size, pin)
+        windows = Windows(self.groups.widths, block_size, self.in_flight, self.steps)
+        return make_layouts(totals, heads, self.config.interval, block_size, pin, windows)
 
 
 def check_storage(config: CompressionConfig) -> None:
@@ -130,13 +157,23 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     if config is None or model is None:
         return None
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    key = (config, model.model, str(model.hf_text_config), ranks)
+    in_flight, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches
+    key = (config, model.model, str(model.hf_text_config), ranks, in_flight, steps)
     if key not in _budgets:
-        _budgets[key] = make_budget(config, model.model, model.hf_text_config, ranks)
+        _budgets[key] = make_budget(
+            config, model.model, model.hf_text_config, ranks, in_flight, steps
+        )
     return _budgets[key]
 
 
-def make_budget(config: CompressionConfig, name: str, text_config: Any, ranks: int) -> EngineBudget:
+def make_budget(
+    config: CompressionConfig,
+    name: str,
+    text_config: Any,
+    ranks: int,
+    in_flight: int | None = None,
+    steps: int = 1,
+) -> EngineBudget:
     """Return the budget of a model whose weights need not be loaded.
 
     Args:
@@ -144,11 +181,20 @@ def make_budget(config: CompressionConfig, name: str, text_config: Any, ranks: i
         name: of the model, for messages.
         text_config: transformers' configuration of the decoder.
         ranks: tensor-parallel processes.
+        in_flight, steps: of the engine, see ``EngineBudget``; without one a prompt is prefilled at
+            once.
 
     Raises:
         UsageError, UnsupportedError: settings or a model that cannot work.
     """
     shapes = layer_shapes(text_config, name)
     return EngineBudget(
-        config, shapes, text_config, name, load_output_metrics=_no_outputs, ranks=ranks
+        config,
+        shapes,
+        text_config,
+        name,
+        load_output_metrics=_no_outputs,
+        ranks=ranks,
+        in_flight=in_flight,
+        steps=steps,
     )

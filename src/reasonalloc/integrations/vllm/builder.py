@@ -51,8 +51,8 @@ class BudgetMetadata:
     Attributes:
         builder: owns the storage.
         tokens: new tokens.
-        by_head: runs are ordered by head first (several tokens per request) or by request first
-            (one each, so that queries need not be moved).
+        by_head: runs are ordered by head first (several tokens per request, or learned sinks) or
+            by request first (one each, so that queries need not be moved).
         query_start: [N + 1] int32.
         lengths: [L, N] int32; table: [L, N, pages] int32.
         slots: [L, tokens * kv_heads] int64, where new tokens go.
@@ -139,7 +139,21 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.head_size,
             self.kv_cache_spec.block_size,
             self.kv_cache_spec.dtype,
+            1 if self._sinks is None else impl.num_kv_heads,
         )
+
+    @cached_property
+    def _sinks(self) -> Tensor | None:
+        """[L, H, group] float32; None if the model has none."""
+        impls = [module.impl for module in self._modules]
+        if getattr(impls[0], "sinks", None) is None:
+            return None
+        heads = impls[0].num_kv_heads
+        return torch.stack([impl.sinks.detach().float().view(heads, -1) for impl in impls])
+
+    def sinks(self, layer: int) -> Tensor | None:
+        """Learned sinks of a layer, [H, group] float32; None if the model has none."""
+        return None if self._sinks is None else self._sinks[layer]
 
     def _bind(self) -> None:
         if not self.runs.bound:
@@ -155,6 +169,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             self.queries,
             impl.scale,
             impl.logits_soft_cap or None,
+            self._sinks,
         )
 
     @cached_property
@@ -162,7 +177,12 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         """What the policy knows of every token."""
         impl = self._modules[0].impl
         return PoolObserver(
-            self._plan.policy, self.runs, self.queries, impl.scale, impl.logits_soft_cap or None
+            self._plan.policy,
+            self.runs,
+            self.queries,
+            impl.scale,
+            impl.logits_soft_cap or None,
+            self._sinks,
         )
 
     def begin(
@@ -221,7 +241,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         lengths = runs.lengths(slots, common.seq_lens)
         blocks = self._blocks = common.block_table_tensor
         table = self._table(batch, slots, lengths, blocks)
-        by_head = tokens > len(new)
+        by_head = tokens > len(new) or self._sinks is not None
         new_slots = self._new_slots(table, lengths, new, starts)
         if runs.state is not None:
             runs.state[new_slots.flatten()] = 0

@@ -99,10 +99,28 @@ def check_engine(config: Any) -> None:
         raise refuse("--enable-dbo", "leave it out")
     if cache.cache_dtype != "auto":
         raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", "use auto")
+    if config.model_config.disable_sliding_window:
+        raise refuse("--disable-sliding-window", "give --max-model-len instead")
     if cache.kv_sharing_fast_prefill:
         raise refuse("--kv-sharing-fast-prefill", "leave it out")
     if config.model_config.runner_type != "generate":
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
+
+
+def check_windows(config: Any) -> None:
+    """Refuse an engine in which a model's layers with sliding windows are none.
+
+    Args:
+        config: vLLM's ``VllmConfig``, of a model with such layers.
+
+    Raises:
+        UnsupportedError: names the flag.
+    """
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise UnsupportedError(
+            "--disable-hybrid-kv-cache-manager cannot be used with a KV budget and a model with "
+            "sliding-window layers: they would keep every token; leave it out"
+        )
 
 
 def check_prompt(tokens: int, reserve: Any, blocks: int, last: int) -> str | None:
@@ -114,16 +132,19 @@ def check_prompt(tokens: int, reserve: Any, blocks: int, last: int) -> str | Non
         blocks: of the pool, the null block left out.
         last: most tokens of a sequence.
     """
-    needed = reserve.needed(tokens, tokens)
+    last = max(last, tokens)
+    beside = reserve.windows.peak(tokens, last)
+    needed = reserve.needed(tokens, tokens) + beside
     if needed > blocks:
+        room = max(blocks - beside, 0) * reserve.block_size
         return (
             f"the prompt has {tokens} tokens and takes {needed} blocks until it is compressed, but "
-            f"the whole KV cache has {blocks}: shorten it to {blocks * reserve.block_size} tokens, "
-            "or give the engine more KV cache memory"
+            f"the whole KV cache has {blocks}: shorten it to {room} tokens, or give the engine "
+            "more KV cache memory"
         )
-    peak = reserve.peak(tokens, max(last, tokens))
+    peak = reserve.peak(tokens, last) + beside
     if reserve.pin and peak > blocks:
-        room = max(blocks - reserve.blocks, 0) * reserve.block_size
+        room = max(blocks - beside - reserve.blocks, 0) * reserve.block_size
         return (
             f"the prompt has {tokens} tokens, is pinned, and takes {peak} blocks with its answer, "
             f"but the whole KV cache has {blocks}: shorten it to {room} tokens, or give the engine "

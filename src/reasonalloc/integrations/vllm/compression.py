@@ -95,6 +95,7 @@ class PoolCompressor:
         rank: tensor-parallel rank of this process.
         runs, queries: where tokens lie, the last queries.
         scaling, softcap: of the attention logits.
+        sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class PoolCompressor:
         queries: QueryRows,
         scaling: float,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> None:
         self._plan, self._runs, self._queries = plan, runs, queries
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
-        self._scaling, self._softcap = scaling, softcap
+        self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
         shard, device = plan.shard(rank), runs.device
         self._planned: Tensor | None = None
         if plan.planned is not None:
@@ -281,6 +283,13 @@ class PoolCompressor:
         if policy.needs_queries:
             queries = self._queries.read(rows.layers, rows.queries, recent, runs.heads)
         states = runs.states
+        sinks = query_sinks = None
+        if self._sinks is not None:
+            own = self._sinks[layer]
+            if isinstance(layer, int):
+                sinks = own
+            else:  # one for each query, since rows are of several layers
+                query_sinks = own[..., None].expand(-1, -1, -1, window)
         return Candidates(
             lengths=rows.lengths.long(),
             positions=rows.positions.long(),
@@ -295,6 +304,8 @@ class PoolCompressor:
             softcap=self._softcap,
             layer=layer,
             seed=self._plan.config.seed,
+            sinks=sinks,
+            query_sinks=query_sinks,
         )
 
 

@@ -75,6 +75,7 @@ class Kernel(Protocol):
         table: Tensor,
         schedule: Any,
         longest_query: int,
+        sinks: Tensor | None,
     ) -> None:
         """Causal attention, the queries of a run being its last tokens.
 
@@ -85,6 +86,8 @@ class Kernel(Protocol):
             table: [runs, n] int32, pages of each run.
             schedule: from ``schedule``.
             longest_query: most new tokens of a run.
+            sinks: [kv_heads, group] learned sinks of the layer, see ``reasonalloc.sinks``; runs
+                are then ordered by head. None: the model has none.
         """
         ...
 
@@ -142,6 +145,8 @@ class CpuKernel:
         head_dim: width of a head.
         block_size: tokens of a page.
         dtype: of queries and cache.
+        parts: KV heads that are attended one after the other, since each has sinks of its own,
+            which the kernel knows by query head; 1 without sinks.
     """
 
     def __init__(
@@ -152,8 +157,10 @@ class CpuKernel:
         head_dim: int,
         block_size: int,
         dtype: torch.dtype,
+        parts: int = 1,
     ) -> None:
         self._scale, self._softcap, self._group = scale, softcap, group
+        self._parts = parts
         self._head_dim, self._dtype = head_dim, dtype
         # Not what vLLM would choose: its matrix unit stores keys in an order of its own.
         self._isa = "vec" if head_dim % 32 == 0 and block_size % 32 == 0 else "vec16"
@@ -199,6 +206,10 @@ class CpuKernel:
 
     def schedule(self, query_start: Tensor, lengths: Tensor) -> Any:
         """See ``Kernel``."""
+        runs = len(lengths) // self._parts
+        return [self._schedule(query_start[: runs + 1], part) for part in lengths.split(runs)]
+
+    def _schedule(self, query_start: Tensor, lengths: Tensor) -> Any:
         from vllm import _custom_ops as ops
         from vllm import envs
 
@@ -226,23 +237,27 @@ class CpuKernel:
         table: Tensor,
         schedule: Any,
         longest_query: int,
+        sinks: Tensor | None,
     ) -> None:
         """See ``Kernel``."""
         from vllm import _custom_ops as ops
 
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=pages.raw[:, 0][:, None],
-            value_cache=pages.raw[:, 1][:, None],
-            output=out,
-            query_start_loc=query_start,
-            seq_lens=lengths,
-            scale=self._scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=table,
-            softcap=self._softcap,
-            scheduler_metadata=schedule,
-            s_aux=None,
-        )
+        runs, tokens = (len(each) // self._parts for each in (lengths, query))
+        for part, plan in enumerate(schedule):
+            some, new = (slice(part * n, (part + 1) * n) for n in (runs, tokens))
+            ops.cpu_attention_with_kv_cache(
+                query=query[new],
+                key_cache=pages.raw[:, 0][:, None],
+                value_cache=pages.raw[:, 1][:, None],
+                output=out[new],
+                query_start_loc=query_start[: runs + 1],
+                seq_lens=lengths[some],
+                scale=self._scale,
+                causal=True,
+                alibi_slopes=None,
+                sliding_window=-1,
+                block_table=table[some],
+                softcap=self._softcap,
+                scheduler_metadata=plan,
+                s_aux=None if sinks is None else sinks[part],
+            )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from reasonalloc.core.cadence import Cadence, most_held, overflow
+from reasonalloc.integrations.vllm.windows import NO_WINDOWS, Windows
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Reserve:
             ones.
         blocks: blocks of a request from its first compression on, besides those of ``leading``.
         pin: prompts stay, on top of the budget.
+        windows: what layers with sliding windows take besides; all else is of layers under the
+            budget.
     """
 
     block_size: int
@@ -40,6 +43,7 @@ class Reserve:
     overflow: int
     blocks: int
     pin: bool = False
+    windows: Windows = NO_WINDOWS
 
     def pinned(self, start: int) -> int:
         """Tokens that stay on top of the budget, of a prefill of ``start``."""
@@ -130,6 +134,7 @@ def make_layouts(
     interval: int,
     block_size: int,
     pin: bool = False,
+    windows: Windows = NO_WINDOWS,
 ) -> tuple[Layout, ...]:
     """Layouts of all tensor-parallel ranks.
 
@@ -139,9 +144,10 @@ def make_layouts(
         interval: tokens between two boundaries.
         block_size: tokens of a block.
         pin: prompts stay, on top of the budget.
+        windows: of layers beside those under the budget.
     """
     least = min(total for layers in totals for total in layers)
-    reserve = Reserve(block_size, interval, overflow(least, kv_heads), 0, pin)
+    reserve = Reserve(block_size, interval, overflow(least, kv_heads), 0, pin, windows)
     whole = [sum(_pages(total, kv_heads, reserve) for total in layers) for layers in totals]
     per_block = len(totals[0]) * kv_heads
     reserve = dataclasses.replace(reserve, blocks=-(-max(whole) // per_block))

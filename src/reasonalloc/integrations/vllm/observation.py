@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, View, send
 from reasonalloc.policies import Policy
+from reasonalloc.sinks import softmax
 
 FLUSH = 16  # decode steps whose queries are kept until their attention is computed
 _LOGIT_BYTES = 256 << 20  # of explicit logits at a time
@@ -39,13 +40,20 @@ class PoolObserver:
         policy: has ``state_channels``.
         runs, queries: where tokens lie, the last queries.
         scaling, softcap: of the attention logits.
+        sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
     """
 
     def __init__(
-        self, policy: Policy, runs: Runs, queries: QueryRows, scaling: float, softcap: float | None
+        self,
+        policy: Policy,
+        runs: Runs,
+        queries: QueryRows,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> None:
         self._policy, self._runs, self._queries = policy, runs, queries
-        self._scaling, self._softcap = scaling, softcap
+        self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
 
     def steps(self, unseen: Sequence[Unseen], blocks: Tensor) -> None:
         """Take in the attention of decode steps, of all layers.
@@ -78,7 +86,8 @@ class PoolObserver:
         view = runs.view(index, slot, tokens, blocks[None], after)
         asked = query.transpose(0, 1).unflatten(0, (1, runs.heads, -1))
         positions = torch.arange(before, after, device=runs.device)[None]
-        self._take_in(view, asked, positions, torch.ones_like(positions, dtype=torch.bool))
+        real = torch.ones_like(positions, dtype=torch.bool)
+        self._take_in(view, index, asked, positions, real)
 
     def _parts(
         self, pairs: list[tuple[Unseen, int]], longest: int
@@ -104,7 +113,7 @@ class PoolObserver:
         view = runs.view(layers, slots, tokens, blocks[batch], longest)
         positions = tokens[:, None] + torch.arange(-FLUSH, 0, device=runs.device)
         asked = self._queries.read(layers, rows, positions, runs.heads)
-        self._take_in(view, asked, positions, positions >= first[:, None])
+        self._take_in(view, layers, asked, positions, positions >= first[:, None])
 
     @property
     def _states(self) -> Tensor:
@@ -113,11 +122,14 @@ class PoolObserver:
             raise RuntimeError("runs without state")
         return states
 
-    def _take_in(self, view: View, asked: Tensor, positions: Tensor, real: Tensor) -> None:
+    def _take_in(
+        self, view: View, layers: Tensor, asked: Tensor, positions: Tensor, real: Tensor
+    ) -> None:
         """Let the policy see queries.
 
         Args:
             view: the runs.
+            layers: [n] int64, whose.
             asked: [n, H, group, q, head_dim].
             positions: [n, q] int64, of the queries in their sequence.
             real: [n, q] bool, whether there is such a query.
@@ -135,7 +147,11 @@ class PoolObserver:
                 logits = torch.tanh(logits / self._softcap) * self._softcap
             own = (view.shift[..., None] + positions[:, None, some])[..., None]
             hidden = (index > own)[:, :, None]
-            weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
+            logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+            sinks = None
+            if self._sinks is not None:  # of every query, as rows are of several layers
+                sinks = self._sinks[layers][..., None].expand(logits.shape[:-1])
+            weights = softmax(logits, sinks)
             received = weights.mean(dim=2) * real[:, None, some, None]
             age = positions[:, None, some, None] - view.positions[:, :, None]
             self._policy.observe(state, received, age.float())

@@ -266,7 +266,7 @@ class PagedImpl:
         meta, builder, step = attn_metadata, attn_metadata.builder, attn_metadata.step
         index = builder.layers[layer.layer_name]
         builder.steps.store(index, query, key, value, step)
-        builder.steps.attend(index, query, output, step)
+        builder.steps.attend(index, query, output, step, builder.sinks(index))
         if meta.stock is not None:
             some = slice(step.decodes, step.tokens)
             super().forward(  # type: ignore[misc]

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm.admission import Admission
-from reasonalloc.integrations.vllm.budget import find_budget
+from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 
 _MARK = "_reasonalloc_wrapped"
 # Names of vLLM's own requests; those of users end in a hyphen and random digits.
@@ -70,29 +70,59 @@ def _budget_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
         plan = find_budget(get_current_vllm_config())
         if plan is not None:
-            from reasonalloc.integrations.vllm import backend
-
-            if kwargs.get("sinks") is not None:
-                raise UnsupportedError(
-                    f"{plan.name} cannot run under a KV budget in vLLM: it has learned attention "
-                    "sinks; use transformers (reasonalloc.attach)"
-                )
-            if kwargs.get("attn_backend") is not None:
-                raise UnsupportedError(
-                    f"{plan.name} cannot run under a KV budget: it brings its own attention"
-                )
             given = inspect.signature(original).bind(self, *args, **kwargs)
             given.apply_defaults()
-            cache = given.arguments["cache_config"]
-            stock = backend.stock_backend(
-                given.arguments["head_size"],
-                "auto" if cache is None else cache.cache_dtype,
-                given.arguments["attn_type"],
-            )
-            kwargs["attn_backend"] = backend.backend_of(plan, stock)
+            if not _windowed(plan, given.arguments):
+                kwargs["attn_backend"] = _backend(plan, given.arguments)
         original(self, *args, **kwargs)
 
     return wrapper
+
+
+def _windowed(plan: EngineBudget, given: Mapping[str, Any]) -> bool:
+    """Whether a layer has a sliding window, and so no budget.
+
+    Args:
+        plan: the budget.
+        given: arguments of vLLM's ``Attention``.
+
+    Raises:
+        UnsupportedError: vLLM's model does not follow its configuration.
+    """
+    cache, window = given["cache_config"], given["per_layer_sliding_window"]
+    if window is None and cache is not None:
+        window = cache.sliding_window
+    if window is None and not plan.groups.widths:
+        return False
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layer = extract_layer_index(given["prefix"])
+    expected = plan.shapes[layer].sliding_window
+    if window != expected:
+        raise UnsupportedError(
+            f"{plan.name} cannot run under a KV budget in vLLM: its layer {layer} has a sliding "
+            f"window of {window} tokens there, and of {expected} by its configuration; run it on "
+            "transformers"
+        )
+    return window is not None
+
+
+def _backend(plan: EngineBudget, given: Mapping[str, Any]) -> Any:
+    """The attention backend of a layer under a budget, made with ``given`` arguments."""
+    from reasonalloc.integrations.vllm import backend
+
+    if given["attn_backend"] is not None:
+        raise UnsupportedError(
+            f"{plan.name} cannot run under a KV budget: it brings its own attention"
+        )
+    cache = given["cache_config"]
+    stock = backend.stock_backend(
+        given["head_size"],
+        "auto" if cache is None else cache.cache_dtype,
+        given["attn_type"],
+        given["extra_impl_args"].get("sinks") is not None,
+    )
+    return backend.backend_of(plan, stock)
 
 
 def _begin_v1(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,6 +181,18 @@ def _builders(runner: Any) -> list[Any]:
         for group in groups
         if isinstance(group.get_metadata_builder(0), BudgetBuilder)
     ]
+
+
+def _checked_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """All block managers are those that admission counts on."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from reasonalloc.integrations.vllm.spec import check_groups
+
+        original(self, *args, **kwargs)
+        check_groups(self.coordinator.single_type_managers)
+
+    return wrapper
 
 
 def _announce(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +259,9 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         checks.prepare(self, settings.prompt == "pin")
         config = original(self, *args, **kwargs)
         checks.check_engine(config)
-        find_budget(config)
+        plan = find_budget(config)
+        if plan is not None and plan.groups.widths:
+            checks.check_windows(config)
         return config
 
     return wrapper
@@ -280,6 +324,7 @@ PATCHES = (
         _finish,
     ),
     # Both.
+    Patch("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", (), _checked_groups),
     Patch(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
         ("request",),

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.layout import Reserve
 
@@ -75,10 +76,13 @@ class BudgetManager(FullAttentionManager):
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
             return
-        keep = self._reserve.held(self.admission.start(request_id))
+        start = self.admission.start(request_id)
+        if processed_computed_tokens >= start:
+            self.admission.prefilled(request_id)  # groups with windows are told at the same time
+        keep = self._reserve.held(start)
         if len(blocks) <= keep:
             return
-        if processed_computed_tokens >= self._reserve.first_event(self.admission.start(request_id)):
+        if processed_computed_tokens >= self._reserve.first_event(start):
             self.block_pool.free_blocks(reversed(blocks[keep:]))
             del blocks[keep:]
             self.admission.settle(request_id)
@@ -87,6 +91,31 @@ class BudgetManager(FullAttentionManager):
         """Forget a request."""
         self.admission.forget(request_id)
         return super().pop_blocks_for_free(request_id)
+
+
+def check_groups(managers: Sequence[Any]) -> None:
+    """Refuse block managers of an engine under a budget that are not those that it counts on.
+
+    Raises:
+        UnsupportedError: says which there are.
+    """
+    own = [manager for manager in managers if isinstance(manager, BudgetManager)]
+    if not own:
+        return
+    windows = own[0].kv_cache_spec.reserve.windows
+    found = sorted(
+        (manager.kv_cache_spec.sliding_window, manager.block_size)
+        for manager in managers
+        if isinstance(manager, SlidingWindowManager)
+    )
+    expected = sorted((width, windows.block_size) for width in windows.widths)
+    if found != expected or len(own) + len(found) != len(managers) or len(own) > 1:
+        kinds = [type(manager.kv_cache_spec).__name__ for manager in managers]
+        raise UnsupportedError(
+            f"vLLM divided the model's layers into groups of {', '.join(kinds)}, with windows and "
+            f"block sizes {found} instead of {expected}, which cannot run under a KV budget: run "
+            "it on transformers"
+        )
 
 
 # vLLM registers its own specs at the first look into an empty registry: look before adding to it.

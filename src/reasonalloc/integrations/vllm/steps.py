@@ -171,8 +171,17 @@ class Steps:
             None if ring is None else self._facts[_RING, some],
         )
 
-    def attend(self, layer: int, query: Tensor, out: Tensor, step: Step) -> None:
-        """Attention of the requests with one token; query and out [tokens, heads, head_dim]."""
+    def attend(
+        self, layer: int, query: Tensor, out: Tensor, step: Step, sinks: Tensor | None = None
+    ) -> None:
+        """Attention of the requests with one token.
+
+        Args:
+            layer: which.
+            query, out: [tokens, query_heads, head_dim]; out is written.
+            step: the step.
+            sinks: [kv_heads, group] float32 learned sinks of the layer, contiguous, or None.
+        """
         some = slice(step.decodes)
         if step.decodes:
             kernels.paged_decode(
@@ -189,4 +198,5 @@ class Steps:
                 step.splits,
                 self._scaling,
                 self._softcap,
+                None if sinks is None else sinks.flatten(),
             )
