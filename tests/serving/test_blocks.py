@@ -102,3 +102,17 @@ def test_several_samples_stop_strings_and_odd_lengths(engine: Callable[..., Any]
     finished = run(llm, random_prompts([150]), lambda: None, max_tokens=200, stop_token_ids=[stop])
     assert list(finished[0].outputs[0].token_ids) == greedy_tokens[: first + 1]
     assert used(llm) == 0
+
+
+@pytest.mark.parametrize("prompt", ["evict", "pin"])
+def test_a_row_holds_what_a_long_prompt_is_compressed_to(
+    engine: Callable[..., Any], prompt: str
+) -> None:
+    settings = {"budget": 24, "interval": 64, "arm": "rkv", "prompt": prompt}
+    llm = engine(settings, max_model_len=98)
+    reserve = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0].kv_cache_spec
+    tokens = 90 if prompt == "evict" else 33
+    assert reserve.reserve.first_event(tokens) < 98
+    assert tokens // 32 + reserve.reserve.blocks > -(-98 // 32)  # of a block table of 98 tokens
+    assert len(greedy(llm, random_prompts([tokens]), 98 - tokens)[0]) == 98 - tokens
+    assert used(llm) == 0

@@ -62,7 +62,7 @@ def test_as_on_transformers(
     cache = builder(llm)._modules[0].kv_cache
     assert cache.stride(0) > 4 * cache.stride(1)  # blocks are rows of pages of all layers
     assert greedy(llm, prompts, 60) == expected
-    if prompt == "pin":
+    if not arm.startswith("value_aware") or prompt == "pin":
         assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
@@ -245,7 +245,7 @@ class Worker:
         query, out = torch.zeros(2, tokens, 4, 32)
         key, value = torch.zeros(2, tokens, 2, 32)
         with Count() as count:
-            self.builder.begin({"a", "b"}, ["a", "b"], [40, 64], before, new)
+            self.builder.begin({"a", "b"}, ["a", "b"], [40, 64], before, new, [32, 32])
             meta = self.builder.build(0, common)
             for module in self.modules.values():
                 self.impl.forward(module, query, key, value, module.kv_cache, meta, out)

@@ -21,7 +21,7 @@ from reasonalloc.planning.memory import LayerShape
 @pytest.mark.parametrize(
     ("settings", "arguments", "says"),
     [
-        ({}, {"enable_prefix_caching": True}, "--enable-prefix-caching"),
+        ({"arm": "h2o"}, {"enable_prefix_caching": True}, "--enable-prefix-caching.*h2o"),
         ({}, {"kv_cache_dtype": "fp8"}, "fp8"),
         (
             {},

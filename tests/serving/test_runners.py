@@ -30,7 +30,7 @@ def test_which_requests_begin(engine: Callable[..., Any]) -> None:
     tables = builder(engine(SETTINGS))
 
     def start(alive: set[str], starts: int, before: int, new: int) -> int:
-        tables.begin(alive, ["a"], [starts], [before], [new])
+        tables.begin(alive, ["a"], [starts], [before], [new], [8])
         found: int = tables.runs._tracked["a"].start
         return found
 
@@ -38,10 +38,10 @@ def test_which_requests_begin(engine: Callable[..., Any]) -> None:
     assert start({"a"}, 101, 100, 1) == 100
     assert start({"a"}, 102, 0, 50) == 102  # computed anew
     assert start({"a"}, 102, 50, 52) == 102
-    tables.begin({"b"}, ["b"], [7], [0], [7])
+    tables.begin({"b"}, ["b"], [7], [0], [7], [8])
     assert set(tables.runs._tracked) == {"b"}
     assert start({"a", "b"}, 9, 8, 1) == 9
-    tables.begin(set(), [], [], [], [])
+    tables.begin(set(), [], [], [], [], [])
 
 
 def test_warm_up_requests_are_never_compressed(

@@ -53,6 +53,7 @@ class Request:
     steps: int
     blocks: list[int] = field(default_factory=list)
     tokens: int = 0
+    before: int = 0
     tracked: Tracked | None = None
 
     def __post_init__(self) -> None:
@@ -98,18 +99,29 @@ class Pool:
         self.queries = QueryRows(LAYERS, WINDOW)
         self.compressor = PoolCompressor(plan, 0, self.runs, self.queries, WIDTH**-0.5, None)
         self.free = list(range(1, BLOCKS))
-        random.Random(seed).shuffle(self.free)
+        self.chance = random.Random(seed)
+        self.chance.shuffle(self.free)
 
     def step(self, requests: list[Request], new: list[int]) -> None:
         reserve = self.layout.reserve
+        shared: list[torch.Tensor] = []
         for request, more in zip(requests, new, strict=True):
-            keep = reserve.held(request.prompt)
-            if request.tokens >= reserve.first_event(request.prompt):
-                self.free += request.blocks[keep:]
-                del request.blocks[keep:]
+            first, leading = reserve.first_event(request.prompt), reserve.leading(request.prompt)
+            if request.tokens >= first:
+                given_back = request.blocks[leading : request.before]
+                self.free += [block for block in given_back if block]
+                request.blocks[leading : request.before] = [0] * len(given_back)
             after = request.tokens + more
-            while len(request.blocks) < reserve.needed(request.prompt, after):
+            need = reserve.needed(request.prompt, after)
+            if after == first:
+                # Any number of blocks may be shared, besides those that are not full.
+                most = 0 if reserve.pin else request.prompt // reserve.block_size
+                need = reserve.needed(request.prompt, after, self.chance.randint(0, most))
+                request.before = need - reserve.blocks
+            while len(request.blocks) < need:
                 request.blocks.append(self.free.pop())
+            if after == first:
+                shared.append(self.pages_of(request.blocks[leading : request.before]))
         width = max(len(request.blocks) for request in requests)
         blocks = torch.tensor(
             [r.blocks + [0] * (width - len(r.blocks)) for r in requests], dtype=torch.int32
@@ -118,6 +130,7 @@ class Pool:
         for row, (request, more) in enumerate(zip(requests, new, strict=True)):
             tracked = self.runs.track(request.name, request.prompt, request.tokens)
             request.tracked, tracked.seen = tracked, request.tokens + more
+            tracked.before = request.before
             span = torch.arange(request.tokens, request.tokens + more)
             for layer in range(LAYERS):
                 self._store(layer, request, tracked, span, blocks[row : row + 1])
@@ -125,7 +138,17 @@ class Pool:
             over = request.tokens - request.prompt
             if over >= 0 and over % reserve.interval == 0:
                 due.append(Due(tracked, row, request.tokens))
+        kept = [self.runs.pages.raw[pages].clone() for pages in shared]
         self.compressor.run(due, blocks)
+        for pages, before in zip(shared, kept, strict=True):
+            assert torch.equal(self.runs.pages.raw[pages], before)
+
+    def pages_of(self, blocks: list[int]) -> torch.Tensor:
+        """All pages of blocks."""
+        pages, layer, head = self.runs.pages, torch.arange(LAYERS), torch.arange(HEADS)
+        own = layer[:, None] * pages.of_layer + head * pages.of_head
+        block = torch.tensor(blocks, dtype=torch.int64) * pages.of_block
+        return (block[:, None, None] + own).flatten()
 
     def _store(
         self,
@@ -201,7 +224,7 @@ def drive(plan: EngineBudget, block_size: int, requests: list[Request], seed: in
                 same(pool, request, alone[request.name])
         done = {r.name for r in active if now == r.arrives + r.steps}
         for request in [r for r in active if r.name in done]:
-            pool.free += request.blocks
+            pool.free += [block for block in request.blocks if block]
             request.blocks = []
         pool.queries.give_back(
             pool.runs.forget_others({r.name for r in requests if r.name not in done})

@@ -12,6 +12,11 @@ taken away. A request that grows changes only the sums of older ones, and a new 
 of all; whoever would break one of them pauses or waits. It keeps its blocks meanwhile. Requests
 that finish, or need less after their first compression, make sums smaller. The oldest never pauses.
 
+A request may share first blocks with others until its first compression, which then needs other
+ones to write to. Its peak holds those, and a shared block counts for everyone who holds it. Blocks
+that nobody shares now, but others might find later, stay if there is room for that moment
+(``extend``).
+
 The oldest alone at work would be safe but slow. So the sums are kept with several peaks too: those
 of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These all run at once.
 """
@@ -19,7 +24,7 @@ of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These al
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -37,12 +42,14 @@ class Admitted:
         reserve: what is known of the engine.
         start: tokens of its prefill.
         last: most tokens that it will have in the cache.
+        most_shared: most of its blocks that others may hold too.
         tokens: in the cache, at the end of the step that is scheduled.
     """
 
     reserve: Reserve
     start: int
     last: int
+    most_shared: int = 0
     tokens: int = field(init=False)
     # Promised, and the most: of layers under the budget, and of those with sliding windows.
     _own: int = field(init=False)
@@ -55,7 +62,7 @@ class Admitted:
     def __post_init__(self) -> None:
         reserve = self.reserve
         self._own = reserve.needed(self.start, self.start)
-        self._own_peak = max(self._own, reserve.peak(self.start, self.last))
+        self._own_peak = max(self._own, reserve.peak(self.start, self.last, self.most_shared))
         self._beside = reserve.windows.prefill(self.start)
         self._beside_peak = max(self._beside, reserve.windows.peak(self.start, self.last))
         self.tokens = self.start
@@ -71,20 +78,43 @@ class Admitted:
         """The most that it can need from now on."""
         return self._own_peak + self._beside_peak
 
-    def missing(self, tokens: int) -> int:
-        """Blocks that it lacks for a step that ends with ``tokens`` tokens."""
-        return self._missing_own(tokens) + self._missing_beside(tokens)
+    @property
+    def own(self) -> int:
+        """Promised to it for layers under the budget."""
+        return self._own
 
-    def grow(self, tokens: int) -> None:
-        """Promise it what it lacks for a step that ends with ``tokens`` tokens."""
-        self._own += self._missing_own(tokens)
+    def share(self, blocks: int) -> None:
+        """It will begin with so many blocks that others hold too."""
+        self._own = max(self._own, self.reserve.needed(self.start, self.start, blocks))
+
+    def extend(self, blocks: int) -> None:
+        """Promise it so many blocks more, for layers under the budget."""
+        self._own += blocks
+
+    def is_first_event(self, tokens: int) -> bool:
+        """Whether it is compressed for the first time after ``tokens`` tokens."""
+        return min(tokens, self.last) == self._first
+
+    def missing(self, tokens: int, shared: int = 0) -> int:
+        """Blocks that it lacks for a step.
+
+        Args:
+            tokens: in the cache at the end of the step.
+            shared: its first blocks that others hold too, if it is compressed then.
+        """
+        return self._missing_own(tokens, shared) + self._missing_beside(tokens)
+
+    def grow(self, tokens: int, shared: int = 0) -> None:
+        """Promise it what it lacks for a step; see ``missing``."""
+        self._own += self._missing_own(tokens, shared)
         self._beside += self._missing_beside(tokens)
 
-    def _missing_own(self, tokens: int) -> int:
+    def _missing_own(self, tokens: int, shared: int) -> int:
         held = self._own * self.reserve.block_size
         if self._own == self._own_peak or tokens <= held < self._first:
             return 0
-        return max(self.reserve.needed(self.start, min(tokens, self.last)) - self._own, 0)
+        needed = self.reserve.needed(self.start, min(tokens, self.last), shared)
+        return max(needed - self._own, 0)
 
     def _missing_beside(self, tokens: int) -> int:
         if self._beside == self._beside_peak:
@@ -94,7 +124,7 @@ class Admitted:
         return max(most(min(tokens, self.last)) - self._beside, 0)
 
     def peak_at(self, tokens: int) -> int:
-        """The most that it needs if it ends with ``tokens`` tokens."""
+        """The most that it needs if it ends with ``tokens`` tokens, and shares no block."""
         last, windows = min(tokens, self.last), self.reserve.windows
         beside = windows.peak(self.start, last) if self._prefilling else windows.decode(last)
         return max(self.blocks, self.reserve.peak(self.start, last) + beside)
@@ -153,10 +183,17 @@ class Admission:
         reserve: what is known of the engine.
         pool: blocks, the null block left out.
         answers: what is known of answers so far.
+        shared: how many of a request's first blocks others hold too, now; None: none ever.
     """
 
-    def __init__(self, reserve: Reserve, pool: int, answers: Answers | None = None) -> None:
-        self._reserve, self._pool = reserve, pool
+    def __init__(
+        self,
+        reserve: Reserve,
+        pool: int,
+        answers: Answers | None = None,
+        shared: Callable[[str], int] | None = None,
+    ) -> None:
+        self._reserve, self._pool, self._shared = reserve, pool, shared
         self._announced: dict[str, Admitted] = {}
         self._admitted: dict[str, Admitted] = {}  # the oldest first
         self._answers = answers or Answers()
@@ -174,15 +211,22 @@ class Admission:
             last: most tokens that it will have in the cache.
         """
         if request_id not in self._admitted:
-            self._announced[request_id] = Admitted(self._reserve, start, last)
+            most = 0 if self._shared is None else self._reserve.most_shared(start, self._pool)
+            self._announced[request_id] = Admitted(self._reserve, start, last, most)
 
     def start(self, request_id: str) -> int:
         """Tokens of a request's prefill."""
         return (self._admitted.get(request_id) or self._announced[request_id]).start
 
-    def can_admit(self, request_id: str) -> bool:
-        """Whether an announced request may be admitted in this step."""
+    def can_admit(self, request_id: str, shared: int = 0) -> bool:
+        """Whether an announced request may be admitted in this step.
+
+        Args:
+            request_id: of the request.
+            shared: first blocks that it would have from others, who still hold them.
+        """
         new = self._announced[request_id]
+        new.share(shared)
         if self._pausing or new.peak > self._pool:
             return False
         if not self._admitted:
@@ -199,6 +243,22 @@ class Admission:
     def prefilled(self, request_id: str) -> None:
         """A request's prefill is computed."""
         self._admitted[request_id].prefilled()
+
+    def extend(self, request_id: str, blocks: int) -> int:
+        """Promise a request up to ``blocks`` blocks in all, as far as nobody else lacks any.
+
+        Returns:
+            Those that it may have, at most ``blocks``.
+        """
+        request = self._admitted[request_id]
+        if blocks > request.own and not self._pausing:
+            room = self._pool
+            for (name, _), spare in zip(self._admitted.items(), self._spare(), strict=False):
+                room = min(room, spare)
+                if name == request_id:
+                    break
+            request.extend(max(min(blocks - request.own, room), 0))
+        return min(blocks, request.own)
 
     def settle(self, request_id: str) -> None:
         """A request was compressed for the first time."""
@@ -220,7 +280,7 @@ class Admission:
             tokens: of the requests that could run, in the cache at the end of the step.
         """
         paused: set[str] = set()
-        missing = {name: self._admitted[name].missing(n) for name, n in tokens.items()}
+        missing = {name: self._missing(name, n) for name, n in tokens.items()}
         spare = self._spare() if any(missing.values()) else ()
         least = self._pool
         for (name, request), room in zip(self._admitted.items(), spare, strict=False):
@@ -229,12 +289,21 @@ class Admission:
                 if paused or more > least:
                     paused.add(name)
                     continue
-                request.grow(tokens[name])
+                request.grow(tokens[name], self._shared_by(name, tokens[name]))
                 least -= more
         for name in tokens.keys() - paused:
             self._admitted[name].tokens = tokens[name]
         self._pausing = bool(paused)
         return paused
+
+    def _missing(self, request_id: str, tokens: int) -> int:
+        return self._admitted[request_id].missing(tokens, self._shared_by(request_id, tokens))
+
+    def _shared_by(self, request_id: str, tokens: int) -> int:
+        """First blocks of a request that others hold, if it is compressed for the first time."""
+        if self._shared is None or not self._admitted[request_id].is_first_event(tokens):
+            return 0
+        return self._shared(request_id)
 
     def _spare(self) -> Iterable[int]:
         """[admitted + 1] blocks that may go to a request and all younger ones.
@@ -261,4 +330,6 @@ class Admission:
     def _expected(self, request: Admitted) -> int:
         """Blocks that a request is expected to need at its end."""
         answer = self._answers.expected(request.tokens - request.start + 1)
-        return request.peak if answer is None else request.peak_at(request.start + answer)
+        if answer is None:
+            return min(request.peak, request.peak_at(request.last))
+        return request.peak_at(request.start + answer)

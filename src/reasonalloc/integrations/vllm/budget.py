@@ -109,7 +109,11 @@ class EngineBudget(BudgetPlan):
         pin = self.config.prompt == "pin"
         heads = self.kv_heads // self.ranks
         windows = Windows(self.groups.widths, block_size, self.in_flight, self.steps)
-        return make_layouts(totals, heads, self.config.interval, block_size, pin, windows)
+        policy, observed = self.policy, None
+        if not policy.state_channels and not self.groups.widths:
+            observed = self.config.window if policy.needs_queries else 0
+        interval = self.config.interval
+        return make_layouts(totals, heads, interval, block_size, pin, windows, observed)
 
 
 def check_storage(config: CompressionConfig) -> None:

@@ -192,6 +192,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         starts: list[int],
         before: list[int],
         new: list[int],
+        held: list[int],
     ) -> None:
         """Take note of the requests of the step that is built next.
 
@@ -200,7 +201,9 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             requests: those of the step, in order.
             starts: tokens of each one's prefill.
             before: tokens of each in the cache; new: tokens that the step adds.
+            held: blocks in each one's row of the block table.
         """
+        reserve = self.runs.layout.reserve
         self.queries.give_back(self.runs.forget_others(alive))
         tracked = [self.runs.track(*each) for each in zip(requests, starts, before, strict=True)]
         after = [seen + more for seen, more in zip(before, new, strict=True)]
@@ -211,6 +214,8 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             due = tokens == self._boundary(request, tokens)
             if due:
                 self._due.append(Due(request, row, tokens))
+                if tokens == reserve.first_event(request.start):
+                    request.before = held[row] - reserve.blocks
             if seen < request.start:
                 request.observed = tokens  # a piece of the prompt: by the attention itself
             elif self._observes and (due or tokens - request.observed >= FLUSH):

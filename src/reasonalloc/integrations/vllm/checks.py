@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from reasonalloc.integrations.vllm.budget import EngineBudget
 
 #: Releases that the patches and the kernels were tested with: at least, and below.
 VERSIONS = ((0, 32), (0, 34))
@@ -36,32 +39,52 @@ def default_block_size() -> int:
     return _CPU_BLOCK if current_platform.is_cpu() else _BLOCK
 
 
-def prepare(args: Any, pin: bool) -> None:
+def prepare(args: Any) -> None:
     """Set what a user left open in vLLM's ``EngineArgs`` to what works under a budget.
 
-    Args:
-        args: they.
-        pin: prompts stay, on top of the budget.
-
     Raises:
-        UsageError, UnsupportedError: something else was asked for.
+        UnsupportedError: something else was asked for.
     """
     from vllm import envs
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-    if not pin:
-        if args.enable_prefix_caching:
-            raise UsageError(
-                "enable_prefix_caching=True (--enable-prefix-caching) cannot be used with prompts "
-                "that are evicted from: compressed blocks are no prefix of anything; pin prompts "
-                "(prompt='pin', --prompt pin), or leave the flag out"
-            )
-        args.enable_prefix_caching = False
     if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
         raise UnsupportedError(f"{_RUNNER}=1 needs Triton, which is not there: set {_RUNNER}=0")
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = _CPU_BLOCK
+
+
+def prepare_caching(cache: Any, asked: bool | None, plan: EngineBudget | None) -> None:
+    """Turn prefix caching off where it cannot go with prompts that are evicted from.
+
+    Args:
+        cache: vLLM's ``CacheConfig``.
+        asked: what the user said of it; None: nothing.
+        plan: the budget.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    if plan is None or plan.config.prompt == "pin":
+        return
+    if plan.policy.state_channels:
+        what = f"policy={plan.config.arm.policy!r}"
+        why = (
+            "it looks at the attention in which a prompt is computed, and what is cached is not "
+            "computed again"
+        )
+    elif plan.groups.widths:
+        what, why = "a model with sliding windows", "its groups of layers share whole prompts only"
+    else:
+        return
+    if asked:
+        raise UsageError(
+            f"enable_prefix_caching=True (--enable-prefix-caching) cannot be used with {what} and "
+            f"prompts that are evicted from: {why}; pin prompts (prompt='pin', --prompt pin), or "
+            "leave the flag out"
+        )
+    cache.enable_prefix_caching = False
 
 
 def check_engine(config: Any) -> None:

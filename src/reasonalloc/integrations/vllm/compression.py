@@ -59,7 +59,7 @@ class _Rows:
     """Rows that are dealt with together, as tensors. ``n`` rows, ``H`` KV heads.
 
     Attributes:
-        layers, slots, tokens, starts, totals, moved, rooms, leading, queries: [n] int64.
+        layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
         full: [n] bool.
         blocks: [n, blocks] int32.
         pages: [n, H, pages] int32, those of each run in the pool.
@@ -75,6 +75,7 @@ class _Rows:
     moved: Tensor
     rooms: Tensor
     leading: Tensor
+    before: Tensor
     queries: Tensor
     full: Tensor
     blocks: Tensor
@@ -183,6 +184,7 @@ class PoolCompressor:
         real = torch.arange(chosen.shape[1], device=chosen.device) < rows.moved[:, None]
         rank = (moves.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
         head = chosen // keep.shape[-1]
+        first += ((rows.before - rows.leading) * runs.per_block)[:, None].int()
         behind = first + (rows.leading * runs.per_block)[:, None].int()
         none = torch.zeros_like(rows.slots)
         target = runs.numbered(behind, none, rows.layers, rows.blocks, -(-width // size))
@@ -211,6 +213,7 @@ class PoolCompressor:
         runs = self._runs
         dues = [row.due for row in chunk]
         reserve = runs.layout.reserve
+        leading = {due.request.slot: reserve.leading(due.request.start) for due in dues}
         batch, full, *numbers = send(
             runs.device,
             [due.row for due in dues],
@@ -222,7 +225,11 @@ class PoolCompressor:
             [row.total for row in chunk],
             [row.moved for row in chunk],
             [row.room for row in chunk],
-            [reserve.leading(due.request.start) for due in dues],
+            [leading[due.request.slot] for due in dues],
+            [
+                leading[due.request.slot] if due.request.before is None else due.request.before
+                for due in dues
+            ],
             [due.request.queries or 0 for due in dues],
         )
         layers, slots, tokens = numbers[:3]

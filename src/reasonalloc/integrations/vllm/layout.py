@@ -9,7 +9,11 @@ gets. When that happens follows from the number of tokens alone, so scheduler an
 without telling each other.
 
 A pinned prompt stays where it is: its full blocks are never written again, so that other requests
-can share them, and only what comes behind them moves.
+can share them, and only what comes behind them moves. A prompt that is evicted from is shared until
+the first compression of a request: the compressed runs go to blocks that nobody else holds, and the
+old ones are given back with their contents. In every case the runs are in the *last* ``blocks``
+blocks that a request has at its first compression; how many there are before them is the number of
+its blocks, which the scheduler tells its workers anyway.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ class Reserve:
         pin: prompts stay, on top of the budget.
         windows: what layers with sliding windows take besides; all else is of layers under the
             budget.
+        observed: last tokens before the first compression that every request computes itself,
+            since the policy looks at their attention; None: all of them.
     """
 
     block_size: int
@@ -44,6 +50,7 @@ class Reserve:
     blocks: int
     pin: bool = False
     windows: Windows = NO_WINDOWS
+    observed: int | None = 0
 
     def pinned(self, start: int) -> int:
         """Tokens that stay on top of the budget, of a prefill of ``start``."""
@@ -66,17 +73,61 @@ class Reserve:
         """Tokens at the first compression of a request whose prefill has ``start`` tokens."""
         return self.cadence.boundary(start, self.overflow + self.pinned(start))
 
-    def needed(self, start: int, tokens: int) -> int:
-        """Blocks that must be there for a step that ends with ``tokens`` tokens in the cache."""
+    def needed(self, start: int, tokens: int, shared: int = 0) -> int:
+        """Blocks that must be there for a step that ends with ``tokens`` tokens in the cache.
+
+        Args:
+            start: tokens of the prefill.
+            tokens: in the cache at the end of the step.
+            shared: first blocks of the request that may not be written, since others hold them too.
+        """
         first = self.first_event(start)
         if tokens > first:
             return self.held(start)
         plain = -(-tokens // self.block_size)
-        return plain if tokens < first else max(plain, self.held(start))
+        if tokens < first:
+            return plain
+        return max(plain, self.held(start), shared + self.blocks)
 
-    def peak(self, start: int, last: int) -> int:
-        """Most blocks that a request needs that ends with ``last`` tokens in the cache."""
-        return max(self.needed(start, min(last, self.first_event(start))), self.needed(start, last))
+    def peak(self, start: int, last: int, shared: int = 0) -> int:
+        """Most blocks that a request needs that ends with ``last`` tokens in the cache.
+
+        Args:
+            start: tokens of the prefill.
+            last: in the cache at the end.
+            shared: most of its first blocks that others hold too, at its first compression.
+        """
+        top = min(last, self.first_event(start))
+        return max(self.needed(start, top, shared), self.needed(start, last, shared))
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests may share blocks of their prompts."""
+        return self.pin or self.observed is not None
+
+    def most_shared(self, start: int, pool: int) -> int:
+        """Most blocks of a prefill of ``start`` tokens that other requests may hold too.
+
+        Args:
+            start: tokens of the prefill.
+            pool: blocks that there are; they hold the shared ones and, besides, those of the
+                request's first compression.
+        """
+        if self.pin or not self.shares:
+            return self.leading(start)
+        return max(min(start // self.block_size, pool - self.blocks), 0)
+
+    def most_cached(self, start: int, pool: int) -> int:
+        """Most tokens of a prefill of ``start`` that a request may have from others.
+
+        Args:
+            start: tokens of the prefill.
+            pool: blocks that there are.
+        """
+        if self.pin:
+            return start - 1
+        before = min(start - 1, self.first_event(start) - (self.observed or 0))
+        return max(min(before, self.most_shared(start, pool) * self.block_size), 0)
 
     def compressions(self, start: int, tokens: int) -> int:
         """Boundaries up to ``tokens`` tokens at which some layer was compressed."""
@@ -135,6 +186,7 @@ def make_layouts(
     block_size: int,
     pin: bool = False,
     windows: Windows = NO_WINDOWS,
+    observed: int | None = 0,
 ) -> tuple[Layout, ...]:
     """Layouts of all tensor-parallel ranks.
 
@@ -145,9 +197,11 @@ def make_layouts(
         block_size: tokens of a block.
         pin: prompts stay, on top of the budget.
         windows: of layers beside those under the budget.
+        observed: see ``Reserve``.
     """
     least = min(total for layers in totals for total in layers)
-    reserve = Reserve(block_size, interval, overflow(least, kv_heads), 0, pin, windows)
+    first = overflow(least, kv_heads)
+    reserve = Reserve(block_size, interval, first, 0, pin, windows, observed)
     whole = [sum(_pages(total, kv_heads, reserve) for total in layers) for layers in totals]
     per_block = len(totals[0]) * kv_heads
     reserve = dataclasses.replace(reserve, blocks=-(-max(whole) // per_block))

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
+
+if TYPE_CHECKING:
+    from reasonalloc.integrations.vllm.spec import BudgetManager
 
 _MARK = "_reasonalloc_wrapped"
 # Names of vLLM's own requests; those of users end in a hyphen and random digits.
@@ -135,8 +138,9 @@ def _begin_v1(original: Callable[..., Any]) -> Callable[..., Any]:
             starts = [self.requests[name].num_tokens for name in names]
             before = self.input_batch.num_computed_tokens_cpu[: len(names)].tolist()
             new = [scheduled[name] for name in names]
-            for builder in _builders(self):
-                builder.begin(self.requests, names, starts, before, new)
+            for group, builder in _builders(self):
+                held = self.input_batch.block_table[group].num_blocks_per_row[: len(names)].tolist()
+                builder.begin(self.requests, names, starts, before, new, held)
         return original(self, *args, **kwargs)
 
     return wrapper
@@ -151,8 +155,11 @@ def _begin_v2(original: Callable[..., Any]) -> Callable[..., Any]:
             starts = input_batch.prefill_len_np.tolist()
             before = input_batch.num_computed_tokens_np.tolist()
             new = input_batch.num_scheduled_tokens.tolist()
-            for builder in _builders(self):
-                builder.begin(self.req_states.req_id_to_index, names, starts, before, new)
+            known = self.req_states.req_id_to_index
+            for group, builder in _builders(self):
+                rows = self.block_tables.num_blocks.np[group]
+                held = [int(rows[known[name]]) for name in names]
+                builder.begin(known, names, starts, before, new, held)
         return original(self, input_batch)
 
     return wrapper
@@ -164,20 +171,20 @@ def _finish(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         with torch.inference_mode():
-            for builder in _builders(self):
+            for _, builder in _builders(self):
                 builder.finish()
         return output
 
     return wrapper
 
 
-def _builders(runner: Any) -> list[Any]:
-    """The metadata builders of a model runner with a budget; none of another one."""
+def _builders(runner: Any) -> list[tuple[int, Any]]:
+    """KV cache groups and metadata builders of a runner with a budget; none of another one."""
     from reasonalloc.integrations.vllm.builder import BudgetBuilder
 
     return [
-        group.get_metadata_builder(0)
-        for groups in runner.attn_groups
+        (number, group.get_metadata_builder(0))
+        for number, groups in enumerate(runner.attn_groups)
         for group in groups
         if isinstance(group.get_metadata_builder(0), BudgetBuilder)
     ]
@@ -203,6 +210,19 @@ def _announce(original: Callable[..., Any]) -> Callable[..., Any]:
             last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
             admission.announce(request.request_id, request.num_tokens, last)
         return original(self, request, *args, **kwargs)
+
+    return wrapper
+
+
+def _cap_hits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A request computes itself what its policy has to see, however much of it is cached."""
+
+    def wrapper(self: Any, block_hashes: Any, max_cache_hit_length: int) -> Any:
+        if (manager := _budget_manager(self)) is not None:
+            # vLLM asks for all tokens of the prefill but the last one.
+            cap = manager.most_cached(max_cache_hit_length + 1)
+            max_cache_hit_length = min(max_cache_hit_length, cap)
+        return original(self, block_hashes, max_cache_hit_length)
 
     return wrapper
 
@@ -238,11 +258,17 @@ def _pause(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _admission(manager: Any) -> Admission | None:
     """What admits the requests of a ``KVCacheManager`` with a budget; None of another one."""
+    single = _budget_manager(manager.coordinator)
+    return None if single is None else single.admission
+
+
+def _budget_manager(coordinator: Any) -> BudgetManager | None:
+    """The block manager with a budget of a ``KVCacheCoordinator``; None of another one."""
     from reasonalloc.integrations.vllm.spec import BudgetManager
 
-    for single in manager.coordinator.single_type_managers:
+    for single in coordinator.single_type_managers:
         if isinstance(single, BudgetManager):
-            return single.admission
+            return single
     return None
 
 
@@ -252,16 +278,19 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         from reasonalloc.integrations.vllm.settings import find_settings
 
-        if (settings := find_settings(self.additional_config)) is None:
+        if find_settings(self.additional_config) is None:
             return original(self, *args, **kwargs)
         if _broken is not None:
             raise _broken
-        checks.prepare(self, settings.prompt == "pin")
+        asked = self.enable_prefix_caching
+        checks.prepare(self)
         config = original(self, *args, **kwargs)
         checks.check_engine(config)
         plan = find_budget(config)
         if plan is not None and plan.groups.widths:
             checks.check_windows(config)
+        checks.prepare_caching(config.cache_config, asked, plan)
+        self.enable_prefix_caching = config.cache_config.enable_prefix_caching
         return config
 
     return wrapper
@@ -329,6 +358,14 @@ PATCHES = (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
         ("request",),
         _announce,
+    ),
+    *(
+        Patch(
+            f"vllm.v1.core.kv_cache_coordinator:{kind}KVCacheCoordinator.find_longest_cache_hit",
+            ("block_hashes", "max_cache_hit_length"),
+            _cap_hits,
+        )
+        for kind in ("Unitary", "Hybrid")
     ),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.schedule", (), _pause),
 )

@@ -29,6 +29,7 @@ class Tracked:
         queries: its row among the remembered queries, while some are.
         longest: tokens of its longest run right after ``compressed`` tokens; None while some layer
             holds all of them.
+        before: blocks of its row before those of its compressed runs; None: those that stay.
     """
 
     slot: int
@@ -38,6 +39,7 @@ class Tracked:
     queries: int | None = None
     longest: DeferredMax | None = None
     compressed: int = 0
+    before: int | None = None
 
     def most(self, tokens: int) -> int:
         """Upper bound of the tokens in a run when the request has ``tokens``."""
@@ -101,9 +103,9 @@ class Runs:
     The pages of a request are numbered through its blocks: page ``g`` is the ``g % (L * H)``-th
     (layer, head) of its block ``g // (L * H)``. The first ``plain`` pages of the run of (layer,
     head) lie as vLLM has them: page ``i`` is the (layer, head) of block ``i``. Those behind them
-    follow each other from page ``first`` on, counted behind the plain blocks. The run's token at
-    place ``i`` has position ``i - shift``, unless it is among the first ``kept``: then its position
-    is stored, or is ``i`` where the page is plain.
+    follow each other from page ``first`` on, counted behind the plain blocks; blocks that were
+    given back count too. The run's token at place ``i`` has position ``i - shift``, unless it is
+    among the first ``kept``: then its position is stored, or is ``i`` where the page is plain.
 
     Args:
         layout: of this process.
