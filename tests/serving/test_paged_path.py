@@ -122,12 +122,12 @@ def test_a_graph_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = torch.zeros(4, dtype=torch.int32)
     captured = worker.builder.build_for_cudagraph_capture(worker.common([1] * 4, 4, lengths))
     assert (captured.step.tokens, captured.step.decodes) == (4, 4)
-    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [40, 64], [1, 1])
+    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [40, 64], [1, 1], [32, 32])
     step = worker.builder.build(0, worker.common([1, 1, 0, 0], 4, lengths)).step
     assert (step.tokens, step.decodes, step.splits) == (4, 4, captured.step.splits)
     assert step.blocks.data_ptr() == captured.step.blocks.data_ptr()
     worker.blocks = worker.blocks.clone()
-    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [41, 65], [1, 1])
+    worker.builder.begin({"a", "b"}, ["a", "b"], [40, 64], [41, 65], [1, 1], [32, 32])
     with pytest.raises(RuntimeError, match=r"moved its tables .* a CUDA graph of 4 requests"):
         worker.builder.build(0, worker.common([1, 1, 0, 0], 4, lengths))
 

@@ -231,8 +231,8 @@ def test_many_requests_and_aborts(engine: Callable[..., Any], memory: int) -> No
     for index, tokens in enumerate(found):
         assert tokens == expected[index][: len(tokens)]
         assert index in gone or len(tokens) == new[index]
-    assert counts["beside"] > 10
-    assert (counts["in place"] > 0) == (memory == 2)
+    assert counts["beside"] > 0
+    assert counts["in place"] > 0
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
     assert all(block.ref_cnt == 0 for block in pool(llm).blocks if not block.is_null)
     assert not manager(llm)._before

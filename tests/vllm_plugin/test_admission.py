@@ -83,12 +83,20 @@ class Engine:
         held = sum(self.held.values()) + sum(self.beside.values())
         assert held <= self.pool, "a request would be preempted"
 
+    def can_admit(self, name: str) -> bool:
+        return self.admission.can_admit(name)
+
+    def cached(self, name: str) -> int:
+        """Tokens that a new request need not compute."""
+        return 0
+
     def step(self, waiting: list[str]) -> None:
         target = {
             name: max(self.asked[name].prompt, n + 1)
             for name, n in self.tokens.items()
             if n < self.asked[name].prompt + self.asked[name].allowed - 1
         }
+        self.admission.expect(min(len(waiting), self.seqs - len(self.tokens)))
         paused = self.admission.pause(target)
         assert not paused or next(iter(self.tokens)) not in paused, "the oldest paused"
         self.pauses += len(paused)
@@ -100,13 +108,13 @@ class Engine:
             name = waiting[0]
             request = self.asked[name]
             self.admission.announce(name, request.prompt, request.prompt + request.allowed)
-            if not self.admission.can_admit(name):
+            if not self.can_admit(name):
                 break
             assert not paused
             self.admission.admit(waiting.pop(0))
-            self.tokens[name] = 0
-            new[name] = min(request.prompt, self.chunk)
-            self.take(name, new[name])
+            self.tokens[name] = self.cached(name)
+            new[name] = min(request.prompt - self.tokens[name], self.chunk)
+            self.take(name, self.tokens[name] + new[name])
         for name, more in new.items():
             self.tokens[name] += more
         self.still = 0 if new else self.still + 1

@@ -14,8 +14,8 @@ that finish, or need less after their first compression, make sums smaller. The 
 
 A request may share first blocks with others until its first compression, which then needs other
 ones to write to. Its peak holds those, and a shared block counts for everyone who holds it. Blocks
-that nobody shares now, but others might find later, stay if there is room for that moment
-(``extend``).
+that nobody shares now, but others might find later, stay if there is room for that moment, besides
+that of all who wait (``extend``): nobody waits for it.
 
 The oldest alone at work would be safe but slow. So the sums are kept with several peaks too: those
 of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These all run at once.
@@ -198,6 +198,7 @@ class Admission:
         self._admitted: dict[str, Admitted] = {}  # the oldest first
         self._answers = answers or Answers()
         self._pausing = False
+        self._waiting = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._admitted
@@ -218,6 +219,10 @@ class Admission:
         """Tokens of a request's prefill."""
         return (self._admitted.get(request_id) or self._announced[request_id]).start
 
+    def expect(self, requests: int) -> None:
+        """So many requests wait that could be admitted in the next step."""
+        self._waiting = requests
+
     def can_admit(self, request_id: str, shared: int = 0) -> bool:
         """Whether an announced request may be admitted in this step.
 
@@ -237,6 +242,7 @@ class Admission:
 
     def admit(self, request_id: str) -> None:
         """Promise an announced request the blocks of its prefill; it is the youngest now."""
+        self._waiting = max(self._waiting - 1, 0)
         self._answers.take_back(request_id)
         self._admitted[request_id] = self._announced.pop(request_id)
 
@@ -246,6 +252,8 @@ class Admission:
 
     def extend(self, request_id: str, blocks: int) -> int:
         """Promise a request up to ``blocks`` blocks in all, as far as nobody else lacks any.
+
+        Room is left for as many requests like it as wait.
 
         Returns:
             Those that it may have, at most ``blocks``.
@@ -257,6 +265,7 @@ class Admission:
                 room = min(room, spare)
                 if name == request_id:
                     break
+            room -= self._waiting * request.blocks
             request.extend(max(min(blocks - request.own, room), 0))
         return min(blocks, request.own)
 

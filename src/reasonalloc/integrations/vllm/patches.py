@@ -238,6 +238,7 @@ def _pause(original: Callable[..., Any]) -> Callable[..., Any]:
         if admission is None:
             return original(self, *args, **kwargs)
         before = self.running
+        admission.expect(min(len(self.waiting), self.max_num_running_reqs - len(before)))
         paused = admission.pause(
             {r.request_id: r.num_tokens_with_spec + r.num_output_placeholders for r in before}
         )

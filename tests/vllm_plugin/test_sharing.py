@@ -1,0 +1,211 @@
+"""Evicted prompts that requests share: nobody is preempted, all finish; without vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_admission import SMALL, Asked, Engine, Sanguine, engines
+
+from reasonalloc.integrations.vllm.admission import Admission
+from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
+
+
+@dataclass
+class Sharing(Engine):
+    """The same with a prefix cache, block by block, as the block manager does it.
+
+    Attributes:
+        alike: tokens that all prompts begin with.
+    """
+
+    alike: int = 0
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
+    refs: Counter[int] = field(default_factory=Counter)
+    hashes: dict[int, tuple[str, int]] = field(default_factory=dict)  # of blocks
+    computed: int = 0
+    lost: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.admission = Admission(self.reserve, self.pool, self.answers, self.shared)
+        self.free = list(range(1, self.pool + 1))  # the next one last
+
+    def shared(self, name: str) -> int:
+        row = self.rows[name]
+        return max((n + 1 for n, block in enumerate(row) if self.refs[block] > 1), default=0)
+
+    def hash(self, name: str, index: int) -> tuple[str, int]:
+        whole = (index + 1) * self.reserve.block_size <= self.alike
+        return ("" if whole else name, index)
+
+    def find(self, name: str) -> list[int]:
+        cap = self.reserve.most_cached(self.asked[name].prompt, self.pool)
+        blocks = {found: block for block, found in self.hashes.items()}
+        found: list[int] = []
+        for index in range(cap // self.reserve.block_size):
+            if (block := blocks.get(self.hash(name, index))) is None:
+                break
+            found.append(block)
+        return found
+
+    def can_admit(self, name: str) -> bool:
+        held = (n + 1 for n, block in enumerate(self.find(name)) if self.refs[block])
+        return self.admission.can_admit(name, max(held, default=0))
+
+    def cached(self, name: str) -> int:
+        self.rows[name] = self.find(name)
+        for block in self.rows[name]:
+            if not self.refs[block]:
+                self.free.remove(block)
+            self.refs[block] += 1
+        return len(self.rows[name]) * self.reserve.block_size
+
+    def give_back(self, blocks: list[int]) -> None:
+        for block in reversed([block for block in blocks if block]):
+            self.refs[block] -= 1
+            if not self.refs[block]:
+                self.free.insert(0 if block in self.hashes else len(self.free), block)
+
+    def take(self, name: str, tokens: int) -> None:
+        reserve, row = self.reserve, self.rows[name]
+        start = self.admission.start(name)
+        first = reserve.first_event(start)
+        flying = sum(step.get(name, 0) for step in self.pipeline)
+        if name in self.before and self.tokens[name] - flying >= first:
+            gone = row[: self.before[name]]
+            row[: len(gone)] = [0] * len(gone)
+            self.give_back(gone)
+            self.before[name] = 0
+            self.admission.settle(name)
+        needed = reserve.needed(start, tokens)
+        most = reserve.most_shared(start, self.pool)
+        if tokens == first and name not in self.before:
+            needed = reserve.needed(start, tokens, self.shared(name))
+            if (wanted := reserve.needed(start, tokens, most)) > needed:
+                needed = max(needed, self.admission.extend(name, wanted))
+            before = self.before[name] = needed - reserve.blocks
+            assert all(self.refs[block] == 1 for block in row[before:])
+            self.lost += max(start // reserve.block_size - before, 0)
+            for block in row[before:]:
+                self.hashes.pop(block, None)
+        while len(row) < needed:
+            assert self.free, "a request would be preempted"
+            row.append(self.free.pop())
+            assert not self.refs[row[-1]]
+            self.refs[row[-1]] = 1
+            self.hashes.pop(row[-1], None)
+        known = set(self.hashes.values())
+        stay = min(min(tokens, start) // reserve.block_size, most, self.before.get(name, most))
+        for index, block in enumerate(row[:stay]):
+            if block and block not in self.hashes and self.hash(name, index) not in known:
+                self.hashes[block] = self.hash(name, index)
+        self.computed += max(min(tokens, start) - self.tokens[name], 0)
+        assert sum(each.blocks for each in self.admission._admitted.values()) <= self.pool
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self.before.pop(name, None)
+        self.give_back(self.rows.pop(name, []))
+
+    def serve(self, requests: dict[str, Asked], drops: dict[int, str] | None = None) -> None:
+        super().serve(requests, drops)
+        assert sorted(self.free) == list(range(1, self.pool + 1))
+
+
+def sharing(engine: Engine, alike: int, observed: int) -> Sharing:
+    given = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.init}
+    reserve = dataclasses.replace(engine.reserve, observed=observed)
+    names = ("pool", "chunk", "ahead", "seqs", "answers")
+    return Sharing(reserve, alike=alike, **{name: given[name] for name in names})
+
+
+@given(engines(), st.integers(0, 80), st.integers(0, 4), st.data())
+def test_every_request_finishes_without_preemption(
+    made: tuple[Engine, dict[str, Asked]], alike: int, observed: int, data: st.DataObject
+) -> None:
+    engine, requests = made  # the pool holds each of them if it shares nothing
+    step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
+    drops = data.draw(st.dictionaries(step, name, max_size=4))
+    sharing(engine, alike, observed).serve(requests, drops)
+
+
+@given(engines(), st.integers(0, 80))
+def test_where_there_is_room_nothing_leaves_the_cache(
+    made: tuple[Engine, dict[str, Asked]], alike: int
+) -> None:
+    engine, requests = made
+    engine.pool = len(requests) * max(
+        engine.reserve.peak(r.prompt, r.prompt + r.allowed, r.prompt) for r in requests.values()
+    )
+    engine.ahead, engine.seqs = 1, 100
+    shared = sharing(engine, alike, 0)
+    shared.serve(requests)
+    assert (shared.lost, shared.pauses) == (0, 0)
+
+
+@pytest.mark.parametrize("peaks", [1.0, 1.5, 2.3, 4.0])
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_nothing_stands_still_in_a_pool_that_is_far_too_small(peaks: float, ahead: int) -> None:
+    pool = int(peaks * SMALL.peak(150, 400))
+    engine = Engine(SMALL, pool, chunk=50, ahead=ahead, answers=Sanguine())
+    shared = sharing(engine, 40, 4)
+    prompts = [3, 40, 9, 150, 1, 77]
+    shared.serve({str(i): Asked(prompts[i % 6], 60 + 7 * i, 400) for i in range(40)})
+    assert shared.pauses > 0
+
+
+POOL = make_layouts([[2 * 96] * 4], 2, 64, 32)[0].reserve
+
+
+def test_as_many_run_at_once_as_without_sharing() -> None:
+    """24 requests of 900 tokens in 6 MiB: 96 blocks, of which one is vLLM's own."""
+    requests = {str(i): Asked(100, 800, 800) for i in range(24)}
+    plain = Engine(POOL, 95)
+    plain.serve(requests)
+    shared = sharing(Engine(POOL, 95), 0, 8)
+    shared.serve(requests)
+    assert shared.steps <= min(plain.steps, 1600)
+
+
+def test_a_system_prompt_is_computed_once() -> None:
+    shared = sharing(Engine(POOL, 1000), 512, 8)
+    shared.serve({str(i): Asked(512 + i + 8, 50, 100) for i in range(16)})
+    assert shared.computed == 512 + sum(i + 8 for i in range(16))
+
+
+@st.composite
+def reserves(draw: st.DrawFn) -> Reserve:
+    heads = draw(st.integers(1, 3))
+    total, size = draw(st.integers(heads * 4, heads * 60)), draw(st.sampled_from([1, 4, 16]))
+    interval, observed = draw(st.integers(1, 40)), draw(st.none() | st.integers(0, 4))
+    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed)[0].reserve
+
+
+@given(reserves(), st.integers(1, 300), st.integers(1, 200))
+def test_what_is_shared_and_what_is_needed_then(reserve: Reserve, start: int, pool: int) -> None:
+    size, first = reserve.block_size, reserve.first_event(start)
+    shared = reserve.most_shared(start, pool)
+    cached = reserve.most_cached(start, pool)
+    assert shared <= start // size
+    assert cached < start
+    if reserve.pin:
+        assert (shared, cached) == (start // size, start - 1)
+        assert reserve.needed(start, first, shared) == reserve.needed(start, first)
+        return
+    if reserve.observed is None:
+        assert shared == cached == 0
+        return
+    assert cached <= max(first - reserve.observed, 0)
+    assert cached // size <= shared
+    # Whatever the pool holds that shares nothing, it holds sharing.
+    alone = reserve.peak(start, start + 1000)
+    if alone <= pool:
+        assert alone <= reserve.peak(start, start + 1000, shared) <= pool
+    # The last blocks are free to be written: those before them hold all that is shared.
+    assert reserve.needed(start, first, shared) - reserve.blocks >= shared
