@@ -11,7 +11,7 @@ from engines import builder, greedy, manager, pool, random_prompts, scheduler
 from test_pausing import Watched
 from windowed import FULL, SLIDING, WINDOW, save_windowed
 
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import UnsupportedError, UsageError
 
 LENGTHS = (40, 150, 7, 100)
 CADENCE = {"budget": 64, "interval": 32}
@@ -60,6 +60,7 @@ def test_only_layers_without_a_window_are_compressed(
     llm = engine({**CADENCE, "arm": "rkv/pyramid/uniform"}, model=windowed(name).folder)
     kinds = ["sliding" in kind for kind in llm.llm_engine.model_config.hf_text_config.layer_types]
     full = [str(index) for index, sliding in enumerate(kinds) if not sliding]
+    assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching  # prompts are evicted
     assert [layer.split(".")[2] for layer in builder(llm).layers] == full
     # Two groups share a pool: pages of a block are those of as many layers.
     assert manager(llm).kv_cache_spec.reserve.windows.widths == (WINDOW,) * (sum(kinds) // 2)
@@ -150,6 +151,7 @@ def test_prompts_beyond_the_pool(
     [
         ("gemma3", {"layer_types": [FULL, FULL, FULL, SLIDING]}, {}, "into 3 groups"),
         ("gpt_oss", {"layer_types": 2 * [FULL, SLIDING]}, {}, "layer 0 has a sliding window of 40"),
+        ("gemma3", {}, {"enable_prefix_caching": True}, "with a model with sliding windows"),
         ("gemma3", {}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache"),
         (
             "gemma3",
@@ -168,5 +170,5 @@ def test_refused(
     says: str,
 ) -> None:
     folder = save_windowed(tmp_path, name, **changes)
-    with pytest.raises(UnsupportedError, match=says):
+    with pytest.raises((UnsupportedError, UsageError), match=says):
         engine(CADENCE, model=folder, **arguments)

@@ -10,6 +10,7 @@ from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.memory import LayerShape
+from reasonalloc.policies import POLICIES
 
 
 class MadeBudget(EngineBudget):
@@ -23,7 +24,8 @@ class MadeBudget(EngineBudget):
         totals: list[int],
     ) -> None:
         given = {"config": config, "shapes": shapes, "ranks": ranks, "totals": tuple(totals)}
-        self.__dict__.update(given, name="made", planned=None)
+        policy = POLICIES.create(config.arm.policy)
+        self.__dict__.update(given, name="made", planned=None, policy=policy)
 
 
 def make(totals: list[int], heads: int, interval: int, block: int, ranks: int = 1) -> Accounting:

@@ -13,6 +13,7 @@ from test_admission import SMALL, Asked, Engine, Sanguine, engines
 
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
+from reasonalloc.integrations.vllm.windows import NO_WINDOWS
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Sharing(Engine):
 
 def sharing(engine: Engine, alike: int, observed: int) -> Sharing:
     given = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.init}
-    reserve = dataclasses.replace(engine.reserve, observed=observed)
+    reserve = dataclasses.replace(engine.reserve, observed=observed, windows=NO_WINDOWS)
     names = ("pool", "chunk", "ahead", "seqs", "answers")
     return Sharing(reserve, alike=alike, **{name: given[name] for name in names})
 
@@ -184,7 +185,7 @@ def reserves(draw: st.DrawFn) -> Reserve:
     heads = draw(st.integers(1, 3))
     total, size = draw(st.integers(heads * 4, heads * 60)), draw(st.sampled_from([1, 4, 16]))
     interval, observed = draw(st.integers(1, 40)), draw(st.none() | st.integers(0, 4))
-    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed)[0].reserve
+    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed=observed)[0].reserve
 
 
 @given(reserves(), st.integers(1, 300), st.integers(1, 200))

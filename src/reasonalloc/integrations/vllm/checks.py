@@ -75,7 +75,7 @@ def prepare_caching(cache: Any, asked: bool | None, plan: EngineBudget | None) -
             "computed again"
         )
     elif plan.groups.widths:
-        what, why = "a model with sliding windows", "its groups of layers share whole prompts only"
+        what, why = "a model with sliding windows", "its layers share blocks of pinned prompts only"
     else:
         return
     if asked:
