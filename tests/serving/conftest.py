@@ -58,20 +58,21 @@ class Windowed:
 
 
 @pytest.fixture(scope="session")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Windowed]:
-    """Models whose layers are of several kinds, by name."""
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Windowed]:
+    """Models whose layers are of several kinds, by name and changes of their configuration."""
     from transformers import AutoModelForCausalLM
 
     made: dict[str, Windowed] = {}
 
-    def make(name: str) -> Windowed:
-        if name not in made:
-            folder = save_windowed(tmp_path_factory.mktemp(name), name)
+    def make(name: str, **changes: Any) -> Windowed:
+        key = f"{name} {changes}"
+        if key not in made:
+            folder = save_windowed(tmp_path_factory.mktemp(name), name, **changes)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             if name == "gemma2":  # older transformers' sdpa ignores soft-capping
                 model.set_attn_implementation("eager")
-            made[name] = Windowed(folder, partial(undoubted, model))
-        return made[name]
+            made[key] = Windowed(folder, partial(undoubted, model))
+        return made[key]
 
     return make
 

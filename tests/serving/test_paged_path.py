@@ -137,7 +137,7 @@ def test_a_graph_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_windows_and_sinks(
     engine: Callable[..., Any],
-    windowed: Callable[[str], Any],
+    windowed: Callable[..., Any],
     paged: None,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -151,7 +151,8 @@ def test_windows_and_sinks(
     # vLLM's kernel that stores tokens asks what the GPU can do.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     settings = {**SETTINGS, "arm": arm}
-    model = windowed(name)
+    kinds = ["sliding_attention", "full_attention"]
+    model = windowed(name, layer_types=kinds, num_hidden_layers=2)
     prompts, expected = model.clear((50, 7), 44, **settings)
     llm = engine(settings, model=model.folder, max_num_batched_tokens=32, max_num_seqs=2)
     layers = engines.builder(llm)

@@ -22,7 +22,8 @@ from reasonalloc.planning.memory import LayerShape
     ("settings", "arguments", "says"),
     [
         ({"arm": "h2o"}, {"enable_prefix_caching": True}, "--enable-prefix-caching.*h2o"),
-        ({}, {"kv_cache_dtype": "fp8"}, "fp8"),
+        ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .*: use auto"),
+        ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
         (
             {},
             {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},

@@ -30,7 +30,7 @@ CADENCE = {"budget": 64, "interval": 32}
     ],
 )
 def test_as_on_transformers(
-    engine: Callable[..., Any], windowed: Callable[[str], Any], name: str, arm: str
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str, arm: str
 ) -> None:
     settings = {**CADENCE, "arm": arm}
     model = windowed(name)
@@ -43,7 +43,7 @@ def test_as_on_transformers(
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma2", "gpt_oss"])
 def test_a_budget_that_holds_everything_is_stock_vllm(
-    engine: Callable[..., Any], windowed: Callable[[str], Any], name: str
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
     model = windowed(name)
     prompts, expected = model.clear(LENGTHS, 220)
@@ -55,7 +55,7 @@ def test_a_budget_that_holds_everything_is_stock_vllm(
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_only_layers_without_a_window_are_compressed(
-    engine: Callable[..., Any], windowed: Callable[[str], Any], name: str
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
     llm = engine({**CADENCE, "arm": "rkv/pyramid/uniform"}, model=windowed(name).folder)
     kinds = ["sliding" in kind for kind in llm.llm_engine.model_config.hf_text_config.layer_types]
@@ -68,7 +68,7 @@ def test_only_layers_without_a_window_are_compressed(
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_a_small_pool_serves_many_without_preemption(
-    engine: Callable[..., Any], windowed: Callable[[str], Any], name: str
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
     settings = {**CADENCE, "arm": "rkv/uniform/reasonalloc"}
     few = {"model": windowed(name).folder, "max_num_batched_tokens": 128, "max_num_seqs": 64}
@@ -93,7 +93,7 @@ def test_a_small_pool_serves_many_without_preemption(
 
 
 def test_aborted_requests_leave_nothing(
-    engine: Callable[..., Any], windowed: Callable[[str], Any]
+    engine: Callable[..., Any], windowed: Callable[..., Any]
 ) -> None:
     settings = {**CADENCE, "arm": "rkv"}
     llm = engine(settings, model=windowed("gemma3").folder, max_num_batched_tokens=101)
@@ -113,7 +113,7 @@ def test_aborted_requests_leave_nothing(
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_pinned_prompts_are_shared(
-    engine: Callable[..., Any], windowed: Callable[[str], Any], name: str
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
     settings = {**CADENCE, "arm": "rkv/uniform/adakv", "prompt": "pin"}
     model = windowed(name)
@@ -134,9 +134,7 @@ def test_pinned_prompts_are_shared(
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-def test_prompts_beyond_the_pool(
-    engine: Callable[..., Any], windowed: Callable[[str], Any]
-) -> None:
+def test_prompts_beyond_the_pool(engine: Callable[..., Any], windowed: Callable[..., Any]) -> None:
     from vllm.exceptions import VLLMValidationError
 
     small = {"kv_cache_memory_bytes": 1 << 20, "max_num_batched_tokens": 128}

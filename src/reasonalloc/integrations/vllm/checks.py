@@ -122,6 +122,11 @@ def check_engine(config: Any) -> None:
         raise refuse("--enable-dbo", "leave it out")
     if cache.cache_dtype != "auto":
         raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", "use auto")
+    if config.model_config.is_mm_prefix_lm:
+        raise UnsupportedError(
+            f"{config.model_config.model} cannot run under a KV budget in vLLM with images, whose "
+            "tokens see each other: serve text alone (--language-model-only)"
+        )
     if config.model_config.disable_sliding_window:
         raise refuse("--disable-sliding-window", "give --max-model-len instead")
     if cache.kv_sharing_fast_prefill:
