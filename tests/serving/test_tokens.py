@@ -122,6 +122,16 @@ def test_prompts_that_come_in_chunks(engine: Callable[..., Any], clear: Callable
     assert greedy(llm, prompts, 100) == expected
 
 
+def test_a_window_that_is_longer_than_the_interval(
+    engine: Callable[..., Any], clear: Callable[..., Any]
+) -> None:
+    """Queries of one interval are looked at in the next one, too, whoever reaches a boundary."""
+    settings = {"budget": 32, "interval": 4, "window": 10, "arm": "rkv/uniform/adakv"}
+    prompts, expected = clear((40, 44, 44), 60, **settings)
+    # The first one ends early, and another one takes its place in the batch.
+    assert greedy(engine(settings), prompts, [6, 60, 60]) == [expected[0][:6], *expected[1:]]
+
+
 def test_a_budget_that_holds_everything_is_stock_vllm(engine: Callable[..., Any]) -> None:
     found = greedy(engine({"budget": 800, "arm": "rkv/uniform/reasonalloc"}), PROMPTS, 300)
     assert found == greedy(engine(enable_prefix_caching=False), PROMPTS, 300)

@@ -130,7 +130,9 @@ class PoolCompressor:
         """
         for chunk in self._chunks(due):
             self._compress(chunk, blocks)
-        self._queries.give_back([item.request for item in due])
+        config = self._plan.config
+        if config.window <= config.interval:  # else the next window holds queries of this one
+            self._queries.give_back([item.request for item in due])
 
     def _chunks(self, due: Sequence[Due]) -> Iterator[list[_Row]]:
         """The rows of as many requests as may be held outside the pool at a time."""
