@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonalloc.config import CompressionConfig
+from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
@@ -88,3 +89,17 @@ def test_settings_survive_json() -> None:
     assert "prompt" not in as_json(config)
     pinned = CompressionConfig(budget=64, prompt="pin")
     assert find_settings({"reasonalloc": as_json(pinned)}) == pinned
+
+
+@pytest.mark.parametrize(("policy", "numbers"), [("rkv", 1), ("value_aware", 2), ("knorm", 1)])
+def test_what_a_budget_keeps_beside_the_cache_fits_too(policy: str, numbers: int) -> None:
+    arm = parse_arm(f"{policy}/uniform/uniform")
+    assert arm is not None
+    made = MadeBudget(CompressionConfig(64, arm), (LayerShape(2, 2, 16),) * 2, 1, [100, 120])
+    cache, requests = 1 << 20, 5
+    entry = 2 * 16 * 2  # a key and a value in 16 bits
+    width = {"rkv": 8, "value_aware": 16, "knorm": 0}[policy]
+    ring = requests * width * 2 * (2 * 16) * 2  # layers, heads, bytes
+    whole = cache + cache // entry * 4 * numbers + ring
+    assert made.cache_bytes(whole, requests, 2) == cache
+    assert made.cache_bytes(ring // 2, requests, 2) == 0 or not ring

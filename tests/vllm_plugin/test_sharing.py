@@ -185,7 +185,9 @@ def reserves(draw: st.DrawFn) -> Reserve:
     heads = draw(st.integers(1, 3))
     total, size = draw(st.integers(heads * 4, heads * 60)), draw(st.sampled_from([1, 4, 16]))
     interval, observed = draw(st.integers(1, 40)), draw(st.none() | st.integers(0, 4))
-    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed=observed)[0].reserve
+    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed=observed)[
+        0
+    ].reserve
 
 
 @given(reserves(), st.integers(1, 300), st.integers(1, 200))

@@ -9,6 +9,7 @@ from typing import Any
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
+from reasonalloc.integrations.vllm.observation import FLUSH
 from reasonalloc.integrations.vllm.settings import find_settings
 from reasonalloc.integrations.vllm.windows import Groups, Windows, divide
 from reasonalloc.planning.budget import BudgetPlan
@@ -96,6 +97,31 @@ class EngineBudget(BudgetPlan):
     def groups(self) -> Groups:
         """How vLLM divides the layers."""
         return divide(self.shapes)
+
+    @property
+    def query_width(self) -> int:
+        """Last queries of a request that are remembered, if the policy looks at any."""
+        window = self.config.window
+        return max(window, FLUSH) if self.policy.state_channels else window
+
+    def cache_bytes(self, available: int, requests: int, itemsize: int) -> int:
+        """Bytes of a KV cache that fits into memory with what a budget keeps beside it.
+
+        Beside the cache are the position of every entry and what the policy knows of it (4 bytes
+        for each number), and the last queries of every request.
+
+        Args:
+            available: bytes for all of it.
+            requests: most that run at once.
+            itemsize: bytes of a number of keys, values and queries.
+        """
+        shapes = [shape for shape in self.shapes if shape.sliding_window is None]
+        if self.policy.needs_queries or self.policy.state_channels:
+            per_row = sum(shape.query_heads * shape.head_dim for shape in shapes) // self.ranks
+            available -= requests * self.query_width * per_row * itemsize
+        entry = sum(shapes[0].dims) * itemsize
+        beside = 4 * (1 + self.policy.state_channels)
+        return max(available, 0) * entry // (entry + beside)
 
     def shard(self, rank: int) -> HeadShard:
         """Return the KV heads of one rank."""

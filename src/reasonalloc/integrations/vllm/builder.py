@@ -109,8 +109,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             vllm_config.scheduler_config.max_num_seqs,
             plan.policy.state_channels,
         )
-        width = plan.config.window
-        self.queries = QueryRows(len(layer_names), max(width, FLUSH) if self._observes else width)
+        self.queries = QueryRows(len(layer_names), plan.query_width)
         self._batch: Batch | None = None
         self._due: list[Due] = []
         self._unseen: list[Unseen] = []

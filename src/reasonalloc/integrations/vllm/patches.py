@@ -319,6 +319,20 @@ def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _leave_room(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What a budget keeps beside the KV cache is no part of the memory that a GPU has for it."""
+
+    def wrapper(self: Any) -> int:
+        available: int = original(self)
+        plan = find_budget(self.vllm_config)
+        if plan is None or self.cache_config.kv_cache_memory_bytes:  # as the user has it
+            return available
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        return plan.cache_bytes(available, requests, self.model_config.dtype.itemsize)
+
+    return wrapper
+
+
 _ENGINE = Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", (), _checked_engine)
 PATCHES = (
     Patch(
@@ -354,6 +368,7 @@ PATCHES = (
         _finish,
     ),
     # Both.
+    Patch("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", (), _leave_room),
     Patch("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", (), _checked_groups),
     Patch(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
