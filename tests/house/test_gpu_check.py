@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,22 @@ def check() -> Any:
     return module
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    done = call()
+    done = started()
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("measures a GPU, and torch sees none here")
 
 
 def test_parts_by_name(check: Any) -> None:
-    done = call("--only", "kernels")
+    done = started("--only", "kernels")
     assert done.returncode == 2 and "--only kernels begins the name of no part" in done.stderr
-    listed = call("--list", "--only", "kernel, serve-long").stdout.splitlines()
+    listed = started("--list", "--only", "kernel, serve-long").stdout.splitlines()
     assert [line.split(":")[0] for line in listed] == [
         "kernel",
         *(f"serve-long-{s}-{b}" for s in ("1", "0.25") for b in ("stock", 1024, 2048, 16384)),
@@ -96,20 +97,16 @@ def test_a_part_goes_on_where_it_passed(check: Any, tmp_path: Path) -> None:
     )
 
 
-def test_figures_of_the_benchmarks(check: Any, tmp_path: Path) -> None:
+def test_figures_of_the_benchmarks(
+    check: Any, tmp_path: Path, folder: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     kernel = [{"batch": b, "budget": 512, "share_of_copy": b / 100} for b in (1, 32, 64, 128)]
     found = check.figures({"copy_bytes_per_second": 4e12, "rows": kernel})
     assert found["share_of_copy"] == 0.64 and found["lowest_share"] == 0.32
     out = tmp_path / "bench.json"
-    command = (
-        "bench --shape smollm2-135m --device cpu --batch 1 --prompt 4 --new-tokens 3 --arms rkv"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "reasonalloc", *command.split(), "--out", str(out)],
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0
+    small = "--device cpu --batch 1 --prompt 4 --new-tokens 3 --arms rkv"
+    code, _, message = call("bench", folder, *small.split(), "--out", out)
+    assert code == 0, message
     assert set(check.figures(json.loads(out.read_text()))) == {
         "rkv tokens_per_second",
         "rkv kv_bytes",
