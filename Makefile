@@ -179,7 +179,9 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[reasonall
 	tests/serving/test_tokens.py::test_prompts_that_come_in_chunks \
 	tests/serving/test_blocks.py::test_aborted_requests_leave_nothing \
 	tests/serving/test_blocks.py::test_several_samples_stop_strings_and_odd_lengths \
-	'tests/serving/test_prefixes.py::test_as_on_transformers[value_aware/uniform/adakv-True]' \
+	'tests/serving/test_prefixes.py::test_as_on_transformers[value_aware/uniform/adakv-pin-True]' \
+	'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyramid/reasonalloc-evict-True]' \
+	'tests/serving/test_windows.py::test_as_on_transformers[gemma3-rkv/uniform/adakv]' \
 	tests/serving/test_async.py tests/serving/test_runners.py
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
 
