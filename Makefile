@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 .PHONY: setup environments more-environments demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm test-vllm-long test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
 setup: $(VENV)/.ready
@@ -175,7 +175,7 @@ $(VLLM_NEXT)/.ready: $(VLLM)/.ready tests/serving/overlay.py
 	touch $@
 
 # What depends on vLLM's version and model runner.
-TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[reasonalloc-pyramid-rkv]' \
+TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[rkv-pyramid-reasonalloc]' \
 	tests/serving/test_tokens.py::test_prompts_that_come_in_chunks \
 	tests/serving/test_blocks.py::test_aborted_requests_leave_nothing \
 	tests/serving/test_blocks.py::test_several_samples_stop_strings_and_odd_lengths \
@@ -191,12 +191,18 @@ test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
 test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 	$(BESIDE_EACH_OTHER) vllm-next vllm-next-v2
 
+# The rest of the combinations: twice as many engines.
+test-vllm-long: $(VLLM)/.ready $(VLLM_V2)/.ready
+	$(TEST_VLLM) -m long tests/serving
+	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m long \
+		tests/serving/test_paged_path.py
+
 vllm-all:
-	$(TEST_VLLM) tests/serving tests/house/test_examples.py::test_serve_and_call
+	$(TEST_VLLM) -m 'not long' tests/serving tests/house/test_examples.py::test_serve_and_call
 
 vllm-v2:
-	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM) \
-		tests/serving/test_paged_path.py
+	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m 'not long' \
+		$(TOUCHES_VLLM) tests/serving/test_paged_path.py
 
 vllm-next:
 	PYTHONPATH=$(VLLM_NEXT) EXPECTED_VLLM=0.33,v1 $(TEST_VLLM) $(TOUCHES_VLLM)

@@ -48,7 +48,7 @@ def builder(llm: Any) -> Any:
     [
         ("rkv/uniform/adakv", "evict"),
         ("value_aware/pyramid/reasonalloc", "evict"),
-        ("value_aware/uniform/adakv", "pin"),
+        pytest.param("value_aware/uniform/adakv", "pin", marks=pytest.mark.long),
     ],
 )
 def test_as_on_transformers(
@@ -133,7 +133,11 @@ def test_a_graph_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arm"), [("gemma3", "rkv/uniform/adakv"), ("gpt_oss", "value_aware/uniform/adakv")]
+    ("name", "arm"),
+    [
+        pytest.param("gemma3", "rkv/uniform/adakv", marks=pytest.mark.long),
+        ("gpt_oss", "value_aware/uniform/adakv"),
+    ],
 )
 def test_windows_and_sinks(
     engine: Callable[..., Any],

@@ -20,14 +20,14 @@ PROMPTS = pytest.mark.parametrize("prompt", ["pin", "evict"])
     ("arm", "prompt", "caching"),
     [
         ("rkv/pyramid/reasonalloc", "pin", True),
-        ("rkv/pyramid/reasonalloc", "pin", False),
+        pytest.param("rkv/pyramid/reasonalloc", "pin", False, marks=pytest.mark.long),
         ("value_aware/uniform/adakv", "pin", True),
-        ("snapkv/uniform/uniform", "pin", True),
+        pytest.param("snapkv/uniform/uniform", "pin", True, marks=pytest.mark.long),
         ("rkv/pyramid/reasonalloc", "evict", True),
-        ("rkv/pyramid/reasonalloc", "evict", False),
-        ("rkv/uniform/uniform", "evict", True),
+        pytest.param("rkv/pyramid/reasonalloc", "evict", False, marks=pytest.mark.long),
+        pytest.param("rkv/uniform/uniform", "evict", True, marks=pytest.mark.long),
         ("snapkv/uniform/adakv", "evict", True),
-        ("knorm/pyramid/adakv", "evict", True),
+        pytest.param("knorm/pyramid/adakv", "evict", True, marks=pytest.mark.long),
     ],
 )
 def test_as_on_transformers(
@@ -187,7 +187,7 @@ def test_what_is_cached_is_never_written_again(engine: Callable[..., Any]) -> No
             assert torch.equal(each, found[name])
 
 
-@pytest.mark.parametrize("memory", [64, 2])
+@pytest.mark.parametrize("memory", [pytest.param(64, marks=pytest.mark.long), 2])
 def test_many_requests_and_aborts(engine: Callable[..., Any], memory: int) -> None:
     from vllm import SamplingParams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -33,9 +34,28 @@ def costs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "snapkv", "rkv"])
-@pytest.mark.parametrize("layers", ["uniform", "pyramid", "cost"])
-@pytest.mark.parametrize("heads", ["uniform", "planned", "reasonalloc"])
+# Every policy, layer and head allocator, and most pairs of them; the others are long tests.
+SHORT = {
+    ("rkv", "uniform", "uniform"),
+    ("rkv", "pyramid", "reasonalloc"),
+    ("rkv", "cost", "planned"),
+    ("snapkv", "uniform", "reasonalloc"),
+    ("snapkv", "cost", "uniform"),
+    ("streaming_llm", "pyramid", "uniform"),
+    ("streaming_llm", "cost", "reasonalloc"),
+}
+GRID = [
+    pytest.param(*arm, marks=[] if arm in SHORT else [pytest.mark.long])
+    for arm in itertools.product(
+        ("streaming_llm", "snapkv", "rkv"),
+        ("uniform", "pyramid", "cost"),
+        ("uniform", "planned", "reasonalloc"),
+    )
+    if arm[1] == "cost" or arm[2] != "planned"  # only layers='cost' plans heads
+]
+
+
+@pytest.mark.parametrize(("policy", "layers", "heads"), GRID)
 def test_as_on_transformers(
     engine: Callable[..., Any],
     clear: Callable[..., Any],
@@ -44,8 +64,6 @@ def test_as_on_transformers(
     layers: str,
     heads: str,
 ) -> None:
-    if heads == "planned" and layers != "cost":
-        pytest.skip("only layers='cost' plans heads")
     arm = {"policy": policy, "layers": layers, "heads": heads}
     settings = {**CADENCE, **arm, **({"profile": costs} if layers == "cost" else {})}
     prompts, expected = clear(LENGTHS, 400, **settings)
@@ -79,9 +97,9 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     "arm",
     [
         "best",
-        "h2o",
+        pytest.param("h2o", marks=pytest.mark.long),
         "value_aware/pyramid/reasonalloc",
-        "lazy_eviction/uniform/uniform",
+        pytest.param("lazy_eviction/uniform/uniform", marks=pytest.mark.long),
         "tri_attention/pyramid/uniform",
     ],
 )
@@ -146,7 +164,10 @@ def test_the_plugin_without_a_budget_changes_nothing(
 
 @pytest.mark.parametrize(
     ("arm", "prompt"),
-    [("rkv/uniform/reasonalloc", "evict"), ("value_aware/uniform/uniform", "pin")],
+    [
+        ("rkv/uniform/reasonalloc", "evict"),
+        pytest.param("value_aware/uniform/uniform", "pin", marks=pytest.mark.long),
+    ],
 )
 def test_no_request_depends_on_its_batch_mates(
     engine: Callable[..., Any], arm: str, prompt: str

@@ -21,11 +21,11 @@ CADENCE = {"budget": 64, "interval": 32}
     ("name", "arm"),
     [
         ("gemma3", "rkv/uniform/adakv"),
-        ("gemma3", "value_aware/pyramid/reasonalloc"),
-        ("gemma2", "rkv/uniform/adakv"),
+        pytest.param("gemma3", "value_aware/pyramid/reasonalloc", marks=pytest.mark.long),
+        pytest.param("gemma2", "rkv/uniform/adakv", marks=pytest.mark.long),
         ("gemma2", "value_aware/uniform/uniform"),
-        ("gpt_oss", "rkv/uniform/adakv"),
-        ("gpt_oss", "snapkv/pyramid/reasonalloc"),
+        pytest.param("gpt_oss", "rkv/uniform/adakv", marks=pytest.mark.long),
+        pytest.param("gpt_oss", "snapkv/pyramid/reasonalloc", marks=pytest.mark.long),
         ("gpt_oss", "value_aware/uniform/adakv"),
     ],
 )
@@ -41,7 +41,10 @@ def test_as_on_transformers(
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", *(pytest.param(name, marks=pytest.mark.long) for name in ("gemma2", "gpt_oss"))],
+)
 def test_a_budget_that_holds_everything_is_stock_vllm(
     engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
@@ -66,7 +69,7 @@ def test_only_layers_without_a_window_are_compressed(
     assert manager(llm).kv_cache_spec.reserve.windows.widths == (WINDOW,) * (sum(kinds) // 2)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.long)])
 def test_a_small_pool_serves_many_without_preemption(
     engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
@@ -111,7 +114,7 @@ def test_aborted_requests_leave_nothing(
     assert not watched.manager.admission._admitted
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.long)])
 def test_pinned_prompts_are_shared(
     engine: Callable[..., Any], windowed: Callable[..., Any], name: str
 ) -> None:
