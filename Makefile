@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 .PHONY: setup environments more-environments demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm test-vllm-long test-vllm-next vllm-all vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest test-random test-long test-vllm test-vllm-long test-vllm-next vllm-arms vllm-rest vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
 setup: $(VENV)/.ready
@@ -186,7 +186,7 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[rkv-pyram
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
 
 test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
-	$(BESIDE_EACH_OTHER) vllm-all vllm-v2
+	$(BESIDE_EACH_OTHER) vllm-v2 vllm-arms vllm-rest
 
 test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 	$(BESIDE_EACH_OTHER) vllm-next vllm-next-v2
@@ -197,8 +197,15 @@ test-vllm-long: $(VLLM)/.ready $(VLLM_V2)/.ready
 	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m long \
 		tests/serving/test_paged_path.py
 
-vllm-all:
-	$(TEST_VLLM) -m 'not long' tests/serving tests/house/test_examples.py::test_serve_and_call
+# Two halves of what runs in one process each.
+VLLM_ARMS := tests/serving/test_tokens.py tests/serving/test_windows.py
+
+vllm-arms:
+	$(TEST_VLLM) -m 'not long' $(VLLM_ARMS)
+
+vllm-rest:
+	$(TEST_VLLM) -m 'not long' tests/serving tests/house/test_examples.py::test_serve_and_call \
+		$(addprefix --ignore=,$(VLLM_ARMS))
 
 vllm-v2:
 	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m 'not long' \
