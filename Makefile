@@ -183,6 +183,10 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[rkv-pyram
 	'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyramid/reasonalloc-evict-True]' \
 	'tests/serving/test_windows.py::test_as_on_transformers[gemma3-rkv/uniform/adakv]' \
 	tests/serving/test_async.py tests/serving/test_runners.py
+# Both are new there: the fewest, since Triton's interpreter is slow.
+TOUCHES_BOTH := 'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyramid/reasonalloc-evict-True]' \
+	tests/serving/test_blocks.py::test_several_samples_stop_strings_and_odd_lengths \
+	tests/serving/test_runners.py
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
 
 test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
@@ -215,7 +219,7 @@ vllm-next:
 	PYTHONPATH=$(VLLM_NEXT) EXPECTED_VLLM=0.33,v1 $(TEST_VLLM) $(TOUCHES_VLLM)
 
 vllm-next-v2:
-	PYTHONPATH=$(VLLM_NEXT):$(VLLM_V2) EXPECTED_VLLM=0.33,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_VLLM)
+	PYTHONPATH=$(VLLM_NEXT):$(VLLM_V2) EXPECTED_VLLM=0.33,v2 TRITON_INTERPRET=1 $(TEST_VLLM) $(TOUCHES_BOTH)
 
 bench-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python benchmarks/vllm_pool.py

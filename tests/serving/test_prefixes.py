@@ -14,6 +14,7 @@ SETTINGS = {"budget": 48, "interval": 32}
 LENGTHS = (40, 150, 7, 64)
 BLOCK = 32
 PROMPTS = pytest.mark.parametrize("prompt", ["pin", "evict"])
+EVICTED = pytest.mark.parametrize("prompt", [pytest.param("pin", marks=pytest.mark.long), "evict"])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_every_request_computes_its_own_window(engine: Callable[..., Any]) -> No
     assert prefilled(llm, lambda: greedy(llm, prompts, 60)) == 515 + 15 * 3
 
 
-@PROMPTS
+@EVICTED
 def test_samples_hold_the_prompt_once(engine: Callable[..., Any], prompt: str) -> None:
     from vllm import SamplingParams
 
@@ -133,7 +134,7 @@ def manager(llm: Any) -> Any:
     return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
 
 
-@PROMPTS
+@EVICTED
 def test_a_second_turn_finds_the_first_prompt(engine: Callable[..., Any], prompt: str) -> None:
     settings = {**SETTINGS, "arm": "rkv", "prompt": prompt}
     llm = engine(settings)

@@ -176,7 +176,7 @@ def test_ctrl_c_stops_it(server: Server) -> None:
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),
         (["--tensor-parallel-size", "4"], "divides them"),
-        (["--enable-prefix-caching"], "leave the flag out"),
+        (["--arm", "h2o", "--enable-prefix-caching"], "leave the flag out"),
     ],
 )
 def test_refused_with_one_line(folder: Path, more: list[str], says: str) -> None:

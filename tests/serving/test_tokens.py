@@ -70,7 +70,14 @@ def test_as_on_transformers(
     assert greedy(engine(settings), prompts, 400) == expected
 
 
-@pytest.mark.parametrize("arm", ["random", "tova/pyramid/adakv", "knorm/uniform/adakv"])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "random",
+        "tova/pyramid/adakv",
+        pytest.param("knorm/uniform/adakv", marks=pytest.mark.long),
+    ],
+)
 def test_other_arms(engine: Callable[..., Any], clear: Callable[..., Any], arm: str) -> None:
     settings = {**CADENCE, "arm": arm, "n_sink": 4, "seed": 3, "window": 4}
     prompts, expected = clear(LENGTHS, 120, **settings)
