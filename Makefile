@@ -163,8 +163,9 @@ $(VLLM_V2)/.ready: $(VLLM)/.ready $(shell find tests/serving/triton_cpu_backend 
 	touch $@
 
 # The next release has no CPU build yet: its Python, with the libraries of $(VLLM). pip reads the
-# metadata of a source distribution by its setup.py, which needs two packages.
-$(VLLM_NEXT)/.ready: $(VLLM)/.ready tests/serving/overlay.py
+# metadata of a source distribution by its setup.py, which needs two packages. They are installed
+# when $(VLLM_V2) is ready, which is built with what $(VLLM) has.
+$(VLLM_NEXT)/.ready: $(VLLM_V2)/.ready tests/serving/overlay.py
 	rm -rf $(VLLM_NEXT)
 	$(VLLM)/bin/python $(PIP) 'setuptools-rust>=1.9' 'setuptools-scm>=8'
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_NEXT_VERSION) $(VLLM)/bin/python -m pip \
