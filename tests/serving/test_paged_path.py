@@ -8,10 +8,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import engines
 import pytest
 import torch
-from engines import greedy, pool, worker
+from engines import builder, greedy, pool
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -37,10 +36,6 @@ def paged(monkeypatch: pytest.MonkeyPatch) -> None:
     from reasonalloc.integrations.vllm import backend
 
     monkeypatch.setattr(backend, "stock_backend", lambda *layer: TritonAttentionBackend)
-
-
-def builder(llm: Any) -> Any:
-    return worker(llm).model_runner.attn_groups[0][0].get_metadata_builder(0)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +154,7 @@ def test_windows_and_sinks(
     model = windowed(name, layer_types=kinds, num_hidden_layers=2)
     prompts, expected = model.clear((50, 7), 44, **settings)
     llm = engine(settings, model=model.folder, max_num_batched_tokens=32, max_num_seqs=2)
-    layers = engines.builder(llm)
+    layers = builder(llm)
     assert type(layers).__name__ == "PagedBuilder"
     assert (layers.sinks(0) is None) == (name != "gpt_oss")
     assert greedy(llm, prompts, 44) == expected

@@ -7,16 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import greedy, worker
+from engines import builder, greedy, worker
 
 from reasonalloc.integrations.vllm.patches import version
 
 SETTINGS = {"budget": 32, "interval": 16, "arm": "rkv/uniform/adakv"}
 EXPECTED = os.environ.get("EXPECTED_VLLM", "")
-
-
-def builder(llm: Any) -> Any:
-    return worker(llm).model_runner.attn_groups[0][0].get_metadata_builder(0)
 
 
 @pytest.mark.skipif(not EXPECTED, reason="EXPECTED_VLLM names no version and runner")

@@ -44,6 +44,7 @@ class Admitted:
         last: most tokens that it will have in the cache.
         most_shared: most of its blocks that others may hold too.
         tokens: in the cache, at the end of the step that is scheduled.
+        own: blocks promised to it for layers under the budget.
     """
 
     reserve: Reserve
@@ -51,8 +52,8 @@ class Admitted:
     last: int
     most_shared: int = 0
     tokens: int = field(init=False)
-    # Promised, and the most: of layers under the budget, and of those with sliding windows.
-    _own: int = field(init=False)
+    own: int = field(init=False)
+    # The most of these, and the same of layers with sliding windows.
     _own_peak: int = field(init=False)
     _beside: int = field(init=False)
     _beside_peak: int = field(init=False)
@@ -61,8 +62,8 @@ class Admitted:
 
     def __post_init__(self) -> None:
         reserve = self.reserve
-        self._own = reserve.needed(self.start, self.start)
-        self._own_peak = max(self._own, reserve.peak(self.start, self.last, self.most_shared))
+        self.own = reserve.needed(self.start, self.start)
+        self._own_peak = max(self.own, reserve.peak(self.start, self.last, self.most_shared))
         self._beside = reserve.windows.prefill(self.start)
         self._beside_peak = max(self._beside, reserve.windows.peak(self.start, self.last))
         self.tokens = self.start
@@ -71,25 +72,16 @@ class Admitted:
     @property
     def blocks(self) -> int:
         """Promised to it."""
-        return self._own + self._beside
+        return self.own + self._beside
 
     @property
     def peak(self) -> int:
         """The most that it can need from now on."""
         return self._own_peak + self._beside_peak
 
-    @property
-    def own(self) -> int:
-        """Promised to it for layers under the budget."""
-        return self._own
-
     def share(self, blocks: int) -> None:
         """It will begin with so many blocks that others hold too."""
-        self._own = max(self._own, self.reserve.needed(self.start, self.start, blocks))
-
-    def extend(self, blocks: int) -> None:
-        """Promise it so many blocks more, for layers under the budget."""
-        self._own += blocks
+        self.own = max(self.own, self.reserve.needed(self.start, self.start, blocks))
 
     def is_first_event(self, tokens: int) -> bool:
         """Whether it is compressed for the first time after ``tokens`` tokens."""
@@ -106,15 +98,15 @@ class Admitted:
 
     def grow(self, tokens: int, shared: int = 0) -> None:
         """Promise it what it lacks for a step; see ``missing``."""
-        self._own += self._missing_own(tokens, shared)
+        self.own += self._missing_own(tokens, shared)
         self._beside += self._missing_beside(tokens)
 
     def _missing_own(self, tokens: int, shared: int) -> int:
-        held = self._own * self.reserve.block_size
-        if self._own == self._own_peak or tokens <= held < self._first:
+        held = self.own * self.reserve.block_size
+        if self.own == self._own_peak or tokens <= held < self._first:
             return 0
         needed = self.reserve.needed(self.start, min(tokens, self.last), shared)
-        return max(needed - self._own, 0)
+        return max(needed - self.own, 0)
 
     def _missing_beside(self, tokens: int) -> int:
         if self._beside == self._beside_peak:
@@ -138,7 +130,7 @@ class Admitted:
 
     def settle(self) -> None:
         """It was compressed for the first time: a constant number of blocks, besides windows."""
-        self._own = self._own_peak = self.reserve.held(self.start)
+        self.own = self._own_peak = self.reserve.held(self.start)
 
 
 class Answers:
@@ -266,7 +258,7 @@ class Admission:
                 if name == request_id:
                     break
             room -= self._waiting * request.blocks
-            request.extend(max(min(blocks - request.own, room), 0))
+            request.own += max(min(blocks - request.own, room), 0)
         return min(blocks, request.own)
 
     def settle(self, request_id: str) -> None:

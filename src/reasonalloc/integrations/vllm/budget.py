@@ -99,6 +99,16 @@ class EngineBudget(BudgetPlan):
         return divide(self.shapes)
 
     @property
+    def observed(self) -> int | None:
+        """Last tokens before the first compression that every request computes itself; None: all.
+
+        Those of a prompt that is evicted from; see ``Reserve``.
+        """
+        if self.policy.state_channels or self.groups.widths:
+            return None
+        return self.config.window if self.policy.needs_queries else 0
+
+    @property
     def query_width(self) -> int:
         """Last queries of a request that are remembered, if the policy looks at any."""
         window = self.config.window
@@ -135,11 +145,8 @@ class EngineBudget(BudgetPlan):
         pin = self.config.prompt == "pin"
         heads = self.kv_heads // self.ranks
         windows = Windows(self.groups.widths, block_size, self.in_flight, self.steps)
-        policy, observed = self.policy, None
-        if not policy.state_channels and not self.groups.widths:
-            observed = self.config.window if policy.needs_queries else 0
         interval = self.config.interval
-        return make_layouts(totals, heads, interval, block_size, pin, windows, observed)
+        return make_layouts(totals, heads, interval, block_size, pin, windows, self.observed)
 
 
 def check_storage(config: CompressionConfig) -> None:

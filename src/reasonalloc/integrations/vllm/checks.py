@@ -66,7 +66,7 @@ def prepare_caching(cache: Any, asked: bool | None, plan: EngineBudget | None) -
     Raises:
         UsageError: it was asked for.
     """
-    if plan is None or plan.config.prompt == "pin":
+    if plan is None or plan.config.prompt == "pin" or plan.observed is not None:
         return
     if plan.policy.state_channels:
         what = f"policy={plan.config.arm.policy!r}"
@@ -74,10 +74,8 @@ def prepare_caching(cache: Any, asked: bool | None, plan: EngineBudget | None) -
             "it looks at the attention in which a prompt is computed, and what is cached is not "
             "computed again"
         )
-    elif plan.groups.widths:
-        what, why = "a model with sliding windows", "its layers share blocks of pinned prompts only"
     else:
-        return
+        what, why = "a model with sliding windows", "its layers share blocks of pinned prompts only"
     if asked:
         raise UsageError(
             f"enable_prefix_caching=True (--enable-prefix-caching) cannot be used with {what} and "

@@ -132,10 +132,8 @@ class PagedBuilder(BudgetBuilder):
         rows = len(batch.requests)
         starts = starts[: rows + 1]  # others are padding
         tokens, noted, _ = self._wanted(batch, starts)
-        decodes = next((row for row in range(rows) if starts[row + 1] - starts[row] != 1), rows)
-        self._check_prompts(batch, decodes)
         # A CUDA graph of single tokens has rows of padding; vLLM gives them a length of 0.
-        padded = min(common.num_reqs, common.num_actual_tokens) if decodes == rows else rows
+        padded = min(common.num_reqs, common.num_actual_tokens)
         self._blocks = common.block_table_tensor[:rows]
         step = self.steps.next(
             batch.slots,
@@ -145,12 +143,13 @@ class PagedBuilder(BudgetBuilder):
             common.block_table_tensor[:padded],
             common.seq_lens[:padded],
         )
-        if decodes == rows:
-            self._check_addresses(step)
         stock = None
-        if decodes < rows:
-            some = _behind(common, decodes, starts)
+        if step.decodes < rows:
+            self._check_prompts(batch, step.decodes)
+            some = _behind(common, step.decodes, starts)
             stock = self._stock_builder.build(0, some, fast_build)
+        else:
+            self._check_addresses(step)
         prompts = self._prompts(batch, starts) if self._observes else []
         return PagedMetadata(self, step, stock, prompts)
 

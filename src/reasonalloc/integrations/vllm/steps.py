@@ -119,8 +119,8 @@ class Steps:
             before: [requests], tokens of each in the cache.
             starts: [requests + 1], the first token of each, and the end.
             noted: tokens whose queries are remembered, and their rows.
-            blocks, seq_lens: as in ``Step``; rows behind those of the requests are padding, of
-                which a step has any only if all its requests have one token.
+            blocks, seq_lens: as in ``Step``; rows behind those of the requests are padding, which
+                belongs to a step only if all its requests have one token.
         """
         rows, tokens = len(slots), starts[-1]
         begins = np.asarray(starts[:-1], dtype=np.int32)
@@ -142,6 +142,8 @@ class Steps:
             self._reset_state(rows, tokens, blocks)
         if decodes == rows:
             tokens = decodes = len(seq_lens)
+        else:
+            blocks, seq_lens = blocks[:rows], seq_lens[:rows]
         return Step(tokens, decodes, self._splits(max(1, decodes)), blocks, seq_lens)
 
     def _reset_state(self, rows: int, tokens: int, blocks: Tensor) -> None:
