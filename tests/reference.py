@@ -284,6 +284,15 @@ def round_to_total(values: list[float], total: int, upper: list[int]) -> list[in
     return base
 
 
+def standardised(row: list[float]) -> list[float]:
+    """Mean 0 and variance 1, rounded to float32; zeros if all are equal."""
+    if len(set(row)) <= 1:
+        return [0.0] * len(row)
+    mean = math.fsum(row) / len(row)
+    spread = math.sqrt(math.fsum((s - mean) ** 2 for s in row) / len(row))
+    return torch.tensor([(s - mean) / spread for s in row]).tolist()
+
+
 def pooled_counts(
     scores: list[list[float]], total: int, window: int, lengths: list[int], score_norm: str
 ) -> list[int]:
@@ -292,6 +301,8 @@ def pooled_counts(
         scores = [
             [s * max(n - window, 1) for s in row] for row, n in zip(scores, lengths, strict=True)
         ]
+    if score_norm == "standard":
+        scores = [standardised(row) for row in scores]
     k = max(total - len(scores) * window, 0)
     pool = sorted((s for row in scores for s in row), reverse=True)
     if k == 0 or not pool:
@@ -320,7 +331,9 @@ def head_budgets(
     if name == "uniform":
         return robustify([1.0] * heads, total, [0] * heads, lengths, 1.0)
     scored = [n + pinned for n in lengths]  # the scores are shares of these
-    counts = pooled_counts(scores, total, window, scored, score_norm if shares else "paper")
+    counts = pooled_counts(
+        scores, total, window, scored, score_norm if shares or score_norm == "standard" else "paper"
+    )
     mean = layer_total // heads
     share, margin = (0.25, 8) if name == "reasonalloc" else (0.0, 0)
     floor = min(max(int(share * mean), window + margin), mean)

@@ -57,22 +57,25 @@ ASKED = {
 }
 
 
-def _joined(rows: list[dict[str, Any]], first: str, second: str, names: str) -> Iterator[str]:
+def joined(rows: list[dict[str, Any]], first: str, second: str, names: str) -> Iterator[str]:
     """Endless text: one problem after the other, from the given rows."""
     for row in rows:
         yield names.format(row[first], row[second])
 
 
-def _cut(tokenizer: Any, pieces: Iterator[str]) -> list[int]:
+def cut(tokenizer: Any, pieces: Iterator[str], tokens: int = PROMPT + COMPLETION) -> list[int]:
+    """Return the first ``tokens`` token ids of the pieces, one after the other."""
     ids: list[int] = []
     for piece in pieces:
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-        if len(ids) >= PROMPT + COMPLETION:
-            return ids[: PROMPT + COMPLETION]
+        if len(ids) >= tokens:
+            return ids[:tokens]
     raise SystemExit(f"only {len(ids)} tokens: take a longer text")
 
 
-def _generated(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def generated(
+    model: Any, tokenizer: Any, texts: Sequence[str], tokens: int = PROMPT + COMPLETION
+) -> list[list[int]]:
     """Answers of the model, sampled in one batch, with their prompts."""
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -84,7 +87,7 @@ def _generated(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[in
         return_dict=True,
     )
     torch.manual_seed(0)
-    new = PROMPT + COMPLETION - int(inputs["attention_mask"].sum(dim=1).min())
+    new = tokens - int(inputs["attention_mask"].sum(dim=1).min())
     out = model.generate(
         **inputs,
         min_new_tokens=new,
@@ -95,7 +98,7 @@ def _generated(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[in
     )
     begins = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
     rows = [row[begin:].tolist() for row, begin in zip(out, begins, strict=True)]
-    return [row[: PROMPT + COMPLETION] for row in rows]
+    return [row[:tokens] for row in rows]
 
 
 def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Iterator[Any]:
@@ -104,21 +107,21 @@ def _kinds(model: Any, tokenizer: Any, math: str, gsm8k: str, split: str) -> Ite
     test = split == "test"
     for start in range(100, 184, 12) if test else range(0, 36, 12):
         rows = solutions[start : start + 12]
-        pieces = _joined(rows, "problem", "solution", "Problem: {}\n\nSolution: {}\n\n")
-        yield "solutions", _cut(tokenizer, pieces)
+        pieces = joined(rows, "problem", "solution", "Problem: {}\n\nSolution: {}\n\n")
+        yield "solutions", cut(tokenizer, pieces)
     for start in range(100, 136, 12) if test else range(0, 12, 12):
-        pieces = _joined(answers[start : start + 12], "question", "answer", "Q: {}\nA: {}\n\n")
-        yield "questions", _cut(tokenizer, pieces)
+        pieces = joined(answers[start : start + 12], "question", "answer", "Q: {}\nA: {}\n\n")
+        yield "questions", cut(tokenizer, pieces)
     for name in CODE[split]:
         source = inspect.getsource(import_module(name))
-        yield "code", _cut(tokenizer, iter([source[len(source) // 3 :]]))
+        yield "code", cut(tokenizer, iter([source[len(source) // 3 :]]))
     for name in TOPICS[split]:
-        yield "prose", _cut(tokenizer, iter([topics[name]]))
+        yield "prose", cut(tokenizer, iter([topics[name]]))
     if test:
         licence = Path(torch.__file__).parents[1] / f"torch-{torch.__version__}.dist-info"
         texts = sorted(licence.rglob("LICENSE*"), key=lambda p: p.stat().st_size)
-        yield "prose", _cut(tokenizer, iter([texts[-1].read_text(errors="replace")[4000:]]))
-    for ids in _generated(model, tokenizer, ASKED[split]):
+        yield "prose", cut(tokenizer, iter([texts[-1].read_text(errors="replace")[4000:]]))
+    for ids in generated(model, tokenizer, ASKED[split]):
         yield "generated", ids
 
 

@@ -17,6 +17,7 @@ import made_statistics
 import reference
 from examples import examples
 from reasonalloc.allocators.head import HEAD_ALLOCATORS, HeadQuery
+from reasonalloc.allocators.head.base import SCORE_NORMS
 from reasonalloc.allocators.layer import LAYER_ALLOCATORS, LayerQuery
 from reasonalloc.allocators.minimise import interpolate, minimise
 from reasonalloc.calibrated.costs import load_costs
@@ -86,7 +87,7 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
     return HeadQuery(scores, length, total, layer_total, least, window, shares, planned), rows
 
 
-@given(head_queries(), st.sampled_from(["paper", "length"]))
+@given(head_queries(), st.sampled_from(SCORE_NORMS))
 @examples(150)
 def test_head_allocators(made: tuple[HeadQuery, list[list[list[float]]]], norm: str) -> None:
     query, rows = made

@@ -46,6 +46,38 @@ def test_budgets_follow_the_definition(tmp_path: Path) -> None:
         assert sum(a.totals) == 5 * mean
 
 
+def test_demand_of_the_largest_head(tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "profile.json"
+    profile = dataclasses.replace(make(model, [30.0, 30.0, 30.0]), demand_max=[40.0, 90.0, 160.0])
+    profile.save(path)
+
+    def totals(layers: str) -> list[int]:
+        with reasonalloc.attach(model, budget=40, layers=layers, profile=path) as attached:
+            return list(attached.totals)
+
+    assert totals("profile") == totals("profile(demand=mean)") == [120] * 3
+    assert totals("profile(demand=max)") == reference.robustify(
+        profile.demand_max, 360, [30] * 3, [240] * 3, 0.5
+    )
+    assert sorted(totals("shuffled(demand=max)")) == totals("profile(demand=max)")
+    with pytest.raises(UsageError, match="profile: demand='most' must be 'mean' or 'max'"):
+        totals("profile(demand=most)")
+
+
+def test_profiles_that_do_not_say_how_they_were_measured(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile = make(tiny("llama"), [1.0, 2.0, 3.0])
+    profile.save(path)
+    data = json.loads(path.read_text())
+    old = {name: data[name] for name in data if name not in ("window", "keys")}
+    path.write_text(json.dumps(old))
+    assert load_profile(path) == profile
+    for wrong, message in {"window": 0, "keys": "prompt"}.items():
+        path.write_text(json.dumps({**old, wrong: message}))
+        with pytest.raises(UsageError, match=f"{wrong}={message!r}"):
+            load_profile(path)
+
+
 def test_shuffled_budgets_are_those_of_the_profile_on_other_layers(tmp_path: Path) -> None:
     model, path = tiny("llama", num_hidden_layers=5), tmp_path / "profile.json"
     make(model, [300.0, 20.0, 45.0, 1.0, 110.0]).save(path)

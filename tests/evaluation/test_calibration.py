@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,26 @@ from tiny_folder import save_tiny
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss", *CALIBRATED])
 def test_demand_equals_the_definition(name: str, tmp_path: Path) -> None:
+    check_demand(tiny(name), tmp_path / "p.json", "all")
     model = tiny(name)
+    profile = load_profile(tmp_path / "p.json")
+    with reasonalloc.attach(model, budget=24, arm="reasonalloc", profile=tmp_path / "p.json") as a:
+        assert sum(a.totals) == len(profile.demand_mean) * 3 * 24
+
+
+def test_demand_of_generated_tokens_alone(tmp_path: Path) -> None:
+    check_demand(tiny("llama"), tmp_path / "p.json", "generated")
+    saved = load_profile(tmp_path / "p.json")
+    assert (saved.keys, saved.window) == ("generated", 5)
+
+
+def check_demand(model: Any, path: Path, keys: str) -> None:
+    """Compare a model's demand with the attention that transformers itself tells."""
     prompts, every, window, rho = [prompt(30), prompt(17, seed=4)], 8, 5, 0.8
     before = model.config._attn_implementation
-    profile = attention_mass(model, prompts, rho=rho, max_new_tokens=30, every=every, window=window)
+    profile = attention_mass(
+        model, prompts, rho=rho, max_new_tokens=30, every=every, window=window, keys=keys
+    )
     assert model.config._attn_implementation == before
     budgeted = [
         i
@@ -40,18 +57,16 @@ def test_demand_equals_the_definition(name: str, tmp_path: Path) -> None:
         for place, layer in enumerate(budgeted):
             # Hybrid models give the attention of their attention layers alone.
             at = layer if len(weights[0]) == model.config.num_hidden_layers else place
-            rows.append([needed(w[at][0], window, rho) for w in weights])
+            skip = ids.shape[1] if keys == "generated" else 0
+            rows.append([needed(w[at][0][..., skip:], window, rho) for w in weights])
         means.append([sum(map(sum, row)) / (3 * len(row)) for row in rows])
         maxima.append([sum(map(max, row)) / len(row) for row in rows])
     for curve, expected in zip(profile.curves, means, strict=True):
         assert curve == pytest.approx(expected)
     assert profile.demand_mean == pytest.approx([sum(c) / 2 for c in zip(*means, strict=True)])
     assert profile.demand_max == pytest.approx([sum(c) / 2 for c in zip(*maxima, strict=True)])
-    profile.save(tmp_path / "p.json")
-    assert load_profile(tmp_path / "p.json") == profile
-    model = tiny(name)
-    with reasonalloc.attach(model, budget=24, arm="reasonalloc", profile=tmp_path / "p.json") as a:
-        assert sum(a.totals) == len(budgeted) * 3 * 24
+    profile.save(path)
+    assert load_profile(path) == profile
 
 
 def needed(weights: torch.Tensor, window: int, rho: float) -> list[int]:
@@ -73,6 +88,8 @@ def test_wrong_arguments() -> None:
     model = tiny("llama")
     with pytest.raises(UsageError, match="rho=1"):
         attention_mass(model, [prompt(5)], rho=1.0)
+    with pytest.raises(UsageError, match="unknown keys 'prompt'"):
+        attention_mass(model, [prompt(5)], keys="prompt")
     with pytest.raises(UsageError, match="none given"):
         attention_mass(model, [])
     with pytest.raises(UsageError, match="every=128 leaves no sample of max_new_tokens=20"):

@@ -13,6 +13,7 @@ import reasonalloc
 from examples import examples
 from models import prompt, tiny
 from reasonalloc.allocators.head import HeadQuery
+from reasonalloc.allocators.head.base import SCORE_NORMS
 from reasonalloc.attention import BACKENDS, choose_backend
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.ops import TORCH, choose_operations
@@ -278,7 +279,7 @@ def test_selections_are_the_reference(
     keep = native.select(scores, held, budgets, window, fraction, first)
     assert torch.equal(keep.sum(-1), budgets)
     assert torch.equal(keep, TORCH.select(scores, held, budgets, window, fraction, first))
-    for norm in ("length", "paper"):
+    for norm in SCORE_NORMS:
         assert torch.equal(fast.pooled_counts(norm), query.pooled_counts(norm))
 
 

@@ -24,6 +24,10 @@ from reasonalloc.tables import Column, Shown, Table
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("attention-mass",)
+#: Whose attention mass is counted: of all tokens, or of generated ones alone.
+KEYS = ("all", "generated")
+# Files of version 1 that do not say these have their defaults.
+_NEWER = ("window", "keys")
 # What makes an architecture. Loading routes and later changes (dtype, padding token, quantisation,
 # resized vocabulary) alter other fields of a configuration, and never these.
 _ARCHITECTURE = (
@@ -100,6 +104,8 @@ class DemandProfile(Shown):
         demand_mean: [layers] tokens, mean over heads, steps and prompts.
         demand_max: [layers] tokens, maximum over heads, mean over steps and prompts.
         curves: [prompts][layers] tokens, the mean demand of each prompt.
+        window: queries whose attention is averaged in a sample.
+        keys: ``all``, or ``generated``: the prompt's tokens are not counted.
     """
 
     model_id: str
@@ -111,6 +117,8 @@ class DemandProfile(Shown):
     demand_max: list[float]
     curves: list[list[float]]
     objective: str = "attention-mass"
+    window: int = 8
+    keys: str = KEYS[0]
     version: int = SCHEMA_VERSION
     kind: ClassVar[str] = "demand"
 
@@ -186,13 +194,17 @@ def load_profile(path: str | os.PathLike[str]) -> DemandProfile:
 def _validated(data: Any) -> DemandProfile:
     check_object(data)
     check_version(data, SCHEMA_VERSION)
-    check_fields(data, [field.name for field in fields(DemandProfile)])
+    check_fields(data, [field.name for field in fields(DemandProfile)], _NEWER)
     check_choice(data, "objective", OBJECTIVES)
     check_texts(data, ("model_id", "config_hash"))
     if not is_number(data["rho"]) or not 0 < data["rho"] < 1:
         raise UsageError(f"rho={data['rho']!r} must lie between 0 and 1")
-    if not isinstance(data["steps"], int) or data["steps"] < 1:
-        raise UsageError(f"steps={data['steps']!r} must be a positive whole number")
+    for name in ("steps", "window"):
+        value = data.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name}={value!r} must be a positive whole number")
+    if "keys" in data:
+        check_choice(data, "keys", KEYS)
     hashes, curves = data["prompt_hashes"], data["curves"]
     if not isinstance(hashes, list) or not all(isinstance(h, str) for h in hashes):
         raise UsageError("prompt_hashes must be a list of texts")

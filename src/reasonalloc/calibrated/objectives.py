@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reasonalloc.calibrated.demand import KEYS
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.files import as_path
@@ -30,7 +31,7 @@ class Objective:
 _PROMPTS = ("max_new_tokens", "every")
 _TEXTS = ("generate", "policy", "budgets", "interval", "window", "prompt", "check")
 OBJECTIVES = {
-    "attention-mass": Objective((*_PROMPTS, "rho")),
+    "attention-mass": Objective((*_PROMPTS, "rho", "window", "keys")),
     "statistics": Objective(_PROMPTS, ".safetensors"),
     "kl": Objective((*_TEXTS, "stride"), ".json", reads_texts=True),
     "fisher": Objective((*_TEXTS, "samples", "kv_dtypes"), ".json", reads_texts=True),
@@ -52,7 +53,10 @@ class CalibrationConfig:
         policy: which tokens a head keeps (kl: one; fisher: one or several, separated by commas, of
             which the best is kept); None: the objective's own.
         budgets: tokens per head to measure at, rising (kl, fisher); None: the objective's own.
-        interval, window: the cadence, in tokens (kl, fisher).
+        interval: the cadence, in tokens (kl, fisher).
+        window: most recent tokens that are always kept (kl, fisher), or whose queries are averaged
+            (attention-mass).
+        keys: ``all``, or ``generated``: attention to the prompt is not counted (attention-mass).
         prompt: ``evict``, or ``pin``: the prompt stays on top of the budget that is measured (kl,
             fisher).
         check: budgets at which all heads are compressed at once in the end (kl, fisher); none: no
@@ -106,7 +110,18 @@ class CalibrationConfig:
     )
     window: int = field(
         default=CompressionConfig.window,
-        metadata={"help": "Most recent tokens that are always kept."},
+        metadata={
+            "help": "Most recent tokens that are always kept; attention-mass: those whose queries "
+            "are averaged in a sample.",
+            "option": {"min": 1},
+        },
+    )
+    keys: str = field(
+        default=KEYS[0],
+        metadata={
+            "help": "Whose attention mass counts: all, or generated, without the prompt's "
+            "(attention-mass alone)."
+        },
     )
     prompt: Prompt = field(
         default=CompressionConfig.prompt,
@@ -141,6 +156,8 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:
             raise unknown_name("objective", self.objective, OBJECTIVES)
+        if self.keys not in KEYS:
+            raise unknown_name("keys", self.keys, KEYS)
 
     @property
     def chosen(self) -> Objective:

@@ -45,9 +45,9 @@ def check_version(data: dict[str, Any], expected: int) -> None:
         raise UsageError(f"version={data.get('version')!r}, expected {expected}")
 
 
-def check_fields(data: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse an object whose fields are not these."""
-    if missing := sorted(set(names) - set(data)):
+def check_fields(data: dict[str, Any], names: Sequence[str], newer: Sequence[str] = ()) -> None:
+    """Refuse an object whose fields are not these; older files have no ``newer`` ones."""
+    if missing := sorted(set(names) - set(newer) - set(data)):
         raise UsageError(f"missing {', '.join(missing)}")
     if extra := sorted(set(data) - set(names)):
         raise UsageError(f"unknown field {', '.join(extra)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.calibrated.demand import DemandProfile, config_hash
+from reasonalloc.calibrated.demand import KEYS, DemandProfile, config_hash
 from reasonalloc.calibrated.objectives import CalibrationConfig
 from reasonalloc.calibration.observe import (
     Observer,
@@ -18,7 +18,7 @@ from reasonalloc.calibration.observe import (
     observe,
 )
 from reasonalloc.config import CompressionConfig
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.integrations.hf.model import check_model, inner_model
 from reasonalloc.planning.shapes import model_name, text_config
 from reasonalloc.whole import whole_number
@@ -45,9 +45,11 @@ def demand(weights: Tensor, rho: float) -> Tensor:
 class _Demands(Observer):
     """Collects the demand of every sample."""
 
-    def __init__(self, layers: Sequence[int], every: int, window: int, rho: float) -> None:
+    def __init__(
+        self, layers: Sequence[int], every: int, window: int, rho: float, keys: str
+    ) -> None:
         super().__init__(layers, every, window)
-        self._rho = rho
+        self._rho, self._keys = rho, keys
         self.samples: dict[int, list[Tensor]] = {}
 
     def start(self) -> None:
@@ -55,6 +57,8 @@ class _Demands(Observer):
         self.samples = {layer: [] for layer in self.layers}
 
     def on_sample(self, layer: int, weights: Tensor) -> None:
+        if self._keys == "generated":
+            weights = weights[..., -self.generated(layer) :]
         self.samples[layer].append(demand(weights, self._rho))
 
 
@@ -66,6 +70,7 @@ def attention_mass(
     max_new_tokens: int = CalibrationConfig.max_new_tokens,
     every: int = CalibrationConfig.every,
     window: int = CompressionConfig.window,
+    keys: str = CalibrationConfig.keys,
     on_prompt: Callable[[int], None] | None = None,
 ) -> DemandProfile:
     """Measure a model's demand per layer with its full cache.
@@ -77,6 +82,7 @@ def attention_mass(
         max_new_tokens: generated tokens per prompt, greedily, at most.
         every: generated tokens between two samples.
         window: queries averaged in a sample.
+        keys: ``all``, or ``generated``: the share is one of the mass that generated tokens have.
         on_prompt: called with the index of every finished prompt.
 
     Returns:
@@ -88,13 +94,15 @@ def attention_mass(
     """
     if not 0 < rho < 1:
         raise UsageError(f"rho={rho} must lie between 0 and 1")
+    if keys not in KEYS:
+        raise unknown_name("keys", keys, KEYS)
     model = inner_model(model)
     check_mode(model)
     check_prompts(prompts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     every, window = whole_number("every", every, 1), whole_number("window", window, 1)
     budgeted = [i for i, shape in enumerate(check_model(model)) if shape.compressible]
-    observer = _Demands(budgeted, every, window, rho)
+    observer = _Demands(budgeted, every, window, rho, keys)
     means, maxima = [], []
     for index in observe(model, prompts, observer, max_new_tokens):
         stacked = [torch.stack(observer.samples[layer]).double() for layer in budgeted]
@@ -111,6 +119,8 @@ def attention_mass(
         demand_mean=_mean(means),
         demand_max=_mean(maxima),
         curves=means,
+        window=window,
+        keys=keys,
     )
 
 

@@ -48,6 +48,10 @@ class Observer(ABC):
             weights: [kv_heads, group, window, n] float32, of the last queries.
         """
 
+    def generated(self, layer: int) -> int:
+        """Tokens that a layer has seen one by one since the prompt."""
+        return self._steps.get(layer, 0)
+
     def show(self, seen: Seen) -> None:
         """Take a step of one sequence."""
         layer, query = seen.layer, seen.query

@@ -12,6 +12,7 @@ from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
 
 _PROMPTS, _TEXTS = "attention-mass, statistics", "kl, fisher"
+_BOTH = "attention-mass, kl, fisher"
 
 
 def _of_prompts(name: str) -> Any:
@@ -49,12 +50,13 @@ _OPTIONS = (
     ("rho", Annotated[float, _of_prompts("rho")], _C.rho),
     ("max_new_tokens", Annotated[int, _of_prompts("max_new_tokens")], _C.max_new_tokens),
     ("every", Annotated[int, _of_prompts("every")], _C.every),
+    ("keys", Annotated[str, _of_prompts("keys")], _C.keys),
     ("texts", Texts, None),
     ("generate", Annotated[Optional[int], _of_texts("generate")], None),  # noqa: UP045
     ("policy", Annotated[Optional[str], _of_texts("policy")], None),  # noqa: UP045
     ("budgets", Annotated[Optional[str], _of_texts("budgets")], None),  # noqa: UP045
     ("interval", Annotated[int, _of_texts("interval")], _C.interval),
-    ("window", Annotated[int, _of_texts("window")], _C.window),
+    ("window", Annotated[int, o.setting("window", _C, _BOTH)], _C.window),
     ("prompt_mode", Annotated[str, _of_texts("prompt", "--prompt-mode")], _C.prompt),
     ("check", Annotated[Optional[str], _of_texts("check")], None),  # noqa: UP045
     ("stride", Annotated[int, _of_texts("stride")], _C.stride),

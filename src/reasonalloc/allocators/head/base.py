@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
@@ -61,9 +62,12 @@ class HeadQuery:
         """Count the candidates of each head among the layer's best: [batch, kv_heads] int64.
 
         ``score_norm="length"`` first multiplies scores that are shares of a head's own tokens by
-        the head's number of candidates, which makes them comparable between heads. See
-        ``Operations.pooled_counts``.
+        the head's number of candidates, which makes them comparable between heads; ``"standard"``
+        gives the candidates of each head mean 0 and variance 1. See ``Operations.pooled_counts``.
         """
+        if score_norm == "standard":
+            scores = standardised(self.scores)
+            return self.ops.pooled_counts(scores, self.lengths, self.total, self.window, False)
         scores, scaled = self.scores, score_norm == "length" and self.shares
         if scaled and self.scored is not None:
             scores, scaled = scores * (self.scored - self.window).clamp_min(1)[..., None], False
@@ -80,10 +84,36 @@ class HeadQuery:
         return self.ops.robustify(demand, self.total, lower, self.lengths, exponent)
 
 
+SCORE_NORMS = ("paper", "length", "standard")
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Give the finite scores of each head mean 0 and variance 1, or 0 if they are all equal.
+
+    In double precision, so that equal sets of scores stay equal whatever their order.
+
+    Args:
+        scores: [batch, kv_heads, n] float32; -inf where no candidate stands.
+
+    Returns:
+        The same shape and dtype, -inf where it was.
+    """
+    there = scores > -torch.inf
+    count = there.sum(-1, keepdim=True).clamp_min(1)
+    known = scores.double().masked_fill(~there, 0.0)
+    centred = (known - known.sum(-1, keepdim=True) / count).masked_fill(~there, 0.0)
+    spread = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    # Equal scores leave rounding errors of their mean.
+    flat = spread <= 1e-9 * known.abs().amax(-1, keepdim=True)
+    scaled = (centred / spread.masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
+    return scaled.to(scores.dtype).masked_fill(~there, -torch.inf)
+
+
 def check_score_norm(owner: str, score_norm: str) -> None:
-    """Refuse anything but ``paper`` and ``length``."""
-    if score_norm not in ("paper", "length"):
-        raise UsageError(f"{owner}: score_norm={score_norm!r} must be 'paper' or 'length'")
+    """Refuse what is none of ``SCORE_NORMS``."""
+    if score_norm not in SCORE_NORMS:
+        known = ", ".join(map(repr, SCORE_NORMS))
+        raise UsageError(f"{owner}: score_norm={score_norm!r} must be one of {known}")
 
 
 class HeadAllocator(ABC):

@@ -15,15 +15,21 @@ from reasonalloc.errors import UsageError
 @LAYER_ALLOCATORS.register("profile", source="ReasonAlloc, arXiv 2606.11164 (level 1, the wave)")
 @dataclass(frozen=True)
 class FromProfile(ReadsCalibrated, LayerAllocator):
-    """Budgets proportional to a calibrated demand to the power gamma, clipped around the mean."""
+    """Budgets proportional to a calibrated demand to the power gamma, clipped around the mean.
+
+    ``demand``: a layer's is the ``mean`` over its heads, or the ``max``.
+    """
 
     gamma: float = 0.5
+    demand: str = "mean"
     least: float = 0.25
     most: float = 2.0
     called: ClassVar[str] = "profile"
     reads = "profile"
 
     def __post_init__(self) -> None:
+        if self.demand not in ("mean", "max"):
+            raise UsageError(f"{self.called}: demand={self.demand!r} must be 'mean' or 'max'")
         if not 0 <= self.least <= 1 <= self.most:
             raise UsageError(
                 f"{self.called}: least={self.least} and most={self.most} are multiples of the "
@@ -46,5 +52,6 @@ class FromProfile(ReadsCalibrated, LayerAllocator):
         upper = [max(int(self.most * mean), mean) for mean in means]
         # The demand is a KV head's.
         heads = torch.tensor(query.heads, dtype=torch.float64, device="cpu") / max(query.heads)
-        demand = torch.tensor(profile.demand_mean, dtype=torch.float64, device="cpu")
+        of_layers = profile.demand_mean if self.demand == "mean" else profile.demand_max
+        demand = torch.tensor(of_layers, dtype=torch.float64, device="cpu")
         return shares_of(demand**self.gamma * heads, query.total, lower, upper, exponent=1.0)
