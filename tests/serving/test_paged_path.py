@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import builder, greedy, pool
+from engines import builder, greedy, pool, random_prompts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -60,6 +60,15 @@ def test_as_on_transformers(
     if not arm.startswith("value_aware") or prompt == "pin":
         assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+def test_a_cache_of_one_byte_numbers(engine: Callable[..., Any], paged: None) -> None:
+    """Whoever shares a step with a request: what it stores and reads is its own."""
+    prompts = random_prompts((40, 7))
+    llm = engine({**SETTINGS, "arm": "rkv/uniform/adakv"}, kv_cache_dtype="fp8", max_num_seqs=2)
+    together = greedy(llm, prompts, 18)
+    assert together == [greedy(llm, [prompt], 18)[0] for prompt in prompts]
+    assert builder(llm).runs.pages.raw.dtype == torch.uint8
 
 
 def test_steps_that_are_replayed(

@@ -22,7 +22,8 @@ from reasonalloc.planning.memory import LayerShape
     ("settings", "arguments", "says"),
     [
         ({"arm": "h2o"}, {"enable_prefix_caching": True}, "--enable-prefix-caching.*h2o"),
-        ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .*: use auto"),
+        ({}, {"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .*: use auto, fp8 or"),
+        ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
         ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
         (
             {},

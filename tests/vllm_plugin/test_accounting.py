@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reasonalloc.cli.serve import _cache_dtype
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
+from reasonalloc.integrations.vllm.kernels import stored_bytes
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.policies import POLICIES
@@ -83,6 +86,20 @@ def test_bytes_of_a_request() -> None:
     assert sizes.fits(41 * sizes.block_bytes, 4096) == 10
 
 
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ([], 4),
+        (["--kv-cache-dtype", "fp8"], 1),
+        (["--enforce-eager", "--kv-cache-dtype=fp8_e4m3"], 1),
+        (["--kv-cache-dtype", "auto", "--served-model-name", "fp8"], 4),
+        (["--kv-cache-dtype"], 4),
+    ],
+)
+def test_bytes_of_a_number_as_the_server_is_asked(arguments: list[str], size: int) -> None:
+    assert stored_bytes(_cache_dtype(arguments), torch.float32) == size
+
+
 def test_settings_survive_json() -> None:
     config = CompressionConfig(budget=64, interval=32, n_sink=4, seed=3)
     assert find_settings({"reasonalloc": as_json(config)}) == config
@@ -91,15 +108,18 @@ def test_settings_survive_json() -> None:
     assert find_settings({"reasonalloc": as_json(pinned)}) == pinned
 
 
+@pytest.mark.parametrize("stored", [1, 2])
 @pytest.mark.parametrize(("policy", "numbers"), [("rkv", 1), ("value_aware", 2), ("knorm", 1)])
-def test_what_a_budget_keeps_beside_the_cache_fits_too(policy: str, numbers: int) -> None:
+def test_what_a_budget_keeps_beside_the_cache_fits_too(
+    policy: str, numbers: int, stored: int
+) -> None:
     arm = parse_arm(f"{policy}/uniform/uniform")
     assert arm is not None
     made = MadeBudget(CompressionConfig(64, arm), (LayerShape(2, 2, 16),) * 2, 1, [100, 120])
     cache, requests = 1 << 20, 5
-    entry = 2 * 16 * 2  # a key and a value in 16 bits
+    entry = 2 * 16 * stored  # a key and a value
     width = {"rkv": 8, "value_aware": 16, "knorm": 0}[policy]
     ring = requests * width * 2 * (2 * 16) * 2  # layers, heads, bytes
     whole = cache + cache // entry * 4 * numbers + ring
-    assert made.cache_bytes(whole, requests, 2) == cache
-    assert made.cache_bytes(ring // 2, requests, 2) == 0 or not ring
+    assert made.cache_bytes(whole, requests, 2, stored) == cache
+    assert made.cache_bytes(ring // 2, requests, 2, stored) == 0 or not ring

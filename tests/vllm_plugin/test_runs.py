@@ -22,7 +22,7 @@ from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import Pages
+from reasonalloc.integrations.vllm.kernels import Coded, Pages
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.planning.shapes import layer_shapes
 
@@ -63,6 +63,13 @@ class Request:
         self.keys = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
         self.values = torch.randn(LAYERS, HEADS, total, WIDTH, generator=generator)
 
+    def held_in(self, coded: Coded) -> None:
+        """Make keys and values what a coded cache holds of them."""
+        for part, numbers in enumerate((self.keys, self.values)):
+            for layer, own in enumerate(numbers):
+                stored = coded.store(own, layer, part)
+                own.copy_(coded.numbers(stored[None], layer, part)[0])
+
     def alone(self, plan: EngineBudget) -> list[LayerCompressor]:
         planned = plan.planned or [None] * LAYERS
         return [
@@ -90,12 +97,16 @@ def make_plan(arm: str, budget: int, interval: int, **more: object) -> EngineBud
 class Pool:
     """A scheduler, a worker and their memory, as small as can be."""
 
-    def __init__(self, plan: EngineBudget, block_size: int, seed: int) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: EngineBudget, block_size: int, seed: int, coded: Coded | None = None
+    ) -> None:
+        self.plan, self.coded = plan, coded
         self.layout = plan.layouts(block_size)[0]
         self.runs = Runs(self.layout, torch.device("cpu"), 8)
         raw = torch.full((LAYERS * BLOCKS * HEADS, 2, block_size, WIDTH), 7.0)
-        self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], block_size, HEADS, BLOCKS * HEADS, 1))
+        raw = raw if coded is None else torch.full(raw.shape, 7, dtype=torch.uint8)
+        steps = (HEADS, BLOCKS * HEADS, 1)
+        self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], block_size, *steps, coded))
         self.queries = QueryRows(LAYERS, WINDOW)
         self.compressor = PoolCompressor(plan, 0, self.runs, self.queries, WIDTH**-0.5, None)
         self.free = list(range(1, BLOCKS))
@@ -163,7 +174,11 @@ class Pool:
         size = self.layout.reserve.block_size
         table = self.runs.table(slot, blocks, int(index.max()) // size + 1)[layer, 0]
         to = table.gather(1, index // size).long() * size + index % size
-        self.runs.pages.write(to, request.keys[layer][:, span], request.values[layer][:, span])
+        new = (request.keys[layer][:, span], request.values[layer][:, span])
+        if self.coded is not None:
+            keys, values = (self.coded.store(x, layer, part) for part, x in enumerate(new))
+            new = keys, values
+        self.runs.pages.write(to, *new)
         row = self.queries.lend(tracked)
         last = span[-WINDOW:]
         rows = torch.full_like(last, row)
@@ -182,7 +197,13 @@ class Pool:
         for head in range(HEADS):
             index = torch.arange(int(lengths[layer, 0, head]))
             slots = table[head][index // size].long() * size + index % size
-            found.append(self.runs.pages.read(slots))
+            stored = self.runs.pages.read(slots)
+            if self.coded is not None:
+                keys, values = (
+                    self.coded.numbers(x[None], layer, part)[0] for part, x in enumerate(stored)
+                )
+                stored = keys, values
+            found.append(stored)
         return found
 
 
@@ -198,8 +219,14 @@ def same(pool: Pool, request: Request, alone: list[LayerCompressor]) -> None:
             assert torch.equal(values, slab.values[0, index])
 
 
-def drive(plan: EngineBudget, block_size: int, requests: list[Request], seed: int) -> None:
-    pool = Pool(plan, block_size, seed)
+def drive(
+    plan: EngineBudget,
+    block_size: int,
+    requests: list[Request],
+    seed: int,
+    coded: Coded | None = None,
+) -> None:
+    pool = Pool(plan, block_size, seed, coded)
     alone = {request.name: request.alone(plan) for request in requests}
     for now in range(max(r.arrives + r.steps for r in requests) + 1):
         active = [r for r in requests if r.arrives <= now <= r.arrives + r.steps]
@@ -270,3 +297,26 @@ def test_budgets_planned_per_head(tmp_path_factory: pytest.TempPathFactory) -> N
     assert plan.planned is not None
     assert len({tuple(heads) for heads in plan.planned}) > 1
     drive(plan, 4, [Request("a", 50, 0, 40), Request("b", 9, 3, 60)], 0)
+
+
+@pytest.mark.parametrize(
+    "arm", ["rkv/uniform/reasonalloc", "snapkv/pyramid/adakv", "knorm/uniform/adakv"]
+)
+def test_a_cache_of_one_byte_numbers(arm: str) -> None:
+    """Scored as what it stands for, moved as it is: unequal scales, so that none is left out."""
+    scales = ((0.5, 0.03), (1.0, 1.0), (0.007, 2.0))
+    coded = Coded("fp8", scales, torch.tensor(scales))
+    requests = [Request("a", 50, 0, 40), Request("b", 9, 3, 60)]
+    for request in requests:
+        request.held_in(coded)
+    plan = make_plan(arm, 20, 8, n_sink=1)
+    drive(plan, 4, requests, 0, coded)
+
+
+def test_numbers_that_one_byte_cannot_hold() -> None:
+    coded = Coded("fp8", ((2.0, 1.0),), torch.tensor([[2.0, 1.0]]))
+    given = torch.tensor([[1.0, 1e6, -1e6, 1e-9, 900.0]])
+    stored = coded.store(given, 0, 0)
+    assert stored.dtype == torch.uint8
+    assert coded.numbers(stored, 0, 0).tolist() == [[1.0, 896.0, -896.0, 0.0, 896.0]]
+    assert coded.numbers(stored, torch.tensor([0]), 1).tolist() == [[0.5, 448, -448, 0.0, 448]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -88,6 +89,7 @@ def command(
         from reasonalloc.integrations.vllm.accounting import Accounting, accounting_table
         from reasonalloc.integrations.vllm.budget import make_budget
         from reasonalloc.integrations.vllm.checks import default_block_size
+        from reasonalloc.integrations.vllm.kernels import stored_bytes
         from reasonalloc.integrations.vllm.settings import as_json
         from reasonalloc.planning.shapes import text_config
 
@@ -95,7 +97,7 @@ def command(
         budget = make_budget(config, model.name, text, tensor_parallel_size)
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
-        sizes = Accounting(budget, block_size, kind.itemsize)
+        sizes = Accounting(budget, block_size, stored_bytes(_cache_dtype(context.args), kind))
         output.stderr().print(accounting_table(sizes, last, memory).rich())
         arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(config)})]
     if block_size is not None:
@@ -110,6 +112,16 @@ def _become_server(arguments: list[str]) -> None:
     sys.stdout.flush()
     line = [sys.executable, "-m", "reasonalloc.integrations.vllm.server", *arguments]
     os.execve(sys.executable, line, environment)
+
+
+def _cache_dtype(arguments: list[str]) -> str:
+    """The format of the KV cache that vLLM is asked for."""
+    asked = "auto"
+    for option, following in itertools.pairwise([*arguments, ""]):
+        name, equals, value = option.partition("=")
+        if name in ("--kv-cache-dtype", "--kv_cache_dtype"):
+            asked = value if equals else following
+    return asked
 
 
 def _check_foreign(name: str, arguments: list[str]) -> None:

@@ -45,6 +45,7 @@ class BudgetImpl(CPUAttentionBackendImpl):
             key[:tokens].reshape(-1, width),
             value[:tokens].reshape(-1, width),
             meta.slots[index],
+            index,
         )
         if meta.noted is not None:
             builder.queries.note(index, query, *meta.noted)
@@ -65,6 +66,7 @@ class BudgetImpl(CPUAttentionBackendImpl):
             meta.schedule(index),
             meta.longest_query,
             builder.sinks(index),
+            index,
         )
         if meta.by_head:
             back = out.view(heads, tokens, group, width).transpose(0, 1)

@@ -114,7 +114,7 @@ class EngineBudget(BudgetPlan):
         window = self.config.window
         return max(window, FLUSH) if self.policy.state_channels else window
 
-    def cache_bytes(self, available: int, requests: int, itemsize: int) -> int:
+    def cache_bytes(self, available: int, requests: int, itemsize: int, stored: int) -> int:
         """Bytes of a KV cache that fits into memory with what a budget keeps beside it.
 
         Beside the cache are the position of every entry and what the policy knows of it (4 bytes
@@ -123,13 +123,14 @@ class EngineBudget(BudgetPlan):
         Args:
             available: bytes for all of it.
             requests: most that run at once.
-            itemsize: bytes of a number of keys, values and queries.
+            itemsize: bytes of a number of queries.
+            stored: bytes of a number of keys and values.
         """
         shapes = [shape for shape in self.shapes if shape.sliding_window is None]
         if self.policy.needs_queries or self.policy.state_channels:
             per_row = sum(shape.query_heads * shape.head_dim for shape in shapes) // self.ranks
             available -= requests * self.query_width * per_row * itemsize
-        entry = sum(shapes[0].dims) * itemsize
+        entry = sum(shapes[0].dims) * stored
         beside = 4 * (1 + self.policy.state_channels)
         return max(available, 0) * entry // (entry + beside)
 

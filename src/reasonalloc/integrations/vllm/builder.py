@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
+from reasonalloc.integrations.vllm.kernels import Coded, CpuKernel, Kernel, coded_of
 from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
 from reasonalloc.integrations.vllm.runs import (
     NO_REQUEST,
@@ -137,9 +137,15 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.num_heads // impl.num_kv_heads,
             impl.head_size,
             self.kv_cache_spec.block_size,
-            self.kv_cache_spec.dtype,
+            self.vllm_config.model_config.dtype,
             1 if self._sinks is None else impl.num_kv_heads,
+            self._coded,
         )
+
+    @cached_property
+    def _coded(self) -> Coded | None:
+        """How the cache holds numbers; None: as they are."""
+        return coded_of(self._modules, self.device)
 
     @cached_property
     def _sinks(self) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.vllm.kernels import CODED
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.vllm.budget import EngineBudget
@@ -118,8 +119,10 @@ def check_engine(config: Any) -> None:
         raise refuse("--decode-context-parallel-size", "use --tensor-parallel-size")
     if getattr(parallel, "enable_dbo", False):
         raise refuse("--enable-dbo", "leave it out")
-    if cache.cache_dtype != "auto":
-        raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", "use auto")
+    if cache.cache_dtype not in ("auto", *CODED):
+        raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", f"use auto, {' or '.join(CODED)}")
+    if cache.kv_cache_dtype_skip_layers:
+        raise refuse("--kv-cache-dtype-skip-layers", "all layers share one pool; leave it out")
     if config.model_config.is_mm_prefix_lm:
         raise UnsupportedError(
             f"{config.model_config.model} cannot run under a KV budget in vLLM with images, whose "

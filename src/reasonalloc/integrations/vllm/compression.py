@@ -302,8 +302,8 @@ class PoolCompressor:
         return Candidates(
             lengths=rows.lengths.long(),
             positions=rows.positions.long(),
-            load_keys=lambda: runs.pages.keys[rows.pages].flatten(2, 3),
-            load_values=lambda: runs.pages.values[rows.pages].flatten(2, 3),
+            load_keys=lambda: runs.pages.keys_of(rows.pages, layer),
+            load_values=lambda: runs.pages.values_of(rows.pages, layer),
             queries=queries,
             query_positions=recent if policy.needs_queries else None,
             state=None if states is None else states[rows.pages].flatten(2, 3),

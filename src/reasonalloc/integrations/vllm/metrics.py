@@ -14,6 +14,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import find_budget
+from reasonalloc.integrations.vllm.kernels import stored_bytes
 
 _PREFIX = "reasonalloc:"
 _LABELS = ("model_name", "engine")
@@ -37,9 +38,8 @@ class BudgetMetrics(AggregateStatLoggerBase):
         self._accounting: Accounting | None = None
         if plan is None:
             return
-        self._accounting = Accounting(
-            plan, self._cache.block_size, vllm_config.model_config.dtype.itemsize
-        )
+        size = stored_bytes(self._cache.cache_dtype, vllm_config.model_config.dtype)
+        self._accounting = Accounting(plan, self._cache.block_size, size)
         for collector in list(REGISTRY._collector_to_names):  # of an earlier engine, as vLLM does
             if getattr(collector, "_name", "").startswith(_PREFIX):
                 REGISTRY.unregister(collector)

@@ -135,7 +135,7 @@ class PoolObserver:
             real: [n, q] bool, whether there is such a query.
         """
         n, heads, group, queries, _ = asked.shape
-        keys = self._runs.pages.keys[view.pages].flatten(2, 3).float().transpose(-1, -2)
+        keys = self._runs.pages.keys_of(view.pages, layers).float().transpose(-1, -2)
         state = self._states[view.pages].flatten(2, 3)
         index = torch.arange(keys.shape[-1], device=keys.device)
         most = max(1, _LOGIT_BYTES // (n * heads * group * keys.shape[-1] * 8))

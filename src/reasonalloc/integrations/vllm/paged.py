@@ -20,6 +20,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import selftest
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.builder import BudgetBuilder, Piece
+from reasonalloc.integrations.vllm.kernels import CODED
 from reasonalloc.integrations.vllm.runs import NO_REQUEST, Batch, dummy_batch
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 from reasonalloc.integrations.vllm.steps import Step, Steps, cells
@@ -96,7 +97,7 @@ class PagedBuilder(BudgetBuilder):
         if self.runs.bound:
             return
         impl = self._modules[0].impl
-        pages, pool = cells([module.kv_cache for module in self._modules])
+        pages, pool = cells([module.kv_cache for module in self._modules], self._coded)
         config, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
         rows, heads = scheduler.max_num_seqs, impl.num_heads
         query = torch.empty(heads, impl.head_size, dtype=config.dtype, device=self.device)
@@ -236,10 +237,10 @@ class PagedImpl:
     ) -> None:
         if alibi_slopes is not None:
             raise UnsupportedError("ALiBi cannot run under a KV budget in vLLM: use transformers")
-        if kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+        if kv_cache_dtype not in ("auto", "float16", "bfloat16", *CODED):
             raise UnsupportedError(
                 f"a KV cache of {kv_cache_dtype} cannot run under a KV budget in vLLM yet: use a "
-                "checkpoint that does not ask for one"
+                f"checkpoint that does not ask for one, or {' or '.join(CODED)}"
             )
         given = (num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window)
         super().__init__(*given, kv_cache_dtype, *args, **kwargs)  # type: ignore[call-arg]

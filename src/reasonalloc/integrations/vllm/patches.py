@@ -17,6 +17,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
+from reasonalloc.integrations.vllm.kernels import stored_bytes
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.vllm.spec import BudgetManager
@@ -328,7 +329,9 @@ def _leave_room(original: Callable[..., Any]) -> Callable[..., Any]:
         if plan is None or self.cache_config.kv_cache_memory_bytes:  # as the user has it
             return available
         requests = self.vllm_config.scheduler_config.max_num_seqs
-        return plan.cache_bytes(available, requests, self.model_config.dtype.itemsize)
+        own = self.model_config.dtype
+        stored = stored_bytes(self.cache_config.cache_dtype, own)
+        return plan.cache_bytes(available, requests, own.itemsize, stored)
 
     return wrapper
 

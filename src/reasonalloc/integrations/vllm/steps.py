@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from reasonalloc.attention.kernels import paged as kernels
-from reasonalloc.integrations.vllm.kernels import Pages, joined
+from reasonalloc.integrations.vllm.kernels import Coded, Pages, joined
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 
 _SLOTS, _ROWS, _POSITIONS, _RING = range(4)
 
 
-def cells(caches: Sequence[Tensor]) -> tuple[Pages, kernels.Pool]:
+def cells(caches: Sequence[Tensor], coded: Coded | None = None) -> tuple[Pages, kernels.Pool]:
     """The caches of all layers as pages, and as the kernels take them.
 
     Args:
         caches: per layer [blocks, kv_heads, block_size, 2 * head_dim], as vLLM binds them; the key
             and the value of a token lie beside each other, as vLLM's own kernels for GPUs have it.
+        coded: how they hold numbers; None: as they are.
     """
     _, heads, size, width = caches[0].shape
     memory, dim, page = joined(caches), width // 2, size * width
@@ -36,7 +37,7 @@ def cells(caches: Sequence[Tensor]) -> tuple[Pages, kernels.Pool]:
     pool = kernels.Pool(
         memory.memory, len(caches), heads, size, dim, block, layer, head, width, dim
     )
-    return Pages(raw, raw[:, 0], raw[:, 1], size, *steps), pool
+    return Pages(raw, raw[:, 0], raw[:, 1], size, *steps, coded), pool
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Steps:
             self._facts[_POSITIONS, some],
             ring,
             None if ring is None else self._facts[_RING, some],
+            *self._scales(layer),
         )
 
     def attend(
@@ -201,4 +203,10 @@ class Steps:
                 self._scaling,
                 self._softcap,
                 None if sinks is None else sinks.flatten(),
+                *self._scales(layer),
             )
+
+    def _scales(self, layer: int) -> tuple[float, float]:
+        """Of the keys and values of a layer."""
+        coded = self._runs.pages.coded
+        return (1.0, 1.0) if coded is None else coded.scales[layer]

@@ -1,0 +1,53 @@
+"""A KV cache of one byte per number: vLLM's own fp8, moved as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import builder, greedy, random_prompts
+
+from conftest import INTERPRETED
+from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm.kernels import check_coded
+
+# vLLM's kernel for processors needs it; our own, interpreted, does not.
+needs_avx512 = pytest.mark.skipif(
+    not (INTERPRETED or torch.cpu._is_avx512_supported()), reason="needs AVX-512"
+)
+LENGTHS = (40, 150, 7, 300)
+FP8 = {"kv_cache_dtype": "fp8"}
+
+
+@needs_avx512
+def test_everything_fits_into_the_budget(engine: Callable[..., Any]) -> None:
+    """Then the tokens are those of stock vLLM with the same cache."""
+    prompts = random_prompts(LENGTHS)
+    expected = greedy(engine(**FP8), prompts, 60)
+    assert greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 60) == expected
+    assert greedy(engine(), prompts, 60) != expected  # the format tells
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    "arm",
+    ["rkv/pyramid/reasonalloc", pytest.param("value_aware/uniform/adakv", marks=pytest.mark.long)],
+)
+def test_together_as_alone(engine: Callable[..., Any], arm: str) -> None:
+    prompts = random_prompts(LENGTHS)
+    llm = engine({"budget": 64, "interval": 32, "arm": arm}, **FP8)
+    together = greedy(llm, prompts, 80)
+    assert together == [greedy(llm, [prompt], 80)[0] for prompt in prompts]
+    runs = builder(llm).runs
+    assert runs.pages.raw.dtype == torch.uint8 and runs.version > 0
+    assert together != greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 80)
+
+
+def test_what_the_processor_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match=r"heads of 48 .* use --kv-cache-dtype auto"):
+        check_coded(48, 32)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(UnsupportedError, match="without AVX-512; use --kv-cache-dtype auto"):
+        check_coded(64, 32)
