@@ -200,7 +200,7 @@ test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 test-vllm-long: $(VLLM)/.ready $(VLLM_V2)/.ready
 	$(TEST_VLLM) -m long tests/serving
 	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m long \
-		tests/serving/test_paged_path.py
+		tests/serving/test_paged_path.py tests/serving/test_parallel.py
 
 # Two halves of what runs in one process each.
 VLLM_ARMS := tests/serving/test_tokens.py tests/serving/test_windows.py

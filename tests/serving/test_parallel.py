@@ -1,4 +1,4 @@
-"""Two tensor-parallel processes: the same tokens as on transformers."""
+"""Two processes, which share heads or layers: the same tokens as on transformers."""
 
 from __future__ import annotations
 
@@ -12,33 +12,54 @@ from typing import Any
 
 import pytest
 
+from conftest import INTERPRETED
 from patience import PATIENCE
 
 LENGTHS = (40, 150, 7, 100)
+# vLLM's V1 runner has no pipelines on a CPU; V2's kernels are interpreted, in two processes.
+PIPELINE = [
+    pytest.mark.long,
+    pytest.mark.skipif(not INTERPRETED, reason="needs the V2 model runner"),
+]
 PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    folder, prompts, settings = sys.argv[1], *map(json.loads, sys.argv[2:])
+    folder, prompts, settings, engine = sys.argv[1], *map(json.loads, sys.argv[2:5])
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=1024,
-              tensor_parallel_size=2, kv_cache_memory_bytes=16 << 20,
-              additional_config={"reasonalloc": settings})
-    limits = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+              kv_cache_memory_bytes=16 << 20, additional_config={"reasonalloc": settings},
+              **engine)
+    limits = SamplingParams(temperature=0, max_tokens=int(sys.argv[5]), ignore_eos=True)
     out = llm.generate([{"prompt_token_ids": p} for p in prompts], limits, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-@pytest.mark.parametrize("arm", ["rkv/pyramid/uniform", "streaming_llm/uniform/uniform"])
-def test_two_processes(folder: Path, tmp_path: Path, clear: Callable[..., Any], arm: str) -> None:
+@pytest.mark.parametrize(
+    ("shared", "arm"),
+    [
+        ("tensor", "rkv/pyramid/uniform"),
+        ("tensor", "streaming_llm/uniform/uniform"),
+        # Each stage has layers of other budgets than the other one has; chance is a layer's own.
+        pytest.param("pipeline", "random/pyramid/uniform", marks=PIPELINE),
+        pytest.param("pipeline", "rkv/pyramid/reasonalloc", marks=PIPELINE),
+    ],
+)
+def test_two_processes(
+    folder: Path, tmp_path: Path, clear: Callable[..., Any], shared: str, arm: str
+) -> None:
     settings = {"budget": 64, "interval": 32, "arm": arm}
-    prompts, expected = clear(LENGTHS, 150, **settings)
+    if shared == "pipeline":
+        settings |= {"budget": 24, "interval": 16}
+    new = 150 if shared == "tensor" else 40
+    prompts, expected = clear(LENGTHS if shared == "tensor" else (40, 7), new, **settings)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    arguments = [str(folder), json.dumps(prompts), json.dumps(settings)]
+    engine = json.dumps({f"{shared}_parallel_size": 2, "max_num_seqs": 4})
+    arguments = [str(folder), json.dumps(prompts), json.dumps(settings), engine, str(new)]
     done = subprocess.run(
         [sys.executable, str(program), *arguments],
         env=environment,

@@ -25,11 +25,6 @@ from reasonalloc.planning.memory import LayerShape
         ({}, {"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .*: use auto, fp8 or"),
         ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
         ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
-        (
-            {},
-            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
-            "--pipeline-parallel-size",
-        ),
         ({"policy": "value_aware(metric=output)"}, {}, "output projections"),
         ({"prompt": "protect"}, {}, "prompt='protect'"),
         ({"kv_dtype": "int8"}, {}, "kv_dtype='int8'"),

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonalloc.cli.serve import _cache_dtype
+from reasonalloc.cli.serve import _asked, _stages
 from reasonalloc.config import CompressionConfig, parse_arm
+from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.kernels import stored_bytes
@@ -97,7 +98,17 @@ def test_bytes_of_a_request() -> None:
     ],
 )
 def test_bytes_of_a_number_as_the_server_is_asked(arguments: list[str], size: int) -> None:
-    assert stored_bytes(_cache_dtype(arguments), torch.float32) == size
+    asked = _asked(arguments, "--kv-cache-dtype", "auto")
+    assert stored_bytes(asked, torch.float32) == size
+
+
+def test_stages_as_the_server_is_asked() -> None:
+    assert _stages([]) == 1
+    assert _stages(["--pipeline_parallel_size=3", "--dtype", "auto"]) == 3
+    assert _stages(["-pp", "2"]) == 2
+    for wrong in ("two", "0", ""):
+        with pytest.raises(UsageError, match=f"--pipeline-parallel-size {wrong!r} must be"):
+            _stages(["--pipeline-parallel-size", wrong])
 
 
 def test_settings_survive_json() -> None:

@@ -87,28 +87,42 @@ class Request:
         ]
 
 
-def make_plan(arm: str, budget: int, interval: int, **more: object) -> EngineBudget:
+def make_plan(
+    arm: str,
+    budget: int,
+    interval: int,
+    stages: tuple[tuple[int, int], ...] | None = None,
+    **more: object,
+) -> EngineBudget:
     parsed = parse_arm(arm)
     assert parsed is not None
     config = CompressionConfig(budget, parsed, interval=interval, window=WINDOW, **more)  # type: ignore[arg-type]
-    return EngineBudget(config, layer_shapes(MODEL, "tiny"), MODEL, "tiny")
+    return EngineBudget(config, layer_shapes(MODEL, "tiny"), MODEL, "tiny", stages=stages)
 
 
 class Pool:
     """A scheduler, a worker and their memory, as small as can be."""
 
     def __init__(
-        self, plan: EngineBudget, block_size: int, seed: int, coded: Coded | None = None
+        self,
+        plan: EngineBudget,
+        block_size: int,
+        seed: int,
+        coded: Coded | None = None,
+        stage: int = 0,
     ) -> None:
         self.plan, self.coded = plan, coded
-        self.layout = plan.layouts(block_size)[0]
+        self.layout = plan.layouts(block_size)[stage]
+        self.before = plan.stage(stage).start or 0
         self.runs = Runs(self.layout, torch.device("cpu"), 8)
         raw = torch.full((LAYERS * BLOCKS * HEADS, 2, block_size, WIDTH), 7.0)
         raw = raw if coded is None else torch.full(raw.shape, 7, dtype=torch.uint8)
         steps = (HEADS, BLOCKS * HEADS, 1)
         self.runs.bind(Pages(raw, raw[:, 0], raw[:, 1], block_size, *steps, coded))
         self.queries = QueryRows(LAYERS, WINDOW)
-        self.compressor = PoolCompressor(plan, 0, self.runs, self.queries, WIDTH**-0.5, None)
+        self.compressor = PoolCompressor(
+            plan, 0, self.runs, self.queries, WIDTH**-0.5, None, stage=stage
+        )
         self.free = list(range(1, BLOCKS))
         self.chance = random.Random(seed)
         self.chance.shuffle(self.free)
@@ -143,7 +157,7 @@ class Pool:
             request.tracked, tracked.seen = tracked, request.tokens + more
             tracked.before = request.before
             span = torch.arange(request.tokens, request.tokens + more)
-            for layer in range(LAYERS):
+            for layer in range(self.runs.layers):
                 self._store(layer, request, tracked, span, blocks[row : row + 1])
             request.tokens += more
             over = request.tokens - request.prompt
@@ -156,7 +170,8 @@ class Pool:
 
     def pages_of(self, blocks: list[int]) -> torch.Tensor:
         """All pages of blocks."""
-        pages, layer, head = self.runs.pages, torch.arange(LAYERS), torch.arange(HEADS)
+        pages, head = self.runs.pages, torch.arange(HEADS)
+        layer = torch.arange(self.runs.layers)
         own = layer[:, None] * pages.of_layer + head * pages.of_head
         block = torch.tensor(blocks, dtype=torch.int64) * pages.of_block
         return (block[:, None, None] + own).flatten()
@@ -174,7 +189,8 @@ class Pool:
         size = self.layout.reserve.block_size
         table = self.runs.table(slot, blocks, int(index.max()) // size + 1)[layer, 0]
         to = table.gather(1, index // size).long() * size + index % size
-        new = (request.keys[layer][:, span], request.values[layer][:, span])
+        own = layer + self.before
+        new = (request.keys[own][:, span], request.values[own][:, span])
         if self.coded is not None:
             keys, values = (self.coded.store(x, layer, part) for part, x in enumerate(new))
             new = keys, values
@@ -182,7 +198,7 @@ class Pool:
         row = self.queries.lend(tracked)
         last = span[-WINDOW:]
         rows = torch.full_like(last, row)
-        self.queries.note(layer, request.query[layer].transpose(0, 1), last, rows, last % WINDOW)
+        self.queries.note(layer, request.query[own].transpose(0, 1), last, rows, last % WINDOW)
 
     def held(self, layer: int, request: Request) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every head's run, in order, read by way of the tables."""
@@ -208,7 +224,7 @@ class Pool:
 
 
 def same(pool: Pool, request: Request, alone: list[LayerCompressor]) -> None:
-    for layer, compressor in enumerate(alone):
+    for layer, compressor in enumerate(alone[pool.before :][: pool.runs.layers]):
         slab = compressor.slab
         assert slab is not None
         rows = slab.as_rows()
@@ -225,8 +241,9 @@ def drive(
     requests: list[Request],
     seed: int,
     coded: Coded | None = None,
+    stage: int = 0,
 ) -> None:
-    pool = Pool(plan, block_size, seed, coded)
+    pool = Pool(plan, block_size, seed, coded, stage)
     alone = {request.name: request.alone(plan) for request in requests}
     for now in range(max(r.arrives + r.steps for r in requests) + 1):
         active = [r for r in requests if r.arrives <= now <= r.arrives + r.steps]
@@ -311,6 +328,22 @@ def test_a_cache_of_one_byte_numbers(arm: str) -> None:
         request.held_in(coded)
     plan = make_plan(arm, 20, 8, n_sink=1)
     drive(plan, 4, requests, 0, coded)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("arm", ["random/pyramid/uniform", "rkv/pyramid/reasonalloc"])
+def test_a_stage_of_a_pipeline(arm: str, stage: int) -> None:
+    """It has some of the layers, with budgets and chance of their own."""
+    plan = make_plan(arm, 20, 8, ((0, 1), (1, 3)))
+    drive(plan, 4, [Request("a", 50, 0, 40), Request("b", 9, 3, 60)], 0, stage=stage)
+
+
+def test_budgets_planned_per_head_in_a_stage(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    costs = made_costs.make(LAYERS, HEADS, fingerprint=config_hash(MODEL.to_dict()))
+    dataclasses.replace(costs, policy="rkv").save(path)
+    plan = make_plan("calibrated/cost/planned", 20, 8, ((0, 1), (1, 3)), profile=str(path))
+    drive(plan, 4, [Request("a", 50, 0, 40)], 0, stage=1)
 
 
 def test_numbers_that_one_byte_cannot_hold() -> None:

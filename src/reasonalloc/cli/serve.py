@@ -87,17 +87,20 @@ def command(
         arguments += ["--kv-cache-memory-bytes", str(memory)]
     if config is not None:
         from reasonalloc.integrations.vllm.accounting import Accounting, accounting_table
-        from reasonalloc.integrations.vllm.budget import make_budget
+        from reasonalloc.integrations.vllm.budget import divide_layers, make_budget
         from reasonalloc.integrations.vllm.checks import default_block_size
         from reasonalloc.integrations.vllm.kernels import stored_bytes
         from reasonalloc.integrations.vllm.settings import as_json
         from reasonalloc.planning.shapes import text_config
 
         text = text_config(model_config)
-        budget = make_budget(config, model.name, text, tensor_parallel_size)
+        stages = divide_layers(text.num_hidden_layers, _stages(context.args))
+        budget = make_budget(config, model.name, text, tensor_parallel_size, stages=stages)
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
-        sizes = Accounting(budget, block_size, stored_bytes(_cache_dtype(context.args), kind))
+        sizes = Accounting(
+            budget, block_size, stored_bytes(_asked(context.args, "--kv-cache-dtype", "auto"), kind)
+        )
         output.stderr().print(accounting_table(sizes, last, memory).rich())
         arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(config)})]
     if block_size is not None:
@@ -114,14 +117,27 @@ def _become_server(arguments: list[str]) -> None:
     os.execve(sys.executable, line, environment)
 
 
-def _cache_dtype(arguments: list[str]) -> str:
-    """The format of the KV cache that vLLM is asked for."""
-    asked = "auto"
+def _asked(arguments: list[str], flag: str, default: str, short: str = "") -> str:
+    """The value of one of vLLM's own options, which it takes with hyphens or underscores."""
+    asked = default
     for option, following in itertools.pairwise([*arguments, ""]):
         name, equals, value = option.partition("=")
-        if name in ("--kv-cache-dtype", "--kv_cache_dtype"):
+        if (short and name == short) or (name[:2] == "--" and name.replace("_", "-") == flag):
             asked = value if equals else following
     return asked
+
+
+def _stages(arguments: list[str]) -> int:
+    """Pipeline-parallel stages that vLLM is asked for.
+
+    Raises:
+        UsageError: no number.
+    """
+    flag = "--pipeline-parallel-size"
+    given = _asked(arguments, flag, "1", "-pp")
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"{flag} {given!r} must be a whole number, 1 or more")
+    return int(given)
 
 
 def _check_foreign(name: str, arguments: list[str]) -> None:

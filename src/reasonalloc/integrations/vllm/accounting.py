@@ -48,7 +48,7 @@ class Accounting:
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """One per tensor-parallel rank."""
+        """One per process."""
         return self.plan.layouts(self.block_size)
 
     @property
@@ -61,6 +61,13 @@ class Accounting:
         shape = self.plan.shapes[0]  # of all layers
         numbers = self.plan.groups.layers * 2 * shape.kv_heads * shape.head_dim
         return numbers * self.block_size * self.itemsize
+
+    @property
+    def rank_bytes(self) -> int:
+        """Of a block, what the process (the GPU) holds that holds most layers of it."""
+        layers, bytes_ = self.plan.groups.layers, self.block_bytes // self.plan.ranks
+        most = max(b - a for a, b in self.plan.stages or ((0, layers),))
+        return bytes_ * most // layers
 
     @property
     def blocks(self) -> int:
@@ -79,13 +86,13 @@ class Accounting:
         return -(-tokens // self.block_size) + reserve.windows.held(tokens)
 
     def fits(self, memory: int, last: int) -> int:
-        """Sequences with prompts inside the budget that a rank's KV memory holds at their peak.
+        """Sequences with prompts inside the budget that a process's KV memory holds at their peak.
 
         Args:
-            memory: bytes for the KV cache of one rank (of one GPU).
+            memory: bytes for the KV cache of one process (of one GPU).
             last: most tokens of a sequence.
         """
-        pool = memory // (self.block_bytes // self.plan.ranks) - 1  # vLLM keeps a null block
+        pool = memory // self.rank_bytes - 1  # vLLM keeps a null block
         return max(pool, 0) // self.peak(1, last)
 
     def account(self, prompt: int, generated: int) -> Account:
@@ -124,7 +131,7 @@ def accounting_table(sizes: Accounting, last: int, memory: int | None) -> Table:
         last: most tokens of a sequence.
         memory: bytes for the KV cache of one GPU, to say how many sequences fit; or None.
     """
-    config, per_gpu = sizes.plan.config, sizes.block_bytes // sizes.plan.ranks
+    config, per_gpu = sizes.plan.config, sizes.rank_bytes
     blocks, plain = sizes.peak(1, last), sizes.plain(last)
     rows = [
         ("arm", f"{config.arm}, budget {config.budget}, interval {config.interval}"),
@@ -143,4 +150,4 @@ def accounting_table(sizes: Accounting, last: int, memory: int | None) -> Table:
             )
         )
     title = f"KV cache of {sizes.plan.name}"
-    return Table(title + (", of each GPU" if sizes.plan.ranks > 1 else ""), [], rows)
+    return Table(title + (", of each GPU" if len(sizes.layouts) > 1 else ""), [], rows)

@@ -23,11 +23,14 @@ class EngineBudget(BudgetPlan):
 
     Attributes:
         ranks: tensor-parallel processes.
+        stages: layers of each pipeline-parallel stage, from the first to before the last; None: all
+            are in one.
         in_flight, steps: most tokens and steps that are scheduled and not computed at a time, see
             ``Windows``.
     """
 
     ranks: int = 1
+    stages: tuple[tuple[int, int], ...] | None = None
     in_flight: int | None = None
     steps: int = 1
 
@@ -35,6 +38,11 @@ class EngineBudget(BudgetPlan):
         self._check_layers()
         check_storage(self.config)
         super().__post_init__()
+        if self.stages is not None and self.groups.widths:
+            raise UnsupportedError(
+                f"pipeline_parallel_size={len(self.stages)} cannot be used with a KV budget and "
+                f"{self.name} yet, whose layers have sliding windows: use tensor_parallel_size"
+            )
         if self.formats is not None:
             raise UnsupportedError(
                 f"layers={self.config.arm.layers!r} plans bits per head, which cannot run in vLLM "
@@ -114,7 +122,9 @@ class EngineBudget(BudgetPlan):
         window = self.config.window
         return max(window, FLUSH) if self.policy.state_channels else window
 
-    def cache_bytes(self, available: int, requests: int, itemsize: int, stored: int) -> int:
+    def cache_bytes(
+        self, available: int, requests: int, itemsize: int, stored: int, stage: int = 0
+    ) -> int:
         """Bytes of a KV cache that fits into memory with what a budget keeps beside it.
 
         Beside the cache are the position of every entry and what the policy knows of it (4 bytes
@@ -125,8 +135,10 @@ class EngineBudget(BudgetPlan):
             requests: most that run at once.
             itemsize: bytes of a number of queries.
             stored: bytes of a number of keys and values.
+            stage: whose layers they are.
         """
         shapes = [shape for shape in self.shapes if shape.sliding_window is None]
+        shapes = shapes[self.stage(stage)]
         if self.policy.needs_queries or self.policy.state_channels:
             per_row = sum(shape.query_heads * shape.head_dim for shape in shapes) // self.ranks
             available -= requests * self.query_width * per_row * itemsize
@@ -138,11 +150,15 @@ class EngineBudget(BudgetPlan):
         """Return the KV heads of one rank."""
         return HeadShard(rank, self.ranks)
 
+    def stage(self, number: int) -> slice:
+        """Return the layers of a pipeline-parallel stage, of those under the budget."""
+        return slice(None) if self.stages is None else slice(*self.stages[number])
+
     def layouts(self, block_size: int) -> tuple[Layout, ...]:
-        """Return the layouts of all ranks."""
-        totals = [
-            [total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)
-        ]
+        """Return the layouts of all processes: of all ranks of a stage, stage after stage."""
+        own = [[total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)]
+        stages = range(1 if self.stages is None else len(self.stages))
+        totals = [layers[self.stage(number)] for number in stages for layers in own]
         pin = self.config.prompt == "pin"
         heads = self.kv_heads // self.ranks
         windows = Windows(self.groups.widths, block_size, self.in_flight, self.steps)
@@ -194,14 +210,24 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     model = vllm_config.model_config
     if config is None or model is None:
         return None
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    stages = divide_layers(model.hf_text_config.num_hidden_layers, parallel.pipeline_parallel_size)
     in_flight, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches
-    key = (config, model.model, str(model.hf_text_config), ranks, in_flight, steps)
+    given = (ranks, in_flight, steps, stages)
+    key = (config, model.model, str(model.hf_text_config), *given)
     if key not in _budgets:
-        _budgets[key] = make_budget(
-            config, model.model, model.hf_text_config, ranks, in_flight, steps
-        )
+        _budgets[key] = make_budget(config, model.model, model.hf_text_config, *given)
     return _budgets[key]
+
+
+def divide_layers(layers: int, stages: int) -> tuple[tuple[int, int], ...] | None:
+    """Return the layers of pipeline-parallel stages as vLLM divides them; None of one stage."""
+    if stages == 1:
+        return None
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(get_pp_indices(layers, stage, stages) for stage in range(stages))
 
 
 def make_budget(
@@ -211,6 +237,7 @@ def make_budget(
     ranks: int,
     in_flight: int | None = None,
     steps: int = 1,
+    stages: tuple[tuple[int, int], ...] | None = None,
 ) -> EngineBudget:
     """Return the budget of a model whose weights need not be loaded.
 
@@ -219,8 +246,8 @@ def make_budget(
         name: of the model, for messages.
         text_config: transformers' configuration of the decoder.
         ranks: tensor-parallel processes.
-        in_flight, steps: of the engine, see ``EngineBudget``; without one a prompt is prefilled at
-            once.
+        in_flight, steps, stages: of the engine, see ``EngineBudget``; without one a prompt is
+            prefilled at once.
 
     Raises:
         UsageError, UnsupportedError: settings or a model that cannot work.
@@ -233,6 +260,7 @@ def make_budget(
         name,
         load_output_metrics=_no_outputs,
         ranks=ranks,
+        stages=stages,
         in_flight=in_flight,
         steps=steps,
     )

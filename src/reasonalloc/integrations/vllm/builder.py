@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
@@ -84,6 +84,14 @@ class BudgetMetadata:
         return self._schedules[key]
 
 
+def own_stage(plan: EngineBudget) -> int:
+    """The pipeline-parallel stage of this process."""
+    if plan.stages is None:
+        return 0
+    number: int = get_pp_group().rank_in_group
+    return number
+
+
 class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
     """Turns a step's requests into runs; owns the tables and compresses after the forward pass."""
 
@@ -100,7 +108,9 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             raise RuntimeError("a budget's backend without a budget")
         self._plan: EngineBudget = plan
         self._rank = get_tensor_model_parallel_rank() if plan.ranks > 1 else 0
-        layout = plan.layouts(kv_cache_spec.block_size)[self._rank]
+        self._stage = own_stage(plan)
+        layouts = plan.layouts(kv_cache_spec.block_size)
+        layout = layouts[self._stage * plan.ranks + self._rank]
         self.layers = {name: index for index, name in enumerate(layer_names)}
         self._observes = plan.policy.state_channels > 0
         self.runs = Runs(
@@ -175,6 +185,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.scale,
             impl.logits_soft_cap or None,
             self._sinks,
+            self._stage,
         )
 
     @cached_property

@@ -113,8 +113,6 @@ def check_engine(config: Any) -> None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
     if config.kv_transfer_config is not None:
         raise refuse("--kv-transfer-config", "blocks do not hold what others expect; leave it out")
-    if parallel.pipeline_parallel_size > 1:
-        raise refuse("--pipeline-parallel-size", "use --tensor-parallel-size")
     if parallel.decode_context_parallel_size > 1:
         raise refuse("--decode-context-parallel-size", "use --tensor-parallel-size")
     if getattr(parallel, "enable_dbo", False):

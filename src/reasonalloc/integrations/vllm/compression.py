@@ -23,6 +23,7 @@ from reasonalloc.registry import is_builtin
 
 _KEPT_BYTES = 256 << 20  # of kept keys and values that are held outside the pool at a time
 _DECIDED_BYTES = 1 << 30  # of what a decision works with at a time
+_CPU_DECIDED_BYTES = 8 << 20  # the same on a CPU, where what leaves its caches is slow
 _COPIES = 6  # that a policy makes of the keys, in float32, generously
 
 
@@ -97,6 +98,7 @@ class PoolCompressor:
         runs, queries: where tokens lie, the last queries.
         scaling, softcap: of the attention logits.
         sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
+        stage: pipeline-parallel stage of this process; the layers of ``runs`` are its own.
     """
 
     def __init__(
@@ -108,14 +110,16 @@ class PoolCompressor:
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None = None,
+        stage: int = 0,
     ) -> None:
         self._plan, self._runs, self._queries = plan, runs, queries
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
         self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
         shard, device = plan.shard(rank), runs.device
+        self._before = plan.stage(stage).start or 0  # layers of the stages before
         self._planned: Tensor | None = None
         if plan.planned is not None:
-            own = [list(shard.heads(heads)) for heads in plan.planned]
+            own = [list(shard.heads(heads)) for heads in plan.planned[plan.stage(stage)]]
             self._planned = torch.tensor(own, dtype=torch.int64, device=device)
         self._offsets = torch.tensor(runs.layout.offsets, dtype=torch.int64, device=device)
         # What is not ours may take the index of a layer for a number.
@@ -281,7 +285,8 @@ class PoolCompressor:
         """Rows that are decided on at a time: as memory allows, or one by one."""
         n = rows.positions.shape[-1]
         one = self._runs.heads * n * self._runs.pages.keys.shape[-1] * 4 * _COPIES
-        size = max(1, _DECIDED_BYTES // one) if self._together else 1
+        most = _CPU_DECIDED_BYTES if self._runs.device.type == "cpu" else _DECIDED_BYTES
+        size = max(1, most // one) if self._together else 1
         for start in range(0, len(chunk), size):
             yield slice(start, min(start + size, len(chunk)))
 
@@ -311,7 +316,7 @@ class PoolCompressor:
             window=window,
             scaling=self._scaling,
             softcap=self._softcap,
-            layer=layer,
+            layer=layer + self._before if self._before else layer,
             seed=self._plan.config.seed,
             sinks=sinks,
             query_sinks=query_sinks,

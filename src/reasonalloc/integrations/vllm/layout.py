@@ -188,11 +188,11 @@ def make_layouts(
     windows: Windows = NO_WINDOWS,
     observed: int | None = 0,
 ) -> tuple[Layout, ...]:
-    """Layouts of all tensor-parallel ranks.
+    """Layouts of all processes of an engine.
 
     Args:
-        totals: [ranks][layers] tokens, the heads of that rank together.
-        kv_heads: KV heads per layer and rank.
+        totals: [processes][layers] tokens, of the layers and heads that each of them holds.
+        kv_heads: KV heads of a layer in a process.
         interval: tokens between two boundaries.
         block_size: tokens of a block.
         pin: prompts stay, on top of the budget.
@@ -203,6 +203,8 @@ def make_layouts(
     first = overflow(least, kv_heads)
     reserve = Reserve(block_size, interval, first, 0, pin, windows, observed)
     whole = [sum(_pages(total, kv_heads, reserve) for total in layers) for layers in totals]
-    per_block = len(totals[0]) * kv_heads
-    reserve = dataclasses.replace(reserve, blocks=-(-max(whole) // per_block))
+    blocks = [
+        -(-pages // (len(layers) * kv_heads)) for pages, layers in zip(whole, totals, strict=True)
+    ]
+    reserve = dataclasses.replace(reserve, blocks=max(blocks))
     return tuple(Layout(reserve, tuple(layers), kv_heads) for layers in totals)

@@ -325,13 +325,15 @@ def _leave_room(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(self: Any) -> int:
         available: int = original(self)
+        from reasonalloc.integrations.vllm.builder import own_stage
+
         plan = find_budget(self.vllm_config)
         if plan is None or self.cache_config.kv_cache_memory_bytes:  # as the user has it
             return available
         requests = self.vllm_config.scheduler_config.max_num_seqs
         own = self.model_config.dtype
         stored = stored_bytes(self.cache_config.cache_dtype, own)
-        return plan.cache_bytes(available, requests, own.itemsize, stored)
+        return plan.cache_bytes(available, requests, own.itemsize, stored, own_stage(plan))
 
     return wrapper
 
