@@ -26,6 +26,19 @@ def test_passed(dtype: torch.dtype, dim: int, group: int, size: int) -> None:
     selftest.check(DEVICE, dtype, dim, group, size)
 
 
+def test_one_byte_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    selftest.check(DEVICE, torch.float32, 64, 2, 16, fp8=True)
+    right = paged.paged_decode
+
+    def decode(*given: Any) -> None:
+        right(*given[:-1], 1.0)  # the scale of values is forgotten
+
+    monkeypatch.setattr(selftest, "_done", set())
+    monkeypatch.setattr(paged, "paged_decode", decode)
+    with pytest.raises(UnsupportedError, match=r"attention differs by.*, fp8 cache"):
+        selftest.check(DEVICE, torch.float32, 64, 2, 16, fp8=True)
+
+
 def recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A graph's notes; noting has done the step, as the test does it before capturing."""
     replay = recorded_graph.capture(run, device)

@@ -84,7 +84,8 @@ class PagedBuilder(BudgetBuilder):
         if device.type != "cpu":
             impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
             group = impl.num_heads // impl.num_kv_heads
-            selftest.check(device, dtype, impl.head_size, group, kv_cache_spec.block_size)
+            size, fp8 = kv_cache_spec.block_size, self._coded is not None
+            selftest.check(device, dtype, impl.head_size, group, size, fp8)
 
     @property
     def steps(self) -> Steps:

@@ -19,32 +19,42 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.graphs import capture
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
+from reasonalloc.integrations.vllm.kernels import Coded
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 from reasonalloc.integrations.vllm.steps import Step, Steps, cells
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.version import __version__
 
 _LAYERS, _HEADS, _WINDOW, _DECODED, _PADDED = 2, 2, 4, 4, 3
+_SCALES = ((0.5, 0.25), (0.03, 2.0))  # of keys and values of each layer, if pages hold e4m3
 _PROMPTS = (33, 9)  # the first is over its budget
 _LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _done: set[tuple[object, ...]] = set()
 
 
-def check(device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int) -> None:
+def check(
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    block_size: int,
+    fp8: bool = False,
+) -> None:
     """Compare a device with the CPU; once per process.
 
     Args:
         device: to be used.
-        dtype: of queries and pages.
+        dtype: of queries, and of pages without ``fp8``.
         dim, group, block_size: head size, query heads per KV head, tokens of a page.
+        fp8: pages hold e4m3 numbers.
 
     Raises:
         UnsupportedError: they differ; the message is a report.
     """
-    key = (device, dtype, dim, group, block_size)
+    key = (device, dtype, dim, group, block_size, fp8)
     if key in _done:
         return
-    problems = compare(device, dtype, dim, group, block_size)
+    problems = compare(device, dtype, dim, group, block_size, fp8)
     if problems:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UnsupportedError(
@@ -52,19 +62,20 @@ def check(device: torch.device, dtype: torch.dtype, dim: int, group: int, block_
             "Please report this line: "
             f"reasonalloc {__version__}, torch {torch.__version__}, triton {triton.__version__}, "
             f"Python {platform.python_version()}, {dtype}, head size {dim}, group {group}, block "
-            f"size {block_size}"
+            f"size {block_size}{', fp8 cache' if fp8 else ''}"
         )
     _done.add(key)
 
 
 @torch.inference_mode()
 def compare(
-    device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int
+    device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int, fp8: bool
 ) -> list[str]:
     """What a device does otherwise than the CPU; see ``check``."""
     plan = _plan(dim, group)
     own, reference = (
-        _Side(plan, place, dtype, dim, group, block_size) for place in (device, torch.device("cpu"))
+        _Side(plan, place, dtype, dim, group, block_size, fp8)
+        for place in (device, torch.device("cpu"))
     )
     random = torch.Generator(device="cpu").manual_seed(0)
     problems, before, new = [], [0, 0], list(_PROMPTS)
@@ -122,14 +133,19 @@ class _Side:
         dim: int,
         group: int,
         block_size: int,
+        fp8: bool,
     ) -> None:
         layout = plan.layouts(block_size)[0]
         width = max(layout.reserve.peak(start, start + _DECODED) for start in _PROMPTS)
         self._runs = Runs(layout, device, 2)
         blocks, self._scaling = 2 * width + 1, dim**-0.5
         shape = (blocks, _LAYERS, _HEADS, block_size, 2 * dim)
-        memory = torch.zeros(shape, dtype=dtype, device=device)
-        pages, pool = cells(list(memory.unbind(1)))
+        memory = torch.zeros(shape, dtype=torch.uint8 if fp8 else dtype, device=device)
+        coded = None
+        if fp8:
+            table = torch.tensor(_SCALES, dtype=torch.float32, device=device)
+            coded = Coded("fp8", _SCALES, table)
+        pages, pool = cells(list(memory.unbind(1)), coded)
         self._memory = memory
         self._runs.bind(pages)
         self._queries = QueryRows(_LAYERS, _WINDOW)
@@ -215,7 +231,7 @@ class _Side:
         after = torch.tensor(before, dtype=torch.int64, device="cpu") + count
         last = (positions >= after[rows] - _WINDOW).nonzero()[:, 0]
         for layer in range(_LAYERS):
-            runs.pages.write(places[layer], key, value)
+            self._write(places[layer], key, value, layer)
             ring_places = positions[last].long() % _WINDOW
             self._queries.note(layer, query, last, lent[rows[last]], ring_places)
         if max(new) > 1:
@@ -224,12 +240,26 @@ class _Side:
         table = runs.table(slots, self._blocks, -(-int(lengths.max()) // size))[-1]
         index = torch.arange(table.shape[-1] * size, device="cpu")
         where = (table[..., None] * size + torch.arange(size, device="cpu")).flatten(2).long()
-        keys, values = (x.float() for x in runs.pages.read(where))  # [rows, heads, tokens, dim]
+        keys, values = self._read(where)  # [rows, heads, tokens, dim]
         asked = query.float().unflatten(1, (_HEADS, -1)) * self._scaling
         logits = asked @ keys.transpose(-1, -2)
         hidden = index >= lengths[-1][..., None, None]
         weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         return (weights @ values.masked_fill(hidden.transpose(-1, -2), 0.0)).flatten(1, 2)
+
+    def _write(self, places: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+        pages = self._runs.pages
+        if pages.coded is not None:
+            key, value = (pages.coded.store(x, layer, part) for part, x in enumerate((key, value)))
+        pages.write(places, key, value)
+
+    def _read(self, places: Tensor) -> list[Tensor]:
+        """Keys and values of the last layer, float32."""
+        pages, last = self._runs.pages, _LAYERS - 1
+        stored = pages.read(places)
+        if pages.coded is None:
+            return [x.float() for x in stored]
+        return [pages.coded.numbers(x, last, part) for part, x in enumerate(stored)]
 
     def differences(self, other: _Side) -> list[str]:
         """What is not the same to the bit, besides the null block."""
