@@ -285,11 +285,12 @@ def round_to_total(values: list[float], total: int, upper: list[int]) -> list[in
 
 
 def standardised(row: list[float]) -> list[float]:
-    """Mean 0 and variance 1, rounded to float32; zeros if all are equal."""
-    if len(set(row)) <= 1:
-        return [0.0] * len(row)
-    mean = math.fsum(row) / len(row)
-    spread = math.sqrt(math.fsum((s - mean) ** 2 for s in row) / len(row))
+    """Mean 0 and variance 1 of finite scores, rounded to float32; zeros if these are equal."""
+    finite = [s for s in row if math.isfinite(s)]
+    if len(set(finite)) <= 1:
+        return [0.0 if math.isfinite(s) else s for s in row]
+    mean = math.fsum(finite) / len(finite)
+    spread = math.sqrt(math.fsum((s - mean) ** 2 for s in finite) / len(finite))
     return torch.tensor([(s - mean) / spread for s in row]).tolist()
 
 

@@ -73,6 +73,8 @@ def head_queries(draw: st.DrawFn) -> tuple[HeadQuery, list[list[list[float]]]]:
     scores = torch.rand(batch, heads, 40, generator=generator)
     if draw(st.booleans()):
         scores = (scores * 4).round() / 4  # many ties
+    if draw(st.booleans()):
+        scores[..., : draw(st.integers(1, 3))] = torch.inf  # sinks
     index = torch.arange(40)
     length = torch.tensor(lengths)
     scores = scores.masked_fill(index >= (length - window)[..., None], -torch.inf)

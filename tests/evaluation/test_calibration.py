@@ -94,6 +94,8 @@ def test_wrong_arguments() -> None:
         attention_mass(model, [])
     with pytest.raises(UsageError, match="every=128 leaves no sample of max_new_tokens=20"):
         attention_mass(model, [prompt(5)], max_new_tokens=20)
+    with pytest.raises(UsageError, match=r"window=64: prompt 0 and .* lower window"):
+        attention_mass(model, [prompt(5)], every=4, window=64, max_new_tokens=20)
     with pytest.raises(UsageError, match="every=0"):
         attention_mass(model, [prompt(5)], every=0)
     assert model.config._attn_implementation != "reasonalloc"

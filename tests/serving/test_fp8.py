@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from engines import builder, greedy, random_prompts
 
 from conftest import INTERPRETED
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm.checks import asks_for_fp8
 from reasonalloc.integrations.vllm.kernels import check_coded
 
 # vLLM's kernel for processors needs it; our own, interpreted, does not.
@@ -45,9 +47,21 @@ def test_together_as_alone(engine: Callable[..., Any], arm: str) -> None:
     assert together != greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 80)
 
 
-def test_what_the_processor_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match=r"heads of 48 .* use --kv-cache-dtype auto"):
+def test_what_the_processor_cannot_read(
+    engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"heads of 48 .* use the model's own type"):
         check_coded(48, 32)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    with pytest.raises(UnsupportedError, match="without AVX-512; use --kv-cache-dtype auto"):
-        check_coded(64, 32)
+    with pytest.raises(UnsupportedError, match="without AVX-512; use the model's own type"):
+        engine({"budget": 64}, **FP8)
+
+
+def test_a_checkpoint_that_asks_for_it() -> None:
+    """vLLM learns of it when layers are made: too late for what is planned before."""
+    scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    asks = {"quantization_config": {"quant_method": "compressed-tensors", **scheme}}
+    for config in (asks["quantization_config"], SimpleNamespace(to_dict=lambda: scheme)):
+        assert asks_for_fp8(SimpleNamespace(quantization_config=config))
+    assert not asks_for_fp8(SimpleNamespace(quantization_config={"quant_method": "awq"}))
+    assert not asks_for_fp8(SimpleNamespace())

@@ -13,6 +13,7 @@ from engines import greedy, random_prompts
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm import checks, patches
+from reasonalloc.integrations.vllm.budget import divide_layers
 from reasonalloc.integrations.vllm.patches import PATCHES, Patch
 from reasonalloc.integrations.vllm.windows import Groups
 from reasonalloc.planning.memory import LayerShape
@@ -22,8 +23,17 @@ from reasonalloc.planning.memory import LayerShape
     ("settings", "arguments", "says"),
     [
         ({"arm": "h2o"}, {"enable_prefix_caching": True}, "--enable-prefix-caching.*h2o"),
-        ({}, {"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .*: use auto, fp8 or"),
+        (
+            {},
+            {"kv_cache_dtype": "fp8_e5m2"},
+            "dtype fp8_e5m2 .*: use auto, float32, fp8 or",
+        ),
         ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+        (
+            {},
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+            "--pipeline-parallel-size.*V1 model runner has no stages on a CPU",
+        ),
         ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
         ({"policy": "value_aware(metric=output)"}, {}, "output projections"),
         ({"prompt": "protect"}, {}, "prompt='protect'"),
@@ -38,6 +48,18 @@ def test_refused(
 ) -> None:
     with pytest.raises((UsageError, UnsupportedError), match=says):
         engine({"budget": 64, **settings}, **arguments)
+
+
+def test_stages_without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(num_hidden_layers=4)
+    assert divide_layers(model, 3) == ((0, 1), (1, 3), (3, 4))
+    assert divide_layers(SimpleNamespace(), 1) is None  # of models made of several, refused later
+    with pytest.raises(UsageError, match=r"pipeline_parallel_size=9: 4 layers .* give 4 at most"):
+        divide_layers(model, 9)
+    for partition in ("1,2", "4,0", "a,b"):
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+        with pytest.raises(UsageError, match="pipeline_parallel_size=2: "):
+            divide_layers(model, 2)
 
 
 def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,9 +130,14 @@ class DemandProfile(Shown):
     def heading(self) -> str:
         """Return what was measured, of which model."""
         return (
-            f"Tokens for {self.rho:.0%} of the attention mass: {self.model_id}, "
+            f"Tokens for {self.rho:.0%} of the attention mass{self._counted}: {self.model_id}, "
             f"prompts: {len(self.curves)}"
         )
+
+    @property
+    def _counted(self) -> str:
+        """What is not as usual, in words."""
+        return " of generated tokens" if self.keys == "generated" else ""
 
     def tables(self) -> list[Table]:
         """Return a row per layer."""

@@ -58,7 +58,8 @@ class _Demands(Observer):
 
     def on_sample(self, layer: int, weights: Tensor) -> None:
         if self._keys == "generated":
-            weights = weights[..., -self.generated(layer) :]
+            new = self.generated(layer)
+            weights = weights[:, :, -new:, -new:]
         self.samples[layer].append(demand(weights, self._rho))
 
 
@@ -82,7 +83,8 @@ def attention_mass(
         max_new_tokens: generated tokens per prompt, greedily, at most.
         every: generated tokens between two samples.
         window: queries averaged in a sample.
-        keys: ``all``, or ``generated``: the share is one of the mass that generated tokens have.
+        keys: ``all``, or ``generated``: the share is one of the mass that generated tokens have,
+            by their own queries.
         on_prompt: called with the index of every finished prompt.
 
     Returns:

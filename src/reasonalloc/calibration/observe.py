@@ -48,6 +48,11 @@ class Observer(ABC):
             weights: [kv_heads, group, window, n] float32, of the last queries.
         """
 
+    @property
+    def seen(self) -> int:
+        """Most tokens that a layer has seen of the prompt and behind it."""
+        return max(self._seen.values(), default=0)
+
     def generated(self, layer: int) -> int:
         """Tokens that a layer has seen one by one since the prompt."""
         return self._steps.get(layer, 0)
@@ -95,6 +100,12 @@ def observe(
             observer.start()
             watched.generate(ids.to(model.device), max_new_tokens)
             if any(layer not in observer.sampled for layer in observer.layers):
+                if (seen := observer.seen) <= observer.window:
+                    raise UsageError(
+                        f"window={observer.window}: prompt {index} and what follows it have {seen} "
+                        "tokens, no more, so nothing was measured: lower window, or raise "
+                        "max_new_tokens"
+                    )
                 raise UsageError(
                     f"prompt {index}: the generation ended before {observer.every} tokens, so "
                     "nothing was measured: lower every, raise max_new_tokens or take another prompt"

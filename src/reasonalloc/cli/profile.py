@@ -116,7 +116,13 @@ def _demand(
     return (
         [profile.demand_table(budgets)],
         [],
-        {**data, "objective": profile.objective, "budgets": budgets},
+        {
+            **data,
+            "objective": profile.objective,
+            "window": profile.window,
+            "keys": profile.keys,
+            "budgets": budgets,
+        },
     )
 
 

@@ -94,7 +94,7 @@ def command(
         from reasonalloc.planning.shapes import text_config
 
         text = text_config(model_config)
-        stages = divide_layers(text.num_hidden_layers, _stages(context.args))
+        stages = divide_layers(text, _stages(context.args))
         budget = make_budget(config, model.name, text, tensor_parallel_size, stages=stages)
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30

@@ -226,7 +226,7 @@ def _no_budget(budget: int | None) -> None:
 def _differences(one: AnyProfile, two: AnyProfile) -> list[str]:
     """Return how two files were made differently."""
     lines = []
-    for name in ("model_id", "rho", "objective", "policy", "interval", "window"):
+    for name in ("model_id", "rho", "objective", "policy", "interval", "window", "keys"):
         values = [getattr(profile, name, None) for profile in (one, two)]
         if values[0] != values[1]:
             lines.append(f"{name} differs: {values[0]!r} and {values[1]!r}")

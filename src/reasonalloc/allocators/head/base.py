@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from reasonalloc.errors import UsageError
@@ -93,12 +92,12 @@ def standardised(scores: Tensor) -> Tensor:
     In double precision, so that equal sets of scores stay equal whatever their order.
 
     Args:
-        scores: [batch, kv_heads, n] float32; -inf where no candidate stands.
+        scores: [batch, kv_heads, n] float32; -inf where no candidate stands, inf of sinks.
 
     Returns:
-        The same shape and dtype, -inf where it was.
+        The same shape and dtype, infinite where it was.
     """
-    there = scores > -torch.inf
+    there = scores.isfinite()
     count = there.sum(-1, keepdim=True).clamp_min(1)
     known = scores.double().masked_fill(~there, 0.0)
     centred = (known - known.sum(-1, keepdim=True) / count).masked_fill(~there, 0.0)
@@ -106,7 +105,7 @@ def standardised(scores: Tensor) -> Tensor:
     # Equal scores leave rounding errors of their mean.
     flat = spread <= 1e-9 * known.abs().amax(-1, keepdim=True)
     scaled = (centred / spread.masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
-    return scaled.to(scores.dtype).masked_fill(~there, -torch.inf)
+    return scaled.to(scores.dtype).where(there, scores)
 
 
 def check_score_norm(owner: str, score_norm: str) -> None:

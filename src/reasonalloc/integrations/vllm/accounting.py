@@ -14,8 +14,8 @@ from reasonalloc.tables import Table, human
 class Account:
     """One request, when it is finished.
 
-    An *entry* is one token of one KV head of a layer under the budget; those of all
-    tensor-parallel ranks count.
+    An *entry* is one token of one KV head of a layer under the budget; those of all ranks and
+    stages count.
 
     Attributes:
         kept: entries that are in the cache at the end.

@@ -212,7 +212,7 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
         return None
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
-    stages = divide_layers(model.hf_text_config.num_hidden_layers, parallel.pipeline_parallel_size)
+    stages = divide_layers(model.hf_text_config, parallel.pipeline_parallel_size)
     in_flight, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches
     given = (ranks, in_flight, steps, stages)
     key = (config, model.model, str(model.hf_text_config), *given)
@@ -221,13 +221,31 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     return _budgets[key]
 
 
-def divide_layers(layers: int, stages: int) -> tuple[tuple[int, int], ...] | None:
-    """Return the layers of pipeline-parallel stages as vLLM divides them; None of one stage."""
+def divide_layers(text_config: Any, stages: int) -> tuple[tuple[int, int], ...] | None:
+    """Return the layers of pipeline-parallel stages as vLLM divides them; None of one stage.
+
+    Args:
+        text_config: transformers' configuration of the decoder.
+        stages: how many.
+
+    Raises:
+        UsageError: they cannot be divided so.
+    """
     if stages == 1:
         return None
     from vllm.distributed.utils import get_pp_indices
 
-    return tuple(get_pp_indices(layers, stage, stages) for stage in range(stages))
+    layers = text_config.num_hidden_layers
+    try:
+        found = tuple(get_pp_indices(layers, stage, stages) for stage in range(stages))
+    except ValueError as error:  # of VLLM_PP_LAYER_PARTITION
+        raise UsageError(f"pipeline_parallel_size={stages}: {error}") from None
+    if any(first == end for first, end in found):
+        raise UsageError(
+            f"pipeline_parallel_size={stages}: {layers} layers leave a stage without any: give "
+            f"{layers} at most, and no 0 in VLLM_PP_LAYER_PARTITION"
+        )
+    return found
 
 
 def make_budget(

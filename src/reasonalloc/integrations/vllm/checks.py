@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm.kernels import CODED
+from reasonalloc.integrations.vllm.kernels import CODED, check_coded
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.vllm.budget import EngineBudget
@@ -113,12 +113,27 @@ def check_engine(config: Any) -> None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
     if config.kv_transfer_config is not None:
         raise refuse("--kv-transfer-config", "blocks do not hold what others expect; leave it out")
+    v1_on_cpu = current_platform.is_cpu() and not config.use_v2_model_runner
+    if parallel.pipeline_parallel_size > 1 and v1_on_cpu:
+        raise refuse(
+            "--pipeline-parallel-size",
+            "vLLM's V1 model runner has no stages on a CPU; use --tensor-parallel-size",
+        )
     if parallel.decode_context_parallel_size > 1:
         raise refuse("--decode-context-parallel-size", "use --tensor-parallel-size")
     if getattr(parallel, "enable_dbo", False):
         raise refuse("--enable-dbo", "leave it out")
-    if cache.cache_dtype not in ("auto", *CODED):
-        raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", f"use auto, {' or '.join(CODED)}")
+    own = str(config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", own, *CODED):
+        use = ", ".join(("auto", own, *CODED[:-1]))
+        raise refuse(f"--kv-cache-dtype {cache.cache_dtype}", f"use {use} or {CODED[-1]}")
+    if cache.cache_dtype == "auto" and asks_for_fp8(config.model_config.hf_config):
+        raise UnsupportedError(
+            f"{config.model_config.model} asks for a KV cache in fp8, and vLLM learns that too "
+            f"late for a KV budget: give --kv-cache-dtype fp8, or {own} for the model's own type"
+        )
+    if cache.cache_dtype in CODED and current_platform.is_cpu():
+        check_coded(config.model_config.get_head_size(), cache.block_size or _CPU_BLOCK)
     if cache.kv_cache_dtype_skip_layers:
         raise refuse("--kv-cache-dtype-skip-layers", "all layers share one pool; leave it out")
     if config.model_config.is_mm_prefix_lm:
@@ -132,6 +147,14 @@ def check_engine(config: Any) -> None:
         raise refuse("--kv-sharing-fast-prefill", "leave it out")
     if config.model_config.runner_type != "generate":
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
+
+
+def asks_for_fp8(hf_config: Any) -> bool:
+    """Whether a checkpoint says itself that its KV cache is coded (compressed-tensors does)."""
+    quantised = getattr(hf_config, "quantization_config", None) or {}
+    if not isinstance(quantised, dict):
+        quantised = quantised.to_dict()
+    return quantised.get("kv_cache_scheme") is not None
 
 
 def check_windows(config: Any) -> None:

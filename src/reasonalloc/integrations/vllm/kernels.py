@@ -73,7 +73,7 @@ def coded_of(modules: Sequence[Any], device: torch.device) -> Coded | None:
     if len(kinds) > 1 or not single:
         raise UnsupportedError(
             "layers whose KV caches differ in format, or have scales for single heads, cannot run "
-            "under a KV budget in vLLM yet: use --kv-cache-dtype auto"
+            "under a KV budget in vLLM yet: give the model's own type, as --kv-cache-dtype bfloat16"
         )
     scales = tuple((float(m._k_scale_float), float(m._v_scale_float)) for m in modules)
     table = torch.tensor(scales, dtype=torch.float32, device=device)
@@ -397,6 +397,6 @@ def check_coded(head_dim: int, block_size: int) -> None:
         why = "a processor without AVX-512"
     if why:
         raise UnsupportedError(
-            f"vLLM's CPU attention cannot read a KV cache in fp8 with {why}; use "
-            "--kv-cache-dtype auto"
+            f"vLLM's CPU attention cannot read a KV cache in fp8 with {why}; use the model's own "
+            "type, --kv-cache-dtype auto"
         )

@@ -223,6 +223,7 @@ class PagedImpl:
 
     num_heads: int
     head_size: int
+    stock: ClassVar[Any]  # vLLM's own backend
 
     def __init__(
         self,
@@ -242,6 +243,11 @@ class PagedImpl:
             raise UnsupportedError(
                 f"a KV cache of {kv_cache_dtype} cannot run under a KV budget in vLLM yet: use a "
                 f"checkpoint that does not ask for one, or {' or '.join(CODED)}"
+            )
+        if kv_cache_dtype in CODED and self.stock.get_name() == "FLASH_ATTN":
+            raise UnsupportedError(
+                f"--kv-cache-dtype {kv_cache_dtype} cannot be used with a KV budget and vLLM's "
+                "FLASH_ATTN, which wants queries in fp8 too: give --attention-backend TRITON_ATTN"
             )
         given = (num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window)
         super().__init__(*given, kv_cache_dtype, *args, **kwargs)  # type: ignore[call-arg]
@@ -329,7 +335,7 @@ class PagedBackend:
 
 def paged_backend(plan: EngineBudget, stock: Any) -> Any:
     """The backend of a plan where vLLM would choose ``stock``."""
-    impl = type("PagedImpl", (PagedImpl, stock.get_impl_cls()), {})
+    impl = type("PagedImpl", (PagedImpl, stock.get_impl_cls()), {"stock": stock})
     builder = type("PagedBuilder", (PagedBuilder,), {"stock": stock})
     members = {"plan": plan, "stock": stock, "impl": impl, "builder": builder}
     return type("PagedBackend", (PagedBackend, stock), members)
