@@ -21,6 +21,7 @@ from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
+from reasonalloc.integrations.vllm.kernels import stored_bytes
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.integrations.vllm.windows import Windows, divide
 from reasonalloc.loading import load_model
@@ -199,9 +200,15 @@ class VllmSolver:
             "peak_bytes": None,
         }
 
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a number in the cache; some checkpoints ask for one."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return stored_bytes(cache.cache_dtype, self._dtype)
+
     def _memory(self, plan: EngineBudget | None) -> MemoryPlan:
         """Memory of one sequence, in tokens instead of blocks."""
-        size = self._dtype.itemsize
+        size = self._itemsize
         return MemoryPlan(self._shapes, (), 1, 1, 1, size) if plan is None else plan.memory(1, size)
 
     @property
@@ -223,12 +230,12 @@ class VllmSolver:
         groups, whole = divide(shapes), sum(s.kv_heads * sum(s.dims) for s in shapes)
         blocks = -(-tokens // block) * groups.full + Windows(groups.widths, block).held(tokens)
         numbers = whole * groups.layers // len(shapes)  # of a token in a block
-        full: int = blocks * block * numbers * self._dtype.itemsize
+        full: int = blocks * block * numbers * self._itemsize
         return full
 
     def _peak(self, plan: EngineBudget, block: int, prompt: int, tokens: int) -> int:
         """Bytes of the most blocks that a request held."""
-        sizes = Accounting(plan, block, self._dtype.itemsize)
+        sizes = Accounting(plan, block, self._itemsize)
         return sizes.peak(prompt, tokens) * sizes.block_bytes
 
 
