@@ -10,16 +10,15 @@ import pytest
 import torch
 from engines import builder, greedy, random_prompts
 
-from conftest import INTERPRETED
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.checks import asks_for_fp8
 from reasonalloc.integrations.vllm.kernels import check_coded
 
-# vLLM's kernel for processors needs it; our own, interpreted, does not.
+# vLLM's kernel for processors needs it; our own does not (test_paged_path.py).
 needs_avx512 = pytest.mark.skipif(
-    not (INTERPRETED or torch.cpu._is_avx512_supported()), reason="needs AVX-512"
+    not torch.cpu._is_avx512_supported(), reason="vLLM's kernel needs AVX-512"
 )
-LENGTHS = (40, 150, 7, 300)
+LENGTHS = (40, 150)
 FP8 = {"kv_cache_dtype": "fp8"}
 
 
@@ -27,9 +26,9 @@ FP8 = {"kv_cache_dtype": "fp8"}
 def test_everything_fits_into_the_budget(engine: Callable[..., Any]) -> None:
     """Then the tokens are those of stock vLLM with the same cache."""
     prompts = random_prompts(LENGTHS)
-    expected = greedy(engine(**FP8), prompts, 60)
-    assert greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 60) == expected
-    assert greedy(engine(), prompts, 60) != expected  # the format tells
+    expected = greedy(engine(**FP8), prompts, 24)
+    assert greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 24) == expected
+    assert greedy(engine(), prompts, 24) != expected  # the format tells
 
 
 @needs_avx512
@@ -40,11 +39,11 @@ def test_everything_fits_into_the_budget(engine: Callable[..., Any]) -> None:
 def test_together_as_alone(engine: Callable[..., Any], arm: str) -> None:
     prompts = random_prompts(LENGTHS)
     llm = engine({"budget": 64, "interval": 32, "arm": arm}, **FP8)
-    together = greedy(llm, prompts, 80)
-    assert together == [greedy(llm, [prompt], 80)[0] for prompt in prompts]
+    together = greedy(llm, prompts, 48)
+    assert together == [greedy(llm, [prompt], 48)[0] for prompt in prompts]
     runs = builder(llm).runs
     assert runs.pages.raw.dtype == torch.uint8 and runs.version > 0
-    assert together != greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 80)
+    assert together != greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 48)
 
 
 def test_what_the_processor_cannot_read(

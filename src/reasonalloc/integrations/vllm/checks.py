@@ -132,7 +132,7 @@ def check_engine(config: Any) -> None:
             f"{config.model_config.model} asks for a KV cache in fp8, and vLLM learns that too "
             f"late for a KV budget: give --kv-cache-dtype fp8, or {own} for the model's own type"
         )
-    if cache.cache_dtype in CODED and current_platform.is_cpu():
+    if cache.cache_dtype in CODED and v1_on_cpu:
         check_coded(config.model_config.get_head_size(), cache.block_size or _CPU_BLOCK)
     if cache.kv_cache_dtype_skip_layers:
         raise refuse("--kv-cache-dtype-skip-layers", "all layers share one pool; leave it out")
