@@ -12,7 +12,7 @@ from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.kernels import stored_bytes
+from reasonalloc.integrations.vllm.pages import stored_bytes
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.policies import POLICIES

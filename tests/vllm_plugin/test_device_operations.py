@@ -14,8 +14,8 @@ from reasonalloc.cache.host import DeferredMax
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import Pages
 from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
+from reasonalloc.integrations.vllm.pages import Pages
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 from reasonalloc.planning.shapes import layer_shapes
 

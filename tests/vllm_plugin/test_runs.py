@@ -22,7 +22,7 @@ from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import Coded, Pages
+from reasonalloc.integrations.vllm.pages import Coded, Pages
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked
 from reasonalloc.planning.shapes import layer_shapes
 
@@ -111,7 +111,7 @@ class Pool:
         coded: Coded | None = None,
         stage: int = 0,
     ) -> None:
-        self.plan, self.coded = plan, coded
+        self.plan = plan
         self.layout = plan.layouts(block_size)[stage]
         self.before = plan.stage(stage).start or 0
         self.runs = Runs(self.layout, torch.device("cpu"), 8)
@@ -190,11 +190,8 @@ class Pool:
         table = self.runs.table(slot, blocks, int(index.max()) // size + 1)[layer, 0]
         to = table.gather(1, index // size).long() * size + index % size
         own = layer + self.before
-        new = (request.keys[own][:, span], request.values[own][:, span])
-        if self.coded is not None:
-            keys, values = (self.coded.store(x, layer, part) for part, x in enumerate(new))
-            new = keys, values
-        self.runs.pages.write(to, *new)
+        keys, values = request.keys[own][:, span], request.values[own][:, span]
+        self.runs.pages.put(to, keys, values, layer)
         row = self.queries.lend(tracked)
         last = span[-WINDOW:]
         rows = torch.full_like(last, row)
@@ -213,13 +210,7 @@ class Pool:
         for head in range(HEADS):
             index = torch.arange(int(lengths[layer, 0, head]))
             slots = table[head][index // size].long() * size + index % size
-            stored = self.runs.pages.read(slots)
-            if self.coded is not None:
-                keys, values = (
-                    self.coded.numbers(x[None], layer, part)[0] for part, x in enumerate(stored)
-                )
-                stored = keys, values
-            found.append(stored)
+            found.append(self.runs.pages.numbers_at(slots, layer))
         return found
 
 

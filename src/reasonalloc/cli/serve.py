@@ -89,7 +89,7 @@ def command(
         from reasonalloc.integrations.vllm.accounting import Accounting, accounting_table
         from reasonalloc.integrations.vllm.budget import divide_layers, make_budget
         from reasonalloc.integrations.vllm.checks import default_block_size
-        from reasonalloc.integrations.vllm.kernels import stored_bytes
+        from reasonalloc.integrations.vllm.pages import stored_bytes
         from reasonalloc.integrations.vllm.settings import as_json
         from reasonalloc.planning.shapes import text_config
 

@@ -21,7 +21,7 @@ from reasonalloc.evaluation.sampling import Sampling
 from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
-from reasonalloc.integrations.vllm.kernels import stored_bytes
+from reasonalloc.integrations.vllm.pages import stored_bytes
 from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
 from reasonalloc.integrations.vllm.windows import Windows, divide
 from reasonalloc.loading import load_model

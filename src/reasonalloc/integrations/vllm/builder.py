@@ -16,8 +16,9 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import Coded, CpuKernel, Kernel, coded_of
+from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
 from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
+from reasonalloc.integrations.vllm.pages import Coded, coded_of
 from reasonalloc.integrations.vllm.runs import (
     NO_REQUEST,
     Batch,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm.kernels import CODED, check_coded
+from reasonalloc.integrations.vllm.kernels import check_coded
+from reasonalloc.integrations.vllm.pages import CODED
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.vllm.budget import EngineBudget

@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import find_budget
-from reasonalloc.integrations.vllm.kernels import stored_bytes
+from reasonalloc.integrations.vllm.pages import stored_bytes
 
 _PREFIX = "reasonalloc:"
 _LABELS = ("model_name", "engine")

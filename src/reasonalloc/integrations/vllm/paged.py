@@ -20,7 +20,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import selftest
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.builder import BudgetBuilder, Piece
-from reasonalloc.integrations.vllm.kernels import CODED
+from reasonalloc.integrations.vllm.pages import CODED
 from reasonalloc.integrations.vllm.runs import NO_REQUEST, Batch, dummy_batch
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 from reasonalloc.integrations.vllm.steps import Step, Steps, cells

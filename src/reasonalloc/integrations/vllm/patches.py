@@ -17,7 +17,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
-from reasonalloc.integrations.vllm.kernels import stored_bytes
+from reasonalloc.integrations.vllm.pages import stored_bytes
 
 if TYPE_CHECKING:
     from reasonalloc.integrations.vllm.spec import BudgetManager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reasonalloc.cache.host import DeferredMax
-from reasonalloc.integrations.vllm.kernels import Pages
 from reasonalloc.integrations.vllm.layout import Layout
+from reasonalloc.integrations.vllm.pages import Pages
 
 NO_REQUEST = 0  # slot of requests that are none: warm-up, padding
 _ALL = 1 << 30  # leading pages of a request that was never compressed

@@ -19,7 +19,7 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.graphs import capture
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import Coded
+from reasonalloc.integrations.vllm.pages import Coded
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 from reasonalloc.integrations.vllm.steps import Step, Steps, cells
 from reasonalloc.planning.shapes import layer_shapes
@@ -231,7 +231,7 @@ class _Side:
         after = torch.tensor(before, dtype=torch.int64, device="cpu") + count
         last = (positions >= after[rows] - _WINDOW).nonzero()[:, 0]
         for layer in range(_LAYERS):
-            self._write(places[layer], key, value, layer)
+            runs.pages.put(places[layer], key, value, layer)
             ring_places = positions[last].long() % _WINDOW
             self._queries.note(layer, query, last, lent[rows[last]], ring_places)
         if max(new) > 1:
@@ -240,26 +240,13 @@ class _Side:
         table = runs.table(slots, self._blocks, -(-int(lengths.max()) // size))[-1]
         index = torch.arange(table.shape[-1] * size, device="cpu")
         where = (table[..., None] * size + torch.arange(size, device="cpu")).flatten(2).long()
-        keys, values = self._read(where)  # [rows, heads, tokens, dim]
+        found = runs.pages.numbers_at(where, _LAYERS - 1)
+        keys, values = (x.float() for x in found)  # [rows, heads, tokens, dim]
         asked = query.float().unflatten(1, (_HEADS, -1)) * self._scaling
         logits = asked @ keys.transpose(-1, -2)
         hidden = index >= lengths[-1][..., None, None]
         weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         return (weights @ values.masked_fill(hidden.transpose(-1, -2), 0.0)).flatten(1, 2)
-
-    def _write(self, places: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
-        pages = self._runs.pages
-        if pages.coded is not None:
-            key, value = (pages.coded.store(x, layer, part) for part, x in enumerate((key, value)))
-        pages.write(places, key, value)
-
-    def _read(self, places: Tensor) -> list[Tensor]:
-        """Keys and values of the last layer, float32."""
-        pages, last = self._runs.pages, _LAYERS - 1
-        stored = pages.read(places)
-        if pages.coded is None:
-            return [x.float() for x in stored]
-        return [pages.coded.numbers(x, last, part) for part, x in enumerate(stored)]
 
     def differences(self, other: _Side) -> list[str]:
         """What is not the same to the bit, besides the null block."""

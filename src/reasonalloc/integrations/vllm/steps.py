@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.attention.kernels import paged as kernels
-from reasonalloc.integrations.vllm.kernels import Coded, Pages, joined
+from reasonalloc.integrations.vllm.pages import Coded, Pages, joined
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 
 _SLOTS, _ROWS, _POSITIONS, _RING = range(4)
@@ -172,7 +172,7 @@ class Steps:
             self._facts[_POSITIONS, some],
             ring,
             None if ring is None else self._facts[_RING, some],
-            *self._scales(layer),
+            *self._runs.pages.scales(layer),
         )
 
     def attend(
@@ -203,10 +203,5 @@ class Steps:
                 self._scaling,
                 self._softcap,
                 None if sinks is None else sinks.flatten(),
-                *self._scales(layer),
+                *self._runs.pages.scales(layer),
             )
-
-    def _scales(self, layer: int) -> tuple[float, float]:
-        """Of the keys and values of a layer."""
-        coded = self._runs.pages.coded
-        return (1.0, 1.0) if coded is None else coded.scales[layer]
