@@ -27,10 +27,10 @@ def add_received(state: Tensor, received: Tensor, half_lives: Sequence[float]) -
         return
     real = (total > 0).float()
     later = real.flip(-2).cumsum(-2).flip(-2) - real
-    for channel, half_life in enumerate(half_lives):
-        kept = 0.5 ** (real.sum(dim=-2) / half_life)
-        fading = 0.5 ** (later / half_life)
-        state[..., channel].mul_(kept).add_((received * fading).sum(dim=-2))
+    lives = torch.tensor(half_lives, device=state.device)
+    fading = 0.5 ** (later / lives)
+    new = received.transpose(-1, -2) @ fading
+    state.mul_(0.5 ** (real.sum(dim=-2, keepdim=True) / lives)).add_(new)
 
 
 def weight_sums(queries: Tensor, half_life: float) -> Tensor:

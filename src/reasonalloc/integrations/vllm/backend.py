@@ -36,8 +36,48 @@ class BudgetImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # a warm-up without attention
             return output
         meta, builder = attn_metadata, attn_metadata.builder
+        index = builder.layers[layer.layer_name]
+        attend = self._by_kernel if meta.loop is None else self._by_loop
+        attend(index, meta, query, key, value, output)
+        for piece in meta.prompts:
+            builder.observe(piece, index, query)
+        return output
+
+    def _by_loop(
+        self,
+        index: int,
+        meta: BudgetMetadata,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+    ) -> None:
+        """One token per request, by our own loop, see ``reasonalloc.ops.native.paged``."""
+        builder, tokens, loop = meta.builder, meta.tokens, meta.loop
+        if loop is None or loop.begun != meta.begun:
+            raise RuntimeError("another step was begun before this one's attention")
+        loop.attend(
+            index,
+            query[:tokens],
+            key[:tokens],
+            value[:tokens],
+            output[:tokens].view(tokens, self.num_heads, self.head_size),
+            None if meta.noted is None else builder.queries.ready(index, query[0]),
+            builder.sinks(index),
+        )
+
+    def _by_kernel(
+        self,
+        index: int,
+        meta: BudgetMetadata,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+    ) -> None:
+        """Any step, by vLLM's kernel."""
+        builder, tokens = meta.builder, meta.tokens
         kernel, pages = builder.kernel, builder.runs.pages
-        index, tokens = builder.layers[layer.layer_name], meta.tokens
         heads, width = self.num_kv_heads, self.head_size
         group = self.num_heads // heads
         kernel.store(
@@ -71,9 +111,6 @@ class BudgetImpl(CPUAttentionBackendImpl):
         if meta.by_head:
             back = out.view(heads, tokens, group, width).transpose(0, 1)
             output[:tokens].view(tokens, heads, group, width).copy_(back)
-        for piece in meta.prompts:
-            builder.observe(piece, index, query)
-        return output
 
 
 class BudgetBackend(CPUAttentionBackend):

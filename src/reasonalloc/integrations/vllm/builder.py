@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
-from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel
+from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel, have_loops
 from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
 from reasonalloc.integrations.vllm.pages import Coded, coded_of
 from reasonalloc.integrations.vllm.runs import (
@@ -29,6 +29,7 @@ from reasonalloc.integrations.vllm.runs import (
     send,
 )
 from reasonalloc.integrations.vllm.spec import BudgetSpec
+from reasonalloc.ops.native.paged import Layout, PagedLoop
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class BudgetMetadata:
         noted: tokens whose queries are remembered, their rows and places; None if none are.
         longest_query: most new tokens of a request.
         prompts: pieces of prompts whose attention the policy is to see.
+        loop: our own, which attends; None: vLLM's kernel does.
+        begun: number of this step in the loop.
     """
 
     builder: BudgetBuilder
@@ -72,6 +75,8 @@ class BudgetMetadata:
     noted: tuple[Tensor, Tensor, Tensor] | None
     longest_query: int
     prompts: list[Piece]
+    loop: PagedLoop | None = None
+    begun: int = 0
 
     def __post_init__(self) -> None:
         self._schedules: dict[int, Any] = {}
@@ -95,6 +100,8 @@ def own_stage(plan: EngineBudget) -> int:
 
 class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
     """Turns a step's requests into runs; owns the tables and compresses after the forward pass."""
+
+    on_processors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -126,6 +133,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         self._unseen: list[Unseen] = []
         self._blocks: Tensor | None = None
         self._tables: tuple[Any, Tensor] | None = None
+        # Our own loops, if they can be had, and the layout of the pool, if they read it.
+        wanted = self.on_processors and self._coded is None
+        self._loops = wanted and have_loops(vllm_config.model_config.dtype)
+        self._native: Layout | None = None
         # Equal budgets: no need to look at the layers one by one.
         self.layers_alike = (
             len(set(layout.totals)) == 1
@@ -174,6 +185,19 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
     def _bind(self) -> None:
         if not self.runs.bound:
             self.runs.bind(self.kernel.pages([module.kv_cache for module in self._modules]))
+            if self._loops:
+                pages = self.runs.pages
+                self._native = Layout.of(pages.raw, pages.keys, pages.values)
+
+    @cached_property
+    def _loop(self) -> PagedLoop | None:
+        """Attention of steps with one token per request; None if there is none of our own."""
+        if self._native is None:
+            return None
+        impl = self._modules[0].impl
+        group = impl.num_heads // impl.num_kv_heads
+        cap = impl.logits_soft_cap or 0.0
+        return PagedLoop(self._native, group, impl.num_kv_heads, impl.scale, cap)
 
     @cached_property
     def _compressor(self) -> PoolCompressor:
@@ -187,6 +211,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.logits_soft_cap or None,
             self._sinks,
             self._stage,
+            self._native,
         )
 
     @cached_property
@@ -200,6 +225,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.scale,
             impl.logits_soft_cap or None,
             self._sinks,
+            self._native,
         )
 
     def begin(
@@ -263,7 +289,8 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         lengths = runs.lengths(slots, common.seq_lens)
         blocks = self._blocks = common.block_table_tensor
         table = self._table(batch, slots, lengths, blocks)
-        by_head = tokens > len(new) or self._sinks is not None
+        loop = self._loop if tokens == len(new) else None
+        by_head = loop is None and (tokens > len(new) or self._sinks is not None)
         new_slots = self._new_slots(table, lengths, new, starts)
         if runs.state is not None:
             runs.state[new_slots.flatten()] = 0
@@ -275,17 +302,23 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             query_start = query_start.to(torch.int32)
         else:
             query_start = torch.arange(len(new) * heads + 1, dtype=torch.int32, device=self.device)
+        lengths, table = lengths.flatten(1).contiguous(), table.flatten(1, 2).contiguous()
+        noted = self._noted(batch, starts)
+        if loop is not None:
+            loop.begin(table, lengths, new_slots, noted)
         return BudgetMetadata(
             builder=self,
             tokens=tokens,
             by_head=by_head,
             query_start=query_start,
-            lengths=lengths.flatten(1).contiguous(),
-            table=table.flatten(1, 2).contiguous(),
+            lengths=lengths,
+            table=table,
             slots=new_slots,
-            noted=self._noted(batch, starts),
+            noted=noted,
             longest_query=max(new),
             prompts=self._prompts(batch, starts) if self._observes else [],
+            loop=loop,
+            begun=0 if loop is None else loop.begun,
         )
 
     def _table(self, batch: Batch, slots: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:

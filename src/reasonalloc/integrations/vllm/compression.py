@@ -18,6 +18,8 @@ from reasonalloc.core.boundary import decide
 from reasonalloc.core.pinned import Pinned
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
+from reasonalloc.ops import choose_operations
+from reasonalloc.ops.native.paged import Layout, move_tokens
 from reasonalloc.policies import Candidates
 from reasonalloc.registry import is_builtin
 
@@ -99,6 +101,8 @@ class PoolCompressor:
         scaling, softcap: of the attention logits.
         sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
         stage: pipeline-parallel stage of this process; the layers of ``runs`` are its own.
+        layout: of the pool, where our own loops on processors read it, or None: then they decide
+            and move tokens as well.
     """
 
     def __init__(
@@ -111,7 +115,9 @@ class PoolCompressor:
         softcap: float | None,
         sinks: Tensor | None = None,
         stage: int = 0,
+        layout: Layout | None = None,
     ) -> None:
+        self._layout, self._ops = layout, choose_operations(layout is not None)
         self._plan, self._runs, self._queries = plan, runs, queries
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
         self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
@@ -197,12 +203,13 @@ class PoolCompressor:
         # What is too much goes to the null block, which nobody reads.
         to = _places(target, head, rank, size).where(real, 0)
         source = _places(rows.pages, head, chosen % keep.shape[-1], size)
-        keys, values = runs.pages.read(source)
-        state = None if runs.state is None else runs.state[source]
-        runs.pages.write(to, keys, values)
+        if self._layout is None:
+            runs.pages.write(to, *runs.pages.read(source))
+        else:
+            move_tokens(self._layout, source, to)
         runs.positions[to] = rows.positions.flatten(1).gather(1, chosen)
-        if runs.state is not None and state is not None:
-            runs.state[to] = state
+        if runs.state is not None:
+            runs.state[to] = runs.state[source]
         runs.first[rows.layers, rows.slots] = first
         runs.shift[rows.layers, rows.slots] = (budgets - rows.tokens[:, None]).int()
         runs.kept[rows.layers, rows.slots] = budgets.int()
@@ -262,6 +269,7 @@ class PoolCompressor:
                     self._heads,
                     total,
                     planned,
+                    ops=self._ops,
                     pinned=self._pinned(some, chunk[part]),
                 )
             )
@@ -304,6 +312,11 @@ class PoolCompressor:
                 sinks = own
             else:  # one for each query, since rows are of several layers
                 query_sinks = own[..., None].expand(-1, -1, -1, window)
+        stored = None
+        if self._layout is not None and policy.loop is not None and query_sinks is None:
+            keys = runs.pages.keys_of(rows.pages, layer).flatten(1, 2)
+            index = torch.arange(keys.shape[1], device=keys.device).view(1, runs.heads, -1)
+            stored = keys, index.expand(len(keys), -1, -1)
         return Candidates(
             lengths=rows.lengths.long(),
             positions=rows.positions.long(),
@@ -320,6 +333,7 @@ class PoolCompressor:
             seed=self._plan.config.seed,
             sinks=sinks,
             query_sinks=query_sinks,
+            stored=stored,
         )
 
 

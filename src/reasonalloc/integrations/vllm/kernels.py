@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from reasonalloc.errors import UnsupportedError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm.pages import E4M3, Coded, Pages, joined
+from reasonalloc.ops.native.build import require
+
+_log = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
@@ -233,3 +237,20 @@ def check_coded(head_dim: int, block_size: int) -> None:
             f"vLLM's CPU attention cannot read a KV cache in fp8 with {why}; use the model's own "
             "type, --kv-cache-dtype auto"
         )
+
+
+def have_loops(dtype: torch.dtype) -> bool:
+    """Whether our own loops on processors (``reasonalloc.ops.native``) can be had.
+
+    They attend, see attention and score several times as fast as what works without them. Compiled
+    here if they never were; that they cannot be is logged.
+
+    Args:
+        dtype: of the model.
+    """
+    try:
+        require("the KV budget's own attention in vLLM", "vLLM's kernel", dtype)
+    except (UsageError, UnsupportedError) as error:
+        _log.warning("%s: that is what happens now, and takes more time.", error)
+        return False
+    return True

@@ -7,18 +7,24 @@ of decode steps for ``FLUSH`` of them at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, View, send
+from reasonalloc.ops.native.paged import Layout
+from reasonalloc.ops.native.paged import received as received_in_pages
 from reasonalloc.policies import Policy
 from reasonalloc.sinks import softmax
 
 FLUSH = 16  # decode steps whose queries are kept until their attention is computed
 _LOGIT_BYTES = 256 << 20  # of explicit logits at a time
+# What each token receives, [n, H, q, tokens] float32, averaged over the group, from queries
+# [n, H, group, q, head_dim], scaled, that see the first tokens of their runs: [n, H, q] int64, 0 of
+# those that are none.
+Receive = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class PoolObserver:
         runs, queries: where tokens lie, the last queries.
         scaling, softcap: of the attention logits.
         sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
+        layout: of the pool, where our own loops read it (``ops.native.paged``), or None.
     """
 
     def __init__(
@@ -51,8 +58,10 @@ class PoolObserver:
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._policy, self._runs, self._queries = policy, runs, queries
+        self._layout = layout
         self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
 
     def steps(self, unseen: Sequence[Unseen], blocks: Tensor) -> None:
@@ -134,28 +143,50 @@ class PoolObserver:
             positions: [n, q] int64, of the queries in their sequence.
             real: [n, q] bool, whether there is such a query.
         """
-        n, heads, group, queries, _ = asked.shape
-        keys = self._runs.pages.keys_of(view.pages, layers).float().transpose(-1, -2)
         state = self._states[view.pages].flatten(2, 3)
-        index = torch.arange(keys.shape[-1], device=keys.device)
-        most = max(1, _LOGIT_BYTES // (n * heads * group * keys.shape[-1] * 8))
+        n, heads, group, queries, _ = asked.shape
+        own = view.shift[..., None] + positions[:, None]
+        visible = (own + 1).clamp_min(0) * real[:, None]
+        ages = positions.float()[:, None, :, None], view.positions.float()[:, :, None]
+        if self._layout is None:
+            receive, rows = self._by_products(view.pages, layers), group
+        else:
+            receive, rows = self._by_loop(self._layout, view.pages, layers), 1
+        most = max(1, _LOGIT_BYTES // (n * heads * rows * state.shape[2] * 8))
         for start in range(0, queries, most):
             some = slice(start, min(start + most, queries))
-            flat = (asked[:, :, :, some].float() * self._scaling).flatten(2, 3)
-            logits = (flat @ keys).unflatten(2, (group, -1))
+            received = receive(asked[:, :, :, some].float() * self._scaling, visible[..., some])
+            self._policy.observe(state, received, ages[0][:, :, some] - ages[1])
+        self._write(state, view)
+
+    def _by_loop(self, layout: Layout, pages: Tensor, layers: Tensor) -> Receive:
+        """By our own loop, which reads keys where they lie."""
+        sinks = None if self._sinks is None else self._sinks[layers].flatten(0, 1)
+
+        def receive(queries: Tensor, visible: Tensor) -> Tensor:
+            runs = [t.flatten(0, 1) for t in (queries, pages, visible.int())]
+            own = received_in_pages(layout, runs[0], runs[1], runs[2], self._softcap, sinks)
+            return own.unflatten(0, pages.shape[:2])
+
+        return receive
+
+    def _by_products(self, pages: Tensor, layers: Tensor) -> Receive:
+        """By products of matrices, on any device."""
+        keys = self._runs.pages.keys_of(pages, layers).float().transpose(-1, -2)
+        index = torch.arange(keys.shape[-1], device=keys.device)
+        sinks = None if self._sinks is None else self._sinks[layers][..., None]
+
+        def receive(queries: Tensor, visible: Tensor) -> Tensor:
+            logits = (queries.flatten(2, 3) @ keys).unflatten(2, queries.shape[2:4])
             if self._softcap is not None:
                 logits = torch.tanh(logits / self._softcap) * self._softcap
-            own = (view.shift[..., None] + positions[:, None, some])[..., None]
-            hidden = (index > own)[:, :, None]
+            hidden = (index >= visible[..., None])[:, :, None]
             logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
-            sinks = None
-            if self._sinks is not None:  # of every query, as rows are of several layers
-                sinks = self._sinks[layers][..., None].expand(logits.shape[:-1])
-            weights = softmax(logits, sinks)
-            received = weights.mean(dim=2) * real[:, None, some, None]
-            age = positions[:, None, some, None] - view.positions[:, :, None]
-            self._policy.observe(state, received, age.float())
-        self._write(state, view)
+            # Sinks of every query, as rows are of several layers.
+            own = None if sinks is None else sinks.expand(logits.shape[:-1])
+            return softmax(logits, own).mean(dim=2) * (visible > 0)[..., None]
+
+        return receive
 
     def _write(self, state: Tensor, view: View) -> None:
         """Put the state of runs back; pages behind their ends belong to others."""

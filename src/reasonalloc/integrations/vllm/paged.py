@@ -63,6 +63,7 @@ class PagedMetadata:
 class PagedBuilder(BudgetBuilder):
     """Metadata without a table of pages: one copy to the device per step, no answer from it."""
 
+    on_processors: ClassVar[bool] = False
     reorder_batch_threshold: int | None = 1  # requests with one token come first
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

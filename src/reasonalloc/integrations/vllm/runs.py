@@ -349,14 +349,18 @@ class QueryRows:
 
     def note(self, layer: int, query: Tensor, tokens: Tensor, rows: Tensor, places: Tensor) -> None:
         """Remember ``query[tokens]``; query is [n, query_heads, head_dim]."""
+        self.ready(layer, query[0])[rows, places] = query[tokens]
+
+    def ready(self, layer: int, query: Tensor) -> Tensor:
+        """``ring`` with room for every row that is lent; query is [query_heads, head_dim]."""
         kept = self._rows
         if kept is None or kept.shape[1] < self._made:
             old = 0 if kept is None else kept.shape[1]
             more = query.new_zeros(
-                self._layers, max(self._made - old, old), self.width, *query.shape[1:]
+                self._layers, max(self._made - old, old), self.width, *query.shape
             )
             kept = self._rows = more if kept is None else torch.cat([kept, more], dim=1)
-        kept[layer, rows, places] = query[tokens]
+        return kept[layer]
 
     def read(self, layers: Tensor, rows: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
         """Queries of (layer, row) pairs at positions.

@@ -135,6 +135,7 @@ struct Plan {
   std::vector<float> scratch;  // of every chunk
   std::vector<float> queries;  // of coded keys
   std::vector<float> spare;    // of every thread
+  std::vector<float> own;      // of every thread: weights and queries
 };
 
 struct Scratch;
@@ -170,7 +171,8 @@ struct Attend {
   double scaling, softcap;  // softcap 0: none
   const float* sinks;       // of every query head; may be null
 
-  // What is done otherwise where other tokens are coded.
+  // What is done otherwise where other tokens are coded, or runs lie in pages.
+  void store_new(int* failed) const;
   int64_t tokens(int64_t run) const;
   void add_chunks(int64_t run, int64_t chunk, Plan& plan) const;
   void reserve(int, Plan&) const {}
@@ -236,20 +238,23 @@ void store_token(const Attend& a, int* failed) {
   }
 }
 
-// What a chunk leaves behind, of every query head of its group; the queries lie there as well.
+// What a chunk leaves behind, of every query head of its group. Its weights and its queries are of
+// the thread, but weights that are asked for stay.
 struct Scratch {
-  float *weights, *largest, *total, *sums, *queries;
+  float *largest, *total, *sums, *weights, *queries;
 
-  Scratch(const Attend& a, float* at)
-      : weights(at),
-        largest(weights + a.group * kChunk),
+  // own: of the thread; null where the chunk has been worked off.
+  Scratch(const Attend& a, float* at, float* own)
+      : largest(at),
         total(largest + a.group),
         sums(total + a.group),
-        queries(sums + a.group * a.value_width) {}
+        weights(a.received ? sums + a.group * a.value_width : own),
+        queries(own ? own + a.group * kChunk : nullptr) {}
 
   static int64_t numbers(const Attend& a) {
-    return a.group * (kChunk + 2 + a.value_width + a.width);
+    return a.group * (2 + a.value_width + (a.received ? kChunk : 0));
   }
+  static int64_t of_thread(const Attend& a) { return a.group * (kChunk + a.width); }
 };
 
 // Divides the runs into chunks.
@@ -268,6 +273,7 @@ void make_plan(const Arguments& a, int threads, Plan& plan) {
   }
   plan.first.push_back(int64_t(plan.chunks.size()));
   plan.scratch.resize(plan.chunks.size() * size_t(Scratch::numbers(a)));
+  plan.own.resize(size_t(threads * Scratch::of_thread(a)));
   a.reserve(threads, plan);
   if (a.received) std::memset(a.received, 0, size_t(a.batch * (a.before + a.slots)) * 4);
 }
@@ -325,10 +331,10 @@ void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch)
     const float* sink = a.sinks ? a.sinks + run % a.kv_heads * a.group + g : nullptr;
     float top = sink ? *sink : kLowest;
     for (int64_t c = begin; c < end; ++c)
-      top = std::max(top, Scratch(a, scratch + c * per_chunk).largest[g]);
+      top = std::max(top, Scratch(a, scratch + c * per_chunk, nullptr).largest[g]);
     float total = sink ? std::exp(*sink - top) : 0.0f;
     for (int64_t c = begin; c < end; ++c) {
-      const Scratch own(a, scratch + c * per_chunk);
+      const Scratch own(a, scratch + c * per_chunk, nullptr);
       own.largest[g] = std::exp(own.largest[g] - top);
       total += own.largest[g] * own.total[g];
     }
@@ -336,14 +342,14 @@ void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch)
     for (int64_t d = 0; d < a.value_width; ++d) {
       float x = 0.0f;
       for (int64_t c = begin; c < end; ++c) {
-        const Scratch own(a, scratch + c * per_chunk);
+        const Scratch own(a, scratch + c * per_chunk, nullptr);
         x += own.largest[g] * own.sums[g * a.value_width + d];
       }
       write(out + d, x * share);
     }
     if (!a.received) continue;
     for (int64_t c = begin; c < end; ++c) {
-      const Scratch own(a, scratch + c * per_chunk);
+      const Scratch own(a, scratch + c * per_chunk, nullptr);
       const float factor = own.largest[g] * share;
       for (int j = 0; j < plan.chunks[c].count; ++j)
         a.received[plan.chunks[c].slot + j] += own.weights[g * kChunk + j] * factor;
@@ -354,7 +360,7 @@ void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch)
 // All of it, by all threads of a team, who share `plan` and `failed`.
 template <typename Arguments>
 void attend(const Arguments& a, Plan& plan, int* failed) {
-  if (a.key) store_token(a, failed);
+  a.store_new(failed);
 #pragma omp single
   {
     try {
@@ -369,9 +375,10 @@ void attend(const Arguments& a, Plan& plan, int* failed) {
   a.prepare_queries(plan);
   const int64_t chunks = int64_t(plan.chunks.size()), runs = a.batch * a.kv_heads;
   float* scratch = plan.scratch.data();
+  float* own = plan.own.data() + omp_get_thread_num() * Scratch::of_thread(a);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t c = 0; c < chunks; ++c)
-    a.attend_to_chunk(plan, plan.chunks[c], Scratch(a, scratch + c * Scratch::numbers(a)));
+    a.attend_to_chunk(plan, plan.chunks[c], Scratch(a, scratch + c * Scratch::numbers(a), own));
 #pragma omp for schedule(static)
   for (int64_t run = 0; run < runs; ++run)
     by_kind(int(a.value_kind),
@@ -390,6 +397,10 @@ int attend_alone(const Arguments& arguments, int threads) {
 }
 
 }  // namespace
+
+inline void Attend::store_new(int* failed) const {
+  if (key) store_token(*this, failed);
+}
 
 // All of a run's tokens must lie within the storage.
 inline int64_t Attend::tokens(int64_t run) const {

@@ -12,10 +12,18 @@ from typing import Any
 import torch
 
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.ops.native.structs import FLOATS, Attend, AttendCoded, Format, check_size
+from reasonalloc.ops.native.structs import (
+    FLOATS,
+    Attend,
+    AttendCoded,
+    AttendPaged,
+    Format,
+    Received,
+    check_size,
+)
 
 _ATTENTION = ("lanes.h", "attention.cpp", "coded.cpp")
-_SOURCES = (*_ATTENTION, "rkv.cpp", "rows.cpp", "budgets.cpp")
+_SOURCES = (*_ATTENTION, "rkv.cpp", "paged.cpp", "rows.cpp", "budgets.cpp")
 _FLAGS: tuple[str, ...] = ("-ffp-contract=fast",)  # besides those of Inductor
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F, _D = ctypes.c_float, ctypes.c_double
@@ -28,6 +36,11 @@ SIZES: dict[str, Signature] = {
 _FUNCTIONS: dict[str, Signature] = {
     "attend": ([_P, _N], _N),
     "attend_coded": ([_P, _N], _N),
+    "attend_paged": ([_P, _N], _N),
+    "received": ([_P, _N], _N),
+    "move_tokens": ([_P] * 3 + [_I, _N], _N),
+    "bytes_of_attend_paged": ([], _I),
+    "bytes_of_received": ([], _I),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_P] + [_N] * 2, _N),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
@@ -98,6 +111,8 @@ def library() -> Any:
     """Return the functions of this folder, see ``require``; PyTorch keeps them on disk."""
     functions = compiled([Path(__file__).with_name(name) for name in _SOURCES], _FUNCTIONS)
     check_attention(functions)
+    check_size(functions, "attend_paged", AttendPaged)
+    check_size(functions, "received", Received)
     return functions
 
 

@@ -23,6 +23,8 @@ def score(policy: Any, candidates: Any) -> Tensor | None:
         return None
     if candidates.stored is None or candidates.queries is None:
         return None
+    if candidates.bias is not None or candidates.query_sinks is not None:
+        return None
     keys, index = candidates.stored
     return rkv_scores(
         candidates.queries.float() * candidates.scaling,

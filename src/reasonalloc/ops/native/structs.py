@@ -72,6 +72,43 @@ class AttendCoded(Attend):
     )
 
 
+class PagePool(ctypes.Structure):
+    """Pages of ``width`` x ``size`` keys, then as many values."""
+
+    _fields_ = (
+        ("memory", _P),
+        *((name, _I) for name in ("kind", "pages", "size", "width", "turned")),
+    )
+
+
+class AttendPaged(Attend):
+    """Attention over pages: of ``Attend`` what says where tokens lie is left out."""
+
+    _fields_ = (
+        ("pool", PagePool),
+        ("table", _P),
+        ("columns", _I),
+        ("run_lengths", _P),
+        ("places", _P),
+        ("noted", _I),
+        ("noted_tokens", _P),
+        ("noted_rows", _P),
+        ("noted_places", _P),
+        ("ring_rows", _I),
+    )
+
+
+class Received(ctypes.Structure):
+    """What each token of runs in pages received from each of several queries."""
+
+    _fields_ = (
+        ("pool", PagePool),
+        *((name, _P) for name in ("queries", "table", "visible", "sinks", "out")),
+        *((name, _I) for name in ("runs", "group", "asked", "columns")),
+        ("softcap", ctypes.c_double),
+    )
+
+
 def check_size(library: Any, name: str, structure: type[ctypes.Structure]) -> None:
     """Make sure that C++ reads a structure of the same size.
 
