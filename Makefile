@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 BESIDE_EACH_OTHER := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 .PHONY: setup environments more-environments demo models newest check lint format docs test suite coverage fuzz sanitize sanitize-fast \
-	test-oldest test-newest test-random test-long test-vllm test-vllm-long test-vllm-next vllm-arms vllm-rest vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
+	test-oldest test-newest on-newest test-random test-long test-vllm test-vllm-long test-vllm-next vllm-arms vllm-rest vllm-v2 vllm-next vllm-next-v2 clean clean-oldest clean-newest bench-vllm bench-serve bench bench-full bench-static bench-arms bench-long1 bench-long16 \
 	bench-paired bench-constant bench-kvpress bench-snapkv bench-adakv bench-gpu gpu-check
 
 setup: $(VENV)/.ready
@@ -130,10 +130,24 @@ newest:
 	$(NEWEST)/bin/python $(PIP) -e '.[cli]' \
 		'pytest>=9,<10' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.130,<7' 'psutil>=6,<8' 'peft>=0.18'
 
-test-newest: newest
-	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m 'not once and not long' \
-		$(TOUCHES_TRANSFORMERS) tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py \
-		tests/cli/test_models.py
+# Where these are the versions of $(VENV), the suite has shown it already.
+VERSIONS := from importlib.metadata import version; \
+	print(*map(version, ("torch", "transformers", "safetensors")))
+ON_NEWEST := tests/hf/test_versions.py
+
+test-newest: newest setup
+	if [ "$$($(NEWEST)/bin/python -c '$(VERSIONS)')" = "$$($(BIN)/python -c '$(VERSIONS)')" ]; then \
+		echo "The newest torch, transformers and safetensors are those of $(VENV)."; \
+		$(MAKE) --no-print-directory on-newest; \
+	else \
+		$(MAKE) --no-print-directory on-newest ON_NEWEST='$(TOUCHES_TRANSFORMERS) \
+			tests/hf/test_calls.py tests/hf/test_step.py tests/hf/test_past_masks.py \
+			tests/cli/test_models.py'; \
+	fi
+
+on-newest:
+	REASONALLOC_NEWEST=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 \
+		-m 'not once and not long' $(ON_NEWEST)
 
 # New random examples, ten times as many. Whatever fails here becomes an @example of its test.
 RANDOM_TESTS = $$(grep -rl --include="*.py" @given tests)
