@@ -14,7 +14,8 @@ import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm import checks, patches
 from reasonalloc.integrations.vllm.budget import divide_layers
-from reasonalloc.integrations.vllm.patches import PATCHES, Patch
+from reasonalloc.integrations.vllm.patch import Patch
+from reasonalloc.integrations.vllm.patches import PATCHES
 from reasonalloc.integrations.vllm.windows import Groups
 from reasonalloc.planning.memory import LayerShape
 

@@ -1,0 +1,94 @@
+"""Wrappers of vLLM's scheduler: requests are admitted and pause by what their budget needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from reasonalloc.integrations.vllm.admission import Admission
+
+if TYPE_CHECKING:
+    from reasonalloc.integrations.vllm.spec import BudgetManager
+
+
+def checked_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """All block managers are those that admission counts on."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from reasonalloc.integrations.vllm.spec import check_groups
+
+        original(self, *args, **kwargs)
+        check_groups(self.coordinator.single_type_managers)
+
+    return wrapper
+
+
+def announce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The block manager learns how long a request may get before it is admitted."""
+
+    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if (admission := _admission(self)) is not None:
+            last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            admission.announce(request.request_id, request.num_tokens, last)
+        return original(self, request, *args, **kwargs)
+
+    return wrapper
+
+
+def cap_hits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A request computes itself what its policy has to see, however much of it is cached."""
+
+    def wrapper(self: Any, block_hashes: Any, max_cache_hit_length: int) -> Any:
+        if (manager := _budget_manager(self)) is not None:
+            # vLLM asks for all tokens of the prefill but the last one.
+            cap = manager.most_cached(max_cache_hit_length + 1)
+            max_cache_hit_length = min(max_cache_hit_length, cap)
+        return original(self, block_hashes, max_cache_hit_length)
+
+    return wrapper
+
+
+def pause(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Requests that have to pause are not there while a step is scheduled.
+
+    vLLM would preempt one whose blocks cannot be had.
+    """
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        admission = _admission(self.kv_cache_manager)
+        if admission is None:
+            return original(self, *args, **kwargs)
+        before = self.running
+        admission.expect(min(len(self.waiting), self.max_num_running_reqs - len(before)))
+        paused = admission.pause(
+            {r.request_id: r.num_tokens_with_spec + r.num_output_placeholders for r in before}
+        )
+        self.running = [r for r in before if r.request_id not in paused]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            if paused:
+                hidden = [r for r in before if r.request_id in paused]
+                order = {r.request_id: place for place, r in enumerate(before)}
+                self.running = sorted(
+                    [*hidden, *self.running],
+                    key=lambda r: order.get(r.request_id, len(order)),
+                )
+
+    return wrapper
+
+
+def _admission(manager: Any) -> Admission | None:
+    """What admits the requests of a ``KVCacheManager`` with a budget; None of another one."""
+    single = _budget_manager(manager.coordinator)
+    return None if single is None else single.admission
+
+
+def _budget_manager(coordinator: Any) -> BudgetManager | None:
+    """The block manager with a budget of a ``KVCacheCoordinator``; None of another one."""
+    from reasonalloc.integrations.vllm.spec import BudgetManager
+
+    for single in coordinator.single_type_managers:
+        if isinstance(single, BudgetManager):
+            return single
+    return None
