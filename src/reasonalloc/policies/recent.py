@@ -27,10 +27,10 @@ def add_received(state: Tensor, received: Tensor, half_lives: Sequence[float]) -
         return
     real = (total > 0).float()
     later = real.flip(-2).cumsum(-2).flip(-2) - real
-    lives = torch.tensor(half_lives, device=state.device)
-    fading = 0.5 ** (later / lives)
-    new = received.transpose(-1, -2) @ fading
-    state.mul_(0.5 ** (real.sum(dim=-2, keepdim=True) / lives)).add_(new)
+    count = real.sum(dim=-2, keepdim=True)
+    fading = torch.cat([0.5 ** (later / half_life) for half_life in half_lives], dim=-1)
+    kept = torch.cat([0.5 ** (count / half_life) for half_life in half_lives], dim=-1)
+    state.mul_(kept).add_(received.transpose(-1, -2) @ fading)
 
 
 def weight_sums(queries: Tensor, half_life: float) -> Tensor:
