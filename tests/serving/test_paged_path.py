@@ -41,7 +41,7 @@ def paged(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arm", "prompt"),
     [
-        ("rkv/uniform/adakv", "evict"),
+        pytest.param("rkv/uniform/adakv", "evict", marks=pytest.mark.long),
         ("value_aware/pyramid/reasonalloc", "evict"),
         pytest.param("value_aware/uniform/adakv", "pin", marks=pytest.mark.long),
     ],
