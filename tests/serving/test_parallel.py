@@ -40,7 +40,7 @@ if __name__ == "__main__":
     ("shared", "arm"),
     [
         ("tensor", "rkv/pyramid/uniform"),
-        ("tensor", "streaming_llm/uniform/uniform"),
+        pytest.param("tensor", "streaming_llm/uniform/uniform", marks=pytest.mark.long),
         # Each stage has layers of other budgets than the other one has; chance is a layer's own.
         pytest.param("pipeline", "random/pyramid/uniform", marks=PIPELINE),
         pytest.param("pipeline", "rkv/pyramid/reasonalloc", marks=PIPELINE),

@@ -12,7 +12,7 @@ from engines import greedy, random_prompts
 
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm import checks, patches
+from reasonalloc.integrations.vllm import checks, worker_wrappers
 from reasonalloc.integrations.vllm.budget import divide_layers
 from reasonalloc.integrations.vllm.patch import Patch
 from reasonalloc.integrations.vllm.patches import PATCHES
@@ -84,8 +84,8 @@ def test_a_window_that_vllm_does_not_see(monkeypatch: pytest.MonkeyPatch) -> Non
         shapes=[LayerShape(1, 1, 32), LayerShape(1, 1, 32, sliding_window=16)],
     )
     monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: None)
-    monkeypatch.setattr(patches, "find_budget", lambda config: plan)
-    wrap = next(p.wrap for p in PATCHES if p.wrap is patches._budget_backend)
+    monkeypatch.setattr(worker_wrappers, "find_budget", lambda config: plan)
+    wrap = next(p.wrap for p in PATCHES if p.wrap is worker_wrappers.budget_backend)
 
     def make(
         self: Any,

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from patience import PATIENCE
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve.py"
 
 
+@pytest.mark.long
 def test_a_row_and_no_second_one(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.md"
     line = [sys.executable, str(SCRIPT), "--model", str(folder), "--out", str(out), "--arms", "rkv"]
