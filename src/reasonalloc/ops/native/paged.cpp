@@ -17,6 +17,26 @@ struct PagePool {
   int64_t half() const { return size * width * bytes_of(kind); }    // bytes of a page's keys
   const char* page(int64_t number) const { return memory + number * 2 * half(); }
 
+  bool has(int64_t place) const { return place >= 0 && place >> bits() < pages; }
+
+  // Copies the key and the value of a token to its place (page * size + slot), or from there.
+  template <bool to>
+  void copy(int64_t place, char* key, char* value) const {
+    char* page = const_cast<char*>(this->page(place >> bits()));
+    const int64_t slot = place & (size - 1), row = width * bytes_of(kind);
+    if (!turned)
+      move<to>(page + slot * row, key, row);
+    else if (bytes_of(kind) == 4)
+      for (int64_t d = 0; d < width; ++d) move<to>(page + (d * size + slot) * 4, key + d * 4, 4);
+    else
+      for (int64_t d = 0; d < width; ++d) move<to>(page + (d * size + slot) * 2, key + d * 2, 2);
+    move<to>(page + half() + slot * row, value, row);
+  }
+  template <bool to>
+  static void move(char* there, char* own, int64_t bytes) {
+    std::memcpy(to ? there : own, to ? own : there, size_t(bytes));
+  }
+
   // Of the pages of `length` tokens all must lie in the pool.
   void check(const int32_t* table, int64_t columns, int64_t length) const {
     if (length < 0 || length > columns * size) throw Outside();
@@ -98,23 +118,13 @@ inline void AttendPaged::store_new(int* failed) const {
 #pragma omp for schedule(static)
   for (int64_t run = 0; run < batch * kv_heads; ++run) {
     const int64_t b = run / kv_heads, h = run % kv_heads;
-    const int64_t number = places[run] >> pool.bits(), place = places[run] & (pool.size - 1);
-    if (places[run] < 0 || number >= pool.pages) {
+    if (!pool.has(places[run])) {
       *failed = kOutside;
       continue;
     }
-    char* page = const_cast<char*>(pool.page(number));
     const char* new_key = key + (b * key_strides[0] + h * key_strides[1]) * bytes;
-    if (!pool.turned)
-      std::memcpy(page + place * row, new_key, size_t(row));
-    else if (bytes == 4)
-      for (int64_t d = 0; d < width; ++d)
-        std::memcpy(page + (d * pool.size + place) * 4, new_key + d * 4, 4);
-    else
-      for (int64_t d = 0; d < width; ++d)
-        std::memcpy(page + (d * pool.size + place) * 2, new_key + d * 2, 2);
-    std::memcpy(page + pool.half() + place * row,
-                value + (b * value_strides[0] + h * value_strides[1]) * bytes, size_t(row));
+    const char* new_value = value + (b * value_strides[0] + h * value_strides[1]) * bytes;
+    pool.copy<true>(places[run], const_cast<char*>(new_key), const_cast<char*>(new_value));
   }
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < noted; ++i) {
@@ -283,47 +293,24 @@ extern "C" int reasonalloc_received(const Received* arguments, int threads) {
 extern "C" int reasonalloc_move_tokens(const PagePool* pages, const int64_t* from,
                                        const int64_t* to, int64_t count, int threads) {
   const PagePool& pool = *pages;
-  const int64_t bytes = bytes_of(pool.kind), row = pool.width * bytes, bits = pool.bits();
+  const int64_t row = pool.width * bytes_of(pool.kind);
   for (int64_t i = 0; i < count; ++i)
-    for (const int64_t* at : {from, to})
-      if (at[i] < 0 || at[i] >> bits >= pool.pages) return kOutside;
+    if (!pool.has(from[i]) || !pool.has(to[i])) return kOutside;
   std::vector<char> aside;
   try {
     aside.resize(size_t(2 * count * row));
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
-  // Calls `copy` with the addresses of a number, there and aside, one after the other.
-  auto numbers = [&](int64_t place, char* own, auto copy) {
-    char* page = const_cast<char*>(pool.page(place >> bits));
-    const int64_t slot = place & (pool.size - 1);
-    if (pool.turned)
-      for (int64_t d = 0; d < pool.width; ++d)
-        copy(page + (d * pool.size + slot) * bytes, own + d * bytes, bytes);
-    else
-      copy(page + slot * row, own, row);
-    copy(page + pool.half() + slot * row, own + row, row);
-  };
-  auto some = [&](char* there, char* own, int64_t size, bool back) {
-    char *target = back ? there : own, *source = back ? own : there;
-    if (size == 4)
-      std::memcpy(target, source, 4);
-    else if (size == 2)
-      std::memcpy(target, source, 2);
-    else
-      std::memcpy(target, source, size_t(size));
-  };
+  char* own = aside.data();
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i)
-      numbers(from[i], aside.data() + 2 * i * row,
-              [&](char* there, char* own, int64_t size) { some(there, own, size, false); });
+      pool.copy<false>(from[i], own + 2 * i * row, own + (2 * i + 1) * row);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i)
-      if (to[i] > 0)
-        numbers(to[i], aside.data() + 2 * i * row,
-                [&](char* there, char* own, int64_t size) { some(there, own, size, true); });
+      if (to[i] > 0) pool.copy<true>(to[i], own + 2 * i * row, own + (2 * i + 1) * row);
   }
   return kDone;
 }
