@@ -214,7 +214,7 @@ test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 
 # The rest of the combinations: twice as many engines.
 test-vllm-long: $(VLLM)/.ready $(VLLM_V2)/.ready
-	$(TEST_VLLM) -m long tests/serving
+	$(TEST_VLLM) -m long tests/serving tests/house/test_examples.py::test_serve_and_call
 	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m long \
 		tests/serving/test_paged_path.py tests/serving/test_parallel.py
 
@@ -225,8 +225,7 @@ vllm-arms:
 	$(TEST_VLLM) -m 'not long' $(VLLM_ARMS)
 
 vllm-rest:
-	$(TEST_VLLM) -m 'not long' tests/serving tests/house/test_examples.py::test_serve_and_call \
-		$(addprefix --ignore=,$(VLLM_ARMS))
+	$(TEST_VLLM) -m 'not long' tests/serving $(addprefix --ignore=,$(VLLM_ARMS))
 
 vllm-v2:
 	PYTHONPATH=$(VLLM_V2) EXPECTED_VLLM=0.32,v2 TRITON_INTERPRET=1 $(TEST_VLLM) -m 'not long' \

@@ -120,7 +120,10 @@ def test_call_a_server_that_runs(run: Run, stub: str) -> None:
     assert out == "tiny hello \nreasonalloc:compressions_total 6.0\n"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm")
+@pytest.mark.long
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm-long"
+)
 def test_serve_and_call(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     # vLLM's CPU kernels want heads of 32 numbers.

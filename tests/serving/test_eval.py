@@ -92,6 +92,7 @@ def test_greedy_samples_equal_those_of_transformers(
     assert evaluate(folder, problems, out) == 2  # another engine's samples are not mixed in
 
 
+@pytest.mark.long
 def test_an_engine_per_worker(
     folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 from engines import random_prompts
 
 from patience import PATIENCE
+from reasonalloc.cli.main import main
 
 SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 LAYERS, KV_HEADS = 4, 2
@@ -176,14 +177,22 @@ def test_ctrl_c_stops_it(server: Server) -> None:
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),
         (["--tensor-parallel-size", "4"], "divides them"),
-        (["--arm", "h2o", "--enable-prefix-caching"], "leave the flag out"),
     ],
 )
-def test_refused_with_one_line(folder: Path, more: list[str], says: str) -> None:
-    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=PATIENCE)
+def test_refused_before_the_server_starts(
+    folder: Path, more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder, *more)[3:]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
+    assert says in line
+
+
+def test_refused_by_the_server_with_one_line(folder: Path) -> None:
+    asked = command(folder, "--arm", "h2o", "--enable-prefix-caching")
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
-    assert says in line
+    assert "leave the flag out" in line
     assert "Traceback" not in done.stderr
 
 
