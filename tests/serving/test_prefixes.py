@@ -104,14 +104,20 @@ def test_samples_hold_the_prompt_once(engine: Callable[..., Any], prompt: str) -
     from vllm import SamplingParams
 
     settings = {**SETTINGS, "arm": "rkv", "prompt": prompt}
-    llm, plain = engine(settings), engine(settings, enable_prefix_caching=False)
+    plain = engine(settings, enable_prefix_caching=False)
+    own = manager(plain).kv_cache_spec.reserve.blocks + 1
+    blocks = 1 + 330 // BLOCK + 8 * own  # all fit if the prompt counts once
+    page = manager(plain).kv_cache_spec.page_size_bytes
+    llm = engine(settings, kv_cache_memory_bytes=4 * page * blocks)
+    assert pool(llm).num_gpu_blocks == blocks
     tokens = random_prompts([330])[0]
-    most, original = 0, scheduler(llm).schedule
+    most, running, original = 0, 0, scheduler(llm).schedule
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal most
+        nonlocal most, running
         output = original(*args, **kwargs)
         most = max(most, pool(llm).num_gpu_blocks - 1 - pool(llm).get_num_free_blocks())
+        running = max(running, len(output.num_scheduled_tokens))
         return output
 
     scheduler(llm).schedule = watched
@@ -127,6 +133,7 @@ def test_samples_hold_the_prompt_once(engine: Callable[..., Any], prompt: str) -
     assert samples[0] == samples[1]
     # 10 full blocks once, and for each of the 8 what it holds besides at most.
     assert most <= 330 // BLOCK + 8 * manager(llm).kv_cache_spec.reserve.blocks
+    assert running == 8
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 

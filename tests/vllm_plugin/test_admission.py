@@ -86,6 +86,9 @@ class Engine:
     def can_admit(self, name: str) -> bool:
         return self.admission.can_admit(name)
 
+    def admit(self, name: str) -> None:
+        self.admission.admit(name)
+
     def cached(self, name: str) -> int:
         """Tokens that a new request need not compute."""
         return 0
@@ -111,8 +114,8 @@ class Engine:
             if not self.can_admit(name):
                 break
             assert not paused
-            self.admission.admit(waiting.pop(0))
-            self.tokens[name] = self.cached(name)
+            self.tokens[name] = self.cached(waiting.pop(0))
+            self.admit(name)
             new[name] = min(request.prompt - self.tokens[name], self.chunk)
             self.take(name, self.tokens[name] + new[name])
         for name, more in new.items():

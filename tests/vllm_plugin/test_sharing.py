@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import pytest
 from hypothesis import given
@@ -34,12 +35,16 @@ class Sharing(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.admission = Admission(self.reserve, self.pool, self.answers, self.shared)
+        self.admission = Admission(self.reserve, self.pool, self.answers, self)
         self.free = list(range(1, self.pool + 1))  # the next one last
 
     def shared(self, name: str) -> int:
         row = self.rows[name]
         return max((n + 1 for n, block in enumerate(row) if self.refs[block] > 1), default=0)
+
+    def prefix(self, name: str) -> list[int]:
+        most = self.reserve.most_shared(self.asked[name].prompt, self.pool)
+        return [*takewhile(bool, self.rows[name][:most])]
 
     def hash(self, name: str, index: int) -> tuple[str, int]:
         whole = (index + 1) * self.reserve.block_size <= self.alike
@@ -56,8 +61,12 @@ class Sharing(Engine):
         return found
 
     def can_admit(self, name: str) -> bool:
-        held = (n + 1 for n, block in enumerate(self.find(name)) if self.refs[block])
-        return self.admission.can_admit(name, max(held, default=0))
+        found = self.find(name)
+        held = (n + 1 for n, block in enumerate(found) if self.refs[block])
+        return self.admission.can_admit(name, found[: max(held, default=0)])
+
+    def admit(self, name: str) -> None:
+        self.admission.admit(name, self.shared(name) > 0)
 
     def cached(self, name: str) -> int:
         self.rows[name] = self.find(name)
@@ -79,10 +88,11 @@ class Sharing(Engine):
         first = reserve.first_event(start)
         flying = sum(step.get(name, 0) for step in self.pipeline)
         if name in self.before and self.tokens[name] - flying >= first:
-            gone = row[: self.before[name]]
-            row[: len(gone)] = [0] * len(gone)
+            stay, before = reserve.leading(start), self.before[name]
+            gone = row[stay:before]
+            row[stay:before] = [0] * len(gone)
             self.give_back(gone)
-            self.before[name] = 0
+            self.before[name] = stay
             self.admission.settle(name)
         needed = reserve.needed(start, tokens)
         most = reserve.most_shared(start, self.pool)
@@ -107,7 +117,8 @@ class Sharing(Engine):
             if block and block not in self.hashes and self.hash(name, index) not in known:
                 self.hashes[block] = self.hash(name, index)
         self.computed += max(min(tokens, start) - self.tokens[name], 0)
-        assert sum(each.blocks for each in self.admission._admitted.values()) <= self.pool
+        promised = sum(each.blocks for each in self.admission._admitted.values())
+        assert promised - sum(self.admission._held_twice()) <= self.pool
 
     def drop(self, name: str) -> None:
         super().drop(name)
@@ -119,9 +130,10 @@ class Sharing(Engine):
         assert sorted(self.free) == list(range(1, self.pool + 1))
 
 
-def sharing(engine: Engine, alike: int, observed: int) -> Sharing:
+def sharing(engine: Engine, alike: int, observed: int, pin: bool = False) -> Sharing:
     given = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.init}
-    reserve = dataclasses.replace(engine.reserve, observed=observed, windows=NO_WINDOWS)
+    changed = {"observed": observed, "pin": pin, "windows": NO_WINDOWS}
+    reserve = dataclasses.replace(engine.reserve, **changed)
     names = ("pool", "chunk", "ahead", "seqs", "answers")
     return Sharing(reserve, alike=alike, **{name: given[name] for name in names})
 
@@ -134,6 +146,20 @@ def test_every_request_finishes_without_preemption(
     step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
     drops = data.draw(st.dictionaries(step, name, max_size=4))
     sharing(engine, alike, observed).serve(requests, drops)
+
+
+@given(engines(), st.integers(0, 80), st.integers(0, 50), st.data())
+def test_every_request_with_a_pinned_prompt_finishes(
+    made: tuple[Engine, dict[str, Asked]], alike: int, more: int, data: st.DataObject
+) -> None:
+    engine, requests = made
+    step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
+    drops = data.draw(st.dictionaries(step, name, max_size=4))
+    shared = sharing(engine, alike, 0, pin=True)
+    pool = more + max(
+        shared.reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values()
+    )
+    dataclasses.replace(shared, pool=pool).serve(requests, drops)
 
 
 @given(engines(), st.integers(0, 80))
@@ -178,6 +204,16 @@ def test_a_system_prompt_is_computed_once() -> None:
     shared = sharing(Engine(POOL, 1000), 512, 8)
     shared.serve({str(i): Asked(512 + i + 8, 50, 100) for i in range(16)})
     assert shared.computed == 512 + sum(i + 8 for i in range(16))
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_a_prompt_that_all_share_takes_its_room_once(pin: bool) -> None:
+    prompt, answer, requests = 32 * 30, 100, 16
+    shared = sharing(Engine(POOL, 30 + requests * (POOL.blocks + 2)), prompt, 8, pin)
+    # Something that fits is in the cache before the others come.
+    shared.serve({"first": Asked(prompt + 5, 1, 1)})
+    shared.serve({str(i): Asked(prompt + 5, answer, answer) for i in range(requests)})
+    assert shared.most == requests
 
 
 @st.composite

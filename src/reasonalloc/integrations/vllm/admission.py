@@ -6,16 +6,17 @@ on. At all times, for every admitted request ``k``:
 
     peak of k + blocks of all younger than k <= pool
 
-The oldest can then always grow to its peak, so it runs until it is finished; the next one is the
+A block that several hold counts once in such a sum: for the youngest of them that is in it. The oldest can then always grow to its peak, so it runs until it is finished; the next one is the
 oldest then, and the same holds for it. So every request finishes, and no blocks ever have to be
 taken away. A request that grows changes only the sums of older ones, and a new one changes those
 of all; whoever would break one of them pauses or waits. It keeps its blocks meanwhile. Requests
 that finish, or need less after their first compression, make sums smaller. The oldest never pauses.
 
-A request may share first blocks with others until its first compression, which then needs other
-ones to write to. Its peak holds those, and a shared block counts for everyone who holds it. Blocks
-that nobody shares now, but others might find later, stay if there is room for that moment, besides
-that of all who wait (``extend``): nobody waits for it.
+A request may share first blocks with others, pinned ones for as long as it runs, others until its
+first compression, which then needs other ones to write to. Its peak holds those. Whoever lets go of
+a block leaves it to an older one, for whom it counts then, in a sum that is the same or smaller.
+Blocks that nobody shares now, but others might find later, stay if there is room for that moment,
+besides that of all who wait (``extend``): nobody waits for it.
 
 The oldest alone at work would be safe but slow. So the sums are kept with several peaks too: those
 of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These all run at once.
@@ -24,9 +25,10 @@ of request ``k`` and of the ones after it, up to ``_SURE`` of the pool. These al
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from typing import Protocol
 
 from reasonalloc.integrations.vllm.layout import Reserve
 
@@ -128,6 +130,17 @@ class Admitted:
             self._beside = self.reserve.windows.decode(min(self.tokens, self.last))
             self._beside_peak = max(self._beside, self.reserve.windows.decode(self.last))
 
+    def without(self, blocks: int, doubled: int) -> int:
+        """``blocks`` that it may need, less those that count for a younger one.
+
+        Args:
+            blocks: of it alone, now or later.
+            doubled: its first blocks that a younger one holds too.
+        """
+        if self.reserve.pin:  # it holds them to its end
+            return blocks - doubled
+        return max(blocks - doubled, min(blocks, self.reserve.blocks + self._beside_peak))
+
     def settle(self) -> None:
         """It was compressed for the first time: a constant number of blocks, besides windows."""
         self.own = self._own_peak = self.reserve.held(self.start)
@@ -163,6 +176,18 @@ class Answers:
         return -(-sums[at] // (len(rising) - at)) if at < len(rising) else None
 
 
+class Shared(Protocol):
+    """What requests hold together; see ``BudgetManager``."""
+
+    def shared(self, request_id: str) -> int:
+        """First blocks of a request up to the last one that another one holds, too."""
+        ...
+
+    def prefix(self, request_id: str) -> Sequence[int]:
+        """Numbers of the first blocks of a request that others may hold, too."""
+        ...
+
+
 class Admission:
     """Promises the blocks of a pool to requests.
 
@@ -175,7 +200,7 @@ class Admission:
         reserve: what is known of the engine.
         pool: blocks, the null block left out.
         answers: what is known of answers so far.
-        shared: how many of a request's first blocks others hold too, now; None: none ever.
+        shared: what requests hold together, now; None: nothing ever.
     """
 
     def __init__(
@@ -183,7 +208,7 @@ class Admission:
         reserve: Reserve,
         pool: int,
         answers: Answers | None = None,
-        shared: Callable[[str], int] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self._reserve, self._pool, self._shared = reserve, pool, shared
         self._announced: dict[str, Admitted] = {}
@@ -191,6 +216,8 @@ class Admission:
         self._answers = answers or Answers()
         self._pausing = False
         self._waiting = 0
+        self._sharing: set[str] = set()  # that were admitted with blocks of others
+        self._doubled: dict[tuple[int, ...], list[int]] = {}  # what ``_held_twice`` found
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._admitted
@@ -215,28 +242,38 @@ class Admission:
         """So many requests wait that could be admitted in the next step."""
         self._waiting = requests
 
-    def can_admit(self, request_id: str, shared: int = 0) -> bool:
+    def can_admit(self, request_id: str, hits: Sequence[int] = ()) -> bool:
         """Whether an announced request may be admitted in this step.
 
         Args:
             request_id: of the request.
-            shared: first blocks that it would have from others, who still hold them.
+            hits: numbers of its first blocks that it would have from others, who still hold them.
         """
         new = self._announced[request_id]
-        new.share(shared)
+        new.share(len(hits))
         if self._pausing or new.peak > self._pool:
             return False
         if not self._admitted:
             return True
-        if new.blocks > min(self._spare()):
+        doubled = self._held_twice(hits)
+        if new.blocks > min(self._spare(doubled)):
             return False
-        return sum(self._expected(r) for r in (*self._admitted.values(), new)) <= self._pool
+        expected = sum(map(self._expected, self._admitted.values(), doubled))
+        return expected + self._expected(new, 0) <= self._pool
 
-    def admit(self, request_id: str) -> None:
-        """Promise an announced request the blocks of its prefill; it is the youngest now."""
+    def admit(self, request_id: str, sharing: bool = False) -> None:
+        """Promise an announced request the blocks of its prefill; it is the youngest now.
+
+        Args:
+            request_id: of the request.
+            sharing: others hold some of them.
+        """
         self._waiting = max(self._waiting - 1, 0)
         self._answers.take_back(request_id)
         self._admitted[request_id] = self._announced.pop(request_id)
+        if sharing:
+            self._sharing.add(request_id)
+        self._doubled.clear()
 
     def prefilled(self, request_id: str) -> None:
         """A request's prefill is computed."""
@@ -253,7 +290,8 @@ class Admission:
         request = self._admitted[request_id]
         if blocks > request.own and not self._pausing:
             room = self._pool
-            for (name, _), spare in zip(self._admitted.items(), self._spare(), strict=False):
+            spares = self._spare(self._held_twice())
+            for name, spare in zip(self._admitted, spares, strict=False):
                 room = min(room, spare)
                 if name == request_id:
                     break
@@ -262,14 +300,17 @@ class Admission:
         return min(blocks, request.own)
 
     def settle(self, request_id: str) -> None:
-        """A request was compressed for the first time."""
+        """A request was compressed for the first time, and holds what it shared no more."""
         self._admitted[request_id].settle()
+        self._doubled.clear()
 
     def forget(self, request_id: str) -> None:
         """A request is finished, or begins anew later."""
         self._announced.pop(request_id, None)
         if (gone := self._admitted.pop(request_id, None)) is not None:
             self._answers.add(request_id, gone.tokens - gone.start)
+            self._sharing.discard(request_id)
+            self._doubled.clear()
 
     def pause(self, tokens: Mapping[str, int]) -> set[str]:
         """Promise the blocks of the next step; returns the requests that must pause in it.
@@ -282,7 +323,7 @@ class Admission:
         """
         paused: set[str] = set()
         missing = {name: self._missing(name, n) for name, n in tokens.items()}
-        spare = self._spare() if any(missing.values()) else ()
+        spare = self._spare(self._held_twice()) if any(missing.values()) else ()
         least = self._pool
         for (name, request), room in zip(self._admitted.items(), spare, strict=False):
             least = min(least, room)
@@ -304,33 +345,59 @@ class Admission:
         """First blocks of a request that others hold, if it is compressed for the first time."""
         if self._shared is None or not self._admitted[request_id].is_first_event(tokens):
             return 0
-        return self._shared(request_id)
+        return self._shared.shared(request_id)
 
-    def _spare(self) -> Iterable[int]:
+    def _held_twice(self, hits: Sequence[int] = ()) -> list[int]:
+        """[admitted] first blocks of each request that a younger one holds, too.
+
+        Args:
+            hits: blocks that a new one would hold, the youngest of all.
+        """
+        if self._shared is None or not (self._sharing or hits):
+            return [0] * len(self._admitted)
+        key = tuple(hits)
+        if key not in self._doubled:
+            seen, doubled = set(hits), []
+            for name in reversed(self._admitted):
+                row = self._shared.prefix(name)
+                # Who holds a block holds those before it.
+                doubled.append(sum(1 for _ in takewhile(seen.__contains__, row)))
+                seen.update(row)
+            self._doubled[key] = doubled[::-1]
+        return self._doubled[key]
+
+    def _spare(self, doubled: Sequence[int]) -> list[int]:
         """[admitted + 1] blocks that may go to a request and all younger ones.
 
         Place ``k`` has the least of all sums that count the blocks of request ``k`` and, of those
         before it, only peaks. The last place is that of a new request.
+
+        Args:
+            doubled: [admitted] blocks of each that count for a younger one.
         """
         requests = [*self._admitted.values()]
         count = len(requests)
-        younger = [*accumulate((r.blocks for r in reversed(requests)), initial=0)][::-1]
+        blocks = [r.blocks - n for r, n in zip(requests, doubled, strict=True)]
+        peak = [r.without(r.peak, n) for r, n in zip(requests, doubled, strict=True)]
+        younger = [*accumulate(reversed(blocks), initial=0)][::-1]
         spare = [self._pool] * (count + 1)
         end, peaks = 0, 0
-        for k, request in enumerate(requests):
-            spare[k + 1] = min(spare[k + 1], self._pool - request.peak - younger[k + 1])
+        for k in range(count):
+            spare[k + 1] = min(spare[k + 1], self._pool - peak[k] - younger[k + 1])
             if end <= k:
-                end, peaks = k + 1, request.peak
-            while end < count and peaks + requests[end].peak <= _SURE * self._pool:
-                peaks += requests[end].peak
+                end, peaks = k + 1, peak[k]
+            while end < count and peaks + peak[end] <= _SURE * self._pool:
+                peaks += peak[end]
                 end += 1
             spare[end] = min(spare[end], self._pool - peaks - younger[end])
-            peaks -= request.peak
+            peaks -= peak[k]
         return spare
 
-    def _expected(self, request: Admitted) -> int:
-        """Blocks that a request is expected to need at its end."""
+    def _expected(self, request: Admitted, doubled: int) -> int:
+        """Blocks that a request is expected to need at its end, and no younger one holds."""
         answer = self._answers.expected(request.tokens - request.start + 1)
         if answer is None:
-            return min(request.peak, request.peak_at(request.last))
-        return request.peak_at(request.start + answer)
+            most = min(request.peak, request.peak_at(request.last))
+        else:
+            most = request.peak_at(request.start + answer)
+        return request.without(most, doubled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -33,7 +34,7 @@ class BudgetManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._reserve = kv_cache_spec.reserve
         self._pool = self.block_pool.num_gpu_blocks - 1
-        shared = self._shared if self.enable_caching else None
+        shared = self if self.enable_caching else None
         self.admission = Admission(self._reserve, self._pool, shared=shared)
         # Of requests that were compressed: first blocks of the row that still hold tokens of the
         # prompt, to be shared or given back.
@@ -43,9 +44,15 @@ class BudgetManager(FullAttentionManager):
         """Most tokens of a prefill of ``start`` that may come from the prefix cache."""
         return self._reserve.most_cached(start, self._pool)
 
-    def _shared(self, request_id: str) -> int:
+    def shared(self, request_id: str) -> int:
         """First blocks of a request up to the last one that another one holds, too."""
         return _held(self.req_to_blocks.get(request_id, ()), by=2)
+
+    def prefix(self, request_id: str) -> list[int]:
+        """Numbers of the first blocks of a request that others may hold, too."""
+        most = self._reserve.most_shared(self.admission.start(request_id), self._pool)
+        row = self.req_to_blocks.get(request_id, ())[:most]
+        return [block.block_id for block in takewhile(lambda block: not block.is_null, row)]
 
     def get_num_blocks_to_allocate(
         self,
@@ -60,10 +67,11 @@ class BudgetManager(FullAttentionManager):
         shared = 0
         if request_id not in admission:
             shared = _held(new_computed_blocks, by=1)
-            if not admission.can_admit(request_id, shared):
+            hits = [block.block_id for block in new_computed_blocks[:shared]]
+            if not admission.can_admit(request_id, hits):
                 return self.block_pool.num_gpu_blocks
         elif num_tokens == reserve.first_event(admission.start(request_id)):
-            shared = self._shared(request_id)
+            shared = self.shared(request_id)
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         missing = reserve.needed(admission.start(request_id), num_tokens, shared) - held
         # Those of a prefix that nobody holds now are free and will not be.
@@ -81,7 +89,7 @@ class BudgetManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Blocks for a step that ends with ``num_tokens`` tokens."""
         if request_id not in self.admission:
-            self.admission.admit(request_id)
+            self.admission.admit(request_id, self.shared(request_id) > 0)
         blocks = self.req_to_blocks[request_id]
         start = self.admission.start(request_id)
         if num_tokens == self._reserve.first_event(start) and request_id not in self._before:
@@ -102,7 +110,7 @@ class BudgetManager(FullAttentionManager):
         room for so many more; the others leave it.
         """
         reserve, blocks = self._reserve, self.req_to_blocks[request_id]
-        needed = reserve.needed(start, num_tokens, self._shared(request_id))
+        needed = reserve.needed(start, num_tokens, self.shared(request_id))
         if self.enable_caching:
             cached = reserve.most_shared(start, self._pool)
             if (wanted := reserve.needed(start, num_tokens, cached)) > needed:
