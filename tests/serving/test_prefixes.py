@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import greedy, pool, random_prompts, scheduler, worker
+from engines import greedy, manager, pool, random_prompts, scheduler, worker
 
 SETTINGS = {"budget": 48, "interval": 32}
 LENGTHS = (40, 150, 7, 64)
@@ -137,10 +138,6 @@ def test_samples_hold_the_prompt_once(engine: Callable[..., Any], prompt: str) -
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-def manager(llm: Any) -> Any:
-    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
-
-
 @EVICTED
 def test_a_second_turn_finds_the_first_prompt(engine: Callable[..., Any], prompt: str) -> None:
     settings = {**SETTINGS, "arm": "rkv", "prompt": prompt}
@@ -195,11 +192,25 @@ def test_what_is_cached_is_never_written_again(engine: Callable[..., Any]) -> No
             assert torch.equal(each, found[name])
 
 
-@pytest.mark.parametrize("memory", [pytest.param(64, marks=pytest.mark.long), 2])
-def test_many_requests_and_aborts(engine: Callable[..., Any], memory: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        pytest.param("qwen3", 64, marks=pytest.mark.long),
+        ("qwen3", 2),
+        pytest.param("gemma3", 2, marks=pytest.mark.long),  # layers with windows beside
+    ],
+)
+def test_many_requests_and_aborts(
+    engine: Callable[..., Any],
+    folder: Path,
+    windowed: Callable[..., Any],
+    name: str,
+    memory: int,
+) -> None:
     from vllm import SamplingParams
 
     settings = {**SETTINGS, "arm": "rkv/uniform/reasonalloc"}
+    model = {"model": folder if name == "qwen3" else windowed(name).folder}
     chance = random.Random(3)
     systems = random_prompts([200, 70, 33], seed=4)
     prompts = [
@@ -208,12 +219,14 @@ def test_many_requests_and_aborts(engine: Callable[..., Any], memory: int) -> No
     ]
     new = [chance.randint(1, 90) for _ in prompts]
     aborted = {chance.randint(1, 250): str(index) for index in chance.sample(range(100), 20)}
-    expected = greedy(engine(settings, enable_prefix_caching=False), prompts, new)
-    llm = engine(settings, kv_cache_memory_bytes=memory << 20, max_num_batched_tokens=300)
+    plain = engine(settings, **model, enable_prefix_caching=False)
+    expected = greedy(plain, prompts, new)
+    small = {"kv_cache_memory_bytes": memory << 20, "max_num_batched_tokens": 300}
+    llm = engine(settings, **model, **small)
     whole, counts = manager(llm)._first_event, {"in place": 0, "beside": 0}
 
-    def first_event(name: str, start: int, tokens: int) -> int:
-        needed: int = whole(name, start, tokens)
+    def first_event(request: str, start: int, tokens: int) -> int:
+        needed: int = whole(request, start, tokens)
         stays = min(start // BLOCK, needed - manager(llm)._reserve.blocks)
         counts["beside" if stays == start // BLOCK else "in place"] += 1
         return needed
@@ -232,9 +245,9 @@ def test_many_requests_and_aborts(engine: Callable[..., Any], memory: int) -> No
         for out in llm.llm_engine.step():
             found[int(out.request_id)] = list(out.outputs[0].token_ids)
         steps += 1
-        if (name := aborted.get(steps)) is not None and len(found[int(name)]) < new[int(name)]:
-            llm.llm_engine.abort_request([name])
-            gone.add(int(name))
+        if (one := aborted.get(steps)) is not None and len(found[int(one)]) < new[int(one)]:
+            llm.llm_engine.abort_request([one])
+            gone.add(int(one))
     assert len(gone) > 3
     for index, tokens in enumerate(found):
         assert tokens == expected[index][: len(tokens)]

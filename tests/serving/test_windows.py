@@ -63,7 +63,6 @@ def test_only_layers_without_a_window_are_compressed(
     llm = engine({**CADENCE, "arm": "rkv/pyramid/uniform"}, model=windowed(name).folder)
     kinds = ["sliding" in kind for kind in llm.llm_engine.model_config.hf_text_config.layer_types]
     full = [str(index) for index, sliding in enumerate(kinds) if not sliding]
-    assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching  # prompts are evicted
     assert [layer.split(".")[2] for layer in builder(llm).layers] == full
     # Two groups share a pool: pages of a block are those of as many layers.
     assert manager(llm).kv_cache_spec.reserve.windows.widths == (WINDOW,) * (sum(kinds) // 2)
@@ -114,11 +113,19 @@ def test_aborted_requests_leave_nothing(
     assert not watched.manager.admission._admitted
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.long)])
-def test_pinned_prompts_are_shared(
-    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        pytest.param("gemma3", "pin", marks=pytest.mark.long),
+        ("gemma3", "evict"),
+        pytest.param("gpt_oss", "pin", marks=pytest.mark.long),
+        ("gpt_oss", "evict"),
+    ],
+)
+def test_prompts_are_shared(
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str, prompt: str
 ) -> None:
-    settings = {**CADENCE, "arm": "rkv/uniform/adakv", "prompt": "pin"}
+    settings = {**CADENCE, "arm": "rkv/uniform/adakv", "prompt": prompt}
     model = windowed(name)
     prompts, expected = model.clear(LENGTHS, 200, **settings)
     llm = engine(settings, model=model.folder, max_num_batched_tokens=101, max_num_seqs=8)
@@ -152,7 +159,6 @@ def test_prompts_beyond_the_pool(engine: Callable[..., Any], windowed: Callable[
     [
         ("gemma3", {"layer_types": [FULL, FULL, FULL, SLIDING]}, {}, "into 3 groups"),
         ("gpt_oss", {"layer_types": 2 * [FULL, SLIDING]}, {}, "layer 0 has a sliding window of 40"),
-        ("gemma3", {}, {"enable_prefix_caching": True}, "with a model with sliding windows"),
         ("gemma3", {}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache"),
         (
             "gemma3",

@@ -86,9 +86,6 @@ class Engine:
     def can_admit(self, name: str) -> bool:
         return self.admission.can_admit(name)
 
-    def admit(self, name: str) -> None:
-        self.admission.admit(name)
-
     def cached(self, name: str) -> int:
         """Tokens that a new request need not compute."""
         return 0
@@ -115,7 +112,7 @@ class Engine:
                 break
             assert not paused
             self.tokens[name] = self.cached(waiting.pop(0))
-            self.admit(name)
+            self.admission.admit(name)
             new[name] = min(request.prompt - self.tokens[name], self.chunk)
             self.take(name, self.tokens[name] + new[name])
         for name, more in new.items():

@@ -10,11 +10,10 @@ from itertools import takewhile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_admission import SMALL, Asked, Engine, Sanguine, engines
+from test_admission import SMALL, Asked, Engine, Sanguine, engines, peak
 
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
-from reasonalloc.integrations.vllm.windows import NO_WINDOWS
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Sharing(Engine):
 
     alike: int = 0
     rows: dict[str, list[int]] = field(default_factory=dict)
+    sides: dict[str, list[int]] = field(default_factory=dict)  # of windows, shared by nobody
     before: dict[str, int] = field(default_factory=dict)
     refs: Counter[int] = field(default_factory=Counter)
     hashes: dict[int, tuple[str, int]] = field(default_factory=dict)  # of blocks
@@ -65,9 +65,6 @@ class Sharing(Engine):
         held = (n + 1 for n, block in enumerate(found) if self.refs[block])
         return self.admission.can_admit(name, found[: max(held, default=0)])
 
-    def admit(self, name: str) -> None:
-        self.admission.admit(name, self.shared(name) > 0)
-
     def cached(self, name: str) -> int:
         self.rows[name] = self.find(name)
         for block in self.rows[name]:
@@ -82,6 +79,23 @@ class Sharing(Engine):
             if not self.refs[block]:
                 self.free.insert(0 if block in self.hashes else len(self.free), block)
 
+    def new_block(self) -> int:
+        assert self.free, "a request would be preempted"
+        block = self.free.pop()
+        assert not self.refs[block]
+        self.refs[block] = 1
+        self.hashes.pop(block, None)
+        return block
+
+    def take_beside(self, name: str, start: int, tokens: int, processed: int) -> None:
+        if processed >= start and self.rows[name]:
+            self.admission.prefilled(name)
+        size, side = self.reserve.block_size, self.sides.setdefault(name, [])
+        widths = self.reserve.windows.widths
+        count = sum(-(-tokens // size) - max(0, processed - w + 1) // size for w in widths)
+        self.give_back(side[count:])
+        side[:] = [*side[:count], *(self.new_block() for _ in range(count - len(side)))]
+
     def take(self, name: str, tokens: int) -> None:
         reserve, row = self.reserve, self.rows[name]
         start = self.admission.start(name)
@@ -94,6 +108,7 @@ class Sharing(Engine):
             self.give_back(gone)
             self.before[name] = stay
             self.admission.settle(name)
+        self.take_beside(name, start, tokens, self.tokens[name] - flying)
         needed = reserve.needed(start, tokens)
         most = reserve.most_shared(start, self.pool)
         if tokens == first and name not in self.before:
@@ -106,11 +121,7 @@ class Sharing(Engine):
             for block in row[before:]:
                 self.hashes.pop(block, None)
         while len(row) < needed:
-            assert self.free, "a request would be preempted"
-            row.append(self.free.pop())
-            assert not self.refs[row[-1]]
-            self.refs[row[-1]] = 1
-            self.hashes.pop(row[-1], None)
+            row.append(self.new_block())
         known = set(self.hashes.values())
         stay = min(min(tokens, start) // reserve.block_size, most, self.before.get(name, most))
         for index, block in enumerate(row[:stay]):
@@ -123,7 +134,7 @@ class Sharing(Engine):
     def drop(self, name: str) -> None:
         super().drop(name)
         self.before.pop(name, None)
-        self.give_back(self.rows.pop(name, []))
+        self.give_back(self.rows.pop(name, []) + self.sides.pop(name, []))
 
     def serve(self, requests: dict[str, Asked], drops: dict[int, str] | None = None) -> None:
         super().serve(requests, drops)
@@ -132,8 +143,7 @@ class Sharing(Engine):
 
 def sharing(engine: Engine, alike: int, observed: int, pin: bool = False) -> Sharing:
     given = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.init}
-    changed = {"observed": observed, "pin": pin, "windows": NO_WINDOWS}
-    reserve = dataclasses.replace(engine.reserve, **changed)
+    reserve = dataclasses.replace(engine.reserve, observed=observed, pin=pin)
     names = ("pool", "chunk", "ahead", "seqs", "answers")
     return Sharing(reserve, alike=alike, **{name: given[name] for name in names})
 
@@ -156,9 +166,7 @@ def test_every_request_with_a_pinned_prompt_finishes(
     step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
     drops = data.draw(st.dictionaries(step, name, max_size=4))
     shared = sharing(engine, alike, 0, pin=True)
-    pool = more + max(
-        shared.reserve.peak(r.prompt, r.prompt + r.allowed) for r in requests.values()
-    )
+    pool = more + max(peak(shared.reserve, request) for request in requests.values())
     dataclasses.replace(shared, pool=pool).serve(requests, drops)
 
 
@@ -168,7 +176,9 @@ def test_where_there_is_room_nothing_leaves_the_cache(
 ) -> None:
     engine, requests = made
     engine.pool = len(requests) * max(
-        engine.reserve.peak(r.prompt, r.prompt + r.allowed, r.prompt) for r in requests.values()
+        engine.reserve.peak(r.prompt, r.prompt + r.allowed, r.prompt)
+        + engine.reserve.windows.peak(r.prompt, r.prompt + r.allowed)
+        for r in requests.values()
     )
     engine.ahead, engine.seqs = 1, 100
     shared = sharing(engine, alike, 0)

@@ -6,11 +6,12 @@ on. At all times, for every admitted request ``k``:
 
     peak of k + blocks of all younger than k <= pool
 
-A block that several hold counts once in such a sum: for the youngest of them that is in it. The oldest can then always grow to its peak, so it runs until it is finished; the next one is the
-oldest then, and the same holds for it. So every request finishes, and no blocks ever have to be
-taken away. A request that grows changes only the sums of older ones, and a new one changes those
-of all; whoever would break one of them pauses or waits. It keeps its blocks meanwhile. Requests
-that finish, or need less after their first compression, make sums smaller. The oldest never pauses.
+A block that several hold counts once in such a sum: for the youngest of them that is in it. The
+oldest can then always grow to its peak, so it runs until it is finished; the next one is the oldest
+then, and the same holds for it. So every request finishes, and no blocks ever have to be taken
+away. A request that grows changes only the sums of older ones, and a new one changes those of all;
+whoever would break one of them pauses or waits. It keeps its blocks meanwhile. Requests that
+finish, or need less after their first compression, make sums smaller. The oldest never pauses.
 
 A request may share first blocks with others, pinned ones for as long as it runs, others until its
 first compression, which then needs other ones to write to. Its peak holds those. Whoever lets go of
@@ -261,17 +262,15 @@ class Admission:
         expected = sum(map(self._expected, self._admitted.values(), doubled))
         return expected + self._expected(new, 0) <= self._pool
 
-    def admit(self, request_id: str, sharing: bool = False) -> None:
+    def admit(self, request_id: str) -> None:
         """Promise an announced request the blocks of its prefill; it is the youngest now.
 
-        Args:
-            request_id: of the request.
-            sharing: others hold some of them.
+        It holds those that it has from others already.
         """
         self._waiting = max(self._waiting - 1, 0)
         self._answers.take_back(request_id)
         self._admitted[request_id] = self._announced.pop(request_id)
-        if sharing:
+        if self._shared is not None and self._shared.shared(request_id):
             self._sharing.add(request_id)
         self._doubled.clear()
 

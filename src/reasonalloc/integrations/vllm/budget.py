@@ -112,7 +112,7 @@ class EngineBudget(BudgetPlan):
 
         Those of a prompt that is evicted from; see ``Reserve``.
         """
-        if self.policy.state_channels or self.groups.widths:
+        if self.policy.state_channels:
             return None
         return self.config.window if self.policy.needs_queries else 0
 

@@ -70,19 +70,12 @@ def prepare_caching(cache: Any, asked: bool | None, plan: EngineBudget | None) -
     """
     if plan is None or plan.config.prompt == "pin" or plan.observed is not None:
         return
-    if plan.policy.state_channels:
-        what = f"policy={plan.config.arm.policy!r}"
-        why = (
-            "it looks at the attention in which a prompt is computed, and what is cached is not "
-            "computed again"
-        )
-    else:
-        what, why = "a model with sliding windows", "its layers share blocks of pinned prompts only"
     if asked:
         raise UsageError(
-            f"enable_prefix_caching=True (--enable-prefix-caching) cannot be used with {what} and "
-            f"prompts that are evicted from: {why}; pin prompts (prompt='pin', --prompt pin), or "
-            "leave the flag out"
+            "enable_prefix_caching=True (--enable-prefix-caching) cannot be used with policy="
+            f"{plan.config.arm.policy!r} and prompts that are evicted from: it looks at the "
+            "attention in which a prompt is computed, and what is cached is not computed again; "
+            "pin prompts (prompt='pin', --prompt pin), or leave the flag out"
         )
     cache.enable_prefix_caching = False
 

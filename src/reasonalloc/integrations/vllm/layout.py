@@ -111,11 +111,12 @@ class Reserve:
         Args:
             start: tokens of the prefill.
             pool: blocks that there are; they hold the shared ones and, besides, those of the
-                request's first compression.
+                request's first compression and of its windows.
         """
         if self.pin or not self.shares:
             return self.leading(start)
-        return max(min(start // self.block_size, pool - self.blocks), 0)
+        room = pool - self.blocks - self.windows.peak(start, 1 << 60)
+        return max(min(start // self.block_size, room), 0)
 
     def most_cached(self, start: int, pool: int) -> int:
         """Most tokens of a prefill of ``start`` that a request may have from others.

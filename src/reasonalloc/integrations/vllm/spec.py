@@ -89,7 +89,7 @@ class BudgetManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Blocks for a step that ends with ``num_tokens`` tokens."""
         if request_id not in self.admission:
-            self.admission.admit(request_id, self.shared(request_id) > 0)
+            self.admission.admit(request_id)
         blocks = self.req_to_blocks[request_id]
         start = self.admission.start(request_id)
         if num_tokens == self._reserve.first_event(start) and request_id not in self._before:
