@@ -22,12 +22,51 @@ LENGTHS = (40, 150)
 FP8 = {"kv_cache_dtype": "fp8"}
 
 
+@pytest.fixture
+def scales(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """Lets every layer have scales of its own, as a checkpoint with them does."""
+    from vllm.model_executor.layers.attention import attention
+
+    right = attention.set_default_quant_scales
+
+    def give(key: float, value: float) -> None:
+        made = 0
+
+        def own(layer: Any, register_buffer: bool = False) -> None:
+            nonlocal made
+            right(layer, register_buffer)
+            if register_buffer:  # else the same layer again, when weights are loaded
+                made += 1
+                layer.number = made
+            own_key, own_value = key * layer.number, value * layer.number
+            layer._k_scale.fill_(own_key)
+            layer._v_scale.fill_(own_value)
+            layer._k_scale_float, layer._v_scale_float = own_key, own_value
+
+        monkeypatch.setattr(attention, "set_default_quant_scales", own)
+
+    return give
+
+
 @needs_avx512
-def test_everything_fits_into_the_budget(engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("given", [None, (0.01, 0.002)])
+def test_everything_fits_into_the_budget(
+    engine: Callable[..., Any],
+    scales: Callable[[float, float], None],
+    given: tuple[float, float] | None,
+) -> None:
     """Then the tokens are those of stock vLLM with the same cache."""
     prompts = random_prompts(LENGTHS)
+    if given:
+        scales(*given)
     expected = greedy(engine(**FP8), prompts, 24)
-    assert greedy(engine({"budget": 512, "interval": 32}, **FP8), prompts, 24) == expected
+    if given:
+        scales(*given)  # of the first layer again
+    llm = engine({"budget": 512, "interval": 32}, **FP8)
+    assert greedy(llm, prompts, 24) == expected
+    coded = builder(llm).runs.pages.coded
+    own = [(given[0] * n, given[1] * n) if given else (1.0, 1.0) for n in range(1, 5)]
+    assert coded.scales == tuple(own)
     assert greedy(engine(), prompts, 24) != expected  # the format tells
 
 
