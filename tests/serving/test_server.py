@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import pytest
 from engines import random_prompts
 
 from patience import PATIENCE
+from reasonalloc.cli import serve
 from reasonalloc.cli.main import main
+from reasonalloc.tables import human
 
 SETTINGS = {"budget": 64, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 LAYERS, KV_HEADS = 4, 2
@@ -194,6 +197,63 @@ def test_refused_by_the_server_with_one_line(folder: Path) -> None:
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert "leave the flag out" in line
     assert "Traceback" not in done.stderr
+
+
+FILE = """
+port: 9000
+max_model_len: 300
+kv-cache-dtype: fp8
+enforce-eager: true
+enable-prefix-caching: false
+speculative-config: {model: small}
+"""
+
+
+def test_a_file_of_options(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server gets what it says, and so does the table; the command line has the last word."""
+    started: list[str] = []
+    monkeypatch.setattr(serve, "_become_server", started.extend)
+    path = tmp_path / "options.yaml"
+    path.write_text(FILE)
+    assert main(command(folder, "--config", str(path), "--max-model-len", "200")[3:]) == 0
+    pairs = list(itertools.pairwise(started))
+    assert {("--port", "9000"), ("--max-model-len", "200"), ("--config", str(path))} <= {*pairs}
+    shown = capsys.readouterr().err
+    assert "200 tokens" in shown
+    block = 2 * LAYERS * KV_HEADS * 32 * 32  # one byte for each number
+    assert f"7 blocks, {human(7 * block)}" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("budget: 9", "--budget is no option of vLLM's"),
+        ("additional-config: {reasonalloc: {budget: 9}}", "--additional-config is made of"),
+        ("model: other", "other"),
+        ("port: many", "--port"),
+        ("- port", "no table"),
+        ("a: [", "--config"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    text: str | None,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "options.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(command(folder, "--config", str(path))[3:]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
+    assert says in line
 
 
 def test_the_entry_point_is_declared() -> None:

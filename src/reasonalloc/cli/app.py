@@ -68,6 +68,7 @@ app.command("run")(run.command)
 app.command("plan")(plan.command)
 app.command(
     "serve",
+    cls=serve.Command,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.command)
 app.command("calibrate")(calibrate.command)

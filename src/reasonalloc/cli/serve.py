@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+import typer.core
 
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
@@ -47,6 +49,67 @@ BlockSize = Annotated[
 
 
 _NOT_HERE = ("pin_turns", "protect_prompt", "attention", "step")
+_FILE = "reasonalloc.serve.file"  # what vLLM's own file of options has for vLLM alone
+#: Options that both have: whatever vLLM's file says of them is said here.
+_BOTH = (
+    "--model",
+    "--dtype",
+    "--trust-remote-code",
+    "--host",
+    "--port",
+    "--max-model-len",
+    "--tensor-parallel-size",
+    "--block-size",
+)
+
+
+class Command(typer.core.TyperCommand):
+    """The command line of ``serve``, with what vLLM's ``--config FILE`` says before it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse ``args`` behind the options of the file that vLLM has, too.
+
+        Raises:
+            UsageError: a file that cannot be read, or with options of ReasonAlloc alone.
+        """
+        options = read_file(_asked(args, "--config", ""))
+        own = {flag for parameter in self.params for flag in parameter.opts}
+        for flag, _ in options:
+            if flag in own and flag not in _BOTH:
+                raise UsageError(f"{flag} is no option of vLLM's: give it on the command line")
+        both: list[str] = []
+        vllms: list[str] = []
+        for flag, value in options:
+            (both if flag in _BOTH else vllms).extend((flag, *value))
+        ctx.meta[_FILE] = vllms
+        place = 0 if args[:1] and args[0].startswith("-") else 1
+        return super().parse_args(ctx, [*args[:place], *both, *args[place:]])
+
+
+def read_file(path: str) -> list[tuple[str, list[str]]]:
+    """Options of vLLM's ``--config FILE``, as on a command line: ``("--port", ["9000"])``.
+
+    Raises:
+        UsageError: it cannot be read, or is no table.
+    """
+    if not path:
+        return []
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"--config {path}: no table of options and values")
+    flags = []
+    for name, value in found.items():
+        flag = "--" + str(name).replace("_", "-")
+        if isinstance(value, bool):
+            flags += [(flag, list[str]())] if value else []
+        else:
+            flags.append((flag, [json.dumps(value) if isinstance(value, dict) else str(value)]))
+    return flags
 
 
 @o.takes(model=o.MODEL_CONFIG, config=o.compression_options(*_NOT_HERE))
@@ -66,7 +129,8 @@ def command(
     MODEL comes first. Other options go to vLLM's server as they are:
     reasonalloc serve MODEL --budget 1024 --served-model-name qwen --enforce-eager
     """
-    _check_foreign(model.name, context.args)
+    foreign = [*context.meta[_FILE], *context.args]
+    _check_foreign(model.name, foreign)
     memory = None if kv_memory is None else output.parse_size(kv_memory)
     if config is not None:
         from reasonalloc.integrations.vllm.budget import check_storage
@@ -94,12 +158,12 @@ def command(
         from reasonalloc.planning.shapes import text_config
 
         text = text_config(model_config)
-        stages = divide_layers(text, _stages(context.args))
+        stages = divide_layers(text, _stages(foreign))
         budget = make_budget(config, model.name, text, tensor_parallel_size, stages=stages)
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
         sizes = Accounting(
-            budget, block_size, stored_bytes(_asked(context.args, "--kv-cache-dtype", "auto"), kind)
+            budget, block_size, stored_bytes(_asked(foreign, "--kv-cache-dtype", "auto"), kind)
         )
         output.stderr().print(accounting_table(sizes, last, memory).rich())
         arguments += ["--additional-config", json.dumps({"reasonalloc": as_json(config)})]
@@ -144,7 +208,7 @@ def _check_foreign(name: str, arguments: list[str]) -> None:
     """Refuse options that are meant for vLLM, or for reasonalloc, by mistake."""
     if name.startswith("-"):
         raise UsageError(f"MODEL={name!r}: give the model first, options of vLLM after it")
-    foreign = [argument.partition("=")[0] for argument in arguments]
+    foreign = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
     if "--additional-config" in foreign:
         raise UsageError("--additional-config is made of --budget, --arm and so on: give those")
     for option in foreign:
