@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch
 from engines import undoubted
 from windowed import save_windowed
 
+import made_costs
+import made_statistics
 from tiny_folder import save_tiny
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -47,6 +50,28 @@ def clear(folder: Path) -> Callable[..., tuple[list[list[int]], list[list[int]]]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     return partial(undoubted, model)
+
+
+@pytest.fixture(scope="session")
+def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What calibration would have written for an interval, by the arm that reads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def make(interval: int) -> dict[str, str]:
+        where = tmp_path_factory.mktemp("calibrated")
+        costs = dataclasses.replace(
+            made_costs.of_model(model), policy="predicted_loss", interval=interval, window=8
+        )
+        costs.save(where / "costs.json")
+        made_statistics.of_model(model).save(where / "statistics.safetensors")
+        return {
+            "best": str(where / "costs.json"),
+            "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
+        }
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import builder, greedy, pool, random_prompts
+from engines import builder, greedy, pool, random_prompts, scheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -25,7 +25,18 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels need Triton's interpreter"
 )
 LENGTHS = (40, 90, 7)
-SETTINGS = {"budget": 32, "interval": 16}
+SETTINGS: dict[str, Any] = {"budget": 32, "interval": 16}
+OTHERS = (
+    "best",
+    "h2o",
+    "knorm/uniform/adakv",
+    "lazy_eviction/uniform/uniform",
+    "random",
+    "snapkv/uniform/adakv",
+    "streaming_llm/pyramid/uniform",
+    "tova/pyramid/adakv",
+    "tri_attention/pyramid/uniform",
+)
 
 
 @pytest.fixture
@@ -44,12 +55,20 @@ def paged(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("rkv/uniform/adakv", "evict", marks=pytest.mark.long),
         ("value_aware/pyramid/reasonalloc", "evict"),
         pytest.param("value_aware/uniform/adakv", "pin", marks=pytest.mark.long),
+        *(pytest.param(arm, "evict", marks=pytest.mark.long) for arm in OTHERS),
     ],
 )
 def test_as_on_transformers(
-    engine: Callable[..., Any], clear: Callable[..., Any], paged: None, arm: str, prompt: str
+    engine: Callable[..., Any],
+    clear: Callable[..., Any],
+    files: Callable[..., Any],
+    paged: None,
+    arm: str,
+    prompt: str,
 ) -> None:
     settings = {**SETTINGS, "arm": arm, "prompt": prompt}
+    if arm in (made := files(16)):
+        settings["profile"] = made[arm]
     prompts, expected = clear(LENGTHS, 60, **settings)
     # Prompts come in pieces, beside requests that decode.
     llm = engine(settings, max_num_batched_tokens=50, max_num_seqs=4)
@@ -57,7 +76,7 @@ def test_as_on_transformers(
     cache = builder(llm)._modules[0].kv_cache
     assert cache.stride(0) > 4 * cache.stride(1)  # blocks are rows of pages of all layers
     assert greedy(llm, prompts, 60) == expected
-    if not arm.startswith("value_aware") or prompt == "pin":
+    if scheduler(llm).kv_cache_manager.enable_caching:
         assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engines import greedy, random_prompts
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import made_costs
-import made_statistics
 from reasonalloc.calibrated.demand import config_hash
 
 LENGTHS = (40, 150, 7, 300)
@@ -84,22 +82,6 @@ def test_other_arms(engine: Callable[..., Any], clear: Callable[..., Any], arm: 
     assert greedy(engine(settings), prompts, 120) == expected
 
 
-@pytest.fixture(scope="module")
-def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What calibration would have written, by the arm that reads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    where = tmp_path_factory.mktemp("calibrated")
-    costs = dataclasses.replace(
-        made_costs.of_model(model), policy="predicted_loss", interval=32, window=8
-    )
-    costs.save(where / "costs.json")
-    made_statistics.of_model(model).save(where / "statistics.safetensors")
-    return {
-        "best": str(where / "costs.json"),
-        "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
-    }
-
-
 @pytest.mark.parametrize(
     "arm",
     [
@@ -111,19 +93,22 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     ],
 )
 def test_arms_that_see_attention_or_read_files(
-    engine: Callable[..., Any], clear: Callable[..., Any], files: dict[str, str], arm: str
+    engine: Callable[..., Any],
+    clear: Callable[..., Any],
+    files: Callable[..., Any],
+    arm: str,
 ) -> None:
     settings = {**CADENCE, "arm": arm}
-    if arm in files:
-        settings["profile"] = files[arm]
+    if arm in (made := files(32)):
+        settings["profile"] = made[arm]
     prompts, expected = clear(LENGTHS, 400, **settings)
     assert greedy(engine(settings), prompts, 400) == expected
 
 
 def test_best_sees_prompts_in_pieces(
-    engine: Callable[..., Any], clear: Callable[..., Any], files: dict[str, str]
+    engine: Callable[..., Any], clear: Callable[..., Any], files: Callable[..., Any]
 ) -> None:
-    settings = {**CADENCE, "arm": "best", "profile": files["best"]}
+    settings = {**CADENCE, "arm": "best", "profile": files(32)["best"]}
     prompts, expected = clear(LENGTHS, 100, **settings)
     llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=3)
     assert greedy(llm, prompts, 100) == expected
