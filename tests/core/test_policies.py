@@ -14,7 +14,7 @@ import reference
 from examples import examples
 from made_candidates import ragged
 from made_statistics import ready
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.policies import POLICIES, Candidates, Policy, rkv
 from reasonalloc.policies.predicted_loss import PredictedLoss
 from reasonalloc.policies.tri_attention import TriAttention
@@ -118,6 +118,45 @@ def head_of(c: Candidates, b: int, h: int, seed: int) -> reference.Head:
         seed=c.seed,
         sinks=None if c.sinks is None else c.sinks[h].tolist(),
     )
+
+
+def part_of(candidates: Candidates, own: slice) -> Candidates:
+    """As a process sees them that holds some of the KV heads."""
+    keys, values = candidates.keys[:, own], candidates.values[:, own]
+    return Candidates(
+        **{
+            **{f.name: getattr(candidates, f.name) for f in dataclasses.fields(candidates)},
+            "load_keys": lambda: keys,
+            "load_values": lambda: values,
+            **{
+                name: None if each is None else each[:, own]
+                for name in ("lengths", "positions", "queries", "state")
+                for each in [getattr(candidates, name)]
+            },
+            "sinks": None if candidates.sinks is None else candidates.sinks[own],
+        }
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SPECS.keys() - {"random"}))
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_heads_score_as_all_together(name: str, size: int) -> None:
+    candidates = ragged(5, [[20, 13, 17, 20], [9, 20, 16, 12]], 3, 4, sunk=True)
+    policy = ready(name, candidates.layer, 12, 8, 4)
+    candidates = observed(policy, candidates, 1)
+    parts = []
+    for rank in range(size):
+        own = slice(rank * 4 // size, (rank + 1) * 4 // size)
+        parts.append(policy.shard(rank, size).score(part_of(candidates, own)))
+    assert torch.equal(torch.cat(parts, dim=1), policy.score(candidates))
+
+
+def test_a_file_about_heads_that_nobody_can_divide() -> None:
+    class Own(PredictedLoss):
+        shard = Policy.shard
+
+    with pytest.raises(UnsupportedError, match=r"one of 2 parts .*: define its shard\(\)"):
+        Own().shard(0, 2)
 
 
 def test_similarity_in_blocks_equals_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

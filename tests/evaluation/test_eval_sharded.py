@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ import torch
 pytest.importorskip("typer")
 
 from test_eval import arguments, read
+from transformers import AutoModelForCausalLM
 
+import made_costs
 import models
 import reasonalloc
 from patience import PATIENCE
@@ -53,13 +56,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @gloo
 def test_two_processes_sample_what_one_does(model: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    changes = {"arms": "full,rkv,snapkv/pyramid/uniform"}
+    costs = tmp_path / "costs.json"
+    made = made_costs.of_model(AutoModelForCausalLM.from_pretrained(model))
+    dataclasses.replace(made, policy="predicted_loss").save(costs)
+    arms = "full,rkv,snapkv/pyramid/uniform,predicted_loss/uniform/uniform"
+    changes = {"arms": arms, "profile": costs}
     assert main(arguments(model, here, **changes)) == 0
     first = run(*arguments(model, there, **changes, limit=2))
     assert first.returncode == 0, first.stderr
     second = run(*arguments(model, there, **changes))
     assert second.returncode == 0, second.stderr
-    assert "12 of 24 samples are in" in second.stderr
+    assert "16 of 32 samples are in" in second.stderr
     manifest, samples, events = read(there)
     expected_manifest, expected, expected_events = read(here)
     for row in (*samples.values(), *expected.values()):

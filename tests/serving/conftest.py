@@ -68,6 +68,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         made_statistics.of_model(model).save(where / "statistics.safetensors")
         return {
             "best": str(where / "costs.json"),
+            "predicted_loss/pyramid/uniform": str(where / "costs.json"),
             "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
         }
 

@@ -39,7 +39,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("shared", "arm"),
     [
-        ("tensor", "rkv/pyramid/uniform"),
+        ("tensor", "predicted_loss/pyramid/uniform"),
+        pytest.param("tensor", "tri_attention/pyramid/uniform", marks=pytest.mark.long),
+        pytest.param("tensor", "rkv/pyramid/uniform", marks=pytest.mark.long),
         pytest.param("tensor", "streaming_llm/uniform/uniform", marks=pytest.mark.long),
         # Each stage has layers of other budgets than the other one has; chance is a layer's own.
         pytest.param("pipeline", "random/pyramid/uniform", marks=PIPELINE),
@@ -47,9 +49,16 @@ if __name__ == "__main__":
     ],
 )
 def test_two_processes(
-    folder: Path, tmp_path: Path, clear: Callable[..., Any], shared: str, arm: str
+    folder: Path,
+    tmp_path: Path,
+    clear: Callable[..., Any],
+    files: Callable[..., Any],
+    shared: str,
+    arm: str,
 ) -> None:
-    settings = {"budget": 64, "interval": 32, "arm": arm}
+    settings: dict[str, Any] = {"budget": 64, "interval": 32, "arm": arm}
+    if arm in (made := files(32)):
+        settings["profile"] = made[arm]
     if shared == "pipeline":
         settings |= {"budget": 24, "interval": 16}
     new = 150 if shared == "tensor" else 40

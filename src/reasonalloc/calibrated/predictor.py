@@ -41,6 +41,11 @@ class Predictor:
         rows = self.weights[self.layers.index(layer)]
         return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
+    def shard(self, rank: int, size: int) -> Predictor:
+        """Weights of part ``rank`` of ``size`` equal parts of each layer's heads."""
+        own = [layer[len(layer) // size * rank :][: len(layer) // size] for layer in self.weights]
+        return Predictor(self.layers, own)
+
 
 def features(recent: Sequence[Tensor], age: Tensor, distance: Tensor) -> Tensor:
     """Return what is known of tokens, [..., features] float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -69,6 +70,15 @@ class Statistics(Shown):
     query_norm: Tensor | None = None
     no_queries: str = ""
     kind: ClassVar[str] = "statistics"
+
+    def shard(self, rank: int, size: int) -> Statistics:
+        """Statistics with the queries of part ``rank`` of ``size`` equal parts of the heads."""
+        queries = {
+            name: each.unflatten(1, (size, -1))[:, rank]
+            for name in ("query_mean", "query_norm")
+            if (each := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **queries)
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers per layer as plain JSON values."""

@@ -219,6 +219,17 @@ class BudgetPlan(Shown):
             own.append((tokens, None if heads is None else shard.heads(heads)))
         return own
 
+    def policy_of(self, shard: HeadShard) -> Policy:
+        """Return the policy of a process.
+
+        Args:
+            shard: its part of the KV heads.
+
+        Raises:
+            UnsupportedError: the policy does not say how to divide what it read.
+        """
+        return self.policy if shard.size == 1 else self.policy.shard(shard.rank, shard.size)
+
     def formats_of(self, shard: HeadShard) -> list[Sequence[str] | None]:
         """Return per compressible layer how a process keeps older tokens of each of its heads.
 

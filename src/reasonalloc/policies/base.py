@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from reasonalloc.errors import UsageError
+from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.registry import Registry
 from reasonalloc.rotary import Rope
 
@@ -159,6 +159,27 @@ class Policy(ABC):
         Raises:
             UsageError: a file is needed and missing, broken or of another model.
         """
+        return self
+
+    def shard(self, rank: int, size: int) -> Policy:
+        """The bound policy for one of several processes that divide the model's heads.
+
+        A policy that knows something of single heads returns one that knows its own ones: those of
+        part ``rank`` of ``size`` equal parts, in the model's order. Others need nothing.
+
+        Args:
+            rank: of the process.
+            size: how many processes there are.
+
+        Raises:
+            UnsupportedError: it reads a file and does not say how to divide it.
+        """
+        if getattr(self, "reads", None) is not None:
+            raise UnsupportedError(
+                f"policy={type(self).__name__} reads a file about all heads, but each process "
+                f"holds one of {size} parts (tensor parallelism): define its shard(), or use "
+                "another policy"
+            )
         return self
 
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:

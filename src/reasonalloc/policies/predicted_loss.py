@@ -74,6 +74,11 @@ class PredictedLoss(ReadsCalibrated, Policy):
         object.__setattr__(bound, "_predictor", predictor)
         return bound
 
+    def shard(self, rank: int, size: int) -> Policy:
+        if self._predictor is None:
+            raise RuntimeError("predicted_loss must be bound to a model")
+        return self.with_predictor(self._predictor.shard(rank, size))
+
     def observe(self, state: Tensor, received: Tensor, age: Tensor) -> None:
         add_received(state, received, HALF_LIVES)
 

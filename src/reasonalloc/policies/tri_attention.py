@@ -85,6 +85,11 @@ class TriAttention(ReadsCalibrated, Policy):
         object.__setattr__(bound, "_statistics", statistics)
         return bound
 
+    def shard(self, rank: int, size: int) -> Policy:
+        if self._statistics is None:
+            raise RuntimeError("tri_attention must be bound to a model")
+        return self.with_statistics(self._statistics.shard(rank, size))
+
     def score(self, candidates: Candidates) -> Tensor:
         statistics = self._statistics
         if statistics is None or statistics.rope is None:

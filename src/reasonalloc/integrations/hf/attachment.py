@@ -107,11 +107,7 @@ class Attachment:
         self.config = self._plan.config
         self.totals, self.planned = self._plan.totals, self._plan.planned
         self.formats = self._plan.formats
-        if self.shard.size > 1 and getattr(self._plan.policy, "reads", None) is not None:
-            raise UnsupportedError(
-                f"policy={config.arm.policy!r} reads a file about all heads, but this process "
-                f"holds one of {self.shard.size} parts (tp_plan): use another policy, or device_map"
-            )
+        self._policy = self._plan.policy_of(self.shard)
         if (note := self._plan.other_cadence) is not None:
             warnings.warn(note, OtherCadence, stacklevel=4)  # where attach() was called
         warn_if_untested(stacklevel=5)
@@ -201,7 +197,7 @@ class Attachment:
                 index,
                 total,
                 self.config,
-                self._plan.policy,
+                self._policy,
                 self._heads,
                 self._backend,
                 recorder,

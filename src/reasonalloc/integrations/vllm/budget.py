@@ -48,12 +48,7 @@ class EngineBudget(BudgetPlan):
                 f"layers={self.config.arm.layers!r} plans bits per head, which cannot run in vLLM "
                 "yet: use the arm 'best', or transformers"
             )
-        if self.ranks > 1 and getattr(self.policy, "reads", None) is not None:
-            raise UnsupportedError(
-                f"policy={self.config.arm.policy!r} reads numbers of all KV heads, and each "
-                f"process holds one of {self.ranks} parts (tensor_parallel_size): use another "
-                "policy"
-            )
+        self.policy_of(self.shard(0))
 
     def _check_layers(self) -> None:
         for index, shape in enumerate(self.shapes):

@@ -219,7 +219,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         """What the policy knows of every token."""
         impl = self._modules[0].impl
         return PoolObserver(
-            self._plan.policy,
+            self._plan.policy_of(self._plan.shard(self._rank)),
             self.runs,
             self.queries,
             impl.scale,

@@ -122,6 +122,7 @@ class PoolCompressor:
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
         self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
         shard, device = plan.shard(rank), runs.device
+        self._policy = plan.policy_of(shard)
         self._before = plan.stage(stage).start or 0  # layers of the stages before
         self._planned: Tensor | None = None
         if plan.planned is not None:
@@ -129,7 +130,7 @@ class PoolCompressor:
             self._planned = torch.tensor(own, dtype=torch.int64, device=device)
         self._offsets = torch.tensor(runs.layout.offsets, dtype=torch.int64, device=device)
         # What is not ours may take the index of a layer for a number.
-        self._together = is_builtin(type(plan.policy)) and is_builtin(type(self._heads))
+        self._together = is_builtin(type(self._policy)) and is_builtin(type(self._heads))
 
     def run(self, due: Sequence[Due], blocks: Tensor) -> None:
         """Compress requests that have just reached a boundary.
@@ -265,7 +266,7 @@ class PoolCompressor:
                 decide(
                     self._candidates(some, layer),
                     self._plan.config,
-                    self._plan.policy,
+                    self._policy,
                     self._heads,
                     total,
                     planned,
@@ -299,7 +300,7 @@ class PoolCompressor:
             yield slice(start, min(start + size, len(chunk)))
 
     def _candidates(self, rows: _Rows, layer: int | Tensor) -> Candidates:
-        policy, window, runs = self._plan.policy, self._plan.config.window, self._runs
+        policy, window, runs = self._policy, self._plan.config.window, self._runs
         recent = rows.tokens[:, None] + torch.arange(-window, 0, device=runs.device)
         queries = None
         if policy.needs_queries:
