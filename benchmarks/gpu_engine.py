@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,8 +274,7 @@ def plateau(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, steps, preemptions, and times to and between tokens, of one mix."""
-    from vllm import SamplingParams
-    from vllm_pool import count_preemptions
+    from served import serve
 
     shape, mix = SHAPES[options.shape], MIXES[options.mix]
     if options.requests:
@@ -305,38 +303,23 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         max_num_seqs=len(lengths),
         enable_prefix_caching=True,
     )
-    core = llm.llm_engine.engine_core.engine_core
-    preempted = count_preemptions(core.scheduler)
     greedy(llm, random_prompts([8, 9], shape["vocab_size"], seed=3), 4)  # warm
     system = random_prompts([shared], shape["vocab_size"], seed=2)[0]
     own = random_prompts([own for own, _ in lengths], shape["vocab_size"])
-    start = time.perf_counter()
-    for index, (prompt, (_, answer)) in enumerate(zip(own, lengths, strict=True)):
-        limits = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
-        llm.llm_engine.add_request(str(index), {"prompt_token_ids": system + prompt}, limits)
-    steps, running, first, last = 0, 0, {}, {}
-    while llm.llm_engine.has_unfinished_requests():
-        outputs = llm.llm_engine.step()
-        now, steps = time.perf_counter() - start, steps + 1
-        running = max(running, len(core.scheduler.running))
-        for output in outputs:
-            first.setdefault(output.request_id, now)
-            last[output.request_id] = now
-    seconds = time.perf_counter() - start
+    answers = [answer for _, answer in lengths]
+    done = serve(llm, [system + prompt for prompt in own], answers)
     close(llm)
-    between = [
-        (last[str(i)] - first[str(i)]) / (answer - 1) for i, (_, answer) in enumerate(lengths)
-    ]
+    times = zip(done.first, done.last, answers, strict=True)
     return {
         "requests": len(lengths),
         "pool_bytes": pool,
-        "tokens_per_second": sum(answer for _, answer in lengths) / seconds,
-        "seconds": seconds,
-        "steps": steps,
-        "preemptions": len(preempted),
-        "most_running": running,
-        **quartiles("ttft", list(first.values())),
-        **quartiles("tpot", between),
+        "tokens_per_second": sum(answers) / done.seconds,
+        "seconds": done.seconds,
+        "steps": done.steps,
+        "preemptions": done.preemptions,
+        "most_running": done.running,
+        **quartiles("ttft", done.first),
+        **quartiles("tpot", [(last - first) / (answer - 1) for first, last, answer in times]),
     }
 
 

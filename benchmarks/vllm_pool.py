@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,8 @@ def save_model(folder: Path, layers: int) -> None:
 def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
     """Steps, seconds, preemptions and most requests running at once."""
     import torch
-    from vllm import LLM, SamplingParams
+    from served import serve
+    from vllm import LLM
 
     settings = case["arms"][arm]
     more = {"additional_config": {"reasonalloc": settings}} if settings else {}
@@ -139,43 +139,19 @@ def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
         kv_cache_memory_bytes=case["memory"],
         **more,
     )
-    engine = llm.llm_engine
-    core: Any = engine.engine_core
-    scheduler = core.engine_core.scheduler
     generator = torch.Generator().manual_seed(0)
-    limits = SamplingParams(
-        temperature=0, max_tokens=case["new"], ignore_eos=True, detokenize=False
-    )
-    preempted = count_preemptions(scheduler)
-    for index in range(case["requests"]):
-        prompt = torch.randint(2, 97, (case["prompt"],), generator=generator).tolist()
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, limits)
-    steps, running, start = 0, 0, time.perf_counter()
-    while engine.has_unfinished_requests():
-        engine.step()
-        steps += 1
-        running = max(running, len(scheduler.running))
-    seconds = time.perf_counter() - start
+    prompts = [
+        torch.randint(2, 97, (case["prompt"],), generator=generator).tolist()
+        for _ in range(case["requests"])
+    ]
+    done = serve(llm, prompts, [case["new"]] * case["requests"])
     return {
-        "steps": steps,
-        "seconds": seconds,
-        "tokens_per_second": case["requests"] * case["new"] / seconds,
-        "preemptions": len(preempted),
-        "running": running,
+        "steps": done.steps,
+        "seconds": done.seconds,
+        "tokens_per_second": case["requests"] * case["new"] / done.seconds,
+        "preemptions": done.preemptions,
+        "running": done.running,
     }
-
-
-def count_preemptions(scheduler: Any) -> list[str]:
-    """A list that gets an entry at every preemption."""
-    seen: list[str] = []
-    original = scheduler._preempt_request
-
-    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(request.request_id)
-        original(request, *args, **kwargs)
-
-    scheduler._preempt_request = counted
-    return seen
 
 
 def show(name: str, found: dict[str, list[dict[str, float]]]) -> None:
