@@ -10,6 +10,7 @@ the full cache. Each trajectory has 48 prompt tokens and 720 completion tokens.
 
 ``--chats`` adds problems of MATH through the chat template, N for calibration and 2 N for test,
 which the model answers greedily with the full cache in at most 720 tokens: answers that end count.
+OUT_FOLDER is made if it is not there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from reasonalloc.evaluation.completions import complete_all, turn_ends
+from reasonalloc.evaluation.facts import encode
 from reasonalloc.evaluation.tasks.base import BOXED
 from reasonalloc.loading import load_model
 from reasonalloc.texts import Trajectory, as_trajectory
@@ -79,13 +81,8 @@ def generated(
     """Answers of the model, sampled in one batch, with their prompts."""
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": text}] for text in texts],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    prompts = [{"input_ids": encode(tokenizer, text)} for text in texts]
+    inputs = tokenizer.pad(prompts, return_tensors="pt")
     torch.manual_seed(0)
     new = tokens - int(inputs["attention_mask"].sum(dim=1).min())
     out = model.generate(
@@ -158,7 +155,10 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, args.dtype, "cpu")[:2]
+    if args.chats and not tokenizer.chat_template:
+        raise SystemExit(f"--chats {args.chats}: {args.model} has no chat template: leave it out")
     for split in ("calibration", "test"):
         lines = []
         texts = (
