@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -148,3 +148,24 @@ def builder(llm: Any) -> Any:
 
 def worker(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def prefilled(llm: Any, run: Callable[[], Any]) -> int:
+    """Tokens of prompts that are computed while something runs."""
+    total, original = 0, scheduler(llm).schedule
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal total
+        output = original(*args, **kwargs)
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = scheduler(llm).requests[name]
+            before = request.num_computed_tokens - tokens
+            total += max(min(request.num_computed_tokens, request.num_prompt_tokens) - before, 0)
+        return output
+
+    scheduler(llm).schedule = watched
+    try:
+        run()
+    finally:
+        scheduler(llm).schedule = original
+    return total

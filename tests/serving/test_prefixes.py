@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import greedy, manager, pool, random_prompts, scheduler, worker
+from engines import greedy, manager, pool, prefilled, random_prompts, scheduler, worker
+
+from reasonalloc.errors import UnsupportedError
 
 SETTINGS = {"budget": 48, "interval": 32}
 LENGTHS = (40, 150, 7, 64)
@@ -48,27 +50,6 @@ def test_as_on_transformers(
     # Of 150 tokens 4 blocks. 64 are 2 blocks, but the last token, or the window, is computed.
     assert warm == cold - caching * (32 + 128 + 32)
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
-
-
-def prefilled(llm: Any, run: Callable[[], Any]) -> int:
-    """Tokens of prompts that are computed while something runs."""
-    total, original = 0, scheduler(llm).schedule
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal total
-        output = original(*args, **kwargs)
-        for name, tokens in output.num_scheduled_tokens.items():
-            request = scheduler(llm).requests[name]
-            before = request.num_computed_tokens - tokens
-            total += max(min(request.num_computed_tokens, request.num_prompt_tokens) - before, 0)
-        return output
-
-    scheduler(llm).schedule = watched
-    try:
-        run()
-    finally:
-        scheduler(llm).schedule = original
-    return total
 
 
 @PROMPTS
@@ -274,6 +255,21 @@ def test_a_prompt_as_long_as_the_pool(engine: Callable[..., Any]) -> None:
     left = tokens // BLOCK - manager(llm)._reserve.blocks
     assert left < tokens // BLOCK - 1
     assert computed == 3 * tokens - 200 // BLOCK * BLOCK + tokens - left * BLOCK
+
+
+def test_requests_that_run_are_not_begun_anew(engine: Callable[..., Any]) -> None:
+    from vllm import SamplingParams
+
+    llm, prompts = engine({**SETTINGS, "arm": "rkv"}), random_prompts([100, 40])
+    limits = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
+    for index, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, limits)
+    llm.llm_engine.step()
+    with pytest.raises(UnsupportedError, match=r"2 running requests .*: .* abort them first"):
+        llm.reset_prefix_cache(reset_running_requests=True)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    assert llm.reset_prefix_cache(reset_running_requests=True)
 
 
 def test_a_policy_that_looks_at_prompts_shares_nothing(engine: Callable[..., Any]) -> None:

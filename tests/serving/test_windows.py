@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import builder, greedy, manager, pool, random_prompts, scheduler
+from engines import builder, greedy, manager, pool, prefilled, random_prompts
 from test_pausing import Watched
 from windowed import FULL, SLIDING, WINDOW, save_windowed
 
@@ -130,18 +130,36 @@ def test_prompts_are_shared(
     prompts, expected = model.clear(LENGTHS, 200, **settings)
     llm = engine(settings, model=model.folder, max_num_batched_tokens=101, max_num_seqs=8)
     assert greedy(llm, prompts, 200) == expected
-    total, original = 0, scheduler(llm).schedule
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal total
-        output = original(*args, **kwargs)
-        total += sum(output.num_scheduled_tokens[new.req_id] for new in output.scheduled_new_reqs)
-        return output
-
-    scheduler(llm).schedule = counted
-    assert greedy(llm, prompts, 200) == expected
+    found: list[list[int]] = []
+    total = prefilled(llm, lambda: found.extend(greedy(llm, prompts, 200)))
+    assert found == expected
     assert total < sum(LENGTHS) - 3 * 32  # from cached blocks of all groups
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("prompt", ["evict", pytest.param("pin", marks=pytest.mark.long)])
+def test_answers_are_shared_by_nobody(
+    engine: Callable[..., Any], windowed: Callable[..., Any], prompt: str
+) -> None:
+    """Layers with windows compute them from what the others have left."""
+    settings = {**CADENCE, "arm": "rkv/uniform/adakv", "prompt": prompt}
+    llm = engine(settings, model=windowed("gemma3").folder, prefix_cache_retention_interval=32)
+    first = random_prompts([150])[0]
+    second = [*first, *greedy(llm, [first], 100)[0], *random_prompts([3], seed=3)[0]]
+    greedy(llm, [second], 30)
+    warm = greedy(llm, [second], 30)
+    llm.reset_prefix_cache()
+    assert warm == greedy(llm, [second], 30)
+
+
+def test_a_prompt_that_ends_early_in_a_block_is_found(
+    engine: Callable[..., Any], windowed: Callable[..., Any]
+) -> None:
+    """The window of the last 8 queries begins a block before the prompt's last one."""
+    settings = {**CADENCE, "arm": "rkv/uniform/adakv"}
+    llm, prompt = engine(settings, model=windowed("gemma3").folder), random_prompts([162])[0]
+    computed = [prefilled(llm, lambda: greedy(llm, [prompt], 2)) for _ in range(3)]
+    assert computed == [162, 34, 34]
 
 
 def test_prompts_beyond_the_pool(engine: Callable[..., Any], windowed: Callable[..., Any]) -> None:

@@ -122,10 +122,9 @@ class Sharing(Engine):
                 self.hashes.pop(block, None)
         while len(row) < needed:
             row.append(self.new_block())
-        known = set(self.hashes.values())
         stay = min(min(tokens, start) // reserve.block_size, most, self.before.get(name, most))
         for index, block in enumerate(row[:stay]):
-            if block and block not in self.hashes and self.hash(name, index) not in known:
+            if block and block not in self.hashes:
                 self.hashes[block] = self.hash(name, index)
         self.computed += max(min(tokens, start) - self.tokens[name], 0)
         promised = sum(each.blocks for each in self.admission._admitted.values())
@@ -258,3 +257,77 @@ def test_what_is_shared_and_what_is_needed_then(reserve: Reserve, start: int, po
         assert alone <= reserve.peak(start, start + 1000, shared) <= pool
     # The last blocks are free to be written: those before them hold all that is shared.
     assert reserve.needed(start, first, shared) - reserve.blocks >= shared
+
+
+@dataclass
+class Texts(Sharing):
+    """Prompts that begin alike in several ways; some look nothing up, so that blocks are doubled.
+
+    Attributes:
+        texts: of every prompt; blind: requests that look nothing up.
+    """
+
+    texts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    blind: frozenset[str] = frozenset()
+
+    def hash(self, name: str, index: int) -> tuple[str, int]:
+        return str(self.texts[name][: (index + 1) * self.reserve.block_size]), index
+
+    def find(self, name: str) -> list[int]:
+        if name in self.blind:
+            return []
+        kept = self.hashes
+        try:  # of blocks that hold the same, vLLM finds the first that was cached
+            self.hashes = dict(reversed(kept.items()))
+            return super().find(name)
+        finally:
+            self.hashes = kept
+
+    def step(self, waiting: list[str]) -> None:
+        super().step(waiting)
+        found = self.admission._held_twice()
+        self.admission._doubled.clear()
+        assert found == self.admission._held_twice(), "what was remembered is not so any more"
+        admitted, union, promised = self.admission._admitted, set[int](), 0
+        for name, doubled in reversed([*zip(admitted, found, strict=True)]):
+            each, row = admitted[name], {block for block in self.rows[name] if block}
+            assert len(row) <= each.own
+            assert doubled <= len(row & union)
+            most = each.without(each.peak, len(row & union))
+            assert most + len(union) + promised <= self.pool, "an older one could lack blocks"
+            union |= row
+            promised += each.blocks - len(row)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[Texts, dict[str, Asked]]:
+    engine, _ = draw(engines())
+    size = engine.reserve.block_size
+    pieces = st.integers(1, 40) | st.sampled_from([size, 2 * size])
+    roots: list[tuple[int, ...]] = [()]
+    for name, length in enumerate(draw(st.lists(pieces, max_size=5))):
+        roots.append(draw(st.sampled_from(roots)) + (name,) * length)
+    texts, requests = {}, {}
+    for index in range(draw(st.integers(1, 25))):
+        own = (-1 - draw(st.integers(0, 3)),) * draw(st.integers(0, 40))
+        text = (draw(st.sampled_from(roots)) + own) or (-1,)
+        answer, name = draw(st.integers(1, 60)), str(index)
+        texts[name] = text
+        requests[name] = Asked(len(text), answer, answer + draw(st.sampled_from([0, 0, 50])))
+    reserve = dataclasses.replace(
+        engine.reserve, observed=draw(st.integers(0, 4)), pin=draw(st.booleans())
+    )
+    least = max(peak(reserve, request) for request in requests.values())
+    pool = least + draw(st.sampled_from([0, 1]) | st.integers(0, 2 * least))
+    blind = draw(st.frozensets(st.sampled_from(sorted(requests)), max_size=3))
+    given = {name: getattr(engine, name) for name in ("chunk", "ahead", "seqs", "answers")}
+    return Texts(reserve, pool, texts=texts, blind=blind, **given), requests
+
+
+@given(trees(), st.data())
+def test_prompts_that_begin_alike_in_several_ways(
+    made: tuple[Texts, dict[str, Asked]], data: st.DataObject
+) -> None:
+    engine, requests = made
+    step, name = st.integers(0, 200), st.sampled_from(sorted(requests))
+    engine.serve(requests, data.draw(st.dictionaries(step, name, max_size=12)))

@@ -118,7 +118,17 @@ PATCHES = (
         )
         for kind in ("Unitary", "Hybrid")
     ),
+    Patch(
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
+        ("request", "num_computed_tokens"),
+        of_scheduler.cache_prompts,
+    ),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.schedule", (), of_scheduler.pause),
+    Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache",
+        ("reset_running_requests",),
+        of_scheduler.refuse_reset,
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.admission import Admission
 
 if TYPE_CHECKING:
@@ -44,6 +45,41 @@ def cap_hits(original: Callable[..., Any]) -> Callable[..., Any]:
             cap = manager.most_cached(max_cache_hit_length + 1)
             max_cache_hit_length = min(max_cache_hit_length, cap)
         return original(self, block_hashes, max_cache_hit_length)
+
+    return wrapper
+
+
+def cache_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Others find prompts alone, in all groups; windows are kept where such hits may end.
+
+    What layers with windows compute of an answer depends on what the others have lost. And vLLM
+    keeps windows before a prompt's last block alone, where a request may not resume that computes
+    more of its end itself.
+    """
+
+    def wrapper(self: Any, request: Any, num_computed_tokens: int) -> Any:
+        if (manager := _budget_manager(self)) is not None:
+            start, size = manager.admission.start(request.request_id), manager.block_size
+            num_computed_tokens = min(num_computed_tokens, start)
+            reach = manager.most_cached(start) // size * size
+            if not request.shared_prefix_boundary and reach < (start - 1) // size * size:
+                request.shared_prefix_boundary = reach
+        return original(self, request, num_computed_tokens)
+
+    return wrapper
+
+
+def refuse_reset(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Requests that run are not begun anew: their tokens would be others, if they fit at all."""
+
+    def wrapper(self: Any, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if reset_running_requests and self.running and _admission(self.kv_cache_manager):
+            raise UnsupportedError(
+                f"reset_prefix_cache(reset_running_requests=True) with {len(self.running)} running "
+                "requests cannot be used with a KV budget: begun anew they would be compressed at "
+                "other tokens; wait for them or abort them first"
+            )
+        return original(self, reset_running_requests, *args, **kwargs)
 
     return wrapper
 
