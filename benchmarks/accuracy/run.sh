@@ -28,7 +28,9 @@ ask math500 math500 math500_even random,snapkv,h2o,pyramid-rkv 64
 ask math500 math500 math500_even reasonalloc 64 --profile "$wave"
 ask math500 math500 math500_even rkv 48,96
 ask math500 math500 math500_even best 48,96 "${profile[@]}"
-ask gsm8k gsm8k gsm8k_200 full,rkv,random,h2o,snapkv 64
+ask gsm8k gsm8k gsm8k_200 full,rkv,random,h2o,snapkv,pyramid-rkv 64
 ask gsm8k gsm8k gsm8k_200 best 64,96 "${profile[@]}"
+ask gsm8k gsm8k gsm8k_200 best-bytes 64 "${profile[@]}"
+ask gsm8k gsm8k gsm8k_200 reasonalloc 64 --profile "$wave"
 ask gsm8k gsm8k gsm8k_200 rkv 96
 ask pinned math500 math500_even rkv,random 64 --prompt pin
