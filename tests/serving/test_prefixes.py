@@ -257,18 +257,22 @@ def test_a_prompt_as_long_as_the_pool(engine: Callable[..., Any]) -> None:
     assert computed == 3 * tokens - 200 // BLOCK * BLOCK + tokens - left * BLOCK
 
 
-def test_requests_that_run_are_not_begun_anew(engine: Callable[..., Any]) -> None:
+def test_a_request_that_could_not_begin_anew_is_not_reset(engine: Callable[..., Any]) -> None:
+    """It has more tokens by now than the whole pool has room for."""
     from vllm import SamplingParams
 
-    llm, prompts = engine({**SETTINGS, "arm": "rkv"}), random_prompts([100, 40])
-    limits = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
-    for index, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, limits)
-    llm.llm_engine.step()
-    with pytest.raises(UnsupportedError, match=r"2 running requests .*: .* abort them first"):
+    llm = engine({**SETTINGS, "arm": "rkv"}, num_gpu_blocks_override=13)
+    prompts = random_prompts([20, 40])
+    expected = greedy(llm, prompts, [500, 100])
+    limits = SamplingParams(temperature=0, ignore_eos=True, max_tokens=500)
+    llm.llm_engine.add_request("a", {"prompt_token_ids": prompts[0]}, limits)
+    for _ in range(420):
+        llm.llm_engine.step()
+    with pytest.raises(UnsupportedError, match=r"1 of 1 running requests cannot be begun anew"):
         llm.reset_prefix_cache(reset_running_requests=True)
     while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+        (out,) = llm.llm_engine.step()
+    assert list(out.outputs[0].token_ids) == expected[0]
     assert llm.reset_prefix_cache(reset_running_requests=True)
 
 

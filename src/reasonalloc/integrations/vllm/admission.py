@@ -232,8 +232,15 @@ class Admission:
             last: most tokens that it will have in the cache.
         """
         if request_id not in self._admitted:
-            most = 0 if self._shared is None else self._reserve.most_shared(start, self._pool)
-            self._announced[request_id] = Admitted(self._reserve, start, last, most)
+            self._announced[request_id] = self._request(start, last)
+
+    def _request(self, start: int, last: int) -> Admitted:
+        most = 0 if self._shared is None else self._reserve.most_shared(start, self._pool)
+        return Admitted(self._reserve, start, last, most)
+
+    def fits(self, start: int, last: int) -> bool:
+        """Whether the pool holds a request, alone; see ``announce``."""
+        return self._request(start, last).peak <= self._pool
 
     def start(self, request_id: str) -> int:
         """Tokens of a request's prefill."""

@@ -127,7 +127,7 @@ PATCHES = (
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache",
         ("reset_running_requests",),
-        of_scheduler.refuse_reset,
+        of_scheduler.check_reset,
     ),
 )
 

@@ -29,8 +29,7 @@ def announce(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if (admission := _admission(self)) is not None:
-            last = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-            admission.announce(request.request_id, request.num_tokens, last)
+            admission.announce(request.request_id, request.num_tokens, _last(self, request))
         return original(self, request, *args, **kwargs)
 
     return wrapper
@@ -69,16 +68,20 @@ def cache_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def refuse_reset(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Requests that run are not begun anew: their tokens would be others, if they fit at all."""
+def check_reset(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Requests that run are begun anew only if the pool holds all their tokens, uncompressed."""
 
     def wrapper(self: Any, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if reset_running_requests and self.running and _admission(self.kv_cache_manager):
-            raise UnsupportedError(
-                f"reset_prefix_cache(reset_running_requests=True) with {len(self.running)} running "
-                "requests cannot be used with a KV budget: begun anew they would be compressed at "
-                "other tokens; wait for them or abort them first"
-            )
+        admission = _admission(self.kv_cache_manager)
+        if reset_running_requests and admission is not None:
+            long = [r for r in self.running if not admission.fits(r.num_tokens, _last(self, r))]
+            if long:
+                raise UnsupportedError(
+                    f"reset_prefix_cache(reset_running_requests=True): {len(long)} of "
+                    f"{len(self.running)} running requests cannot be begun anew under a KV budget, "
+                    "since the whole KV cache does not hold their tokens uncompressed: wait for "
+                    "them, abort them, or give the engine more KV cache memory"
+                )
         return original(self, reset_running_requests, *args, **kwargs)
 
     return wrapper
@@ -112,6 +115,12 @@ def pause(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
 
     return wrapper
+
+
+def _last(owner: Any, request: Any) -> int:
+    """Most tokens that a request will have; ``owner``: a scheduler or ``KVCacheManager``."""
+    most: int = min(request.num_prompt_tokens + request.max_tokens, owner.max_model_len)
+    return most
 
 
 def _admission(manager: Any) -> Admission | None:
