@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
         }
 
-    return make
+    return cache(make)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from itertools import takewhile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_admission import SMALL, Asked, Engine, Sanguine, engines, peak
+from test_admission import SMALL, Asked, Engine, Sanguine, drops, engines, peak
 
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
@@ -52,7 +52,8 @@ class Sharing(Engine):
 
     def find(self, name: str) -> list[int]:
         cap = self.reserve.most_cached(self.asked[name].prompt, self.pool)
-        blocks = {found: block for block, found in self.hashes.items()}
+        # Of blocks that hold the same, vLLM finds the first that was cached.
+        blocks = {found: block for block, found in reversed(self.hashes.items())}
         found: list[int] = []
         for index in range(cap // self.reserve.block_size):
             if (block := blocks.get(self.hash(name, index))) is None:
@@ -90,9 +91,7 @@ class Sharing(Engine):
     def take_beside(self, name: str, start: int, tokens: int, processed: int) -> None:
         if processed >= start and self.rows[name]:
             self.admission.prefilled(name)
-        size, side = self.reserve.block_size, self.sides.setdefault(name, [])
-        widths = self.reserve.windows.widths
-        count = sum(-(-tokens // size) - max(0, processed - w + 1) // size for w in widths)
+        count, side = self.in_windows(tokens, processed), self.sides.setdefault(name, [])
         self.give_back(side[count:])
         side[:] = [*side[:count], *(self.new_block() for _ in range(count - len(side)))]
 
@@ -152,9 +151,7 @@ def test_every_request_finishes_without_preemption(
     made: tuple[Engine, dict[str, Asked]], alike: int, observed: int, data: st.DataObject
 ) -> None:
     engine, requests = made  # the pool holds each of them if it shares nothing
-    step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
-    drops = data.draw(st.dictionaries(step, name, max_size=4))
-    sharing(engine, alike, observed).serve(requests, drops)
+    sharing(engine, alike, observed).serve(requests, data.draw(drops(requests)))
 
 
 @given(engines(), st.integers(0, 80), st.integers(0, 50), st.data())
@@ -162,11 +159,9 @@ def test_every_request_with_a_pinned_prompt_finishes(
     made: tuple[Engine, dict[str, Asked]], alike: int, more: int, data: st.DataObject
 ) -> None:
     engine, requests = made
-    step, name = st.integers(0, 60), st.sampled_from(sorted(requests))
-    drops = data.draw(st.dictionaries(step, name, max_size=4))
     shared = sharing(engine, alike, 0, pin=True)
     pool = more + max(peak(shared.reserve, request) for request in requests.values())
-    dataclasses.replace(shared, pool=pool).serve(requests, drops)
+    dataclasses.replace(shared, pool=pool).serve(requests, data.draw(drops(requests)))
 
 
 @given(engines(), st.integers(0, 80))
@@ -274,14 +269,7 @@ class Texts(Sharing):
         return str(self.texts[name][: (index + 1) * self.reserve.block_size]), index
 
     def find(self, name: str) -> list[int]:
-        if name in self.blind:
-            return []
-        kept = self.hashes
-        try:  # of blocks that hold the same, vLLM finds the first that was cached
-            self.hashes = dict(reversed(kept.items()))
-            return super().find(name)
-        finally:
-            self.hashes = kept
+        return [] if name in self.blind else super().find(name)
 
     def step(self, waiting: list[str]) -> None:
         super().step(waiting)
@@ -329,5 +317,4 @@ def test_prompts_that_begin_alike_in_several_ways(
     made: tuple[Texts, dict[str, Asked]], data: st.DataObject
 ) -> None:
     engine, requests = made
-    step, name = st.integers(0, 200), st.sampled_from(sorted(requests))
-    engine.serve(requests, data.draw(st.dictionaries(step, name, max_size=12)))
+    engine.serve(requests, data.draw(drops(requests, steps=200, most=12)))
