@@ -50,3 +50,19 @@ def of_model(model: Any, seed: int = 0) -> CostProfile:
     fingerprint = config_hash(text_config(model).to_dict())
     made = make(len(shapes), shapes[0].kv_heads, fingerprint=fingerprint, seed=seed)
     return replace(made, foretells=as_json(predictor(layers, shapes[0].kv_heads, seed)))
+
+
+#: What formats cost more than none, in which fewer bits cost a little.
+MORE = {"int8": 0.01, "int8:int4": 0.1, "int4h": 0.4}
+
+
+def in_formats(costs: CostProfile) -> CostProfile:
+    """With costs in fewer bits: most is lost where much depends on a head."""
+    coded = {
+        kind: {
+            "costs": (torch.tensor(costs.costs) * (1 + more)).tolist(),
+            "layer_costs": (torch.tensor(costs.layer_costs) * (1 + more)).tolist(),
+        }
+        for kind, more in MORE.items()
+    }
+    return replace(costs, coded=coded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -29,16 +28,9 @@ SETTINGS: dict[str, Any] = {"arm": "best-bytes", "interval": 8, "window": 4}
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random costs in which fewer bits cost a little, and most where much depends on a head."""
-    made = made_costs.of_model(tiny("llama"))
-    coded = {
-        kind: {
-            "costs": (torch.tensor(made.costs) * (1 + more)).tolist(),
-            "layer_costs": (torch.tensor(made.layer_costs) * (1 + more)).tolist(),
-        }
-        for kind, more in (("int8", 0.01), ("int8:int4", 0.1), ("int4h", 0.4))
-    }
+    made = made_costs.in_formats(made_costs.of_model(tiny("llama")))
     path = tmp_path_factory.mktemp("costs") / "costs.json"
-    dataclasses.replace(made, coded=coded).save(path)
+    made.save(path)
     return path
 
 

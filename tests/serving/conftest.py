@@ -65,9 +65,11 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             made_costs.of_model(model), policy="predicted_loss", interval=interval, window=8
         )
         costs.save(where / "costs.json")
+        made_costs.in_formats(costs).save(where / "formats.json")
         made_statistics.of_model(model).save(where / "statistics.safetensors")
         return {
             "best": str(where / "costs.json"),
+            "best-bytes": str(where / "formats.json"),
             "predicted_loss/pyramid/uniform": str(where / "costs.json"),
             "tri_attention/pyramid/uniform": str(where / "statistics.safetensors"),
         }

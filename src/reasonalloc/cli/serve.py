@@ -159,7 +159,9 @@ def command(
 
         text = text_config(model_config)
         stages = divide_layers(text, _stages(foreign))
-        budget = make_budget(config, model.name, text, tensor_parallel_size, stages=stages)
+        budget = make_budget(
+            config, model.name, text, tensor_parallel_size, stages=stages, dtype=kind
+        )
         block_size = default_block_size() if block_size is None else block_size
         last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
         sizes = Accounting(

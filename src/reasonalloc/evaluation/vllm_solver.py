@@ -86,7 +86,9 @@ class VllmSolver:
         self._config, self._dtype = text_config(model), model.dtype
         self._ends = end_tokens(model)
         self._plans = {
-            job: make_budget(self._settings.config(job), spec.name, self._config, 1)
+            job: make_budget(
+                self._settings.config(job), spec.name, self._config, 1, dtype=self._dtype
+            )
             for job in jobs
             if job.budget is not None
         }

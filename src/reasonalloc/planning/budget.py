@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -68,7 +68,7 @@ class BudgetPlan(Shown):
     text_config: Any = field(repr=False)
     name: str
     load_rope: Callable[[], Rope] | None = field(default=None, repr=False)
-    load_output_metrics: Callable[[], dict[int, Tensor]] | None = field(default=None, repr=False)
+    load_output_metrics: Callable[[], Mapping[int, Tensor]] | None = field(default=None, repr=False)
     batch: int = 1
     tokens: int = TOKENS
     dtype: torch.dtype = torch.float32

@@ -109,7 +109,8 @@ class ModelFacts:
         load_output_metrics: returns, by layer under a budget, [kv_heads, value_dim, value_dim]
             float32: ``W^T W`` of the part ``W`` of the output projection that reads a query head,
             averaged over the group. Raises ``UnsupportedError`` if the projection cannot be read;
-            None while only the configuration is known.
+            None while only the configuration is known. They may be filled in later, but before the
+            first score.
         kv_heads: KV heads of each layer under a budget.
         indices: of the layers under a budget, among all layers.
     """
@@ -120,7 +121,7 @@ class ModelFacts:
     query_heads: int
     head_dim: int
     load_rope: Callable[[], Rope] | None = None
-    load_output_metrics: Callable[[], dict[int, Tensor]] | None = None
+    load_output_metrics: Callable[[], Mapping[int, Tensor]] | None = None
     kv_heads: tuple[int, ...] = ()
     indices: tuple[int, ...] = ()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -40,7 +41,9 @@ class ValueAware(Policy):
     _roots: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _metrics: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _metrics: Mapping[int, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.half_life > 0:

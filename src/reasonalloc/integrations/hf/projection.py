@@ -10,11 +10,9 @@ from torch import Tensor
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.hf.model import check_model
 from reasonalloc.integrations.hf.sharding import find_shard
+from reasonalloc.outputs import output_metric, projections
 
-_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
 
-
-@torch.no_grad()
 def output_metrics(model: Any) -> dict[int, Tensor]:
     """How far a change of a head's output moves the layer's output, by layer under a budget.
 
@@ -62,19 +60,13 @@ def output_metrics(model: Any) -> dict[int, Tensor]:
                 f"metric='output': the output projection of {type(model).__name__}'s layer {layer} "
                 "is no plain matrix (quantised, or of an unknown name): use metric='value'"
             )
-        each = [
-            torch.einsum("ohd,ohe->hde", own, own)
-            for own in (weight.float().unflatten(1, (heads, -1)) for weight in readers)
-        ]
-        metric = torch.stack(each).unflatten(1, (shape.kv_heads, -1))
-        metrics[layer] = metric.mean(dim=(0, 2)).cpu()
+        metrics[layer] = output_metric(readers, heads, shape.kv_heads)
     return metrics
 
 
 def _of(module: Any) -> Tensor | None:
     """[outputs, query_heads * value_dim] of an attention module."""
-    for name in _NAMES:
-        projection = getattr(module, name, None)
+    for projection in projections(module):
         if isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point():
             return projection.weight
     return None

@@ -104,11 +104,10 @@ class Accounting:
         """
         tokens = prompt + max(generated, 1) - 1
         reserve = self.layouts[0].reserve
-        pinned = reserve.pinned(prompt)
         kept = sum(
-            reserve.cadence.held(prompt, tokens, total, layout.kv_heads, pinned)
+            layout.held(layer, prompt, tokens)
             for layout in self.layouts
-            for total in layout.totals
+            for layer in range(len(layout.totals))
         )
         compressed = tokens >= reserve.first_event(prompt)
         plain = held = self.plain(tokens)

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.builder import BudgetBuilder, BudgetMetadata
+from reasonalloc.integrations.vllm.builder import BudgetBuilder, BudgetMetadata, SplitMetadata
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 
 
@@ -25,7 +25,7 @@ class BudgetImpl(CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: BudgetMetadata | None,
+        attn_metadata: BudgetMetadata | SplitMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -37,8 +37,14 @@ class BudgetImpl(CPUAttentionBackendImpl):
             return output
         meta, builder = attn_metadata, attn_metadata.builder
         index = builder.layers[layer.layer_name]
-        attend = self._by_kernel if meta.loop is None else self._by_loop
-        attend(index, meta, query, key, value, output)
+        for tokens, part in meta.parts:
+            attend = self._by_kernel if part.loop is None else self._by_loop
+            if tokens is None:
+                attend(index, part, query, key, value, output)
+                continue
+            out = torch.empty_like(output[: part.tokens])
+            attend(index, part, query[tokens], key[tokens], value[tokens], out)
+            output[tokens] = out
         for piece in meta.prompts:
             builder.observe(piece, index, query)
         return output

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError, UsageError
+from reasonalloc.integrations.vllm.coding import Coding
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.observation import FLUSH
 from reasonalloc.integrations.vllm.settings import find_settings
 from reasonalloc.integrations.vllm.windows import Groups, Windows, divide
+from reasonalloc.outputs import LateMetrics
 from reasonalloc.planning.budget import BudgetPlan
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.planning.sharding import HeadShard
@@ -27,12 +31,14 @@ class EngineBudget(BudgetPlan):
             are in one.
         in_flight, steps: most tokens and steps that are scheduled and not computed at a time, see
             ``Windows``.
+        outputs: metrics of the layers, which workers fill in when they have the weights.
     """
 
     ranks: int = 1
     stages: tuple[tuple[int, int], ...] | None = None
     in_flight: int | None = None
     steps: int = 1
+    outputs: LateMetrics = field(default_factory=LateMetrics, repr=False)
 
     def __post_init__(self) -> None:
         self._check_layers()
@@ -43,12 +49,24 @@ class EngineBudget(BudgetPlan):
                 f"pipeline_parallel_size={len(self.stages)} cannot be used with a KV budget and "
                 f"{self.name} yet, whose layers have sliding windows: use tensor_parallel_size"
             )
-        if self.formats is not None:
+        if self.coded and self.config.prompt == "pin":
             raise UnsupportedError(
-                f"layers={self.config.arm.layers!r} plans bits per head, which cannot run in vLLM "
-                "yet: use the arm 'best', or transformers"
+                f"prompt='pin' and {self.bits} cannot run in vLLM together yet, where a pinned "
+                "prompt stays as it is: use prompt='evict', or transformers"
             )
         self.policy_of(self.shard(0))
+
+    @property
+    def coded(self) -> bool:
+        """Whether older tokens are kept in fewer bits."""
+        return self.formats is not None or self.config.coded
+
+    @property
+    def bits(self) -> str:
+        """The setting that asks for fewer bits, for messages."""
+        if self.formats is not None:
+            return f"layers={self.config.arm.layers!r}, which plans bits per head,"
+        return f"kv_dtype={self.config.kv_dtype!r}"
 
     def _check_layers(self) -> None:
         for index, shape in enumerate(self.shapes):
@@ -154,15 +172,39 @@ class EngineBudget(BudgetPlan):
         own = [[total for total, _ in self.parts(self.shard(rank))] for rank in range(self.ranks)]
         stages = range(1 if self.stages is None else len(self.stages))
         totals = [layers[self.stage(number)] for number in stages for layers in own]
+        codings = None
+        if self.coded:
+            codings = [
+                self._coding(self.shard(rank), self.stage(number), block_size)
+                for number in stages
+                for rank in range(self.ranks)
+            ]
         pin = self.config.prompt == "pin"
         heads = self.kv_heads // self.ranks
         windows = Windows(self.groups.widths, block_size, self.in_flight, self.steps)
         interval = self.config.interval
-        return make_layouts(totals, heads, interval, block_size, pin, windows, self.observed)
+        given = (pin, windows, self.observed, codings)
+        return make_layouts(totals, heads, interval, block_size, *given)
+
+    def _coding(self, shard: HeadShard, stage: slice, block_size: int) -> Coding:
+        """How a process keeps the older tokens of a stage's layers."""
+        heads = self.kv_heads // self.ranks
+        same = (self.config.kv_dtype,) * heads
+        kinds = [same if own is None else own for own in self.formats_of(shard)]
+        planned = [own for _, own in self.parts(shard)] if self.formats is not None else None
+        return Coding.of_kinds(
+            kinds[stage],
+            None if planned is None else [own or () for own in planned[stage]],
+            self.config.window,
+            next(shape.dims for shape in self.shapes if shape.compressible),
+            self.dtype,
+            block_size,
+            self.policy.state_channels,
+        )
 
 
 def check_storage(config: CompressionConfig) -> None:
-    """Refuse what vLLM's pages cannot hold yet: protected prompts, fewer bits, bytes.
+    """Refuse what vLLM's pages cannot hold yet: protected prompts, bytes.
 
     Raises:
         UnsupportedError: names it.
@@ -176,17 +218,10 @@ def check_storage(config: CompressionConfig) -> None:
             f"pin_limit={config.pin_limit} cannot run in vLLM yet: leave it out (a prompt that the "
             "pool cannot hold is refused)"
         )
-    for name, able in (("prompt", ("evict", "pin")), ("kv_dtype", ("auto",))):
-        if (value := getattr(config, name)) not in able:
-            use = " or ".join(f"{name}={each!r}" for each in able)
-            raise UnsupportedError(f"{name}={value!r} cannot run in vLLM yet: use {use}")
-
-
-def _no_outputs() -> Any:
-    raise UnsupportedError(
-        "policy='value_aware(metric=output)' needs the model's output projections, which it cannot "
-        "get at inside vLLM yet: use metric=value"
-    )
+    if config.prompt not in ("evict", "pin"):
+        raise UnsupportedError(
+            f"prompt={config.prompt!r} cannot run in vLLM yet: use prompt='evict' or prompt='pin'"
+        )
 
 
 _budgets: dict[tuple[Any, ...], EngineBudget] = {}
@@ -210,9 +245,10 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     stages = divide_layers(model.hf_text_config, parallel.pipeline_parallel_size)
     in_flight, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches
     given = (ranks, in_flight, steps, stages)
-    key = (config, model.model, str(model.hf_text_config), *given)
+    key = (config, model.model, str(model.hf_text_config), model.dtype, *given)
     if key not in _budgets:
-        _budgets[key] = make_budget(config, model.model, model.hf_text_config, *given)
+        text, name = model.hf_text_config, model.model
+        _budgets[key] = make_budget(config, name, text, *given, dtype=model.dtype)
     return _budgets[key]
 
 
@@ -251,6 +287,7 @@ def make_budget(
     in_flight: int | None = None,
     steps: int = 1,
     stages: tuple[tuple[int, int], ...] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> EngineBudget:
     """Return the budget of a model whose weights need not be loaded.
 
@@ -261,19 +298,22 @@ def make_budget(
         ranks: tensor-parallel processes.
         in_flight, steps, stages: of the engine, see ``EngineBudget``; without one a prompt is
             prefilled at once.
+        dtype: of keys and values that are kept as they are.
 
     Raises:
         UsageError, UnsupportedError: settings or a model that cannot work.
     """
-    shapes = layer_shapes(text_config, name)
+    shapes, outputs = layer_shapes(text_config, name), LateMetrics()
     return EngineBudget(
         config,
         shapes,
         text_config,
         name,
-        load_output_metrics=_no_outputs,
+        load_output_metrics=outputs.ask,
+        dtype=dtype,
         ranks=ranks,
         stages=stages,
         in_flight=in_flight,
         steps=steps,
+        outputs=outputs,
     )

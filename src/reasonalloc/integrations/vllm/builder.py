@@ -14,11 +14,13 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
+from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
+from reasonalloc.integrations.vllm.checks import check_bits
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.kernels import CpuKernel, Kernel, have_loops
 from reasonalloc.integrations.vllm.observation import FLUSH, PoolObserver, Unseen
-from reasonalloc.integrations.vllm.pages import Coded, coded_of
+from reasonalloc.integrations.vllm.pages import Coded, Pages, coded_of
 from reasonalloc.integrations.vllm.runs import (
     NO_REQUEST,
     Batch,
@@ -29,7 +31,9 @@ from reasonalloc.integrations.vllm.runs import (
     send,
 )
 from reasonalloc.integrations.vllm.spec import BudgetSpec
+from reasonalloc.integrations.vllm.views import CodedPool
 from reasonalloc.ops.native.paged import Layout, PagedLoop
+from reasonalloc.outputs import output_metric, projections
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class BudgetMetadata:
     def __post_init__(self) -> None:
         self._schedules: dict[int, Any] = {}
 
+    @property
+    def parts(self) -> list[tuple[Tensor | None, BudgetMetadata]]:
+        """All of the step, see ``SplitMetadata``."""
+        return [(None, self)]
+
     def schedule(self, layer: int) -> Any:
         """The kernel's schedule of a layer; one for all while all layers hold the same."""
         key = 0 if self.builder.layers_alike else layer
@@ -88,6 +97,20 @@ class BudgetMetadata:
             kernel = self.builder.kernel
             self._schedules[key] = kernel.schedule(self.query_start, self.lengths[layer])
         return self._schedules[key]
+
+
+@dataclass
+class SplitMetadata:
+    """What a step's attention needs whose requests are not computed alike.
+
+    Attributes:
+        builder, prompts: see ``BudgetMetadata``.
+        parts: tokens, [n] int64, and what their attention needs.
+    """
+
+    builder: BudgetBuilder
+    prompts: list[Piece]
+    parts: list[tuple[Tensor | None, BudgetMetadata]]
 
 
 def own_stage(plan: EngineBudget) -> int:
@@ -132,11 +155,15 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         self._due: list[Due] = []
         self._unseen: list[Unseen] = []
         self._blocks: Tensor | None = None
-        self._tables: tuple[Any, Tensor] | None = None
+        self._tables: dict[bool, tuple[Any, Tensor]] = {}
+        self._bits: CodedPool | None = None  # pages of tokens in fewer bits
         # Our own loops, if they can be had, and the layout of the pool, if they read it.
         wanted = self.on_processors and self._coded is None
         self._loops = wanted and have_loops(vllm_config.model_config.dtype)
         self._native: Layout | None = None
+        if layout.coding is not None:
+            stored = "auto" if self._coded is None else self._coded.name
+            check_bits(plan, stored, self._loops or not self.on_processors)
         # Equal budgets: no need to look at the layers one by one.
         self.layers_alike = (
             len(set(layout.totals)) == 1
@@ -184,10 +211,17 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
 
     def _bind(self) -> None:
         if not self.runs.bound:
-            self.runs.bind(self.kernel.pages([module.kv_cache for module in self._modules]))
+            self._bind_pages(self.kernel.pages([module.kv_cache for module in self._modules]))
             if self._loops:
                 pages = self.runs.pages
                 self._native = Layout.of(pages.raw, pages.keys, pages.values)
+            if self._bits is not None and self._native is None:
+                raise RuntimeError("our own attention cannot read vLLM's pool")
+
+    def _bind_pages(self, pages: Pages) -> None:
+        self.runs.bind(pages)
+        if (coding := self.runs.layout.coding) is not None:
+            self._bits = CodedPool(coding, pages, self.device)
 
     @cached_property
     def _loop(self) -> PagedLoop | None:
@@ -197,7 +231,8 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         impl = self._modules[0].impl
         group = impl.num_heads // impl.num_kv_heads
         cap = impl.logits_soft_cap or 0.0
-        return PagedLoop(self._native, group, impl.num_kv_heads, impl.scale, cap)
+        coded = None if self._bits is None else self._bits.in_loops
+        return PagedLoop(self._native, group, impl.num_kv_heads, impl.scale, cap, coded)
 
     @cached_property
     def _compressor(self) -> PoolCompressor:
@@ -212,6 +247,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             self._sinks,
             self._stage,
             self._native,
+            self._bits,
         )
 
     @cached_property
@@ -226,7 +262,35 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             impl.logits_soft_cap or None,
             self._sinks,
             self._native,
+            self._bits,
         )
+
+    def know(self, model: Any) -> None:
+        """Read what the policy wants to know of the weights, once.
+
+        Args:
+            model: vLLM's, in this process.
+
+        Raises:
+            UnsupportedError: an output projection cannot be read.
+        """
+        outputs, before = self._plan.outputs, self._plan.stage(self._stage).start or 0
+        if not outputs.asked or before in outputs:
+            return
+        impl, dtype = self._modules[0].impl, self.vllm_config.model_config.dtype
+        # Applied to single numbers it shows its matrix, however its weights are stored.
+        single = torch.eye(impl.num_heads * impl.head_size, dtype=dtype, device=self.device)
+        for name, index in self.layers.items():
+            attention = model.get_submodule(name.rpartition(".")[0])
+            projection = next(projections(attention), None)
+            if getattr(projection, "quant_method", None) is None:
+                raise UnsupportedError(
+                    f"metric='output': {self._plan.name}'s {name} has no output projection of a "
+                    "known name: use metric='value'"
+                )
+            weight = projection.quant_method.apply(projection, single).t()
+            metric = output_metric([weight], impl.num_heads, impl.num_kv_heads)
+            outputs.fill({before + index: metric})
 
     def begin(
         self,
@@ -273,7 +337,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> BudgetMetadata:
+    ) -> BudgetMetadata | SplitMetadata:
         """Metadata of one step."""
         common, batch, self._batch = common_attn_metadata, self._batch, None
         starts = common.query_start_loc_cpu.tolist()
@@ -283,29 +347,74 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             after = common.seq_lens.tolist()
             batch = dummy_batch([n - q for n, q in zip(after, new, strict=True)], after)
         self._bind()
-        runs = self.runs
+        blocks, seq_lens = common.block_table_tensor, common.seq_lens
+        self._blocks = blocks
+        prompts = self._prompts(batch, starts) if self._observes else []
+        if self._bits is None or min(new) > 1 or max(new) == 1:
+            return self._part(batch, new, blocks, seq_lens, prompts)
+        # Our own loop alone reads fewer bits, and vLLM's kernel alone takes several tokens.
+        parts = []
+        for alone in (True, False):
+            rows = [row for row, count in enumerate(new) if (count == 1) == alone]
+            tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
+            own, where = send(self.device, rows, tokens)
+            some = Batch(
+                [batch.requests[row] for row in rows],
+                [batch.before[row] for row in rows],
+                [batch.after[row] for row in rows],
+            )
+            counts = [new[row] for row in rows]
+            parts.append((where, self._part(some, counts, blocks[own], seq_lens[own], [])))
+        return SplitMetadata(self, prompts, parts)
+
+    def _part(
+        self,
+        batch: Batch,
+        new: list[int],
+        blocks: Tensor,
+        seq_lens: Tensor,
+        prompts: list[Piece],
+    ) -> BudgetMetadata:
+        """Metadata of requests whose tokens follow each other.
+
+        Args:
+            batch: they.
+            new: tokens of each.
+            blocks: [requests, n] int32; seq_lens: [requests] int32.
+            prompts: see ``BudgetMetadata``.
+        """
+        runs, starts = self.runs, [0, *itertools.accumulate(new)]
         heads, tokens = runs.heads, starts[-1]
-        (slots,) = send(self.device, batch.slots)
-        lengths = runs.lengths(slots, common.seq_lens)
-        blocks = self._blocks = common.block_table_tensor
-        table = self._table(batch, slots, lengths, blocks)
-        loop = self._loop if tokens == len(new) else None
-        by_head = loop is None and (tokens > len(new) or self._sinks is not None)
+        slots, begins = send(self.device, batch.slots, starts)
+        lengths = runs.lengths(slots, seq_lens)
+        alone = tokens == len(new)
+        table = self._table(batch, slots, lengths, blocks, alone)
+        loop = self._loop if alone else None
+        by_head = loop is None and (not alone or self._sinks is not None)
         new_slots = self._new_slots(table, lengths, new, starts)
         if runs.state is not None:
             runs.state[new_slots.flatten()] = 0
-        query_start = common.query_start_loc
         if by_head:
             table, lengths = table.transpose(1, 2), lengths.transpose(1, 2)
             offset = torch.arange(heads, device=self.device)[:, None] * tokens
-            query_start = torch.cat([(query_start[:-1] + offset).flatten(), offset[-1] + tokens])
+            query_start = torch.cat([(begins[:-1] + offset).flatten(), offset[-1] + tokens])
             query_start = query_start.to(torch.int32)
         else:
             query_start = torch.arange(len(new) * heads + 1, dtype=torch.int32, device=self.device)
         lengths, table = lengths.flatten(1).contiguous(), table.flatten(1, 2).contiguous()
         noted = self._noted(batch, starts)
         if loop is not None:
-            loop.begin(table, lengths, new_slots, noted)
+            coded = ()
+            if self._bits is not None:
+                coded = tuple(t[:, slots].flatten(1) for t in (runs.coded, runs.begin))
+            loop.begin(table, lengths, new_slots, noted, *coded)
+        elif self._bits is not None and any(
+            request.slot != NO_REQUEST and before >= request.start
+            for request, before in zip(batch.requests, batch.before, strict=True)
+        ):
+            raise RuntimeError("a request that was compressed came with several tokens")
+        if not alone:
+            self._clear_ends(batch, new, blocks)
         return BudgetMetadata(
             builder=self,
             tokens=tokens,
@@ -316,21 +425,26 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             slots=new_slots,
             noted=noted,
             longest_query=max(new),
-            prompts=self._prompts(batch, starts) if self._observes else [],
+            prompts=prompts,
             loop=loop,
             begun=0 if loop is None else loop.begun,
         )
 
-    def _table(self, batch: Batch, slots: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:
-        """[L, requests, H, pages]; made anew only if runs, requests or their blocks changed."""
+    def _table(
+        self, batch: Batch, slots: Tensor, lengths: Tensor, blocks: Tensor, alone: bool
+    ) -> Tensor:
+        """[L, requests, H, pages]; made anew only if runs, requests or their blocks changed.
+
+        The last one of steps with one token per request is kept, and that of others: ``alone``.
+        """
         size = self.kv_cache_spec.block_size
         pages = -(-int(lengths.max()) // size)
         needed = self.runs.layout.reserve.needed
         held = [needed(r.start, n) for r, n in zip(batch.requests, batch.after, strict=True)]
         key = (self.runs.version, pages, batch.slots, held)
-        if self._tables is None or self._tables[0] != key:
-            self._tables = key, self.runs.table(slots, blocks, pages)
-        return self._tables[1]
+        if alone not in self._tables or self._tables[alone][0] != key:
+            self._tables[alone] = key, self.runs.table(slots, blocks, pages)
+        return self._tables[alone][1]
 
     def _new_slots(
         self, table: Tensor, lengths: Tensor, new: list[int], starts: list[int]
@@ -357,6 +471,27 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         run = run * heads + torch.arange(heads, device=self.device)
         page = table.reshape(-1).take(run * pages + place // size)
         return (page.long() * size + place % size).flatten(1)
+
+    def _clear_ends(self, batch: Batch, new: list[int], blocks: Tensor) -> None:
+        """Make numbers of what is behind the tokens of prompts, in their last blocks.
+
+        Pages may have held fewer bits before, which as numbers may be none, and vLLM's own kernels
+        multiply what is hidden by zero.
+        """
+        if self._bits is None:
+            return
+        size = self.kv_cache_spec.block_size
+        ends = [
+            (request.slot, row, position)
+            for row, (request, after) in enumerate(zip(batch.requests, batch.after, strict=True))
+            if request.slot != NO_REQUEST and new[row] > 1
+            for position in range(after, -(-after // size) * size)
+        ]
+        if ends:
+            slots, rows, positions = send(self.device, *map(list, zip(*ends, strict=True)))
+            places = self.runs.places(slots, positions.int(), blocks, rows)
+            nothing = self.runs.pages.raw.new_zeros(())
+            self.runs.pages.write(places, nothing, nothing)
 
     def _noted(self, batch: Batch, starts: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
         """``_wanted`` on the device; None of none."""

@@ -143,6 +143,46 @@ def check_engine(config: Any) -> None:
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
 
 
+def check_bits(plan: EngineBudget, stored: str, able: bool) -> None:
+    """Refuse fewer bits where nothing reads them.
+
+    Args:
+        plan: keeps older tokens in fewer bits.
+        stored: vLLM's name of the cache's format.
+        able: our own attention can be had.
+
+    Raises:
+        UnsupportedError: says what to do.
+    """
+    if stored in CODED:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {stored} cannot be used with {plan.bits} in vLLM: tokens would be "
+            "kept in fewer bits twice; leave one of them out"
+        )
+    if not able:
+        raise UnsupportedError(
+            f"{plan.bits} needs our own attention in vLLM on a processor, which could not be "
+            "compiled: install g++ (or name a compiler in the environment variable CXX)"
+        )
+
+
+def check_blocks(plan: EngineBudget, block_size: int) -> None:
+    """Refuse blocks in which a processor cannot read fewer bits.
+
+    Args:
+        plan: keeps older tokens in fewer bits.
+        block_size: tokens of a block.
+
+    Raises:
+        UnsupportedError: says what to do.
+    """
+    if block_size < 16 or block_size & (block_size - 1):
+        raise UnsupportedError(
+            f"block_size={block_size}: {plan.bits} needs a power of two from 16 on in vLLM on a "
+            f"processor: give --block-size {_CPU_BLOCK}"
+        )
+
+
 def asks_for_fp8(hf_config: Any) -> bool:
     """Whether a checkpoint says itself that its KV cache is coded (compressed-tensors does)."""
     quantised = getattr(hf_config, "quantization_config", None) or {}

@@ -17,9 +17,11 @@ from reasonalloc.cache.host import DeferredMax
 from reasonalloc.core.boundary import decide
 from reasonalloc.core.pinned import Pinned
 from reasonalloc.integrations.vllm.budget import EngineBudget
+from reasonalloc.integrations.vllm.moves import Kept, move
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
+from reasonalloc.integrations.vllm.views import CodedPool, View, view_runs
 from reasonalloc.ops import choose_operations
-from reasonalloc.ops.native.paged import Layout, move_tokens
+from reasonalloc.ops.native.paged import Layout
 from reasonalloc.policies import Candidates
 from reasonalloc.registry import is_builtin
 
@@ -65,9 +67,7 @@ class _Rows:
         layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
         full: [n] bool.
         blocks: [n, blocks] int32.
-        pages: [n, H, pages] int32, those of each run in the pool.
-        lengths: [n, H] int32.
-        positions: [n, H, pages * block_size] int32.
+        view: where their tokens lie.
     """
 
     layers: Tensor
@@ -82,13 +82,12 @@ class _Rows:
     queries: Tensor
     full: Tensor
     blocks: Tensor
-    pages: Tensor
-    lengths: Tensor
-    positions: Tensor
+    view: View
 
     def part(self, rows: slice) -> _Rows:
         """Some of them."""
-        return _Rows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        names = [field.name for field in dataclasses.fields(self) if field.name != "view"]
+        return _Rows(*(getattr(self, name)[rows] for name in names), view=self.view.part(rows))
 
 
 class PoolCompressor:
@@ -103,6 +102,7 @@ class PoolCompressor:
         stage: pipeline-parallel stage of this process; the layers of ``runs`` are its own.
         layout: of the pool, where our own loops on processors read it, or None: then they decide
             and move tokens as well.
+        coded: pages of coded tokens, or None.
     """
 
     def __init__(
@@ -116,7 +116,9 @@ class PoolCompressor:
         sinks: Tensor | None = None,
         stage: int = 0,
         layout: Layout | None = None,
+        coded: CodedPool | None = None,
     ) -> None:
+        self._coded = coded
         self._layout, self._ops = layout, choose_operations(layout is not None)
         self._plan, self._runs, self._queries = plan, runs, queries
         self._heads = HEAD_ALLOCATORS.create(plan.config.arm.heads)
@@ -168,7 +170,12 @@ class PoolCompressor:
         rows = []
         for layer, total in enumerate(layout.totals):
             # A layer with a large budget may still be filling up.
-            if tokens >= event and layout.is_due(layer, start, tokens):
+            full = layout.is_due(layer, start, tokens)
+            if layout.coding is not None:
+                if tokens >= event:  # at every boundary, since plain tokens are coded
+                    moved = layout.kept(layer, tokens)
+                    rows.append(_Row(item, layer, full, total, moved, reserve.interval))
+            elif tokens >= event and full:
                 moved = total + heads * (reserve.pinned(start) - stays)
                 rows.append(_Row(item, layer, True, total, moved, reserve.interval))
             elif tokens == event:
@@ -181,47 +188,37 @@ class PoolCompressor:
         """All layers change places among each other: everything is read before any write."""
         rows = self._gather(chunk, blocks)
         keep, budgets = self._decide(rows, chunk)
-        runs, size = self._runs, self._runs.layout.reserve.block_size
-        stays = rows.leading * size
-        pages = (budgets - stays[:, None] + rows.rooms[:, None] + size - 1) // size
-        first = (self._offsets[rows.layers, None] + pages.cumsum(dim=1) - pages).int()
-        # What moves, one head after the other: as many tokens for every request.
-        width = max(row.moved for row in chunk)
-        moves = keep
-        if runs.layout.reserve.pin:
-            moves = keep & (
-                torch.arange(keep.shape[-1], device=keep.device) >= stays[:, None, None]
-            )
-        chosen = moves.flatten(1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        chosen = chosen[:, :width]
-        real = torch.arange(chosen.shape[1], device=chosen.device) < rows.moved[:, None]
-        rank = (moves.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
-        head = chosen // keep.shape[-1]
-        first += ((rows.before - rows.leading) * runs.per_block)[:, None].int()
-        behind = first + (rows.leading * runs.per_block)[:, None].int()
-        none = torch.zeros_like(rows.slots)
-        target = runs.numbered(behind, none, rows.layers, rows.blocks, -(-width // size))
-        # What is too much goes to the null block, which nobody reads.
-        to = _places(target, head, rank, size).where(real, 0)
-        source = _places(rows.pages, head, chosen % keep.shape[-1], size)
-        if self._layout is None:
-            runs.pages.write(to, *runs.pages.read(source))
-        else:
-            move_tokens(self._layout, source, to)
-        runs.positions[to] = rows.positions.flatten(1).gather(1, chosen)
-        if runs.state is not None:
-            runs.state[to] = runs.state[source]
-        runs.first[rows.layers, rows.slots] = first
-        runs.shift[rows.layers, rows.slots] = (budgets - rows.tokens[:, None]).int()
-        runs.kept[rows.layers, rows.slots] = budgets.int()
-        runs.plain[rows.slots] = rows.leading.int()
-        runs.version += 1
-        longest = DeferredMax(budgets)
+        kept = Kept(
+            keep,
+            budgets,
+            rows.slots,
+            rows.tokens,
+            rows.before,
+            rows.leading,
+            rows.rooms,
+            rows.moved,
+            max(row.moved for row in chunk),
+            self._most_kept,
+            rows.blocks,
+            self._offsets[rows.layers],
+            all(row.due.request.longest is not None for row in chunk),
+        )
+        move(rows.view, kept, self._layout)
+        longest, layout = DeferredMax(budgets), self._runs.layout
         for item in {row.due.request.slot: row.due for row in chunk}.values():
-            layout = self._runs.layout
             start = item.request.start
-            if all(layout.is_due(layer, start, item.tokens) for layer in range(self._runs.layers)):
+            every = (layout.is_due(n, start, item.tokens) for n in range(self._runs.layers))
+            if layout.coding is not None or all(every):
                 item.request.longest, item.request.compressed = longest, item.tokens
+
+    @property
+    def _most_kept(self) -> int:
+        """Most tokens that a head keeps where older ones are coded."""
+        layout, coding = self._runs.layout, self._runs.layout.coding
+        if coding is None:
+            return 0
+        most = (max(coding.most(n, total)) for n, total in enumerate(layout.totals))
+        return max(most) + coding.window
 
     def _gather(self, chunk: Sequence[_Row], blocks: Tensor) -> _Rows:
         runs = self._runs
@@ -246,13 +243,14 @@ class PoolCompressor:
             ],
             [due.request.queries or 0 for due in dues],
         )
-        layers, slots, tokens = numbers[:3]
         requests = {due.request.slot: due for due in dues}.values()
         longest = max(due.request.most(due.tokens) for due in requests)
-        own = blocks[batch]
-        view = runs.view(layers, slots, tokens, own, longest)
-        every = [*numbers, full.bool(), own, view.pages, view.lengths, view.positions]
-        return _Rows(*every)
+        moved = any(due.request.longest is not None for due in requests)
+        layers, slots, tokens = numbers[:3]
+        own, tables = blocks[batch], (layers, slots, tokens)
+        numbered = [row.layer for row in chunk]
+        view = view_runs(runs, self._coded, numbered, tables, own, longest, moved)
+        return _Rows(*numbers, full=full.bool(), blocks=own, view=view)
 
     def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""
@@ -272,13 +270,14 @@ class PoolCompressor:
                     planned,
                     ops=self._ops,
                     pinned=self._pinned(some, chunk[part]),
+                    capped=self._plan.formats is not None,
                 )
             )
         keep, budgets = (torch.cat(each) for each in zip(*parts, strict=True))
         if all(row.full for row in chunk):
             return keep, budgets
         index = torch.arange(keep.shape[-1], device=keep.device)
-        full, held = rows.full[:, None], rows.lengths
+        full, held = rows.full[:, None], rows.view.lengths
         everything = index < held[..., None]
         return keep.where(full[..., None], everything), budgets.where(full, held.long())
 
@@ -292,7 +291,7 @@ class PoolCompressor:
 
     def _parts(self, chunk: Sequence[_Row], rows: _Rows) -> Iterator[slice]:
         """Rows that are decided on at a time: as memory allows, or one by one."""
-        n = rows.positions.shape[-1]
+        n = rows.view.positions.shape[-1]
         one = self._runs.heads * n * self._runs.pages.keys.shape[-1] * 4 * _COPIES
         most = _CPU_DECIDED_BYTES if self._runs.device.type == "cpu" else _DECIDED_BYTES
         size = max(1, most // one) if self._together else 1
@@ -305,7 +304,6 @@ class PoolCompressor:
         queries = None
         if policy.needs_queries:
             queries = self._queries.read(rows.layers, rows.queries, recent, runs.heads)
-        states = runs.states
         sinks = query_sinks = None
         if self._sinks is not None:
             own = self._sinks[layer]
@@ -313,19 +311,19 @@ class PoolCompressor:
                 sinks = own
             else:  # one for each query, since rows are of several layers
                 query_sinks = own[..., None].expand(-1, -1, -1, window)
-        stored = None
+        stored, view = None, rows.view
         if self._layout is not None and policy.loop is not None and query_sinks is None:
-            keys = runs.pages.keys_of(rows.pages, layer).flatten(1, 2)
+            keys = view.numbers(0).flatten(1, 2)
             index = torch.arange(keys.shape[1], device=keys.device).view(1, runs.heads, -1)
             stored = keys, index.expand(len(keys), -1, -1)
         return Candidates(
-            lengths=rows.lengths.long(),
-            positions=rows.positions.long(),
-            load_keys=lambda: runs.pages.keys_of(rows.pages, layer),
-            load_values=lambda: runs.pages.values_of(rows.pages, layer),
+            lengths=view.lengths.long(),
+            positions=view.positions.long(),
+            load_keys=lambda: view.numbers(0),
+            load_values=lambda: view.numbers(1),
             queries=queries,
             query_positions=recent if policy.needs_queries else None,
-            state=None if states is None else states[rows.pages].flatten(2, 3),
+            state=view.state(),
             seen=rows.tokens,
             window=window,
             scaling=self._scaling,
@@ -336,18 +334,3 @@ class PoolCompressor:
             query_sinks=query_sinks,
             stored=stored,
         )
-
-
-def _places(pages: Tensor, head: Tensor, index: Tensor, size: int) -> Tensor:
-    """Pool slots (page * block_size + place) of the tokens at ``index`` of runs.
-
-    Args:
-        pages: [n, H, pages] int32.
-        head, index: [n, m] int64, which run of the row and where in it.
-        size: tokens of a page.
-
-    Returns:
-        [n, m] int64.
-    """
-    flat = pages.flatten(1).gather(1, head * pages.shape[-1] + index // size)
-    return flat.long() * size + index % size

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from reasonalloc.core.cadence import Cadence, most_held, overflow
+from reasonalloc.core.cadence import Cadence, most_held
+from reasonalloc.integrations.vllm.coding import Coding
 from reasonalloc.integrations.vllm.windows import NO_WINDOWS, Windows
 
 
@@ -42,6 +43,7 @@ class Reserve:
             budget.
         observed: last tokens before the first compression that every request computes itself,
             since the policy looks at their attention; None: all of them.
+        coded: older tokens are kept in fewer bits, from the end of the prefill on.
     """
 
     block_size: int
@@ -51,6 +53,7 @@ class Reserve:
     pin: bool = False
     windows: Windows = NO_WINDOWS
     observed: int | None = 0
+    coded: bool = False
 
     def pinned(self, start: int) -> int:
         """Tokens that stay on top of the budget, of a prefill of ``start``."""
@@ -70,8 +73,12 @@ class Reserve:
         return Cadence(self.interval)
 
     def first_event(self, start: int) -> int:
-        """Tokens at the first compression of a request whose prefill has ``start`` tokens."""
-        return self.cadence.boundary(start, self.overflow + self.pinned(start))
+        """Tokens at the first compression of a request whose prefill has ``start`` tokens.
+
+        That is when its tokens move for the first time: some are evicted, or coded.
+        """
+        least = 1 if self.coded else self.overflow
+        return self.cadence.boundary(start, least + self.pinned(start))
 
     def needed(self, start: int, tokens: int, shared: int = 0) -> int:
         """Blocks that must be there for a step that ends with ``tokens`` tokens in the cache.
@@ -131,7 +138,7 @@ class Reserve:
         return max(min(before, self.most_shared(start, pool) * self.block_size), 0)
 
     def compressions(self, start: int, tokens: int) -> int:
-        """Boundaries up to ``tokens`` tokens at which some layer was compressed."""
+        """Boundaries up to ``tokens`` tokens at which some layer was over its budget."""
         least = self.overflow + self.pinned(start)
         return len(self.cadence.compressions(start, tokens, least))
 
@@ -144,21 +151,57 @@ class Layout:
         reserve: what the scheduler knows.
         totals: tokens that each layer keeps, its heads in this process together.
         kv_heads: KV heads of a layer in this process.
+        coding: how older tokens lie in fewer bits; None: they do not.
     """
 
     reserve: Reserve
     totals: tuple[int, ...]
     kv_heads: int
+    coding: Coding | None = None
 
     @property
     def pages(self) -> tuple[int, ...]:
         """Pages of each layer after the first compression."""
-        return tuple(_pages(total, self.kv_heads, self.reserve) for total in self.totals)
+        return tuple(self._pages(layer) for layer in range(len(self.totals)))
+
+    def _pages(self, layer: int) -> int:
+        """Enough for any division of a layer's total among the heads, each growing."""
+        reserve, heads, total = self.reserve, self.kv_heads, self.totals[layer]
+        size, interval = reserve.block_size, reserve.interval
+        if self.coding is not None:
+            tails = heads * self.coding.tail_pages(interval, size)
+            return self.coding.pages(layer, total) + tails
+        # Of a pinned prompt what its full blocks leave, and of every head's run an end of a page.
+        besides = heads * (size - 1) * (2 if reserve.pin else 1)
+        return (most_held(total, heads, interval) + besides) // size
+
+    @property
+    def longest_run(self) -> int:
+        """Most pages of a run that is coded."""
+        if self.coding is None:
+            raise RuntimeError("runs that are not coded")
+        coded = [self.coding.longest(layer, total) for layer, total in enumerate(self.totals)]
+        return max(coded) + self.coding.tail_pages(self.reserve.interval, self.reserve.block_size)
+
+    def kept(self, layer: int, tokens: int) -> int:
+        """Tokens that a layer keeps at a boundary at ``tokens`` tokens, besides pinned ones."""
+        if self.coding is not None:
+            return self.coding.kept(layer, self.totals[layer], tokens)
+        return min(self.totals[layer], self.kv_heads * tokens)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """First page of each layer."""
         return (0, *accumulate(self.pages))[:-1]
+
+    def held(self, layer: int, start: int, tokens: int) -> int:
+        """Tokens that a layer holds of a request of ``tokens`` tokens, its heads together."""
+        cadence, pinned = self.reserve.cadence, self.reserve.pinned(start)
+        total, heads = self.totals[layer], self.kv_heads
+        if self.coding is None or self.coding.planned is None:
+            return cadence.held(start, tokens, total, heads, pinned)
+        planned = self.coding.planned[layer]  # and never more, whatever the others leave
+        return sum(cadence.held(start, tokens, own, 1, pinned) for own in planned)
 
     def is_due(self, layer: int, start: int, tokens: int) -> bool:
         """Whether a boundary at ``tokens`` tokens compresses the layer; once so, always so."""
@@ -169,15 +212,13 @@ class Layout:
         return self.reserve.cadence.boundary(start, self._least(layer, start))
 
     def _least(self, layer: int, start: int) -> int:
-        return overflow(self.totals[layer], self.kv_heads) + self.reserve.pinned(start)
+        return self.fewest(layer) + 1 + self.reserve.pinned(start)
 
-
-def _pages(total: int, kv_heads: int, reserve: Reserve) -> int:
-    """Enough for any division of ``total`` among the heads, each growing by ``interval``."""
-    size = reserve.block_size
-    # Of a pinned prompt what its full blocks leave, and of every head's run an end of a page.
-    besides = kv_heads * (size - 1) * (2 if reserve.pin else 1)
-    return (most_held(total, kv_heads, reserve.interval) + besides) // size
+    def fewest(self, layer: int) -> int:
+        """Most tokens of a sequence of which a layer keeps all, besides pinned ones."""
+        if self.coding is not None:
+            return self.coding.fewest(layer, self.totals[layer])
+        return self.totals[layer] // self.kv_heads
 
 
 def make_layouts(
@@ -188,6 +229,7 @@ def make_layouts(
     pin: bool = False,
     windows: Windows = NO_WINDOWS,
     observed: int | None = 0,
+    codings: Sequence[Coding] | None = None,
 ) -> tuple[Layout, ...]:
     """Layouts of all processes of an engine.
 
@@ -199,13 +241,16 @@ def make_layouts(
         pin: prompts stay, on top of the budget.
         windows: of layers beside those under the budget.
         observed: see ``Reserve``.
+        codings: of each process; None: tokens are kept as they are.
     """
-    least = min(total for layers in totals for total in layers)
-    first = overflow(least, kv_heads)
-    reserve = Reserve(block_size, interval, first, 0, pin, windows, observed)
-    whole = [sum(_pages(total, kv_heads, reserve) for total in layers) for layers in totals]
-    blocks = [
-        -(-pages // (len(layers) * kv_heads)) for pages, layers in zip(whole, totals, strict=True)
+    coded = codings is not None
+    reserve = Reserve(block_size, interval, 0, 0, pin, windows, observed, coded)
+    own = codings or [None] * len(totals)
+    layouts = [
+        Layout(reserve, tuple(layers), kv_heads, coding)
+        for layers, coding in zip(totals, own, strict=True)
     ]
-    reserve = dataclasses.replace(reserve, blocks=max(blocks))
-    return tuple(Layout(reserve, tuple(layers), kv_heads) for layers in totals)
+    every = [layout.fewest(layer) for layout in layouts for layer in range(len(layout.totals))]
+    blocks = [-(-sum(each.pages) // (len(each.totals) * kv_heads)) for each in layouts]
+    reserve = dataclasses.replace(reserve, overflow=min(every) + 1, blocks=max(blocks))
+    return tuple(dataclasses.replace(layout, reserve=reserve) for layout in layouts)

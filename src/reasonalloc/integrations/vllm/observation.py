@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, View, send
+from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
+from reasonalloc.integrations.vllm.views import CodedPool, CodedView, View, view_runs
 from reasonalloc.ops.native.paged import Layout
 from reasonalloc.ops.native.paged import received as received_in_pages
 from reasonalloc.policies import Policy
@@ -48,6 +49,7 @@ class PoolObserver:
         scaling, softcap: of the attention logits.
         sinks: [L, H, group] float32 learned sinks, see ``reasonalloc.sinks``, or None.
         layout: of the pool, where our own loops read it (``ops.native.paged``), or None.
+        coded: pages of coded tokens, or None.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class PoolObserver:
         softcap: float | None,
         sinks: Tensor | None = None,
         layout: Layout | None = None,
+        coded: CodedPool | None = None,
     ) -> None:
         self._policy, self._runs, self._queries = policy, runs, queries
-        self._layout = layout
+        self._layout, self._coded = layout, coded
         self._scaling, self._softcap, self._sinks = scaling, softcap, sinks
 
     def steps(self, unseen: Sequence[Unseen], blocks: Tensor) -> None:
@@ -92,11 +95,12 @@ class PoolObserver:
         """
         runs, after = self._runs, before + len(query)
         slot, index, tokens = send(runs.device, [request.slot], [layer], [after])
-        view = runs.view(index, slot, tokens, blocks[None], after)
+        tables = (index, slot, tokens)
+        view = view_runs(runs, self._coded, [layer], tables, blocks[None], after, False)
         asked = query.transpose(0, 1).unflatten(0, (1, runs.heads, -1))
         positions = torch.arange(before, after, device=runs.device)[None]
         real = torch.ones_like(positions, dtype=torch.bool)
-        self._take_in(view, index, asked, positions, real)
+        self._take_in(view, asked, positions, real)
 
     def _parts(
         self, pairs: list[tuple[Unseen, int]], longest: int
@@ -119,62 +123,57 @@ class PoolObserver:
             [item.request.observed for item in items],
             [item.request.queries or 0 for item in items],
         )
-        view = runs.view(layers, slots, tokens, blocks[batch], longest)
+        numbers, tables = [layer for _, layer in pairs], (layers, slots, tokens)
+        moved = any(item.request.longest is not None for item in items)
+        view = view_runs(runs, self._coded, numbers, tables, blocks[batch], longest, moved)
         positions = tokens[:, None] + torch.arange(-FLUSH, 0, device=runs.device)
         asked = self._queries.read(layers, rows, positions, runs.heads)
-        self._take_in(view, layers, asked, positions, positions >= first[:, None])
+        self._take_in(view, asked, positions, positions >= first[:, None])
 
-    @property
-    def _states(self) -> Tensor:
-        """[pages, block_size, channels] float32."""
-        if (states := self._runs.states) is None:
-            raise RuntimeError("runs without state")
-        return states
-
-    def _take_in(
-        self, view: View, layers: Tensor, asked: Tensor, positions: Tensor, real: Tensor
-    ) -> None:
+    def _take_in(self, view: View, asked: Tensor, positions: Tensor, real: Tensor) -> None:
         """Let the policy see queries.
 
         Args:
             view: the runs.
-            layers: [n] int64, whose.
             asked: [n, H, group, q, head_dim].
             positions: [n, q] int64, of the queries in their sequence.
             real: [n, q] bool, whether there is such a query.
         """
-        state = self._states[view.pages].flatten(2, 3)
+        state = view.state()
+        if state is None:
+            raise RuntimeError("runs without state")
         n, heads, group, queries, _ = asked.shape
         own = view.shift[..., None] + positions[:, None]
         visible = (own + 1).clamp_min(0) * real[:, None]
         ages = positions.float()[:, None, :, None], view.positions.float()[:, :, None]
         if self._layout is None:
-            receive, rows = self._by_products(view.pages, layers), group
+            receive, rows = self._by_products(view), group
         else:
-            receive, rows = self._by_loop(self._layout, view.pages, layers), 1
+            receive, rows = self._by_loop(self._layout, view), 1
         most = max(1, _LOGIT_BYTES // (n * heads * rows * state.shape[2] * 8))
         for start in range(0, queries, most):
             some = slice(start, min(start + most, queries))
             received = receive(asked[:, :, :, some].float() * self._scaling, visible[..., some])
             self._policy.observe(state, received, ages[0][:, :, some] - ages[1])
-        self._write(state, view)
+        view.write_state(state)
 
-    def _by_loop(self, layout: Layout, pages: Tensor, layers: Tensor) -> Receive:
+    def _by_loop(self, layout: Layout, view: View) -> Receive:
         """By our own loop, which reads keys where they lie."""
-        sinks = None if self._sinks is None else self._sinks[layers].flatten(0, 1)
+        sinks = None if self._sinks is None else self._sinks[view.layers].flatten(0, 1)
+        coded = view.in_loops() if isinstance(view, CodedView) else None
 
         def receive(queries: Tensor, visible: Tensor) -> Tensor:
-            runs = [t.flatten(0, 1) for t in (queries, pages, visible.int())]
-            own = received_in_pages(layout, runs[0], runs[1], runs[2], self._softcap, sinks)
-            return own.unflatten(0, pages.shape[:2])
+            runs = [t.flatten(0, 1) for t in (queries, view.pages, visible.int())]
+            own = received_in_pages(layout, *runs, self._softcap, sinks, coded)
+            return own.unflatten(0, view.pages.shape[:2])
 
         return receive
 
-    def _by_products(self, pages: Tensor, layers: Tensor) -> Receive:
+    def _by_products(self, view: View) -> Receive:
         """By products of matrices, on any device."""
-        keys = self._runs.pages.keys_of(pages, layers).float().transpose(-1, -2)
+        keys = view.numbers(0).float().transpose(-1, -2)
         index = torch.arange(keys.shape[-1], device=keys.device)
-        sinks = None if self._sinks is None else self._sinks[layers][..., None]
+        sinks = None if self._sinks is None else self._sinks[view.layers][..., None]
 
         def receive(queries: Tensor, visible: Tensor) -> Tensor:
             logits = (queries.flatten(2, 3) @ keys).unflatten(2, queries.shape[2:4])
@@ -187,11 +186,3 @@ class PoolObserver:
             return softmax(logits, own).mean(dim=2) * (visible > 0)[..., None]
 
         return receive
-
-    def _write(self, state: Tensor, view: View) -> None:
-        """Put the state of runs back; pages behind their ends belong to others."""
-        size = self._runs.layout.reserve.block_size
-        begins = torch.arange(view.pages.shape[-1], device=state.device) * size
-        # What is behind goes to the null block, which nobody reads.
-        own = view.pages.where(begins < view.lengths[..., None], 0)
-        self._states[own] = state.unflatten(2, (-1, size))

@@ -103,7 +103,7 @@ class PagedBuilder(BudgetBuilder):
         config, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
         rows, heads = scheduler.max_num_seqs, impl.num_heads
         query = torch.empty(heads, impl.head_size, dtype=config.dtype, device=self.device)
-        self.runs.bind(pages)
+        self._bind_pages(pages)
         if self._plan.policy.needs_queries or self._observes:
             self.queries.prepare(rows, query)
         self._steps = Steps(
@@ -115,6 +115,7 @@ class PagedBuilder(BudgetBuilder):
             scheduler.max_num_batched_tokens,
             impl.scale,
             impl.logits_soft_cap or 0.0,
+            self._bits,
         )
 
     def build(  # type: ignore[override]
@@ -149,6 +150,8 @@ class PagedBuilder(BudgetBuilder):
         stock = None
         if step.decodes < rows:
             self._check_prompts(batch, step.decodes)
+            new = [b - a for a, b in itertools.pairwise(starts)]
+            self._clear_ends(batch, new, self._blocks)
             some = _behind(common, step.decodes, starts)
             stock = self._stock_builder.build(0, some, fast_build)
         else:

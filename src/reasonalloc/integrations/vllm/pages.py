@@ -104,6 +104,12 @@ class Pages:
     of_head: int
     coded: Coded | None = None
 
+    @property
+    def memory(self) -> Tensor:
+        """[pages, numbers of a page], a page in one piece whatever lies where in it."""
+        page = self.raw[0].numel()
+        return self.raw.as_strided((len(self.raw), page), (page, 1))
+
     def keys_of(self, pages: Tensor, layers: int | Tensor) -> Tensor:
         """Keys of rows of pages: [n, H, pages * block_size, head_dim] floats.
 

@@ -10,7 +10,8 @@ from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
 from reasonalloc.integrations.vllm import scheduler_wrappers as of_scheduler
 from reasonalloc.integrations.vllm import worker_wrappers as of_worker
-from reasonalloc.integrations.vllm.budget import find_budget
+from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
+from reasonalloc.integrations.vllm.kernels import have_loops
 from reasonalloc.integrations.vllm.patch import Patch
 
 
@@ -31,11 +32,24 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         plan = find_budget(config)
         if plan is not None and plan.groups.widths:
             checks.check_windows(config)
+        if plan is not None and plan.coded:
+            _check_bits(config, plan)
         checks.prepare_caching(config.cache_config, asked, plan)
         self.enable_prefix_caching = config.cache_config.enable_prefix_caching
         return config
 
     return wrapper
+
+
+def _check_bits(config: Any, plan: EngineBudget) -> None:
+    """Refuse an engine that could not read tokens in fewer bits."""
+    from vllm.platforms import current_platform
+
+    loops = current_platform.is_cpu() and not config.use_v2_model_runner
+    able = not loops or have_loops(config.model_config.dtype)
+    checks.check_bits(plan, config.cache_config.cache_dtype, able)
+    if loops:
+        checks.check_blocks(plan, config.cache_config.block_size)
 
 
 def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:

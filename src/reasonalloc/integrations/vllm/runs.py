@@ -80,23 +80,6 @@ def send(device: torch.device, *rows: Sequence[int]) -> list[Tensor]:
     return list(packed.to(device, non_blocking=True).split([len(row) for row in rows]))
 
 
-@dataclass(frozen=True)
-class View:
-    """Runs of ``n`` (layer, request) pairs, ``H`` KV heads each.
-
-    Attributes:
-        pages: [n, H, pages] int32, in the pool; those behind a run's end are of no meaning.
-        lengths: [n, H] int32, tokens of each.
-        positions: [n, H, pages * block_size] int32, of the tokens in their sequence.
-        shift: [n, H] int32, place of a token less its position, of those that were never moved.
-    """
-
-    pages: Tensor
-    lengths: Tensor
-    positions: Tensor
-    shift: Tensor
-
-
 class Runs:
     """Run tables. ``L`` layers, ``H`` KV heads; a run is one head's tokens, in order.
 
@@ -106,6 +89,10 @@ class Runs:
     follow each other from page ``first`` on, counted behind the plain blocks; blocks that were
     given back count too. The run's token at place ``i`` has position ``i - shift``, unless it is
     among the first ``kept``: then its position is stored, or is ``i`` where the page is plain.
+
+    Where older tokens are kept in fewer bits (``coding.py``) a run begins with ``coded`` tokens in
+    as many pages as they take, and its plain ones follow from place ``begin`` on, the first of the
+    next page. Places count what pages could hold of plain tokens: they are not the tokens' ranks.
 
     Args:
         layout: of this process.
@@ -124,6 +111,8 @@ class Runs:
         self.first = torch.zeros(shape, dtype=torch.int32, device=device)
         self.shift = torch.zeros_like(self.first)
         self.kept = torch.zeros_like(self.first)
+        self.coded = torch.zeros_like(self.first)
+        self.begin = torch.zeros_like(self.first)
         self.plain = torch.full((requests + 1,), _ALL, dtype=torch.int32, device=device)
         self._free = list(range(1, requests + 1))  # the first is the dummy's
         self._tracked: dict[str, Tracked] = {}
@@ -199,13 +188,16 @@ class Runs:
         return heapq.heappop(self._free)
 
     def _reset(self, slot: int) -> None:
-        for table in (self.first, self.shift, self.kept):
+        for table in (self.first, self.shift, self.kept, self.coded, self.begin):
             table[:, slot] = 0
         self.plain[slot] = _ALL
         self.version += 1
 
     def lengths(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """[L, requests, H] int32: tokens of each run when a request has seen ``tokens``."""
+        """[L, requests, H] int32: where each run ends when a request has seen ``tokens``.
+
+        That is the number of its tokens, unless it begins with coded ones.
+        """
         return self.shift[:, slots] + tokens[:, None]
 
     def table(self, slots: Tensor, blocks: Tensor, pages: int) -> Tensor:
@@ -224,29 +216,6 @@ class Runs:
             blocks.expand(self.layers, -1, -1),
             pages,
         )
-
-    def view(
-        self, layers: Tensor, slots: Tensor, tokens: Tensor, blocks: Tensor, longest: int
-    ) -> View:
-        """Where the tokens of (layer, request) pairs lie.
-
-        Args:
-            layers, slots, tokens: [n] int64, the pairs and how many tokens the requests have seen.
-            blocks: [n, m] int32, the requests' blocks.
-            longest: upper bound of the tokens in a run.
-        """
-        size = self.layout.reserve.block_size
-        shift, kept = self.shift[layers, slots], self.kept[layers, slots]
-        pages = self.numbered(
-            self.first[layers, slots], self.plain[slots], layers, blocks, -(-longest // size)
-        )
-        index = torch.arange(pages.shape[-1] * size, dtype=torch.int32, device=self.device)
-        stored = self.positions.view(-1, size)[pages].flatten(-2)
-        positions = torch.where(index < kept[..., None], stored, index - shift[..., None])
-        if self.layout.reserve.pin:
-            leading = self.plain[slots].clamp_max(pages.shape[-1]) * size
-            positions = torch.where(index < leading[:, None, None], index, positions)
-        return View(pages, shift + tokens[:, None].int(), positions, shift)
 
     def numbered(
         self, first: Tensor, plain: Tensor, layers: Tensor, blocks: Tensor, pages: int

@@ -17,6 +17,7 @@ from torch import Tensor
 from reasonalloc.attention.kernels import paged as kernels
 from reasonalloc.integrations.vllm.pages import Coded, Pages, joined
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
+from reasonalloc.integrations.vllm.views import CodedPool
 
 _SLOTS, _ROWS, _POSITIONS, _RING = range(4)
 
@@ -47,14 +48,14 @@ class Step:
     Attributes:
         tokens: new ones, and padding where all requests have one.
         decodes: requests with one token; their rows come first, and padding is counted.
-        splits: parts of a run.
+        splits: parts of a run: of its coded tokens and of the others, if some are coded.
         blocks: [rows, n] int32, of each request.
         seq_lens: [rows] int32, new tokens included; 0 for padding.
     """
 
     tokens: int
     decodes: int
-    splits: int
+    splits: tuple[int, ...]
     blocks: Tensor
     seq_lens: Tensor
 
@@ -68,6 +69,7 @@ class Steps:
         query: any tensor of the type and device of queries, [.., query_heads, head_dim].
         rows, tokens: most requests and most tokens of a step.
         scaling, softcap: of the logits; softcap 0 for none.
+        bits: pages of coded tokens, or None.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Steps:
         tokens: int,
         scaling: float,
         softcap: float,
+        bits: CodedPool | None = None,
     ) -> None:
+        self._bits = bits
         self._runs, self._queries, self._pool, self._query = runs, queries, pool, query
         self._tables = kernels.RunTables(runs.first, runs.shift, runs.plain)
         self._scaling, self._softcap = scaling, softcap
@@ -94,12 +98,16 @@ class Steps:
         # same in every step, so that a captured one can be replayed.
         self._share = max(layout.totals) // layout.kv_heads + layout.reserve.interval
         floats = max(
-            kernels.scratch_floats(n, heads, dim, self._splits(n)) for n in range(1, rows + 1)
+            kernels.scratch_floats(n, heads, dim, sum(self._splits(n))) for n in range(1, rows + 1)
         )
         self._scratch = torch.zeros(floats, dtype=torch.float32, device=device)
 
-    def _splits(self, rows: int) -> int:
-        return kernels.decode_splits(rows, self._share, self._query, self._pool)
+    def _splits(self, rows: int) -> tuple[int, ...]:
+        if self._bits is None:
+            return (kernels.decode_splits(rows, self._share, self._query, self._pool),)
+        layout = self._runs.layout
+        tail = self._bits.coding.window + layout.reserve.interval
+        return kernels.coded_splits(rows, self._share, tail, self._query, self._pool)
 
     def next(
         self,
@@ -187,21 +195,18 @@ class Steps:
             sinks: [kv_heads, group] float32 learned sinks of the layer, contiguous, or None.
         """
         some = slice(step.decodes)
-        if step.decodes:
-            kernels.paged_decode(
-                query[some],
-                self._pool,
-                self._tables,
-                layer,
-                step.blocks[some],
-                step.seq_lens[some],
-                self._facts[_SLOTS, some],
-                out[some],
-                self._lse[some],
-                self._scratch,
-                step.splits,
-                self._scaling,
-                self._softcap,
-                None if sinks is None else sinks.flatten(),
-                *self._runs.pages.scales(layer),
-            )
+        if not step.decodes:
+            return
+        where = (layer, step.blocks[some], step.seq_lens[some], self._facts[_SLOTS, some])
+        into = (out[some], self._lse[some], self._scratch, *step.splits)
+        logits = (self._scaling, self._softcap, None if sinks is None else sinks.flatten())
+        query = query[some]
+        if self._bits is None:
+            scales = self._runs.pages.scales(layer)
+            kernels.paged_decode(query, self._pool, self._tables, *where, *into, *logits, *scales)
+            return
+        coded = kernels.CodedTables(self._runs.coded, self._runs.begin)
+        rows = self._bits.coding.rows_of(layer)
+        kernels.paged_decode_coded(
+            query, self._pool, self._tables, coded, rows, *where, *into, *logits
+        )

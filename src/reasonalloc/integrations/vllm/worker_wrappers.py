@@ -91,6 +91,7 @@ def begin_v1(original: Callable[..., Any]) -> Callable[..., Any]:
             before = self.input_batch.num_computed_tokens_cpu[: len(names)].tolist()
             new = [scheduled[name] for name in names]
             for group, builder in _builders(self):
+                builder.know(self.model)
                 held = self.input_batch.block_table[group].num_blocks_per_row[: len(names)].tolist()
                 builder.begin(self.requests, names, starts, before, new, held)
         return original(self, *args, **kwargs)
@@ -109,6 +110,7 @@ def begin_v2(original: Callable[..., Any]) -> Callable[..., Any]:
             new = input_batch.num_scheduled_tokens.tolist()
             known = self.req_states.req_id_to_index
             for group, builder in _builders(self):
+                builder.know(self.model)
                 rows = self.block_tables.num_blocks.np[group]
                 held = [int(rows[known[name]]) for name in names]
                 builder.begin(known, names, starts, before, new, held)

@@ -1,0 +1,79 @@
+"""Runs that begin with tokens in fewer bits, against the same requests alone in coded slabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+import made_costs
+from examples import examples
+from pooled_requests import HEADS, LAYERS, MODEL, Request, drive, make_plan
+from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.errors import UnsupportedError
+
+ARMS = [
+    "streaming_llm/uniform/uniform",
+    "rkv/uniform/reasonalloc",
+    "random/pyramid/uniform",
+    "knorm/uniform/adakv",
+    "value_aware/uniform/uniform",
+]
+KINDS = ["int8", "int4", "int4h", "fp8", "int8:int4", "auto:int8", "int8:auto"]
+
+
+@given(
+    st.sampled_from(ARMS),
+    st.sampled_from(KINDS),
+    st.integers(12, 24),
+    st.integers(4, 12),
+    st.sampled_from([1, 4, 8]),
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(0, 10), st.integers(0, 50)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 3),
+    st.integers(0, 100),
+)
+@examples(25, suppress_health_check=[HealthCheck.too_slow])
+def test_the_pool_keeps_what_slabs_keep(
+    arm: str,
+    kind: str,
+    budget: int,
+    interval: int,
+    block_size: int,
+    shapes: list[tuple[int, int, int]],
+    n_sink: int,
+    seed: int,
+) -> None:
+    plan = make_plan(arm, budget, interval, n_sink=n_sink, kv_dtype=kind, seed=seed)
+    requests = [Request(str(i), *shape) for i, shape in enumerate(shapes)]
+    drive(plan, block_size, requests, seed)
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In several formats, so that heads of one layer get different ones."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    made = made_costs.make(LAYERS, HEADS, fingerprint=config_hash(MODEL.to_dict()))
+    made_costs.in_formats(made).save(path)
+    return path
+
+
+@pytest.mark.parametrize("policy", ["rkv", "value_aware"])
+@pytest.mark.parametrize("block_size", [2, 8])
+def test_bits_planned_per_head(costs: Path, policy: str, block_size: int) -> None:
+    arm = f"{policy}/cost(bits=planned)/planned"
+    plan = make_plan(arm, 16, 8, profile=str(costs), n_sink=1)
+    assert plan.formats is not None
+    assert len({kind for layer in plan.formats for _, kind in layer}) > 1
+    requests = [Request("a", 90, 0, 90), Request("b", 9, 3, 140), Request("c", 1, 5, 30)]
+    drive(plan, block_size, requests, 0)
+
+
+def test_pinned_prompts_stay_as_they_are() -> None:
+    with pytest.raises(UnsupportedError, match="prompt='pin' and kv_dtype='int8' cannot run"):
+        make_plan("rkv/uniform/uniform", 20, 8, kv_dtype="int8", prompt="pin")
