@@ -1,4 +1,6 @@
-"""Compile kernels for real GPUs: of ``plain`` runs, ``coded`` or ``paged`` ones, or ``all-paged``.
+"""Compile kernels for real GPUs: of ``plain`` runs, ``coded``, ``paged`` or ``paged-coded`` ones.
+
+``all-paged`` are all of the last two.
 
 Run without TRITON_INTERPRET, needs no GPU.
 """
@@ -17,19 +19,22 @@ from triton.compiler import ASTSource
 
 from reasonalloc.attention.kernels import coded, decode, paged
 from reasonalloc.ops.codes import row_format
+from reasonalloc.ops.page_rows import PageRows
 
 INTEGERS = ("kv_heads", "uniform_run", "uniform_length", "slots", "count", "pool_bytes")
 INTEGERS += ("coded_slots", "room", "run_blocks", "query_heads")
 INTEGERS += ("layer", "table_slots", "max_blocks", "table_stride", "ring_width", "query_row")
 INTEGERS += ("key_token", "key_head", "value_token", "value_head", "query_token", "query_head")
 INTEGERS += ("layer_stride", "head_stride", "token_stride", "value_at", "out_row", "out_head")
+INTEGERS += ("splits", "tail_splits", "turned_row", "turned_head")
 FLOATS = ("scaling", "softcap", "key_scale", "value_scale")
 BUFFERS = dict.fromkeys(("parts", "peaks", "sums", "norms", "received", "sinks", "lse"), "*fp32")
 TABLES = ("table", "seq_lens", "slots", "first", "shift", "plain")
-TABLES += ("token_row", "token_position", "ring_row")
+TABLES += ("token_row", "token_position", "ring_row", "coded", "begin", "heads")
 # Rows of 16-bit numbers begin at multiples of 16 bytes, and triton sees it.
 DIVISIBLE = ("block_stride", "layer_stride", "head_stride", "token_stride", "value_at")
-DIVISIBLE += ("query_row", "query_head", "key_token", "key_head", "value_token", "value_head")
+DIVISIBLE += ("query_row", "query_head", "turned_row", "turned_head")
+DIVISIBLE += ("key_token", "key_head", "value_token", "value_head")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on sm_86 and sm_89
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODED = (
@@ -134,16 +139,44 @@ def build_paged(name: str, dim: int, fp8: bool, arch: int) -> None:
     pointers |= dict.fromkeys(TABLES, "*i32") | {"pool": "*u8" if fp8 else "*" + name}
     sizes = {"HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PAD": dim}
     pages = {"PER_BLOCK": 8 * 32, "BLOCK_SIZE": 16}
-    parts = {"SPLITS": 4, "BLOCK": decode._block(dim, dtype.itemsize)}
+    block = {"BLOCK": decode._block(dim, dtype.itemsize)}
     form = own if fp8 else paged.decode._AS_IT_IS
-    reading = {"GROUP_PAD": 16, "SOFTCAP": dim == 256, "FORM": form}
+    reading = {"GROUP_PAD": 16, "SOFTCAP": dim == 256, "FORM": form, "SPLITS": 4}
     launch = paged.decode._launch(dtype)
     launched = launch["num_warps"], launch["num_stages"], (arch,)
-    build(paged.decode._decode_kernel, pointers, sizes | pages | parts | reading, *launched)
-    joining = {"SPLITS_PAD": 4, "SINKS": dim != 128}
-    build(paged.decode._join_kernel, pointers, sizes | parts | joining, 1, archs=(arch,))
+    build(paged.decode._decode_kernel, pointers, sizes | pages | block | reading, *launched)
+    joining = {"SPLITS_PAD": 4, "SINKS": dim != 128, "ALL": fp8}
+    build(paged.decode._join_kernel, pointers, sizes | block | joining, 1, archs=(arch,))
     storing = {"GROUP_PAD": 4, "FP8": fp8, "NOTE": dim != 64}
     build(paged.store._store_kernel, pointers, sizes | pages | storing, 1, archs=(arch,))
+
+
+def build_paged_coded(name: str, kv_dtype: str, dim: int, channels: int, arch: int) -> None:
+    """The kernel of runs that begin with coded pages, as Llama-8B has them but for ``dim``."""
+    dtype = TYPES[name]
+    form = row_format(kv_dtype, dim, dim, dtype)
+    rows = PageRows(form, channels, 2 * 16 * dim * dtype.itemsize)
+    pointers = BUFFERS | dict.fromkeys(TABLES, "*i32") | {"codes": "*u8", "halves": "*i16"}
+    pointers |= dict.fromkeys(("query", "pool"), "*" + name)
+    pointers["turned"] = "*fp32" if form.key.kind == "int4h" else "*" + name
+    formats, _ = paged.coded._formats((rows,), 16, dim, dtype)
+    constants: dict[str, Any] = {
+        "HEADS": 8,
+        "PER_BLOCK": 8 * 32,
+        "BLOCK_SIZE": 16,
+        "GROUP": 4,
+        "GROUP_PAD": 16,
+        "DIM": dim,
+        "DIM_PAD": coded._padded(dim),
+        "BLOCK": decode._block(dim, 4),
+        "TAIL_BLOCK": decode._block(dim, dtype.itemsize),
+        "SOFTCAP": dim == 80,
+        "PRECISION": "ieee" if name == "fp32" else "tf32",
+    }
+    constants |= dict(zip(paged.coded._FORMAT, formats, strict=False))
+    launch = paged.coded._launch(dtype)
+    launched = launch["num_warps"], launch["num_stages"], (arch,)
+    build(paged.coded._coded_kernel, pointers, constants, *launched)
 
 
 def build_some_paged() -> None:
@@ -155,16 +188,29 @@ def build_some_paged() -> None:
     build_paged("fp16", 256, False, 100)
 
 
+def build_some_paged_coded() -> None:
+    """Every type, width, format and GPU at least once."""
+    build_paged_coded("bf16", "int8:int4", 128, 1, 80)
+    build_paged_coded("fp16", "int4h", 80, 0, 80)
+    build_paged_coded("bf16", "int8", 128, 2, 90)
+    build_paged_coded("fp32", "auto:fp8", 64, 1, 90)
+    build_paged_coded("fp16", "int4:auto", 256, 1, 100)
+
+
 def build_all_paged() -> None:
     for name, dim, arch in itertools.product(TYPES, (64, 128, 256), (80, 90, 100)):
         for fp8 in (False, True)[: 2 if name != "fp32" else 1]:
             build_paged(name, dim, fp8, arch)
+    kinds = itertools.cycle(("int8", "int8:int4", "int4h", "fp8", "auto"))
+    for name, dim, arch in itertools.product(TYPES, (64, 80, 128, 256), (80, 90, 100)):
+        build_paged_coded(name, next(kinds), dim, dim % 3, arch)
 
 
 BUILDS = {
     "plain": build_all_plain,
     "coded": build_all_coded,
     "paged": build_some_paged,
+    "paged-coded": build_some_paged_coded,
     "all-paged": build_all_paged,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,20 @@ class Paged:
 
     def token(self, layer: int, row: int, head: int, place: int) -> Tensor:
         """[2 * head_dim], a view: the token at a place of a run."""
-        _, layers, heads, block_size, _ = self.pages.shape
+        page, within = divmod(place, self.pages.shape[3])
+        return self.page(layer, row, head, page)[within]
+
+    def page(self, layer: int, row: int, head: int, page: int) -> Tensor:
+        """[block_size, 2 * head_dim], a view: a page of a run."""
+        _, layers, heads, *_ = self.pages.shape
         slot = int(self.slots[row])
-        page, plain = place // block_size, int(self.plain[slot])
+        plain = int(self.plain[slot])
         if page < plain:
             number = page * layers * heads + layer * heads + head
         else:
             number = plain * layers * heads + int(self.first[layer, slot, head]) + page - plain
         block = int(self.block_table[row, number // (layers * heads)])
-        within = divmod(number % (layers * heads), heads)
-        return self.pages[(block, *within, place % block_size)]
+        return self.pages[(block, *divmod(number % (layers * heads), heads))]
 
     def length(self, layer: int, row: int, head: int, seen: int) -> int:
         return int(self.shift[layer, int(self.slots[row]), head]) + seen
@@ -57,17 +62,34 @@ def decoded(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """float64 attention of query [rows, query_heads, dim], log-sum-exps; padded rows as given."""
-    out, lse = out.double(), lse.double()
-    rows, query_heads, dim = query.shape
+
+    def run(row: int, head: int) -> tuple[Tensor, Tensor]:
+        length, dim = paged.length(layer, row, head, int(seq_lens[row])), query.shape[2]
+        places = [paged.token(layer, row, head, place) for place in range(length)]
+        tokens = torch.stack(places).double()
+        return scales[0] * tokens[:, :dim], scales[1] * tokens[:, dim:]
+
     heads = paged.pages.shape[2]
-    for row in range(rows):
-        seen = int(seq_lens[row])
-        for head in range(heads if seen else 0):
-            length = paged.length(layer, row, head, seen)
-            run = [paged.token(layer, row, head, place) for place in range(length)]
-            tokens = torch.stack(run).double()
-            keys, values = scales[0] * tokens[:, :dim], scales[1] * tokens[:, dim:]
-            group = query_heads // heads
+    return attended(query, heads, seq_lens, run, scaling, softcap, sinks, out, lse)
+
+
+def attended(
+    query: Tensor,
+    heads: int,
+    seq_lens: Tensor,
+    run: Callable[[int, int], tuple[Tensor, Tensor]],
+    scaling: float,
+    softcap: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same over keys and values [tokens, dim] float64 of ``run(row, head)``."""
+    out, lse = out.double(), lse.double()
+    group = query.shape[1] // heads
+    for row in range(len(query)):
+        for head in range(heads if seq_lens[row] > 0 else 0):
+            keys, values = run(row, head)
             for one in range(head * group, (head + 1) * group):
                 logits = scaling * keys @ query[row, one].double()
                 if softcap:

@@ -31,16 +31,19 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("cases", ["triton_cases.py", "paged_cases.py", "selftest_cases.py"])
+@pytest.mark.parametrize(
+    "cases", ["triton_cases.py", "paged_cases.py", "paged_coded_cases.py", "selftest_cases.py"]
+)
 def test_kernels_are_the_reference(cases: str) -> None:
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases), **own)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-# Every paged kernel takes two minutes; "paged" builds a few of them.
+# Every paged kernel takes three minutes; "paged" builds a few of them.
 @pytest.mark.parametrize(
-    "kernels", ["plain", "coded", "paged", pytest.param("all-paged", marks=pytest.mark.long)]
+    "kernels",
+    ["plain", "coded", "paged", "paged-coded", pytest.param("all-paged", marks=pytest.mark.long)],
 )
 def test_kernels_compile_for_gpus(kernels: str) -> None:
     done = run(str(HERE / "compile_kernels.py"), kernels)

@@ -5,8 +5,9 @@ coded ones it holds as many rows as there is room for, one behind the other from
 
     [row of ``codes.RowFormat``][padding][position, int32][numbers of the policy, float32]
 
-Rows begin at multiples of four bytes. What a policy keeps of every token lies beside it, since pages
-hold more coded tokens than plain ones, and tables for the most that there can be would be large.
+Rows begin at multiples of four bytes. What a policy keeps of every token lies beside it, since
+pages hold more coded tokens than plain ones, and tables for the most that there can be would be
+large.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class PageRows:
 
     def view(self, pages: Tensor) -> Tensor:
         """[pages, per_page, width] uint8 of pages [pages, page_bytes] uint8: the same memory."""
-        return pages[:, : self.per_page * self.width].unflatten(1, (self.per_page, self.width))
+        used = pages[:, : self.per_page * self.width]
+        rows: Tensor = used.unflatten(1, (self.per_page, self.width))
+        return rows
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor, state: Tensor) -> Tensor:
         """Rows [..., width] uint8.

@@ -29,9 +29,9 @@ def _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM: 
 
 
 @triton.jit
-def _share(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _share(length, split, splits, BLOCK: tl.constexpr):
     """First token, and the one after the last, of a part of a run."""
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
     first = split * chunk
     return first, tl.minimum(first + chunk, length)
 

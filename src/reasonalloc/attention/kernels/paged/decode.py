@@ -50,6 +50,21 @@ def _tile(pool, at, inside, dim, DIM: tl.constexpr, FORM: tl.constexpr, DTYPE: t
     return x.to(DTYPE)
 
 
+@triton.jit
+def _queries(
+    query, row, head, column, query_row, query_head,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """[group, columns] as stored: number ``column`` of a KV head's queries; 0 from ``DIM`` on."""
+    group = tl.arange(0, GROUP_PAD)
+    return tl.load(
+        query + row.to(tl.int64) * query_row
+        + (head * GROUP + group)[:, None] * query_head + column[None, :],
+        mask=(group[:, None] < GROUP) & (column[None, :] < DIM),
+        other=0.0,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _decode_kernel(
     query, pool, table, seq_lens, slots, first, shift, plain, parts, peaks, sums,
@@ -71,12 +86,7 @@ def _decode_kernel(
         return
     table += row.to(tl.int64) * table_stride
     group, dim, column = tl.arange(0, GROUP_PAD), tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
-    q = tl.load(
-        query + row.to(tl.int64) * query_row
-        + (head * GROUP + group)[:, None] * query_head + dim[None, :],
-        mask=(group[:, None] < GROUP) & (dim[None, :] < DIM),
-        other=0.0,
-    )  # fmt: skip
+    q = _queries(query, row, head, dim, query_row, query_head, GROUP, GROUP_PAD, DIM)
     peak = tl.full([GROUP_PAD], -1e30, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
@@ -96,24 +106,25 @@ def _decode_kernel(
     _store_part(parts, peaks, sums, place, acc, peak, total, dim, GROUP, GROUP_PAD, DIM)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "splits"])
 def _join_kernel(
     parts, peaks, sums, sinks, seq_lens, slots, shift, out, lse,
-    layer, table_slots, out_row, out_head, value_scale,
+    layer, table_slots, splits, out_row, out_head, value_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
     seen = tl.load(seq_lens + row)
     if seen <= 0:
         return
-    slot = tl.load(slots + row)
-    entry = (layer * table_slots + slot).to(tl.int64) * HEADS + head // GROUP
-    length = tl.load(shift + entry) + seen
     split, dim = tl.arange(0, SPLITS_PAD), tl.arange(0, DIM_PAD)
-    begin, end = _share(length, split, SPLITS, BLOCK)
-    there = (split < SPLITS) & (begin < end)  # other programs stored nothing
-    at = (row.to(tl.int64) * HEADS * GROUP + head) * SPLITS + split
+    there = split < splits
+    if not ALL:  # programs without tokens stored nothing
+        slot = tl.load(slots + row)
+        entry = (layer * table_slots + slot).to(tl.int64) * HEADS + head // GROUP
+        begin, end = _share(tl.load(shift + entry) + seen, split, splits, BLOCK)
+        there = there & (begin < end)
+    at = (row.to(tl.int64) * HEADS * GROUP + head) * splits + split
     peak = tl.load(peaks + at, mask=there, other=-1e30)
     total = tl.load(sums + at, mask=there, other=0.0)
     highest = tl.max(peak, axis=0)
@@ -203,6 +214,21 @@ def paged_decode(
         RuntimeError: something has another shape, type or place.
     """
     _runs(pool, tables, layer, block_table, slots, query)
+    _attended(query, pool, seq_lens, slots, out, lse, scratch, splits, sinks)
+    scale = 1.0 if pool.data.dtype in _FLOATS else value_scale
+    scaling *= 1.0 if pool.data.dtype in _FLOATS else key_scale
+    _decode(
+        query, pool.data, tables.first, tables.shift, tables.plain, block_table, seq_lens, slots,
+        sinks, out, lse, scratch, pool.strides, pool.block_size, layer, splits,
+        scaling, softcap, scale,
+    )  # fmt: skip
+
+
+def _attended(
+    query: Tensor, pool: Pool, seq_lens: Tensor, slots: Tensor, out: Tensor, lse: Tensor,
+    scratch: Tensor, splits: int, sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """Check what attention takes besides runs."""
     rows, query_heads, dim = len(slots), *query.shape[1:]
     shape = (rows, query_heads, pool.head_dim)
     _vectors("query", query, shape, query)
@@ -215,13 +241,6 @@ def paged_decode(
     _handed("scratch", scratch, f32, (floats,), device, scratch.is_contiguous())
     if sinks is not None:
         _handed("sinks", sinks, f32, (query_heads,), device, sinks.is_contiguous())
-    scale = 1.0 if pool.data.dtype in _FLOATS else value_scale
-    scaling *= 1.0 if pool.data.dtype in _FLOATS else key_scale
-    _decode(
-        query, pool.data, tables.first, tables.shift, tables.plain, block_table, seq_lens, slots,
-        sinks, out, lse, scratch, pool.strides, pool.block_size, layer, splits,
-        scaling, softcap, scale,
-    )  # fmt: skip
 
 
 @torch.library.custom_op("reasonalloc::paged_decode", mutates_args=("out", "lse", "scratch"))
@@ -251,13 +270,10 @@ def _decode(
     layers, table_slots, heads = first.shape
     if rows == 0:
         return
-    many = rows * query_heads * splits
-    parts, peaks, sums, _ = scratch.split(
-        [many * dim, many, many, scratch.numel() - many * (dim + 2)]
-    )
+    parts, peaks, sums = _buffers(scratch, rows * query_heads * splits, dim)
     group, form = query_heads // heads, _form(pool)
     pool = pool if form == _AS_IT_IS else pool.view(torch.uint8)
-    sizes = {"HEADS": heads, "GROUP": group, "DIM": dim, "SPLITS": splits}
+    sizes = {"HEADS": heads, "GROUP": group, "DIM": dim}
     sizes["DIM_PAD"] = max(16, triton.next_power_of_2(dim))
     sizes["BLOCK"] = _block(dim, query.element_size())
     with _on(query.device):
@@ -267,12 +283,12 @@ def _decode(
             query.stride(0), query.stride(1), *strides, scaling, softcap or 1.0,
             PER_BLOCK=layers * heads, BLOCK_SIZE=block_size,
             GROUP_PAD=max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
-            SOFTCAP=softcap != 0, FORM=form, **_launch(query.dtype), **sizes,
+            SPLITS=splits, SOFTCAP=softcap != 0, FORM=form, **_launch(query.dtype), **sizes,
         )  # fmt: skip
         _join_kernel[(rows, query_heads)](
             parts, peaks, sums, lse if sinks is None else sinks, seq_lens, slots, shift, out, lse,
-            layer, table_slots, out.stride(0), out.stride(1), value_scale,
-            SPLITS_PAD=triton.next_power_of_2(splits), SINKS=sinks is not None,
+            layer, table_slots, splits, out.stride(0), out.stride(1), value_scale,
+            SPLITS_PAD=triton.next_power_of_2(splits), SINKS=sinks is not None, ALL=False,
             num_warps=1 if splits <= 8 else 4, **sizes,
         )  # fmt: skip
 
@@ -280,6 +296,13 @@ def _decode(
 @_decode.register_fake
 def _(*arguments: object) -> None:
     """Nothing is returned, and nothing is read."""
+
+
+def _buffers(scratch: Tensor, many: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of ``many`` parts, the peaks of their logits and the sums of their weights."""
+    sizes = (many * dim, many, many)
+    parts, peaks, sums = scratch[: sum(sizes)].split(sizes)
+    return parts, peaks, sums
 
 
 def _launch(dtype: torch.dtype) -> dict[str, int]:

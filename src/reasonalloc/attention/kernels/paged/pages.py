@@ -40,17 +40,15 @@ def _entry(first, shift, plain, slots, row, head, layer, table_slots, HEADS: tl.
 
 
 @triton.jit
-def _addresses(
-    place, inside, first, plain, table, max_blocks, layer, head,
-    block_stride, layer_stride, head_stride, token_stride,
-    HEADS: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+def _page_starts(
+    page, inside, first, plain, table, max_blocks, layer, head,
+    block_stride, layer_stride, head_stride, HEADS: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """int64 elements from the pool's start of the keys at ``place`` of a run.
+    """int64 elements from the pool's start of the first key of each ``page`` of a run.
 
     Numbers of pages never become numbers of request pages, which would overflow: both summands of
     ``plain * L * H + behind`` are divided by ``L * H`` on their own.
     """
-    page = place // BLOCK_SIZE
     behind = first + tl.maximum(page - plain, 0)
     own = page < plain
     index = tl.where(own, page, plain + behind // PER_BLOCK)
@@ -58,7 +56,20 @@ def _addresses(
     # What lies in no block of the request goes to block 0, which holds nothing.
     block = tl.load(table + index, mask=inside & (index < max_blocks), other=0).to(tl.int64)
     at = block * block_stride + (which // HEADS).to(tl.int64) * layer_stride
-    at += (which % HEADS).to(tl.int64) * head_stride
+    return at + (which % HEADS).to(tl.int64) * head_stride
+
+
+@triton.jit
+def _addresses(
+    place, inside, first, plain, table, max_blocks, layer, head,
+    block_stride, layer_stride, head_stride, token_stride,
+    HEADS: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """int64 elements from the pool's start of the keys at ``place`` of a run."""
+    at = _page_starts(
+        place // BLOCK_SIZE, inside, first, plain, table, max_blocks, layer, head,
+        block_stride, layer_stride, head_stride, HEADS, PER_BLOCK,
+    )  # fmt: skip
     return at + (place % BLOCK_SIZE).to(tl.int64) * token_stride
 
 
