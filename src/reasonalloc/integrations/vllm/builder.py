@@ -283,7 +283,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         for name, index in self.layers.items():
             attention = model.get_submodule(name.rpartition(".")[0])
             projection = next(projections(attention), None)
-            if getattr(projection, "quant_method", None) is None:
+            if projection is None or getattr(projection, "quant_method", None) is None:
                 raise UnsupportedError(
                     f"metric='output': {self._plan.name}'s {name} has no output projection of a "
                     "known name: use metric='value'"
@@ -353,7 +353,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         if self._bits is None or min(new) > 1 or max(new) == 1:
             return self._part(batch, new, blocks, seq_lens, prompts)
         # Our own loop alone reads fewer bits, and vLLM's kernel alone takes several tokens.
-        parts = []
+        parts = list[tuple[Tensor | None, BudgetMetadata]]()
         for alone in (True, False):
             rows = [row for row, count in enumerate(new) if (count == 1) == alone]
             tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
@@ -404,10 +404,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         lengths, table = lengths.flatten(1).contiguous(), table.flatten(1, 2).contiguous()
         noted = self._noted(batch, starts)
         if loop is not None:
-            coded = ()
+            coded = begin = None
             if self._bits is not None:
-                coded = tuple(t[:, slots].flatten(1) for t in (runs.coded, runs.begin))
-            loop.begin(table, lengths, new_slots, noted, *coded)
+                coded, begin = (t[:, slots].flatten(1) for t in (runs.coded, runs.begin))
+            loop.begin(table, lengths, new_slots, noted, coded, begin)
         elif self._bits is not None and any(
             request.slot != NO_REQUEST and before >= request.start
             for request, before in zip(batch.requests, batch.before, strict=True)

@@ -87,7 +87,8 @@ class _Rows:
     def part(self, rows: slice) -> _Rows:
         """Some of them."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "view"]
-        return _Rows(*(getattr(self, name)[rows] for name in names), view=self.view.part(rows))
+        own = {name: getattr(self, name)[rows] for name in names}
+        return dataclasses.replace(self, **own, view=self.view.part(rows))
 
 
 class PoolCompressor:
@@ -225,7 +226,7 @@ class PoolCompressor:
         dues = [row.due for row in chunk]
         reserve = runs.layout.reserve
         leading = {due.request.slot: reserve.leading(due.request.start) for due in dues}
-        batch, full, *numbers = send(
+        batch, full, layers, slots, tokens, *others = send(
             runs.device,
             [due.row for due in dues],
             [int(row.full) for row in chunk],
@@ -246,11 +247,25 @@ class PoolCompressor:
         requests = {due.request.slot: due for due in dues}.values()
         longest = max(due.request.most(due.tokens) for due in requests)
         moved = any(due.request.longest is not None for due in requests)
-        layers, slots, tokens = numbers[:3]
         own, tables = blocks[batch], (layers, slots, tokens)
         numbered = [row.layer for row in chunk]
         view = view_runs(runs, self._coded, numbered, tables, own, longest, moved)
-        return _Rows(*numbers, full=full.bool(), blocks=own, view=view)
+        starts, totals, kept, rooms, stays, before, queries = others
+        return _Rows(
+            layers,
+            slots,
+            tokens,
+            starts,
+            totals,
+            kept,
+            rooms,
+            stays,
+            before,
+            queries,
+            full.bool(),
+            own,
+            view,
+        )
 
     def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""

@@ -131,7 +131,7 @@ def _move_coded(view: CodedView, kept: Kept) -> None:
         form.view(pool.bytes)[page, row] = rows
     runs.pages.write(to, tail.keys, tail.values)
     runs.positions[to] = tail.positions
-    if runs.state is not None:
+    if runs.state is not None and tail.state is not None:
         runs.state[to] = tail.state
     at, ends = (view.layers, kept.slots), begin + tails
     runs.coded[at], runs.begin[at] = coded.int(), begin.int()

@@ -164,7 +164,8 @@ class PoolObserver:
 
         def receive(queries: Tensor, visible: Tensor) -> Tensor:
             runs = [t.flatten(0, 1) for t in (queries, view.pages, visible.int())]
-            own = received_in_pages(layout, *runs, self._softcap, sinks, coded)
+            given = (runs[0], runs[1], runs[2], self._softcap, sinks, coded)
+            own = received_in_pages(layout, *given)
             return own.unflatten(0, view.pages.shape[:2])
 
         return receive

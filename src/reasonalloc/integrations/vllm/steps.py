@@ -197,16 +197,32 @@ class Steps:
         some = slice(step.decodes)
         if not step.decodes:
             return
-        where = (layer, step.blocks[some], step.seq_lens[some], self._facts[_SLOTS, some])
-        into = (out[some], self._lse[some], self._scratch, *step.splits)
+        where = (step.blocks[some], step.seq_lens[some], self._facts[_SLOTS, some])
+        into = (out[some], self._lse[some], self._scratch)
         logits = (self._scaling, self._softcap, None if sinks is None else sinks.flatten())
-        query = query[some]
         if self._bits is None:
-            scales = self._runs.pages.scales(layer)
-            kernels.paged_decode(query, self._pool, self._tables, *where, *into, *logits, *scales)
+            kernels.paged_decode(
+                query[some],
+                self._pool,
+                self._tables,
+                layer,
+                *where,
+                *into,
+                step.splits[0],
+                *logits,
+                *self._runs.pages.scales(layer),
+            )
             return
-        coded = kernels.CodedTables(self._runs.coded, self._runs.begin)
-        rows = self._bits.coding.rows_of(layer)
         kernels.paged_decode_coded(
-            query, self._pool, self._tables, coded, rows, *where, *into, *logits
+            query[some],
+            self._pool,
+            self._tables,
+            kernels.CodedTables(self._runs.coded, self._runs.begin),
+            self._bits.coding.rows_of(layer),
+            layer,
+            *where,
+            *into,
+            step.splits[0],
+            step.splits[1],
+            *logits,
         )
