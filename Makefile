@@ -97,12 +97,14 @@ SANITIZE := REASONALLOC_SANITIZE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ASA
 
 sanitize: setup
 	$(SANITIZE) tests/native/test_sanitized.py tests/native/test_boundaries.py tests/native/test_native.py \
-		tests/native/test_program.py tests/native/test_coded.py tests/native/test_paged_loop.py
+		tests/native/test_program.py tests/native/test_coded.py tests/native/test_paged_loop.py \
+		tests/native/test_paged_coded_loop.py
 	$(SANITIZE) tests/hf/test_step.py tests/core/test_default_dtype.py -k compile
 
 sanitize-fast: setup
 	$(SANITIZE) tests/native/test_sanitized.py tests/native/test_boundaries.py tests/native/test_program.py \
 		tests/native/test_coded.py tests/native/test_paged_loop.py \
+		tests/native/test_paged_coded_loop.py \
 		'tests/core/test_default_dtype.py::test_the_same_tokens[h2o-compile]' \
 		'tests/core/test_default_dtype.py::test_the_same_tokens[rkv-compile]' -k 'not misaligned'
 

@@ -5,9 +5,8 @@ coded ones it holds as many rows as there is room for, one behind the other from
 
     [row of ``codes.RowFormat``][padding][position, int32][numbers of the policy, float32]
 
-Rows begin at multiples of four bytes. What a policy keeps of every token lies beside it, since
-pages hold more coded tokens than plain ones, and tables for the most that there can be would be
-large.
+Rows begin at multiples of four bytes. What a policy keeps of every token lies beside it: pages hold
+more coded tokens than plain ones, and tables for the most that there can be would be large.
 """
 
 from __future__ import annotations

@@ -115,24 +115,12 @@ def _kinds_of(
         own = RowFormat(
             Field(given.key.kind, dim, dtype), Field(given.value.kind, value_dim, value_dtype)
         )
-        if _layout(given) != _layout(own):
+        if Format.of(given).numbers() != Format.of(own).numbers():
             raise RuntimeError(
                 f"formats[{head}] is of keys and values of other widths or types than those of the "
                 f"tails, {dim} of {dtype} and {value_dim} of {value_dtype}: {given}"
             )
     return tuple(KINDS[kind] for f in formats for kind in (f.key.kind, f.value.kind))
-
-
-def _layout(row: RowFormat) -> tuple[int, ...]:
-    """The numbers of ``Format``."""
-    return (
-        KINDS[row.key.kind],
-        KINDS[row.value.kind],
-        row.width,
-        row.value_at,
-        row.key_numbers_at,
-        row.value_numbers_at,
-    )
 
 
 @lru_cache(maxsize=256)
@@ -153,7 +141,7 @@ def _formats_of(
         fields = Field(names[key], dim, dtype), Field(names[value], value_dim, value_dtype)
         if any(f.kind in ("int4", "int4h") and f.dim % 2 for f in fields):
             raise RuntimeError(f"head {head} has vectors of odd widths, which int4 cannot hold")
-        array[head] = Format(*_layout(RowFormat(*fields)))
+        array[head] = Format.of(RowFormat(*fields))
     return array
 
 

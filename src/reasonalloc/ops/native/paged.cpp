@@ -2,8 +2,11 @@
 //
 // A page holds the keys and the values of `size` tokens. Keys may lie turned, so that a vector
 // holds one channel of several tokens, as vLLM's kernels for processors store them.
+//
+// A run may begin with pages of coded tokens, whose rows lie as ops/page_rows.py says. What is not
+// coded begins in a page of its own, and is worked off as in runs without coded pages.
 
-#include "attention.cpp"
+#include "coded.cpp"
 #include "rkv.cpp"
 
 namespace {
@@ -45,6 +48,50 @@ struct PagePool {
   }
 };
 
+// The fields of structs.py's `CodedRuns`, in its order: what runs begin with.
+struct CodedRuns {
+  const Format* formats;   // `width` is from row to row of a page
+  int64_t count;           // of the formats
+  const int32_t* of;       // the number of the format, of every head or run
+  const int32_t* lengths;  // [runs], coded tokens; null: no run has any
+  const int32_t* begins;   // [runs], places where the others begin: whole pages of coded ones
+
+  // The format of a head.
+  const Format& format(int64_t head) const {
+    if (of[head] < 0 || of[head] >= count) throw Outside();
+    return formats[of[head]];
+  }
+  // How many rows of a format a page holds.
+  static int64_t per_page(const PagePool& pool, const Format& format) {
+    const int64_t rows = 2 * pool.half() / format.width;
+    if (rows < 1) throw Outside();
+    return rows;
+  }
+  static int64_t pages(const PagePool& pool, const Format& format, int64_t tokens) {
+    const int64_t each = per_page(pool, format);
+    return (tokens + each - 1) / each;
+  }
+  // The others of a run must begin behind its coded pages. Whether these lie in the pool is to be
+  // looked at besides.
+  void check(const PagePool& pool, const Format& format, int64_t run) const {
+    if (lengths[run] < 0 || begins[run] != pages(pool, format, lengths[run]) * pool.size)
+      throw Outside();
+  }
+  // Finds the rows of `count` coded tokens of a run from `first` on, and of kRowsAhead more: where
+  // the run, of `length`, has no more, its last one.
+  static void find(const PagePool& pool, const Format& format, const int32_t* table, int64_t length,
+                   int64_t first, int64_t count, const char** rows) {
+    const int64_t each = per_page(pool, format),
+                  there = std::min(count + kRowsAhead, length - first);
+    int64_t page = first / each, at = first % each;
+    for (int64_t j = 0; j < there; ++j) {
+      rows[j] = pool.page(table[page]) + at * format.width;
+      if (++at == each) at = 0, ++page;
+    }
+    for (int64_t j = there; j < count + kRowsAhead; ++j) rows[j] = rows[there - 1];
+  }
+};
+
 // Rows of the tokens of a run from `first` on.
 template <typename T>
 struct InPages {
@@ -72,21 +119,21 @@ void multiply_turned(const float* queries, const T* keys, int64_t size, int64_t 
     Lanes sums[many][vectors] = {};
     for (int64_t d = 0; d < width; ++d) {
       Lanes own[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < vectors; ++i) {
         const T* at = keys + d * size + j + i * kLanes;
         own[i] = load(at);
         __builtin_prefetch(reinterpret_cast<const char*>(at) + first, 0, 2);
         __builtin_prefetch(reinterpret_cast<const char*>(at) + second, 0, 2);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int g = 0; g < many; ++g)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < vectors; ++i) sums[g][i] += queries[g * width + d] * own[i];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int g = 0; g < many; ++g)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < vectors; ++i) store(logits + g * kChunk + j + i * kLanes, sums[g][i]);
   }
 }
@@ -103,11 +150,19 @@ struct AttendPaged : Attend {
   int64_t noted;               // tokens whose queries go to the ring
   const int64_t *noted_tokens, *noted_rows, *noted_places;
   int64_t ring_rows;
+  CodedRuns coded;  // its `of` are of every KV head
 
   void store_new(int* failed) const;
   int64_t tokens(int64_t run) const;
   void add_chunks(int64_t run, int64_t chunk, Plan& plan) const;
+  void reserve(int threads, Plan& plan) const;
+  void prepare_queries(Plan& plan) const;
   void attend_to_chunk(const Plan& plan, const Chunk& chunk, const Scratch& own) const;
+
+ private:
+  const Format& format_of(int64_t run) const { return coded.format(run % kv_heads); }
+  bool has_coded(int64_t run) const { return coded.lengths && coded.lengths[run] > 0; }
+  void attend_to_coded(const Plan& plan, const Chunk& chunk, const Scratch& own) const;
 };
 
 extern "C" int64_t reasonalloc_bytes_of_attend_paged() { return sizeof(AttendPaged); }
@@ -140,19 +195,55 @@ inline void AttendPaged::store_new(int* failed) const {
 }
 
 inline int64_t AttendPaged::tokens(int64_t run) const {
-  pool.check(table + run * columns, columns, run_lengths[run]);
-  return run_lengths[run];
+  const int64_t length = run_lengths[run];
+  pool.check(table + run * columns, columns, length);
+  if (!coded.lengths) return length;
+  coded.check(pool, format_of(run), run);
+  if (coded.begins[run] > length) throw Outside();
+  return coded.lengths[run] + length - coded.begins[run];
 }
 
-// Of whole pages where a page is not larger than a chunk.
+// What is not coded: of whole pages where a page is not larger than a chunk.
 inline void AttendPaged::add_chunks(int64_t run, int64_t chunk, Plan& plan) const {
+  const auto add = [&](int64_t first, int64_t end, int64_t most, bool are_coded) {
+    for (int64_t done = first; done < end; done += most)
+      plan.chunks.push_back({run, done, 0, int(std::min(most, end - done)), are_coded});
+  };
+  if (coded.lengths) add(0, coded.lengths[run], chunk, true);
   if (pool.size <= kChunk) chunk = std::max(pool.size, chunk / pool.size * pool.size);
-  for (int64_t done = 0; done < run_lengths[run]; done += chunk)
-    plan.chunks.push_back({run, done, 0, int(std::min(chunk, run_lengths[run] - done)), false});
+  add(coded.lengths ? coded.begins[run] : 0, run_lengths[run], chunk, false);
 }
 
-inline void AttendPaged::attend_to_chunk(const Plan&, const Chunk& chunk,
+inline void AttendPaged::reserve(int threads, Plan& plan) const {
+  if (!coded.lengths) return;
+  plan.queries.resize(size_t(batch * kv_heads * group * width));
+  plan.spare.resize(size_t(threads * spare_floats(*this, coded.formats, coded.count)));
+}
+
+// Of every run that has coded tokens once, however many chunks these are.
+inline void AttendPaged::prepare_queries(Plan& plan) const {
+  if (!coded.lengths) return;
+#pragma omp for schedule(static)
+  for (int64_t run = 0; run < batch * kv_heads; ++run)
+    if (has_coded(run))
+      scale_queries_for(format_of(run), *this, run, plan.queries.data() + run * group * width);
+}
+
+inline void AttendPaged::attend_to_coded(const Plan& plan, const Chunk& chunk,
                                          const Scratch& own) const {
+  const Format& format = format_of(chunk.run);
+  const char* rows[kChunk + kRowsAhead];
+  CodedRuns::find(pool, format, table + chunk.run * columns, coded.lengths[chunk.run], chunk.start,
+                  chunk.count, rows);
+  float* spare = const_cast<float*>(plan.spare.data());
+  spare += omp_get_thread_num() * spare_floats(*this, coded.formats, coded.count);
+  attend_to_rows(*this, format, plan.queries.data() + chunk.run * group * width, rows, chunk.count,
+                 spare, own);
+}
+
+inline void AttendPaged::attend_to_chunk(const Plan& plan, const Chunk& chunk,
+                                         const Scratch& own) const {
+  if (chunk.coded) return attend_to_coded(plan, chunk, own);
   const int32_t* pages = table + chunk.run * columns;
   const int64_t size = pool.size;
   scale_queries(*this, chunk.run, own.queries);
@@ -201,9 +292,10 @@ struct Received {
   const int32_t* table;    // [runs, columns]
   const int32_t* visible;  // [runs, asked], first tokens that a query sees; 0: it is none
   const float* sinks;      // [runs, group]; may be null
-  float* out;              // [runs, asked, columns * size]
-  int64_t runs, group, asked, columns;
+  float* out;              // [runs, asked, tokens]
+  int64_t runs, group, asked, columns, tokens;
   double softcap;
+  CodedRuns coded;  // its `of` are of every run
 
   // Of the `kAsked` queries of a run from `first` on.
   template <typename T>
@@ -222,40 +314,91 @@ const float* turned_floats(const PagePool& pool, int64_t number, int64_t step, f
   return spare;
 }
 
+// Lays out coded vectors as floats [count, dim].
+inline void lay_out(const Coded& vectors, float* numbers, float* out) {
+  vectors.decoded(numbers, [&](auto decoded) {
+    const int64_t whole = decoded.whole(), width = vectors.width;
+    for (int64_t j = 0; j < vectors.count; ++j) {
+      const auto row = decoded[j];
+      float factor = 1.0f, *own = out + j * width;
+      if constexpr (decltype(decoded)::kScaled) factor = numbers[j];
+      for (int64_t d = 0; d < whole; d += kLanes) store(own + d, row.vector(d) * factor);
+      for (int64_t d = whole; d < width; ++d) own[d] = row.number(d) * factor;
+    }
+  });
+}
+
+// Logits of `padded` queries, [width, padded], with `count` keys, up to a whole tile: channel d of
+// key j at d * step + j. To `logits`, whose rows are `row` apart.
+void multiply_tiles(const float* queries, int64_t padded, const float* keys, int64_t step,
+                    int64_t count, int64_t width, float softcap, float* logits, int64_t row) {
+  for (int64_t r = 0; r < padded; r += kRows)
+    for (int64_t j = 0; j < count; j += kTile) {
+      Lanes products[kRows][2];
+      tile(queries + r, padded, keys + j, step, width, products);
+      for (int k = 0; k < kRows; ++k)
+        for (int i = 0; i < 2; ++i) {
+          Lanes x = products[k][i];
+          if (softcap > 0.0f) x = softly_capped(x, softcap);
+          store(logits + (r + k) * row + j + i * kLanes, x);
+        }
+    }
+}
+
 template <typename T>
 void Received::some(int64_t run, int64_t first, std::vector<float>& memory) const {
-  const int64_t width = pool.width, size = pool.size, tokens = columns * size;
+  const int64_t width = pool.width, size = pool.size;
   const int64_t step = std::max<int64_t>(size, kTile);  // of a page's channels
   const int64_t many = std::min(kAsked, asked - first), rows = group * many;
   const int64_t padded = (rows + kRows - 1) / kRows * kRows;
   const int32_t *pages = table + run * columns, *sees = visible + run * asked + first;
   float* received = out + (run * asked + first) * tokens;
-  std::memset(received, 0, size_t(many * tokens) * 4);
+  std::fill_n(received, many * tokens, 0.0f);
   const int64_t most = *std::max_element(sees, sees + many);
-  pool.check(pages, columns, most);
-  const int64_t used = (most + size - 1) / size, row = used * step;
-  memory.resize(size_t(width * padded + padded * row + width * step));
-  float *turned = memory.data(), *logits = turned + width * padded;
-  float* spare = logits + padded * row;
-  std::memset(turned, 0, size_t(width * padded) * 4);
+  if (most < 0 || most > tokens) throw Outside();
+  if (most == 0) return;
+  const Format* format = nullptr;
+  int64_t held = 0, begin = 0;  // coded tokens that are seen, place behind the coded pages
+  if (coded.lengths) {
+    format = &coded.format(run);
+    coded.check(pool, *format, run);
+    held = std::min<int64_t>(most, coded.lengths[run]), begin = coded.begins[run];
+    pool.check(pages, columns, CodedRuns::pages(pool, *format, held) * size);
+  }
+  if (held < most) pool.check(pages, columns, begin + most - held);
+  const int64_t used = (most - held + size - 1) / size;
+  const int64_t row = (held + used * size + kTile - 1) / kTile * kTile + kTile;
+  const bool rotated = held > 0 && format->key_code == kInt4Rotated;
+  const int64_t numbers = held > 0 ? numbers_of(format->key_code, width) : 0;
+  memory.resize(size_t((1 + rotated) * width * padded + padded * row + width * step +
+                       kTile * (held > 0 ? width + numbers : 0)));
+  float *turned = memory.data(), *turned_alike = turned + rotated * width * padded;
+  float *logits = turned_alike + width * padded, *spare = logits + padded * row;
+  float *plain = spare + width * step, *scales = plain + kTile * width;
+  std::memset(turned, 0, size_t((1 + rotated) * width * padded) * 4);
   std::memset(spare, 0, size_t(width * step) * 4);
   for (int64_t r = 0; r < rows; ++r) {
     const float* query = queries + ((run * group + r / many) * asked + first + r % many) * width;
     for (int64_t d = 0; d < width; ++d) turned[d * padded + r] = query[d];
+    if (!rotated) continue;
+    std::memcpy(plain, query, size_t(width) * 4);
+    rotate(plain, width);
+    for (int64_t d = 0; d < width; ++d) turned_alike[d * padded + r] = plain[d];
+  }
+  for (int64_t done = 0; done < held; done += kTile) {
+    const char* at[kTile + kRowsAhead];
+    const int count = int(std::min<int64_t>(kTile, held - done));
+    CodedRuns::find(pool, *format, pages, held, done, count, at);
+    lay_out(format->keys(at, count, pool.kind, width), scales, plain);
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t j = 0; j < count; ++j) spare[d * step + j] = plain[j * width + d];
+    multiply_tiles(turned_alike, padded, spare, step, count, width, float(softcap), logits + done,
+                   row);
   }
   for (int64_t p = 0; p < used; ++p) {
-    const float* keys = turned_floats<T>(pool, pages[p], step, spare);
-    for (int64_t r = 0; r < padded; r += kRows)
-      for (int64_t j = 0; j < size; j += kTile) {
-        Lanes products[kRows][2];
-        tile(turned + r, padded, keys + j, step, width, products);
-        for (int k = 0; k < kRows; ++k)
-          for (int i = 0; i < 2; ++i) {
-            Lanes x = products[k][i];
-            if (softcap > 0.0) x = softly_capped(x, float(softcap));
-            store(logits + (r + k) * row + p * size + j + i * kLanes, x);
-          }
-      }
+    const float* keys = turned_floats<T>(pool, pages[begin / size + p], step, spare);
+    multiply_tiles(turned, padded, keys, step, size, width, float(softcap),
+                   logits + held + p * size, row);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t query = r % many, count = sees[query];
@@ -285,6 +428,44 @@ extern "C" int reasonalloc_received(const Received* arguments, int threads) {
     });
   });
   return known ? failed : kOutside;
+}
+
+// The coded tokens of runs, laid out as floats.
+struct CodedRows {
+  PagePool pool;
+  Format format;
+  const int32_t* table;    // [runs, columns]
+  const int32_t* lengths;  // [runs], coded tokens
+  float *keys, *values;    // [runs, tokens, width], zeros behind the last one
+  int64_t runs, columns, tokens;
+
+  void lay_out_run(int64_t run) const;
+};
+
+extern "C" int64_t reasonalloc_bytes_of_coded_rows() { return sizeof(CodedRows); }
+
+inline void CodedRows::lay_out_run(int64_t run) const {
+  const int32_t* pages = table + run * columns;
+  const int64_t length = lengths[run], width = pool.width, first = run * tokens;
+  if (length < 0 || length > tokens) throw Outside();
+  pool.check(pages, columns, CodedRuns::pages(pool, format, length) * pool.size);
+  std::vector<float> numbers(size_t(kTile * 2 * ((width + kGroup - 1) / kGroup)));
+  for (int64_t done = 0; done < length; done += kTile) {
+    const char* at[kTile + kRowsAhead];
+    const int count = int(std::min<int64_t>(kTile, length - done));
+    CodedRuns::find(pool, format, pages, length, done, count, at);
+    float *own = keys + (first + done) * width, *others = values + (first + done) * width;
+    lay_out(format.keys(at, count, pool.kind, width), numbers.data(), own);
+    if (format.key_code == kInt4Rotated)
+      for (int64_t j = 0; j < count; ++j) rotate(own + j * width, width);
+    lay_out(format.values(at, count, pool.kind, width), numbers.data(), others);
+  }
+  for (float* end : {keys, values})
+    std::fill_n(end + (first + length) * width, (tokens - length) * width, 0.0f);
+}
+
+extern "C" int reasonalloc_decode_rows(const CodedRows* arguments, int threads) {
+  return for_rows(arguments->runs, threads, [&](int64_t run) { arguments->lay_out_run(run); });
 }
 
 // Copies tokens of a pool from places to others: keys and values, as they are stored. All are read

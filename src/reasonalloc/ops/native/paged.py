@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reasonalloc.ops.codes import KINDS, VALUE_KINDS, Field, RowFormat
+from reasonalloc.ops.native import structs
 from reasonalloc.ops.native.build import library
 from reasonalloc.ops.native.check import address, failure
-from reasonalloc.ops.native.structs import FLOATS, AttendPaged, PagePool, Received
+from reasonalloc.ops.native.structs import FLOATS, AttendPaged, Format, PagePool, Received
+from reasonalloc.ops.page_rows import PageRows
 
 _LEAST = 16  # tokens of a page: a vector of the widest registers
 _TWO = ctypes.c_int64 * 2
@@ -64,6 +68,69 @@ class Layout:
         return PagePool(at, kind, pages, size, width, int(self.turned))
 
 
+@dataclass(frozen=True)
+class CodedPages:
+    """How coded tokens lie in the pages that the runs of a model begin with.
+
+    Attributes:
+        rows: formats.
+        of: [layers, kv_heads] int32, the number in ``rows`` of each head.
+    """
+
+    rows: tuple[PageRows, ...]
+    of: Tensor
+
+
+@dataclass(frozen=True)
+class CodedRuns:
+    """The coded tokens that some runs begin with.
+
+    Attributes:
+        rows: formats.
+        of: [runs] int32, the number in ``rows`` of each run.
+        lengths: [runs] int32, coded tokens of each.
+        begins: [runs] int32, the place where its other tokens begin: its coded pages * size.
+        tokens: most tokens of a run, coded and others.
+    """
+
+    rows: tuple[PageRows, ...]
+    of: Tensor
+    lengths: Tensor
+    begins: Tensor
+    tokens: int
+
+
+def _formats_of(layout: Layout, rows: Sequence[PageRows]) -> ctypes.Array[Format]:
+    """Formats of rows in pages as C++ reads them.
+
+    Raises:
+        RuntimeError: they are of other pages or vectors than the pool's, or there are no such.
+    """
+    _, _, size, dim = layout.memory.shape
+    dtype = layout.memory.dtype
+    page_bytes = 2 * size * dim * dtype.itemsize
+    formats = (Format * len(rows))()
+    for number, row in enumerate(rows):
+        key, value = row.form.key, row.form.value
+        own = Field(key.kind, dim, dtype), Field(value.kind, dim, dtype)
+        packed = any("int4" in field.kind for field in own)
+        if (
+            key.kind not in KINDS
+            or value.kind not in VALUE_KINDS
+            or (packed and dim % 2)
+            or row.page_bytes != page_bytes
+            or Format.of(row.form).numbers() != Format.of(RowFormat(*own)).numbers()
+            or row.width < row.form.width
+            or row.per_page < 1
+        ):
+            raise RuntimeError(
+                f"rows[{number}] cannot lie in pages of {page_bytes} bytes, of vectors of {dim} "
+                f"numbers of {dtype}: {row}"
+            )
+        formats[number] = Format.of(row.form, row.width)
+    return formats
+
+
 class PagedLoop:
     """Stores one token per request, notes queries and attends, for all layers of steps.
 
@@ -72,10 +139,20 @@ class PagedLoop:
         group: query heads per KV head.
         kv_heads: of a layer.
         scaling, softcap: of the logits; 0: no soft-capping.
+        coded: of the pages that runs may begin with; None: no token is coded.
+
+    Raises:
+        RuntimeError: coded tokens cannot lie so in pages of the pool.
     """
 
     def __init__(
-        self, layout: Layout, group: int, kv_heads: int, scaling: float, softcap: float
+        self,
+        layout: Layout,
+        group: int,
+        kv_heads: int,
+        scaling: float,
+        softcap: float,
+        coded: CodedPages | None = None,
     ) -> None:
         self._layout, self._group, self._heads = layout, group, kv_heads
         self._dtype, self._width = layout.memory.dtype, layout.memory.shape[-1]
@@ -92,6 +169,13 @@ class PagedLoop:
             softcap=softcap,
             pool=layout.pool(),
         )
+        self._coded = coded
+        if coded is not None:
+            self._formats = _formats_of(layout, coded.rows)  # as long as their address
+            address("of", coded.of, torch.int32, (len(coded.of), kv_heads))
+            self._arguments.coded.formats = ctypes.addressof(self._formats)
+            self._arguments.coded.count = len(coded.rows)
+        self._coded_starts: tuple[int, int, int] | None = None
         self._of_layer = (0, 0, 0)
         self.begun = 0  # steps
         self._kept: tuple[Tensor, ...] = ()  # as long as their addresses
@@ -102,15 +186,22 @@ class PagedLoop:
         lengths: Tensor,
         places: Tensor,
         noted: tuple[Tensor, Tensor, Tensor] | None,
+        coded: Tensor | None = None,
+        starts_of_tails: Tensor | None = None,
     ) -> None:
         """Take in what is the same for all layers of a step, or lies beside each other.
 
         Args:
-            table: [layers, runs, columns] int32, pages of each run.
-            lengths: [layers, runs] int32, the new token included.
+            table: [layers, runs, columns] int32, pages of each run, those of coded tokens first.
+            lengths: [layers, runs] int32, places of each run: those of its coded pages, then its
+                other tokens, the new one included.
             places: [layers, runs] int64, where the new token goes: page * size + place.
             noted: queries to be remembered, [m] int64 each: of which requests, and the rows and
                 places of the ring where they go; or None.
+            coded: [layers, runs] int32, coded tokens of each run; None, as ``starts_of_tails``:
+                there are none.
+            starts_of_tails: [layers, runs] int32, the place where what is not coded begins: the
+                pages of coded tokens * size.
 
         Raises:
             RuntimeError: one of them is not so.
@@ -128,6 +219,7 @@ class PagedLoop:
         )
         self._layers = layers
         self._kept = (table, lengths, places)
+        self._begin_coded(layers, runs, coded, starts_of_tails)
         self.begun += 1
         if noted is not None:
             own.noted = len(noted[0])
@@ -136,6 +228,24 @@ class PagedLoop:
                 for name, tensor in zip(("requests", "rows", "places"), noted, strict=True)
             )
             self._kept = (*self._kept, *noted)
+
+    def _begin_coded(
+        self, layers: int, runs: int, coded: Tensor | None, begins: Tensor | None
+    ) -> None:
+        """Take in the coded tokens of a step, if there are any; see ``begin``."""
+        self._arguments.coded.lengths = self._coded_starts = None
+        if coded is None and begins is None:
+            return
+        if coded is None or begins is None:
+            raise RuntimeError("coded and starts_of_tails go together")
+        if self._coded is None:
+            raise RuntimeError("runs have coded tokens, but the loop was made for none")
+        self._coded_starts = (
+            address("of", self._coded.of, torch.int32, (layers, self._heads)),
+            address("coded", coded, torch.int32, (layers, runs)),
+            address("starts_of_tails", begins, torch.int32, (layers, runs)),
+        )
+        self._kept = (*self._kept, coded, begins)
 
     def attend(
         self,
@@ -175,6 +285,11 @@ class PagedLoop:
         own.table, own.run_lengths, own.places = (
             start + layer * step for start, step in zip(self._starts, self._of_layer, strict=True)
         )
+        if self._coded_starts is not None:
+            of, coded, begins = self._coded_starts
+            step = layer * own.batch * self._heads * 4
+            own.coded.of = of + layer * self._heads * 4
+            own.coded.lengths, own.coded.begins = coded + step, begins + step
         if own.noted:
             if ring is None:
                 raise RuntimeError("queries are to be noted, but there is no ring")
@@ -195,8 +310,12 @@ def received(
     visible: Tensor,
     softcap: float | None,
     sinks: Tensor | None = None,
+    coded: CodedRuns | None = None,
 ) -> Tensor:
     """Attention that each token receives from each query, averaged over the group.
+
+    Where runs begin with coded tokens, their tokens are counted and not their places: token i is
+    the coded token i, or lies at place begins + (i - lengths).
 
     Args:
         layout: of the pool.
@@ -206,9 +325,11 @@ def received(
             query.
         softcap: of the logits, or None.
         sinks: [runs, group] learned sinks, or None.
+        coded: what runs begin with, or None.
 
     Returns:
-        [runs, asked, columns * size] float32; 0 where a query cannot see the token.
+        [runs, asked, columns * size], of coded runs [runs, asked, ``coded.tokens``], float32; 0
+        where a query cannot see the token.
 
     Raises:
         RuntimeError: an argument is not so, or a run lies outside of the pool.
@@ -216,7 +337,8 @@ def received(
     pool = layout.pool()
     queries, table, visible = queries.float().contiguous(), table.contiguous(), visible.contiguous()
     (runs, group, asked, _), columns = queries.shape, table.shape[1]
-    out = torch.empty(runs, asked, columns * pool.size, dtype=torch.float32, device="cpu")
+    tokens = columns * pool.size if coded is None else coded.tokens
+    out = torch.empty(runs, asked, tokens, dtype=torch.float32, device="cpu")
     arguments = Received(
         pool=pool,
         queries=address("queries", queries, torch.float32, (runs, group, asked, pool.width)),
@@ -227,8 +349,20 @@ def received(
         group=group,
         asked=asked,
         columns=columns,
+        tokens=tokens,
         softcap=softcap or 0.0,
     )
+    if coded is not None:
+        formats = _formats_of(layout, coded.rows)
+        of, lengths, begins = (x.contiguous() for x in (coded.of, coded.lengths, coded.begins))
+        arguments.coded = structs.CodedRuns(
+            ctypes.addressof(formats),
+            len(formats),
+            *(
+                address(name, tensor, torch.int32, (runs,))
+                for name, tensor in (("of", of), ("lengths", lengths), ("begins", begins))
+            ),
+        )
     if sinks is not None:
         sinks = sinks.float().contiguous()
         arguments.sinks = address("sinks", sinks, torch.float32, (runs, group))
@@ -236,6 +370,45 @@ def received(
     if code:
         raise failure(code)
     return out
+
+
+def decode_rows(
+    layout: Layout, rows: PageRows, table: Tensor, lengths: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The coded tokens that runs begin with, decoded.
+
+    Args:
+        layout: of the pool.
+        rows: how they lie in pages.
+        table: [runs, columns] int32, pages of each run.
+        lengths: [runs] int32, coded tokens of each.
+        tokens: of the results: at least the most of a run.
+
+    Returns:
+        Keys and values, [runs, tokens, head_dim] float32 each; zeros behind the last of a run.
+
+    Raises:
+        RuntimeError: an argument is not so, or a run lies outside of the pool.
+    """
+    pool = layout.pool()
+    table, lengths = table.contiguous(), lengths.contiguous()
+    runs, columns = table.shape
+    keys, values = torch.empty(2, runs, tokens, pool.width, dtype=torch.float32, device="cpu")
+    arguments = structs.CodedRows(
+        pool=pool,
+        format=_formats_of(layout, [rows])[0],
+        table=address("table", table, torch.int32, (runs, columns)),
+        lengths=address("lengths", lengths, torch.int32, (runs,)),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        runs=runs,
+        columns=columns,
+        tokens=tokens,
+    )
+    code = library().reasonalloc_decode_rows(ctypes.byref(arguments), torch.get_num_threads())
+    if code:
+        raise failure(code)
+    return keys, values
 
 
 def move_tokens(layout: Layout, source: Tensor, target: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from reasonalloc.ops.codes import KINDS, RowFormat
+
 #: Element types that the loops compute with, and their numbers there.
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _I, _P, _TWO = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64 * 2
@@ -58,6 +60,22 @@ class Format(ctypes.Structure):
         ("value_numbers_at", _I),
     )
 
+    @classmethod
+    def of(cls, row: RowFormat, width: int | None = None) -> Format:
+        """A format as C++ reads it; ``width``: bytes from row to row, if not the row's own."""
+        return cls(
+            KINDS[row.key.kind],
+            KINDS[row.value.kind],
+            row.width if width is None else width,
+            row.value_at,
+            row.key_numbers_at,
+            row.value_numbers_at,
+        )
+
+    def numbers(self) -> tuple[int, ...]:
+        """All of them, to be compared."""
+        return tuple(getattr(self, name) for name, _ in self._fields_)
+
 
 class AttendCoded(Attend):
     """The same where all but the newest tokens are coded: ``Attend`` is of the tails."""
@@ -81,6 +99,18 @@ class PagePool(ctypes.Structure):
     )
 
 
+class CodedRuns(ctypes.Structure):
+    """What runs in pages begin with: formats, whose each is, coded tokens and where these end."""
+
+    _fields_ = (
+        ("formats", _P),
+        ("count", _I),
+        ("of", _P),
+        ("lengths", _P),
+        ("begins", _P),
+    )
+
+
 class AttendPaged(Attend):
     """Attention over pages: of ``Attend`` what says where tokens lie is left out."""
 
@@ -95,6 +125,7 @@ class AttendPaged(Attend):
         ("noted_rows", _P),
         ("noted_places", _P),
         ("ring_rows", _I),
+        ("coded", CodedRuns),
     )
 
 
@@ -104,8 +135,20 @@ class Received(ctypes.Structure):
     _fields_ = (
         ("pool", PagePool),
         *((name, _P) for name in ("queries", "table", "visible", "sinks", "out")),
-        *((name, _I) for name in ("runs", "group", "asked", "columns")),
+        *((name, _I) for name in ("runs", "group", "asked", "columns", "tokens")),
         ("softcap", ctypes.c_double),
+        ("coded", CodedRuns),
+    )
+
+
+class CodedRows(ctypes.Structure):
+    """Coded tokens of runs in pages, to be laid out as floats."""
+
+    _fields_ = (
+        ("pool", PagePool),
+        ("format", Format),
+        *((name, _P) for name in ("table", "lengths", "keys", "values")),
+        *((name, _I) for name in ("runs", "columns", "tokens")),
     )
 
 
