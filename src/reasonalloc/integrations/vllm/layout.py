@@ -245,7 +245,7 @@ def make_layouts(
     """
     coded = codings is not None
     reserve = Reserve(block_size, interval, 0, 0, pin, windows, observed, coded)
-    own = codings or [None] * len(totals)
+    own: Sequence[Coding | None] = codings or [None] * len(totals)
     layouts = [
         Layout(reserve, tuple(layers), kv_heads, coding)
         for layers, coding in zip(totals, own, strict=True)
