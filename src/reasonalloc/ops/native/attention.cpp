@@ -14,7 +14,8 @@ namespace {
 constexpr int kChunk = 256;  // most tokens of a run that one thread takes at a time
 constexpr int kLeast = 32;   // fewest
 constexpr int kTurns = 4;    // pieces that each thread should find, so that none waits long
-constexpr int kQueries = 4;  // query heads that are worked off together, in registers
+constexpr int kQueries = 6;  // most query heads that are worked off together, in registers
+constexpr int kKeys = kRegisters / 8;     // and keys
 constexpr int kVectors = kRegisters / 8;  // and vectors of a value's row
 constexpr int kAhead = 8;    // rows between the one that is read and the one that is fetched
 
@@ -43,28 +44,48 @@ struct Plain {
   int64_t whole() const { return width / kLanes * kLanes; }
 };
 
-// Logits of `many` queries with `count` keys; queries are floats, scaled already.
+// Logits of `many` queries with `rows` keys from key j on; queries are floats, scaled already.
+template <int many, int rows, typename Keys>
+inline void multiply_some_keys(const float* queries, const Keys& keys, int j, int64_t width,
+                               float* logits) {
+  const int64_t whole = keys.whole();
+  decltype(keys[j]) own[rows];
+  for (int r = 0; r < rows; ++r) own[r] = keys[j + r];
+  Lanes sums[many][rows] = {};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    Lanes numbers[rows];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      own[r].fetch(d);
+      numbers[r] = own[r].vector(d);
+    }
+#pragma GCC unroll 6
+    for (int g = 0; g < many; ++g) {
+      const Lanes query = load(queries + g * width + d);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) sums[g][r] += query * numbers[r];
+    }
+  }
+#pragma GCC unroll 6
+  for (int g = 0; g < many; ++g) {
+    float dots[rows];
+    sums_of<rows>(sums[g], dots);
+    for (int r = 0; r < rows; ++r) {
+      float dot = dots[r];
+      for (int64_t d = whole; d < width; ++d) dot += queries[g * width + d] * own[r].number(d);
+      if constexpr (Keys::kScaled) dot *= keys.numbers[j + r];
+      logits[g * kChunk + j + r] = dot;
+    }
+  }
+}
+
 template <int many, typename Keys>
 void multiply_keys(const float* queries, const Keys& keys, int count, int64_t width,
                    float* logits) {
-  const int64_t whole = keys.whole();
-  for (int j = 0; j < count; ++j) {
-    const auto key = keys[j];
-    Lanes sums[many] = {};
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      key.fetch(d);
-      Lanes k = key.vector(d);
-#pragma GCC unroll 4
-      for (int g = 0; g < many; ++g) sums[g] += load(queries + g * width + d) * k;
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < many; ++g) {
-      float dot = sum(sums[g]);
-      for (int64_t d = whole; d < width; ++d) dot += queries[g * width + d] * key.number(d);
-      if constexpr (Keys::kScaled) dot *= keys.numbers[j];
-      logits[g * kChunk + j] = dot;
-    }
-  }
+  int j = 0;
+  for (; j + kKeys <= count; j += kKeys)
+    multiply_some_keys<many, kKeys>(queries, keys, j, width, logits);
+  for (; j < count; ++j) multiply_some_keys<many, 1>(queries, keys, j, width, logits);
 }
 
 // Weighted sums of `count` values from number `d` on, `vectors` vectors of them.
@@ -75,21 +96,21 @@ void add_values(const float* weights, const Values& values, int count, int64_t d
   for (int j = 0; j < count; ++j) {
     const auto value = values[j];
     Lanes row[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < vectors; ++i) {
       value.fetch(d + i * kLanes);
       row[i] = value.vector(d + i * kLanes);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int g = 0; g < many; ++g) {
       float weight = weights[g * kChunk + j];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < vectors; ++i) sums[g][i] += weight * row[i];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int g = 0; g < many; ++g)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < vectors; ++i) store(out + g * width + d + i * kLanes, sums[g][i]);
 }
 
@@ -109,15 +130,22 @@ void multiply_values(const float* weights, const Values& values, int count, int6
     }
 }
 
-// Calls `run` with the first of as many query heads as are worked off together, and their number.
+// Calls `run` with the first of as many query heads as are worked off together, and their number:
+// parts of a group that differ by one at most.
 template <typename Run>
 void by_queries(int64_t group, Run run) {
-  for (int64_t g = 0; g < group; g += kQueries) switch (std::min<int64_t>(group - g, kQueries)) {
+  const int64_t parts = (group + kQueries - 1) / kQueries;
+  for (int64_t part = 0, g = 0, many; part < parts; ++part, g += many) {
+    many = group / parts + (part < group % parts);
+    switch (many) {
       case 1: run(g, std::integral_constant<int, 1>{}); break;
       case 2: run(g, std::integral_constant<int, 2>{}); break;
       case 3: run(g, std::integral_constant<int, 3>{}); break;
+      case 4: run(g, std::integral_constant<int, 4>{}); break;
+      case 5: run(g, std::integral_constant<int, 5>{}); break;
       default: run(g, std::integral_constant<int, kQueries>{});
     }
+  }
 }
 
 struct Chunk {
@@ -339,14 +367,24 @@ void join_chunks(const Attend& a, const Plan& plan, int64_t run, float* scratch)
       total += own.largest[g] * own.total[g];
     }
     const float share = begin < end ? 1.0f / total : 0.0f;  // empty: zeros
-    for (int64_t d = 0; d < a.value_width; ++d) {
-      float x = 0.0f;
+    const auto add = [&](auto x, int64_t d) {
       for (int64_t c = begin; c < end; ++c) {
         const Scratch own(a, scratch + c * per_chunk, nullptr);
-        x += own.largest[g] * own.sums[g * a.value_width + d];
+        const float* sums = own.sums + g * a.value_width + d;
+        if constexpr (std::is_same_v<decltype(x), Lanes>)
+          x += own.largest[g] * load(sums);
+        else
+          x += own.largest[g] * *sums;
       }
-      write(out + d, x * share);
+      return x * share;
+    };
+    const int64_t whole = a.value_width / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      float numbers[kLanes];
+      store(numbers, add(Lanes{}, d));
+      for (int i = 0; i < kLanes; ++i) write(out + d + i, numbers[i]);
     }
+    for (int64_t d = whole; d < a.value_width; ++d) write(out + d, add(0.0f, d));
     if (!a.received) continue;
     for (int64_t c = begin; c < end; ++c) {
       const Scratch own(a, scratch + c * per_chunk, nullptr);

@@ -10,6 +10,8 @@
 namespace {
 
 constexpr int kGroup = 32;  // numbers that share a scale and an offset in int4
+constexpr int kRowsAhead = 16;  // between a coded row that is read and the one that is fetched
+constexpr int kLaidOut = 32;  // coded keys whose numbers are laid out at a time
 
 // In the order of codes.py's KINDS.
 enum Code { kAuto = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3, kInt4Rotated = 4 };
@@ -68,20 +70,29 @@ struct Fp8 {
   }
 };
 
-// Coded rows lie `stride` bytes apart.
-template <typename Format>
+// Fetches a coded row while another one is read: `spread` of its bytes per number of a vector.
+struct Ahead {
+  const char* row;
+  int64_t spread;
+  void fetch(int64_t d) const { __builtin_prefetch(row + d * spread); }
+};
+
+// Coded vectors lie `at` bytes behind the first ones of `rows`, anywhere. There are kRowsAhead more
+// rows in the list than are read.
+template <typename Code>
 struct Scaled {
   static constexpr bool kScaled = true;
   struct Row {
     const char* at;
-    void fetch(int64_t) const {}
-    Lanes vector(int64_t d) const { return Format::vector(at + d); }
-    float number(int64_t d) const { return Format::number(at + d); }
+    Ahead ahead;
+    void fetch(int64_t d) const { ahead.fetch(d); }
+    Lanes vector(int64_t d) const { return Code::vector(at + d); }
+    float number(int64_t d) const { return Code::number(at + d); }
   };
-  const char* first;
-  int64_t stride, width;
+  const char* const* rows;
+  int64_t at, spread, width;
   const float* numbers;
-  Row operator[](int64_t j) const { return {first + j * stride}; }
+  Row operator[](int64_t j) const { return {rows[j] + at, {rows[j + kRowsAhead], spread}}; }
   int64_t whole() const { return width / kLanes * kLanes; }
 };
 
@@ -91,7 +102,8 @@ struct Int4 {
     const char* at;
     const float* numbers;
     int64_t width;
-    void fetch(int64_t) const {}
+    Ahead ahead;
+    void fetch(int64_t d) const { ahead.fetch(d); }
     Lanes vector(int64_t d) const {
       const Place own = place(d);
       const Ints codes = bytes_at(own.at) >> own.shift & 15;
@@ -116,12 +128,12 @@ struct Int4 {
       return {high ? codes + in_group - half : codes + in_group, high ? 4 : 0, numbers + 2 * group};
     }
   };
-  const char* first;
-  int64_t stride, width;
+  const char* const* rows;
+  int64_t at, spread, width;
   const float* numbers;
   Row operator[](int64_t j) const {
     const int64_t groups = (width + kGroup - 1) / kGroup;
-    return {first + j * stride, numbers + j * 2 * groups, width};
+    return {rows[j] + at, numbers + j * 2 * groups, width, {rows[j + kRowsAhead], spread}};
   }
   // A vector lies in one half of a group.
   int64_t whole() const {
@@ -130,42 +142,86 @@ struct Int4 {
   }
 };
 
+// Vectors that are not coded, in such rows.
+template <typename T>
+struct Uncoded {
+  static constexpr bool kScaled = false;
+  struct Row : Plain<T>::Row {
+    Ahead ahead;
+    void fetch(int64_t d) const { ahead.fetch(d); }
+  };
+  const char* const* rows;
+  int64_t at, spread, width;
+  Row operator[](int64_t j) const { return {{rows[j] + at, 0}, {rows[j + kRowsAhead], spread}}; }
+  int64_t whole() const { return width / kLanes * kLanes; }
+};
+
 // How many numbers scale a vector.
 inline int64_t numbers_of(int64_t code, int64_t width) {
   if (code == kAuto) return 0;
   return code == kInt4 || code == kInt4Rotated ? 2 * ((width + kGroup - 1) / kGroup) : 1;
 }
 
-// Coded vectors of a chunk: their first code, their first number, the bytes from row to row.
+// Coded vectors of `count` rows of `bytes`: in a row the first byte of their codes and of their
+// numbers.
 struct Coded {
   int64_t code, kind;  // `kind` of what is not coded
-  const char *codes, *numbers;
-  int64_t stride, width;
+  const char* const* rows;
+  int64_t codes_at, numbers_at, bytes, width;
   int count;
 
   // Calls `run` with the rows; the numbers that scale them are laid out as floats before.
   template <typename Run>
   void decoded(float* floats, Run run) const {
-    const int64_t each = numbers_of(code, width);
+    const int64_t each = numbers_of(code, width), spread = (bytes + width - 1) / width;
     for (int64_t j = 0; j < count; ++j)
       for (int64_t i = 0; i < each; ++i)
-        floats[j * each + i] = half_at(numbers + j * stride + 2 * i);
+        floats[j * each + i] = half_at(rows[j] + numbers_at + 2 * i);
     switch (code) {
-      case kInt8: return run(Scaled<Int8>{codes, stride, width, floats});
-      case kFp8: return run(Scaled<Fp8>{codes, stride, width, floats});
+      case kInt8: return run(Scaled<Int8>{rows, codes_at, spread, width, floats});
+      case kFp8: return run(Scaled<Fp8>{rows, codes_at, spread, width, floats});
       case kAuto:
-        by_kind(int(kind), [&](auto zero) { run(Plain<decltype(zero)>{codes, stride, width}); });
+        by_kind(int(kind),
+                [&](auto zero) { run(Uncoded<decltype(zero)>{rows, codes_at, spread, width}); });
         return;
-      default: return run(Int4{codes, stride, width, floats});
+      default: return run(Int4{rows, codes_at, spread, width, floats});
     }
+  }
+};
+
+// Rows of a Hadamard matrix as large as a vector.
+struct Signs {
+  float row[kLanes][kLanes];
+  constexpr Signs() : row() {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) {
+        row[i][j] = 1.0f;
+        for (int both = i & j; both; both &= both - 1) row[i][j] = -row[i][j];
+      }
   }
 };
 
 // Replaces numbers by their product with a Hadamard matrix of the largest power of two that divides
 // `width`, block by block.
 void rotate(float* x, int64_t width) {
+  static constexpr Signs signs;
   const int64_t size = width & -width;
-  for (int64_t half = 1; half < size; half *= 2)
+  int64_t half = 1;
+  if (size >= kLanes) {  // within vectors first
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Lanes sums = {};
+      for (int lane = 0; lane < kLanes; ++lane) sums += x[i + lane] * load(signs.row[lane]);
+      store(x + i, sums);
+    }
+    for (half = kLanes; half < size; half *= 2)
+      for (int64_t block = 0; block < width; block += 2 * half)
+        for (int64_t i = block; i < block + half; i += kLanes) {
+          const Lanes a = load(x + i), b = load(x + i + half);
+          store(x + i, a + b);
+          store(x + i + half, a - b);
+        }
+  }
+  for (; half < size; half *= 2)
     for (int64_t block = 0; block < width; block += 2 * half)
       for (int64_t i = block; i < block + half; ++i) {
         const float a = x[i], b = x[i + half];
@@ -182,7 +238,60 @@ void rotate(float* x, int64_t width) {
 // where in it the codes of the value and the numbers of both begin.
 struct Format {
   int64_t key_code, value_code, width, value_at, key_numbers_at, value_numbers_at;
+
+  // Keys and values of rows.
+  Coded keys(const char* const* rows, int count, int64_t kind, int64_t dim) const {
+    return {key_code, kind, rows, 0, key_numbers_at, width, dim, count};
+  }
+  Coded values(const char* const* rows, int count, int64_t kind, int64_t dim) const {
+    return {value_code, kind, rows, value_at, value_numbers_at, width, dim, count};
+  }
 };
+
+namespace {
+
+// Floats that a thread needs for chunks of coded tokens: the weights of its values, scaled, and the
+// numbers of a chunk.
+inline int64_t spare_floats(const Attend& a, const Format* formats, int64_t count) {
+  int64_t most = 1;
+  for (const Format* f = formats; f < formats + count; ++f)
+    most = std::max(
+        {most, numbers_of(f->key_code, a.width), numbers_of(f->value_code, a.value_width)});
+  return kChunk * (most + a.group);
+}
+
+// The queries of a run as coded keys need them.
+void scale_queries_for(const Format& format, const Attend& a, int64_t run, float* queries) {
+  scale_queries(a, run, queries);
+  if (format.key_code == kInt4Rotated)
+    for (int64_t g = 0; g < a.group; ++g) rotate(queries + g * a.width, a.width);
+}
+
+// Attends to a chunk of coded tokens that lie at `rows`. With the keys, which come first, the
+// values are fetched.
+void attend_to_rows(const Attend& a, const Format& format, const float* queries,
+                    const char* const* rows, int count, float* spare, const Scratch& own) {
+  float *scaled = spare, *numbers = spare + a.group * kChunk;
+  for (int done = 0; done < count; done += kLaidOut) {
+    const int many = std::min(kLaidOut, count - done);
+    format.keys(rows + done, many, a.key_kind, a.width).decoded(numbers, [&](auto decoded) {
+      multiply_all_keys(a, queries, decoded, many, own.weights + done);
+    });
+  }
+  weigh(a, count, own);
+  format.values(rows, count, a.value_kind, a.value_width).decoded(numbers, [&](auto decoded) {
+    const float* weights = own.weights;
+    if constexpr (decltype(decoded)::kScaled) {
+      for (int64_t g = 0; g < a.group; ++g)
+        for (int64_t j = g * kChunk; j < g * kChunk + count; ++j)
+          scaled[j] = own.weights[j] * numbers[j - g * kChunk];
+      weights = scaled;
+    }
+    multiply_all_values(a, weights, decoded, count, own.sums);
+  });
+}
+
+}  // namespace
 
 // The fields of structs.py's `AttendCoded`: what is not coded, and then the coded runs.
 struct AttendCoded : Attend {
@@ -199,7 +308,6 @@ struct AttendCoded : Attend {
 
  private:
   const Format& format_of(int64_t run) const { return formats[run % kv_heads]; }
-  int64_t spare_floats() const;
 };
 
 extern "C" int64_t reasonalloc_bytes_of_attend_coded() { return sizeof(AttendCoded); }
@@ -224,63 +332,29 @@ inline void AttendCoded::add_chunks(int64_t run, int64_t chunk, Plan& plan) cons
   Attend::add_chunks(run, chunk, plan);
 }
 
-// Of a thread: the numbers of a chunk, and the weights of its values, scaled.
-inline int64_t AttendCoded::spare_floats() const {
-  int64_t most = 1;
-  for (int64_t h = 0; h < kv_heads; ++h)
-    most = std::max({most, numbers_of(formats[h].key_code, width),
-                     numbers_of(formats[h].value_code, value_width)});
-  return kChunk * (most + group);
-}
-
 inline void AttendCoded::reserve(int threads, Plan& plan) const {
   plan.queries.resize(size_t(batch * kv_heads * group * width));
-  plan.spare.resize(size_t(threads * spare_floats()));
+  plan.spare.resize(size_t(threads * spare_floats(*this, formats, kv_heads)));
 }
 
 // Of every run once, however many chunks it has.
 inline void AttendCoded::prepare_queries(Plan& plan) const {
 #pragma omp for schedule(static)
-  for (int64_t run = 0; run < batch * kv_heads; ++run) {
-    float* queries = plan.queries.data() + run * group * width;
-    scale_queries(*this, run, queries);
-    if (format_of(run).key_code == kInt4Rotated)
-      for (int64_t g = 0; g < group; ++g) rotate(queries + g * width, width);
-  }
+  for (int64_t run = 0; run < batch * kv_heads; ++run)
+    scale_queries_for(format_of(run), *this, run, plan.queries.data() + run * group * width);
 }
 
 inline void AttendCoded::attend_to_chunk(const Plan& plan, const Chunk& chunk,
                                          const Scratch& own) const {
   if (!chunk.coded) return Attend::attend_to_chunk(plan, chunk, own);
   const Format& format = format_of(chunk.run);
-  const char* rows = pool + chunk.start;
-  const int count = chunk.count;
-  float* spare = const_cast<float*>(plan.spare.data()) + omp_get_thread_num() * spare_floats();
-  float *scaled = spare, *numbers = spare + group * kChunk;
-  const Coded coded_keys = {format.key_code, key_kind,      rows, rows + format.key_numbers_at,
-                            format.width,    Attend::width, count};
-  coded_keys.decoded(numbers, [&](auto decoded) {
-    multiply_all_keys(*this, plan.queries.data() + chunk.run * group * width, decoded, count,
-                      own.weights);
-  });
-  weigh(*this, count, own);
-  const Coded coded_values = {format.value_code,
-                              value_kind,
-                              rows + format.value_at,
-                              rows + format.value_numbers_at,
-                              format.width,
-                              value_width,
-                              count};
-  coded_values.decoded(numbers, [&](auto decoded) {
-    const float* weights = own.weights;
-    if constexpr (decltype(decoded)::kScaled) {
-      for (int64_t g = 0; g < group; ++g)
-        for (int64_t j = g * kChunk; j < g * kChunk + count; ++j)
-          scaled[j] = own.weights[j] * numbers[j - g * kChunk];
-      weights = scaled;
-    }
-    multiply_all_values(*this, weights, decoded, count, own.sums);
-  });
+  const char* rows[kChunk + kRowsAhead];
+  for (int j = 0; j < chunk.count + kRowsAhead; ++j)
+    rows[j] = pool + chunk.start + j * format.width;
+  float* spare = const_cast<float*>(plan.spare.data());
+  spare += omp_get_thread_num() * spare_floats(*this, formats, kv_heads);
+  attend_to_rows(*this, format, plan.queries.data() + chunk.run * group * width, rows, chunk.count,
+                 spare, own);
 }
 
 extern "C" int reasonalloc_attend_coded(const AttendCoded* arguments, int threads) {

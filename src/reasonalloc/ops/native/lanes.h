@@ -130,6 +130,26 @@ inline float sum(Lanes x) {
   return folded(x, [](auto x, auto y) { return x + y; });
 }
 
+// The sums of several vectors, each as `sum` has it.
+template <int count>
+inline void sums_of(const Lanes* x, float* out) {
+#if defined(__AVX__)
+  if constexpr (count == 4) {
+    __m128 fours[4];
+    for (int r = 0; r < 4; ++r) {
+      __m128 parts[kLanes / 4];
+      std::memcpy(parts, x + r, sizeof x[r]);
+      fours[r] = parts[0];
+      for (int i = 1; i < kLanes / 4; ++i) fours[r] = fours[r] + parts[i];
+    }
+    _MM_TRANSPOSE4_PS(fours[0], fours[1], fours[2], fours[3]);
+    _mm_storeu_ps(out, (fours[0] + fours[2]) + (fours[1] + fours[3]));
+    return;
+  }
+#endif
+  for (int r = 0; r < count; ++r) out[r] = sum(x[r]);
+}
+
 // exp of numbers that are at most 0, to 2 units in the last place; 0 below -87; NaN of NaN.
 inline Lanes exp_of_negative(Lanes x) {
   Ints dead = x < -87.0f;
