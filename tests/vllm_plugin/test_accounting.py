@@ -30,7 +30,7 @@ class MadeBudget(EngineBudget):
     ) -> None:
         given = {"config": config, "shapes": shapes, "ranks": ranks, "totals": tuple(totals)}
         policy = POLICIES.create(config.arm.policy)
-        self.__dict__.update(given, name="made", planned=None, policy=policy)
+        self.__dict__.update(given, name="made", planned=None, formats=None, policy=policy)
 
 
 def make(totals: list[int], heads: int, interval: int, block: int, ranks: int = 1) -> Accounting:
