@@ -39,6 +39,19 @@ def test_one_byte_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         selftest.check(DEVICE, torch.float32, 64, 2, 16, fp8=True)
 
 
+def test_fewer_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    selftest.check(DEVICE, torch.float32, 64, 2, 16, bits=True)
+    right = paged.paged_decode_coded
+
+    def decode(query: Any, pool: Any, tables: Any, coded: Any, *rest: Any) -> None:
+        right(query, pool, tables, dataclasses.replace(coded, coded=coded.coded // 2), *rest)
+
+    monkeypatch.setattr(selftest, "_done", set())
+    monkeypatch.setattr(paged, "paged_decode_coded", decode)
+    with pytest.raises(UnsupportedError, match=r"attention differs by.*, fewer bits"):
+        selftest.check(DEVICE, torch.float32, 64, 2, 16, bits=True)
+
+
 def recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A graph's notes; noting has done the step, as the test does it before capturing."""
     replay = recorded_graph.capture(run, device)
@@ -55,8 +68,9 @@ def as_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(selftest, "_has_graphs", lambda device: True)
 
 
-def test_steps_that_are_replayed(as_a_graph: None) -> None:
-    selftest.check(DEVICE, torch.float32, 64, 2, 16)
+@pytest.mark.parametrize("bits", [False, True])
+def test_steps_that_are_replayed(as_a_graph: None, bits: bool) -> None:
+    selftest.check(DEVICE, torch.float32, 64, 2, 16, bits=bits)
 
 
 def test_a_step_that_is_told_elsewhere(as_a_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:

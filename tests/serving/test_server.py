@@ -173,9 +173,8 @@ def test_ctrl_c_stops_it(server: Server) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--arm", "value_aware(metric=output)/uniform/uniform"], "output projections"),
         (["--prompt", "protect"], "prompt='protect'"),
-        (["--kv-dtype", "int8"], "kv_dtype='int8'"),
+        (["--kv-dtype", "int8", "--prompt", "pin"], "prompt='pin' and kv_dtype='int8'"),
         (["--arm", "tri_attention/uniform/uniform"], "tri_attention"),
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),

@@ -90,6 +90,7 @@ def test_other_arms(engine: Callable[..., Any], clear: Callable[..., Any], arm: 
         "value_aware/pyramid/reasonalloc",
         pytest.param("lazy_eviction/uniform/uniform", marks=pytest.mark.long),
         "tri_attention/pyramid/uniform",
+        "value_aware(metric=output)/uniform/reasonalloc",
     ],
 )
 def test_arms_that_see_attention_or_read_files(

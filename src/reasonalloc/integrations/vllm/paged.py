@@ -86,7 +86,8 @@ class PagedBuilder(BudgetBuilder):
             impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
             group = impl.num_heads // impl.num_kv_heads
             size, fp8 = kv_cache_spec.block_size, self._coded is not None
-            selftest.check(device, dtype, impl.head_size, group, size, fp8)
+            bits = self.runs.layout.coding is not None
+            selftest.check(device, dtype, impl.head_size, group, size, fp8, bits)
 
     @property
     def steps(self) -> Steps:

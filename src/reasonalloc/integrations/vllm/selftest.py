@@ -22,12 +22,14 @@ from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
 from reasonalloc.integrations.vllm.pages import Coded
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs
 from reasonalloc.integrations.vllm.steps import Step, Steps, cells
+from reasonalloc.integrations.vllm.views import CodedPool, view_runs
 from reasonalloc.planning.shapes import layer_shapes
 from reasonalloc.version import __version__
 
 _LAYERS, _HEADS, _WINDOW, _DECODED, _PADDED = 2, 2, 4, 4, 3
 _SCALES = ((0.5, 0.25), (0.03, 2.0))  # of keys and values of each layer, if pages hold e4m3
 _PROMPTS = (33, 9)  # the first is over its budget
+_KINDS = "int8:int4"  # of older tokens, if they are kept in fewer bits
 _LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _done: set[tuple[object, ...]] = set()
 
@@ -39,6 +41,7 @@ def check(
     group: int,
     block_size: int,
     fp8: bool = False,
+    bits: bool = False,
 ) -> None:
     """Compare a device with the CPU; once per process.
 
@@ -47,14 +50,15 @@ def check(
         dtype: of queries, and of pages without ``fp8``.
         dim, group, block_size: head size, query heads per KV head, tokens of a page.
         fp8: pages hold e4m3 numbers.
+        bits: older tokens are kept in fewer bits.
 
     Raises:
         UnsupportedError: they differ; the message is a report.
     """
-    key = (device, dtype, dim, group, block_size, fp8)
+    key = (device, dtype, dim, group, block_size, fp8, bits)
     if key in _done:
         return
-    problems = compare(device, dtype, dim, group, block_size, fp8)
+    problems = compare(device, dtype, dim, group, block_size, fp8, bits)
     if problems:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UnsupportedError(
@@ -62,17 +66,23 @@ def check(
             "Please report this line: "
             f"reasonalloc {__version__}, torch {torch.__version__}, triton {triton.__version__}, "
             f"Python {platform.python_version()}, {dtype}, head size {dim}, group {group}, block "
-            f"size {block_size}{', fp8 cache' if fp8 else ''}"
+            f"size {block_size}{', fp8 cache' if fp8 else ''}{', fewer bits' if bits else ''}"
         )
     _done.add(key)
 
 
 @torch.inference_mode()
 def compare(
-    device: torch.device, dtype: torch.dtype, dim: int, group: int, block_size: int, fp8: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    block_size: int,
+    fp8: bool,
+    bits: bool,
 ) -> list[str]:
     """What a device does otherwise than the CPU; see ``check``."""
-    plan = _plan(dim, group)
+    plan = _plan(dim, group, dtype, _KINDS if bits else "auto")
     own, reference = (
         _Side(plan, place, dtype, dim, group, block_size, fp8)
         for place in (device, torch.device("cpu"))
@@ -107,7 +117,7 @@ def _has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _plan(dim: int, group: int) -> EngineBudget:
+def _plan(dim: int, group: int, dtype: torch.dtype, kinds: str) -> EngineBudget:
     arm = parse_arm("knorm/uniform/adakv")
     model = LlamaConfig(
         hidden_size=_HEADS * group * dim,
@@ -118,8 +128,8 @@ def _plan(dim: int, group: int) -> EngineBudget:
     )
     if arm is None:
         raise RuntimeError("an arm without a budget")
-    config = CompressionConfig(24, arm, interval=8, window=_WINDOW, n_sink=1)
-    return EngineBudget(config, layer_shapes(model, "toy"), model, "toy")
+    config = CompressionConfig(24, arm, interval=8, window=_WINDOW, n_sink=1, kv_dtype=kinds)
+    return EngineBudget(config, layer_shapes(model, "toy"), model, "toy", dtype=dtype)
 
 
 class _Side:
@@ -148,10 +158,14 @@ class _Side:
         pages, pool = cells(list(memory.unbind(1)), coded)
         self._memory = memory
         self._runs.bind(pages)
+        bits = None if layout.coding is None else CodedPool(layout.coding, pages, device)
+        self._bits = bits
         self._queries = QueryRows(_LAYERS, _WINDOW)
         query = torch.zeros(_HEADS * group, dim, dtype=dtype, device=device)
         self._queries.prepare(2, query)
-        self._compressor = PoolCompressor(plan, 0, self._runs, self._queries, self._scaling, None)
+        self._compressor = PoolCompressor(
+            plan, 0, self._runs, self._queries, self._scaling, None, coded=bits
+        )
         order = torch.arange(2 * width, 0, -1, dtype=torch.int32, device="cpu")
         table = torch.zeros(_PADDED, width, dtype=torch.int32, device=device)
         table[:2] = order.view(width, 2).t()
@@ -165,7 +179,7 @@ class _Side:
             self._queries.lend(request)
         most = sum(_PROMPTS)
         self._steps = Steps(
-            self._runs, self._queries, pool, query, _PADDED, most, self._scaling, 0.0
+            self._runs, self._queries, pool, query, _PADDED, most, self._scaling, 0.0, bits
         )
 
     def compress(self, tokens: list[int]) -> None:
@@ -236,15 +250,16 @@ class _Side:
             self._queries.note(layer, query, last, lent[rows[last]], ring_places)
         if max(new) > 1:
             return query[:0]
-        size, lengths = runs.layout.reserve.block_size, runs.lengths(slots, after.int())
-        table = runs.table(slots, self._blocks, -(-int(lengths.max()) // size))[-1]
-        index = torch.arange(table.shape[-1] * size, device="cpu")
-        where = (table[..., None] * size + torch.arange(size, device="cpu")).flatten(2).long()
-        found = runs.pages.numbers_at(where, _LAYERS - 1)
-        keys, values = (x.float() for x in found)  # [rows, heads, tokens, dim]
+        numbered = [_LAYERS - 1] * 2
+        layers = torch.tensor(numbered, dtype=torch.int64, device="cpu")
+        longest = max(request.most(int(n)) for request, n in zip(tracked, after, strict=True))
+        tables = (layers, slots, after)
+        view = view_runs(runs, self._bits, numbered, tables, self._blocks, longest, True)
+        keys, values = (view.numbers(part).float() for part in (0, 1))  # [rows, heads, tokens, dim]
+        index = torch.arange(keys.shape[2], device="cpu")
         asked = query.float().unflatten(1, (_HEADS, -1)) * self._scaling
         logits = asked @ keys.transpose(-1, -2)
-        hidden = index >= lengths[-1][..., None, None]
+        hidden = index >= view.lengths[..., None, None]
         weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         return (weights @ values.masked_fill(hidden.transpose(-1, -2), 0.0)).flatten(1, 2)
 
@@ -257,9 +272,9 @@ class _Side:
         runs, per_block = self._runs, self._runs.layout.reserve.block_size * self._runs.per_block
         ring = [self._queries.ring(layer) for layer in range(_LAYERS)]
         return {
-            "run tables": torch.stack([runs.first, runs.shift, runs.kept]),
+            "run tables": torch.stack([runs.first, runs.shift, runs.kept, runs.coded, runs.begin]),
             "plain pages": runs.plain,
-            "keys and values": self._memory[1:],
+            "keys and values": self._memory[1:].view(torch.uint8),
             "positions": runs.positions[per_block:],
             "queries": torch.stack([each for each in ring if each is not None]),
         }

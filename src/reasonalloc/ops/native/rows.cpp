@@ -41,7 +41,8 @@ extern "C" int reasonalloc_move_rows(char* own, const char* from, const int64_t*
     const char* next = aside.data();
     for (int64_t h = 0; h < kv_heads; ++h) {
       const int64_t bytes = kept[h] * row;
-      std::memcpy(own + (b * slots + offsets[b * kv_heads + h]) * row, next, size_t(bytes));
+      if (bytes > 0)
+        std::memcpy(own + (b * slots + offsets[b * kv_heads + h]) * row, next, size_t(bytes));
       next += bytes;
     }
   }
