@@ -197,6 +197,7 @@ TOUCHES_VLLM := 'tests/serving/test_tokens.py::test_as_on_transformers[rkv-pyram
 	'tests/serving/test_prefixes.py::test_as_on_transformers[value_aware/uniform/adakv-pin-True]' \
 	'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyramid/reasonalloc-evict-True]' \
 	'tests/serving/test_windows.py::test_as_on_transformers[gemma3-rkv/uniform/adakv]' \
+	'tests/serving/test_bits.py::test_as_on_transformers[best-bytes]' \
 	tests/serving/test_async.py tests/serving/test_runners.py
 # Both are new there: the fewest, since Triton's interpreter is slow.
 TOUCHES_BOTH := 'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyramid/reasonalloc-evict-True]' \

@@ -36,6 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
                 "interval": 64,
                 "arm": "rkv/pyramid/reasonalloc",
             },
+            "rkv, int8:int4": {
+                "budget": 96,
+                "interval": 64,
+                "arm": "rkv",
+                "kv_dtype": "int8:int4",
+            },
         },
     },
     "unpressed, 28 layers, 8 requests of 400 tokens": {
@@ -58,6 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
                 "budget": 128,
                 "interval": 64,
                 "arm": "value_aware/pyramid/uniform",
+            },
+            "value_aware/pyramid/uniform, int8:int4": {
+                "budget": 128,
+                "interval": 64,
+                "arm": "value_aware/pyramid/uniform",
+                "kv_dtype": "int8:int4",
             },
         },
     },

@@ -21,6 +21,7 @@ from reasonalloc.attention.kernels.paged import (
     CodedTables,
     Pool,
     RunTables,
+    coded,
     coded_scratch_floats,
     coded_splits,
     paged_decode_coded,
@@ -170,3 +171,17 @@ def test_splits_follow_from_shapes() -> None:
     }
     assert len(found) > 3 and all(sum(pair) <= 64 for pair in found)
     assert {n & (n - 1) for pair in found for n in pair} == {0}
+
+
+def test_prepared_before_a_graph_is_captured() -> None:
+    """After that the first call finds everything on the device."""
+    pool = decoding()["pool"]
+    own = rows("int4h:int8", "int8")
+    coded.prepare_coded(own, pool)
+    known = coded._launches.cache_info().misses
+    formats, which = coded._formats(tuple(own), SIZE, DIM, pool.data.dtype)
+    assert [turns for _, turns, _ in coded._launches(formats, which, pool.data.device)] == [
+        True,
+        False,
+    ]
+    assert coded._launches.cache_info().misses == known

@@ -199,9 +199,10 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_plan(arm: str, layers: int) -> EngineBudget:
+def make_plan(arm: str, layers: int, bits: bool = False) -> EngineBudget:
     parsed = parse_arm(arm)
     assert parsed is not None
+    coded = {"kv_dtype": "int8"} if bits else {}
     model = LlamaConfig(
         hidden_size=128,
         num_hidden_layers=layers,
@@ -209,7 +210,7 @@ def make_plan(arm: str, layers: int) -> EngineBudget:
         num_key_value_heads=2,
         head_dim=32,
     )
-    config = CompressionConfig(24, parsed, interval=8, window=4, n_sink=1)
+    config = CompressionConfig(24, parsed, interval=8, window=4, n_sink=1, **coded)  # type: ignore[arg-type]
     return EngineBudget(config, layer_shapes(model, "tiny"), model, "tiny")
 
 
@@ -292,14 +293,21 @@ class Listed(list[int]):
 
 
 @pytest.mark.parametrize(
-    ("arm", "own"), [("rkv/uniform/adakv", 2), ("value_aware/pyramid/adakv", 40)]
+    ("arm", "own", "bits"),
+    [
+        ("rkv/uniform/adakv", 2, False),
+        ("value_aware/pyramid/adakv", 40, False),
+        ("value_aware/pyramid/adakv", 40, True),
+    ],
 )
-def test_a_step_asks_nothing(arm: str, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_asks_nothing(
+    arm: str, own: int, bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One copy to the device, two operators per layer, and nothing is read back."""
     monkeypatch.setattr(DeferredMax, "get", lambda self: 48)
     counts = []
     for layers in (2, 6):
-        plan = make_plan(arm, layers)
+        plan = make_plan(arm, layers, bits)
         with FakeTensorMode():
             worker = Worker(plan, monkeypatch)
             worker.step([0, 0], [40, 64])

@@ -101,6 +101,9 @@ class Steps:
             kernels.scratch_floats(n, heads, dim, sum(self._splits(n))) for n in range(1, rows + 1)
         )
         self._scratch = torch.zeros(floats, dtype=torch.float32, device=device)
+        if bits is not None and device.type == "cuda":  # before a graph is captured
+            for layer in range(runs.layers):
+                kernels.prepare_coded(bits.coding.rows_of(layer), pool)
 
     def _splits(self, rows: int) -> tuple[int, ...]:
         if self._bits is None:

@@ -5,6 +5,7 @@ from reasonalloc.attention.kernels.paged.coded import (
     coded_scratch_floats,
     coded_splits,
     paged_decode_coded,
+    prepare_coded,
 )
 from reasonalloc.attention.kernels.paged.decode import decode_splits, paged_decode, scratch_floats
 from reasonalloc.attention.kernels.paged.pages import PLAIN, Pool, RunTables
@@ -21,5 +22,6 @@ __all__ = [
     "paged_decode",
     "paged_decode_coded",
     "paged_store",
+    "prepare_coded",
     "scratch_floats",
 ]

@@ -293,6 +293,21 @@ def _formats(
     return tuple(numbers), tuple(distinct.index(one) for one in rows)
 
 
+def prepare_coded(rows: Sequence[PageRows], pool: Pool) -> None:
+    """Copy to the device what ``paged_decode_coded`` keeps of a layer's formats.
+
+    After it a CUDA graph can capture the first call.
+
+    Args:
+        rows, pool: see ``paged_decode_coded``.
+    """
+    dim, device = pool.head_dim, pool.data.device
+    formats, which = _formats(tuple(rows), pool.block_size, dim, pool.data.dtype)
+    for _, rotates, _ in _launches(formats, which, device):
+        if rotates:
+            rotated(torch.zeros(1, dim, dtype=torch.float32, device=device))
+
+
 @torch.library.custom_op("reasonalloc::paged_decode_coded", mutates_args=("out", "lse", "scratch"))
 def _decode_coded(
     query: Tensor,
