@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
+import made_costs
 from reasonalloc.cache.host import DeferredMax
+from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import CompressionConfig, parse_arm
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.compression import Due, PoolCompressor
@@ -54,19 +57,22 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_plan(arm: str, layers: int) -> EngineBudget:
-    arm, _, kind = arm.partition(" ")
-    parsed = parse_arm(arm)
-    assert parsed is not None
-    model = LlamaConfig(
+def config_of(layers: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=HEADS * GROUP * WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=HEADS * GROUP,
         num_key_value_heads=HEADS,
     )
-    config = CompressionConfig(
-        BUDGET, parsed, interval=INTERVAL, window=WINDOW, n_sink=1, kv_dtype=kind or "auto"
-    )
+
+
+def make_plan(arm: str, layers: int, **more: object) -> EngineBudget:
+    arm, _, kind = arm.partition(" ")
+    parsed = parse_arm(arm)
+    assert parsed is not None
+    given = {"interval": INTERVAL, "window": WINDOW, "n_sink": 1, "kv_dtype": kind or "auto"}
+    config = CompressionConfig(BUDGET, parsed, **{**given, **more})  # type: ignore[arg-type]
+    model = config_of(layers)
     return EngineBudget(config, layer_shapes(model, "tiny"), model, "tiny")
 
 
@@ -145,3 +151,20 @@ def test_all_layers_are_one_batch(arm: str) -> None:
     few, many = counts
     assert few == many
     assert max(many) <= (320 if arm in ARMS else 520)
+
+
+def test_formats_of_single_heads(tmp_path: Path) -> None:
+    """Every further one is coded by itself, whatever the number of layers."""
+    counts = set()
+    for layers in (6, 12):
+        costs = made_costs.make(layers, HEADS, fingerprint=config_hash(config_of(layers).to_dict()))
+        made_costs.in_formats(costs).save(tmp_path / "costs.json")
+        arm = "value_aware/cost(bits=planned)/planned"
+        plan = make_plan(arm, layers, profile=str(tmp_path / "costs.json"))
+        layout = plan.layouts(BLOCK)[0]
+        assert layout.coding is not None and len(layout.coding.rows) == 3
+        worker = Worker(plan, layers)
+        worker.event((40, 64))
+        counts.add(worker.event((48, 72)))
+    assert len(counts) == 1
+    assert max(counts) <= 520 + 2 * 70
