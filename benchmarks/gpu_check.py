@@ -92,6 +92,11 @@ def parts() -> list[Part]:
             "paged-fp8", ("benchmarks/paged_bandwidth.py", "--fp8", "--out", "OUT"), 2, least=copy
         ),
         Part(
+            "paged-bits",
+            ("benchmarks/paged_bandwidth.py", "--kv-dtype", "int8:int4", "--out", "OUT"),
+            2,
+        ),
+        Part(
             "decode-1",
             bench(
                 *("--batch", "1", "--new-tokens", "2048", "--at", "512"),
@@ -118,7 +123,7 @@ def parts() -> list[Part]:
             4,
         ),
     ]
-    for name in ("tokens", "blocks", "prefixes", "async", "pausing", "runners"):
+    for name in ("tokens", "bits", "blocks", "prefixes", "async", "pausing", "runners"):
         paths = tests(f"tests/serving/test_{name}.py")
         found.append(Part(f"vllm-{name}", paths, 6, vllm=True))
     found += [

@@ -4,7 +4,8 @@
 
 Heads as in Llama-8B; a request's runs have random lengths between a quarter and 7/4 of the mean, in
 pages that lie in random blocks. Needs CUDA. Bytes are the keys and values of all tokens, once; the
-copy's are those that it reads and those that it writes. ``store``: the new tokens of a step.
+copy's are those that it reads and those that it writes. ``store``: the new tokens of a step. With
+``--kv-dtype`` all but the last 72 tokens of a run are coded.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ from kernel_bandwidth import copy_bandwidth, numbers, show_micro, timed
 from torch import Tensor
 
 from reasonalloc.attention.kernels.paged import (
+    CodedTables,
     Pool,
     RunTables,
+    coded_splits,
     decode_splits,
     paged_decode,
+    paged_decode_coded,
     paged_store,
     scratch_floats,
 )
 from reasonalloc.cli.output import grid, stdout
+from reasonalloc.ops.codes import row_format
+from reasonalloc.ops.page_rows import PageRows
+
+TAIL = 72  # tokens of a coded run that are plain
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--fp8", action="store_true", help="pages of e4m3 numbers")
+    parser.add_argument("--kv-dtype", help="of older tokens, such as int8:int4")
     parser.add_argument("--requests", default="1,8,32,128,256", type=numbers)
     parser.add_argument("--tokens", default=1100, type=int, help="mean length of a run")
     parser.add_argument(
@@ -57,11 +66,13 @@ def main() -> None:
     show(rows, f"{name}, {options.dtype}, a copy reaches {copy / 1e9:.0f} GB/s")
     if options.out is not None:
         found = {"device": name, "torch": torch.__version__, "dtype": options.dtype}
-        found |= {"fp8": options.fp8, "tokens": options.tokens}
+        found |= {"fp8": options.fp8, "kv_dtype": options.kv_dtype, "tokens": options.tokens}
         options.out.write_text(json.dumps({**found, "copy_bytes_per_second": copy, "rows": rows}))
 
 
 def measure(options: argparse.Namespace, requests: int, copy: float) -> dict[str, Any]:
+    if options.kv_dtype is not None:
+        return measure_coded(options, requests, copy)
     device, dtype = options.device, getattr(torch, options.dtype)
     heads, dim, layers = options.kv_heads, options.head_dim, options.layers
     tables, blocks, lengths = made(options, requests)
@@ -99,6 +110,89 @@ def measure(options: argparse.Namespace, requests: int, copy: float) -> dict[str
         "store": stores,
         "share_of_copy": read / statistics.median(seconds) / copy,
     }
+
+
+def measure_coded(options: argparse.Namespace, requests: int, copy: float) -> dict[str, Any]:
+    """Of runs that begin with coded tokens."""
+    device, dtype = options.device, getattr(torch, options.dtype)
+    heads, dim, layers, size = (
+        options.kv_heads,
+        options.head_dim,
+        options.layers,
+        options.block_size,
+    )
+    form = PageRows(
+        row_format(options.kv_dtype, dim, dim, dtype), 1, 2 * size * dim * dtype.itemsize
+    )
+    tables, blocks, lengths = made(options, requests)
+    coded = (lengths - TAIL).clamp_min(0)
+    begin = -(-coded // form.per_page) * size
+    ends = begin + lengths - coded
+    shift = ends - int(lengths.max())
+    # Fewer pages than plain tokens take: each run has the first of its own.
+    three = [x.to(device, torch.int32).contiguous() for x in (shift, coded, begin)]
+    tables = RunTables(tables.first, three[0], tables.plain)
+    shape = (int(blocks.max()) + 1, layers, heads, size, 2 * dim)
+    pages = torch.zeros(shape, dtype=dtype, device=device)
+    pool = Pool.of(pages)
+    filled(pages, form)
+    query = torch.randn(requests, heads * options.group, dim, dtype=dtype, device=device)
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    splits = coded_splits(requests, int(coded.max()), TAIL, query, pool)
+    floats = scratch_floats(requests, heads * options.group, dim, sum(splits))
+    scratch = torch.empty(floats, dtype=torch.float32, device=device)
+    seen = torch.full((requests,), int(lengths.max()), dtype=torch.int32, device=device)
+    slots = torch.arange(requests, dtype=torch.int32, device=device)
+
+    def decode(layer: int) -> None:
+        paged_decode_coded(
+            query,
+            pool,
+            tables,
+            CodedTables(three[1], three[2]),
+            [form] * heads,
+            layer,
+            blocks,
+            seen,
+            slots,
+            out,
+            lse,
+            scratch,
+            *splits,
+            dim**-0.5,
+        )
+
+    token, last = query[:, :heads], seen - 1
+
+    def store(layer: int) -> None:
+        paged_store(token, token, query, pool, tables, layer, blocks, slots, slots, last)
+
+    seconds = timed([lambda layer=layer: decode(layer) for layer in range(layers)], options)
+    stores = timed([lambda layer=layer: store(layer) for layer in range(layers)], options)
+    plain = int((lengths - coded).sum()) * 2 * dim * dtype.itemsize
+    read = (int(coded.sum()) * form.form.width + plain) / layers
+    return {
+        "requests": requests,
+        "splits": "+".join(map(str, splits)),
+        "decode": seconds,
+        "store": stores,
+        "share_of_copy": read / statistics.median(seconds) / copy,
+    }
+
+
+def filled(pages: Tensor, form: PageRows) -> None:
+    """Write rows of random tokens to all pages; as plain ones they are of no meaning.
+
+    Args:
+        pages: [blocks, layers, heads, size, 2 * head_dim].
+        form: of every head.
+    """
+    dim = pages.shape[-1] // 2
+    own = form.view(pages.view(torch.uint8).flatten(3).flatten(0, 2))
+    tokens = torch.randn(form.per_page, 2, dim, dtype=torch.float32, device=pages.device)
+    nothing = tokens.new_zeros(form.per_page, dtype=torch.int32)
+    state = tokens.new_zeros(form.per_page, form.channels)
+    own.copy_(form.encode(tokens[:, 0], tokens[:, 1], nothing, state))
 
 
 def made(options: argparse.Namespace, requests: int) -> tuple[RunTables, Tensor, Tensor]:
