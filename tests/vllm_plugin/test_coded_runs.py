@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 import made_costs
 from examples import examples
-from pooled_requests import HEADS, LAYERS, MODEL, Request, drive, make_plan
+from pooled_requests import HEADS, LAYERS, MODEL, WIDTH, Request, drive, make_plan
 from reasonalloc.calibrated.demand import config_hash
+from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError
+from reasonalloc.integrations.vllm.budget import make_budget
+from reasonalloc.integrations.vllm.settings import as_json, find_settings
+from reasonalloc.planning.budget import BudgetPlan
 
 ARMS = [
     "streaming_llm/uniform/uniform",
@@ -72,6 +76,22 @@ def test_bits_planned_per_head(costs: Path, policy: str, block_size: int) -> Non
     assert len({kind for layer in plan.formats for _, kind in layer}) > 1
     requests = [Request("a", 90, 0, 90), Request("b", 9, 3, 140), Request("c", 1, 5, 30)]
     drive(plan, block_size, requests, 0)
+
+
+@pytest.mark.parametrize("text", ["24KiB", "25%@400"])
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_budgets_in_bytes(text: str, kind: str) -> None:
+    """As many tokens as on transformers, read back from JSON."""
+    given = CompressionConfig(text, interval=8, window=4, kv_dtype=kind)  # type: ignore[arg-type]
+    config = find_settings({"reasonalloc": as_json(given)})
+    assert config is not None and config.size == given.size
+    plan = make_budget(config, "tiny", MODEL, 1)
+    alike = BudgetPlan(given, plan.shapes, MODEL, "tiny")
+    assert plan.config.budget == alike.config.budget > 12
+    allowed = 24 << 10 if text == "24KiB" else plan.full_bytes(1, 100, 4)
+    assert plan.memory(1).slab_bytes <= allowed
+    pages = sum(plan.layouts(4)[0].pages)
+    assert pages * 4 * 2 * WIDTH * 4 < 1.6 * allowed  # ends of pages, and what lies beside tokens
 
 
 def test_pinned_prompts_stay_as_they_are() -> None:

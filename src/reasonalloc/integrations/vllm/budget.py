@@ -204,15 +204,11 @@ class EngineBudget(BudgetPlan):
 
 
 def check_storage(config: CompressionConfig) -> None:
-    """Refuse what vLLM's pages cannot hold yet: protected prompts, bytes.
+    """Refuse what vLLM's pages cannot hold yet: protected prompts.
 
     Raises:
         UnsupportedError: names it.
     """
-    if config.size is not None:
-        raise UnsupportedError(
-            f"budget={config.size.text!r} cannot run in vLLM yet: give it in tokens"
-        )
     if config.pin_limit is not None:
         raise UnsupportedError(
             f"pin_limit={config.pin_limit} cannot run in vLLM yet: leave it out (a prompt that the "

@@ -9,6 +9,7 @@ from reasonalloc.integrations.vllm.kernels import check_coded
 from reasonalloc.integrations.vllm.pages import CODED
 
 if TYPE_CHECKING:
+    from reasonalloc.config import CompressionConfig
     from reasonalloc.integrations.vllm.budget import EngineBudget
 
 #: Releases that the patches and the kernels were tested with: at least, and below.
@@ -141,6 +142,23 @@ def check_engine(config: Any) -> None:
         raise refuse("--kv-sharing-fast-prefill", "leave it out")
     if config.model_config.runner_type != "generate":
         raise refuse(f"--runner {config.model_config.runner_type}", "only generation has a cache")
+
+
+def check_size(settings: CompressionConfig, stored: str) -> None:
+    """Refuse a budget in bytes where it is not known how many tokens they are.
+
+    Args:
+        settings: of the budget.
+        stored: vLLM's name of the cache's format.
+
+    Raises:
+        UnsupportedError: says what to do.
+    """
+    if settings.size is not None and stored in CODED:
+        raise UnsupportedError(
+            f"budget={settings.size.text!r} counts bytes of the model's own type and cannot be "
+            f"used with --kv-cache-dtype {stored} yet: give it in tokens"
+        )
 
 
 def check_bits(plan: EngineBudget, stored: str, able: bool) -> None:

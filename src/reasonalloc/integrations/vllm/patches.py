@@ -21,7 +21,8 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         from reasonalloc.integrations.vllm.settings import find_settings
 
-        if find_settings(self.additional_config) is None:
+        settings = find_settings(self.additional_config)
+        if settings is None:
             return original(self, *args, **kwargs)
         if _broken is not None:
             raise _broken
@@ -29,6 +30,7 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         checks.prepare(self)
         config = original(self, *args, **kwargs)
         checks.check_engine(config)
+        checks.check_size(settings, config.cache_config.cache_dtype)
         plan = find_budget(config)
         if plan is not None and plan.groups.widths:
             checks.check_windows(config)

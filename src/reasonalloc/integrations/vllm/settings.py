@@ -50,7 +50,9 @@ def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:
         if name not in known:
             raise unknown_name(f"field of {owner}", name, known)
     if "budget" not in given:
-        raise UsageError(f"{owner}: budget is missing: give the tokens that a KV head keeps")
+        raise UsageError(
+            f"{owner}: budget is missing: give the tokens that a KV head keeps, or bytes"
+        )
     plain = {name: given[name] for name in _PLAIN if name in given}
     parts = {name: given[name] for name in _PARTS if name in given}
     if "arm" not in given:
@@ -65,6 +67,7 @@ def as_json(config: CompressionConfig) -> dict[str, Any]:
     """What ``find_settings`` reads back as these settings, from any folder."""
     arm = config.arm
     values = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
+    values |= {"budget": config.given_budget}
     values |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
     for name, default in (("prompt", "evict"), ("kv_dtype", "auto")):
         if values[name] == default:
