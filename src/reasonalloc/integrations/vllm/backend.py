@@ -11,7 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.builder import BudgetBuilder, BudgetMetadata, SplitMetadata
+from reasonalloc.integrations.vllm.builder import BudgetBuilder
+from reasonalloc.integrations.vllm.metadata import BudgetMetadata, SplitMetadata
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 
 

@@ -19,7 +19,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import selftest
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.builder import BudgetBuilder, Piece
+from reasonalloc.integrations.vllm.builder import BudgetBuilder
+from reasonalloc.integrations.vllm.metadata import Piece
 from reasonalloc.integrations.vllm.pages import CODED
 from reasonalloc.integrations.vllm.runs import NO_REQUEST, Batch, dummy_batch
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
