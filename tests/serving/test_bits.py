@@ -90,6 +90,23 @@ def test_beside_layers_with_windows(
     assert mostly(found, decided(model.clear.args[0], prompts, 150, settings)[0])
 
 
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("gpt_oss", marks=pytest.mark.long)])
+def test_blocks_that_held_codes_are_used_again(
+    engine: Callable[..., Any], windowed: Callable[..., Any], name: str
+) -> None:
+    """As numbers codes may be none, and layers with windows read them by vLLM's own kernels."""
+    # Codes reach into the half of a page that holds values.
+    settings = {"budget": 140, "interval": 32, "arm": "rkv/uniform/uniform", "kv_dtype": "int8"}
+    given = {"model": windowed(name).folder, "max_num_seqs": 8, "max_model_len": 512}
+    prompts = random_prompts(LENGTHS)
+    expected = greedy(engine(settings, **given), prompts, 60)
+    small = engine(settings, **given, kv_cache_memory_bytes=2_000_000)
+    for _ in range(3):
+        assert mostly(greedy(small, prompts, 60), expected)
+    assert pool(small).get_num_free_blocks() == pool(small).num_gpu_blocks - 1
+    assert not bool(builder(small).runs.pages.raw[0].isnan().any())  # nobody's page
+
+
 def test_a_prompt_is_computed_once(engine: Callable[..., Any]) -> None:
     """Its blocks are shared until a request's tokens are coded, to blocks of its own."""
     settings = {**CADENCE, "arm": "rkv/uniform/adakv", "kv_dtype": "int8"}

@@ -35,7 +35,6 @@ def check_engine(spec: ModelSpec, settings: Settings) -> None:
         "--tp-plan": spec.tp_plan is not None,
         "--protect-prompt": settings.protect_prompt,
         "--prompt": settings.prompt != "evict",
-        "--kv-dtype": settings.kv_dtype != "auto",
     }
     for name, there in given.items():
         if there:

@@ -194,10 +194,10 @@ def check_blocks(plan: EngineBudget, block_size: int) -> None:
     Raises:
         UnsupportedError: says what to do.
     """
-    if block_size < 16 or block_size & (block_size - 1):
+    if block_size < _CPU_BLOCK or block_size & (block_size - 1):
         raise UnsupportedError(
-            f"block_size={block_size}: {plan.bits} needs a power of two from 16 on in vLLM on a "
-            f"processor: give --block-size {_CPU_BLOCK}"
+            f"block_size={block_size}: {plan.bits} needs a power of two from {_CPU_BLOCK} on in "
+            f"vLLM on a processor: give --block-size {_CPU_BLOCK}"
         )
 
 

@@ -65,7 +65,6 @@ class _Rows:
 
     Attributes:
         layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
-        full: [n] bool.
         blocks: [n, blocks] int32.
         view: where their tokens lie.
     """
@@ -80,7 +79,6 @@ class _Rows:
     leading: Tensor
     before: Tensor
     queries: Tensor
-    full: Tensor
     blocks: Tensor
     view: View
 
@@ -187,6 +185,7 @@ class PoolCompressor:
 
     def _compress(self, chunk: Sequence[_Row], blocks: Tensor) -> None:
         """All layers change places among each other: everything is read before any write."""
+        chunk = sorted(chunk, key=lambda row: not row.full)  # those that are decided on come first
         rows = self._gather(chunk, blocks)
         keep, budgets = self._decide(rows, chunk)
         kept = Kept(
@@ -226,10 +225,9 @@ class PoolCompressor:
         dues = [row.due for row in chunk]
         reserve = runs.layout.reserve
         leading = {due.request.slot: reserve.leading(due.request.start) for due in dues}
-        batch, full, layers, slots, tokens, *others = send(
+        batch, layers, slots, tokens, *others = send(
             runs.device,
             [due.row for due in dues],
-            [int(row.full) for row in chunk],
             [row.layer for row in chunk],
             [due.request.slot for due in dues],
             [due.tokens for due in dues],
@@ -262,15 +260,14 @@ class PoolCompressor:
             stays,
             before,
             queries,
-            full.bool(),
             own,
             view,
         )
 
     def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""
-        parts = []
-        for part in self._parts(chunk, rows):
+        full, parts = sum(row.full for row in chunk), list[tuple[Tensor, Tensor]]()
+        for part in self._parts(chunk[:full], rows):
             some = rows.part(part)
             layer = some.layers if self._together else chunk[part.start].layer
             total: int | Tensor = some.totals if self._together else chunk[part.start].total
@@ -288,13 +285,12 @@ class PoolCompressor:
                     capped=self._plan.formats is not None,
                 )
             )
+        if full < len(chunk):  # the others keep everything
+            lengths = rows.view.lengths[full:]
+            index = torch.arange(rows.view.positions.shape[-1], device=lengths.device)
+            parts.append((index < lengths[..., None], lengths.long()))
         keep, budgets = (torch.cat(each) for each in zip(*parts, strict=True))
-        if all(row.full for row in chunk):
-            return keep, budgets
-        index = torch.arange(keep.shape[-1], device=keep.device)
-        full, held = rows.full[:, None], rows.view.lengths
-        everything = index < held[..., None]
-        return keep.where(full[..., None], everything), budgets.where(full, held.long())
+        return keep, budgets
 
     def _pinned(self, rows: _Rows, chunk: Sequence[_Row]) -> Pinned | None:
         """The prompts of rows, if these stay."""

@@ -130,6 +130,7 @@ def _move_coded(view: CodedView, kept: Kept) -> None:
     for form, page, row, rows in written:
         form.view(pool.bytes)[page, row] = rows
     runs.pages.write(to, tail.keys, tail.values)
+    pool.bytes[:1].zero_()  # numbers, for kernels that multiply what they hide by zero
     runs.positions[to] = tail.positions
     if runs.state is not None and tail.state is not None:
         runs.state[to] = tail.state

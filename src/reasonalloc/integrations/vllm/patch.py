@@ -1,4 +1,4 @@
-"""One wrapped method of vLLM."""
+"""One wrapped method or property of vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = "_reasonalloc_wrapped"
 
 @dataclass(frozen=True)
 class Patch:
-    """One wrapped method.
+    """One wrapped method, or property.
 
     Attributes:
         where: ``module:Class.method``.
@@ -29,7 +29,7 @@ class Patch:
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def apply(self) -> None:
-        """Wrap the method, once.
+        """Wrap it, once.
 
         Raises:
             UnsupportedError: it is not there or has other parameters.
@@ -37,7 +37,9 @@ class Patch:
         module, _, path = self.where.partition(":")
         owner_name, _, name = path.partition(".")
         owner = getattr(importlib.import_module(module), owner_name, None)
-        original = getattr(owner, name, None)
+        found = inspect.getattr_static(owner, name, None)
+        is_property = isinstance(found, property)
+        original: Any = found.fget if isinstance(found, property) else getattr(owner, name, None)
         if original is None:
             raise UnsupportedError(f"this vLLM has no {self.where}: install a supported version")
         if getattr(original, _MARK, False):
@@ -50,4 +52,4 @@ class Patch:
             )
         wrapper = functools.wraps(original)(self.wrap(original))
         setattr(wrapper, _MARK, True)
-        setattr(owner, name, wrapper)
+        setattr(owner, name, property(wrapper) if is_property else wrapper)

@@ -117,6 +117,11 @@ PATCHES = (
         of_worker.leave_room,
     ),
     Patch(
+        "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+        (),
+        of_scheduler.clean_blocks,
+    ),
+    Patch(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__",
         (),
         of_scheduler.checked_groups,

@@ -24,6 +24,21 @@ def checked_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def clean_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Layers with windows get blocks whose numbers are numbers.
+
+    In a block that was given back may be tokens in fewer bits, which as numbers may be none, and
+    vLLM's kernels multiply what is hidden by zero.
+    """
+
+    def wrapper(self: Any) -> bool:
+        reserves = (getattr(g.kv_cache_spec, "reserve", None) for g in self.kv_cache_groups)
+        dirty = any(r is not None and r.coded and r.windows.widths for r in reserves)
+        return dirty or bool(original(self))
+
+    return wrapper
+
+
 def announce(original: Callable[..., Any]) -> Callable[..., Any]:
     """The block manager learns how long a request may get before it is admitted."""
 

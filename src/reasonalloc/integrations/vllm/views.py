@@ -230,6 +230,7 @@ class CodedView(View):
         known[self.plain.where(~is_coded & self._there, 0)] = state
         words = self._beside(state.shape[-1]).where(is_coded[..., None], 0)
         self.pool.floats.view(-1)[words] = state
+        self.pool.bytes[:1].zero_()
 
 
 @dataclass(frozen=True)
