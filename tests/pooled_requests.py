@@ -252,8 +252,10 @@ def same(pool: Pool, request: Request, alone: list[LayerCompressor]) -> None:
     for layer, compressor in enumerate(alone[pool.before :][: pool.runs.layers]):
         slab = compressor.slab
         assert slab is not None
-        rows = slab.as_rows()
-        for head, (keys, values) in enumerate(pool.held(layer, request)):
+        rows, runs = slab.as_rows(), pool.held(layer, request)
+        held = sum(len(keys) for keys, _ in runs)
+        assert held == pool.layout.held(layer, request.prompt, request.tokens)
+        for head, (keys, values) in enumerate(runs):
             length = int(rows.lengths[0, head])
             index = rows.index[0, head, :length]
             assert torch.equal(keys, rows.keys[0, index])

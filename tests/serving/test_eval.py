@@ -92,6 +92,21 @@ def test_greedy_samples_equal_those_of_transformers(
     assert evaluate(folder, problems, out) == 2  # another engine's samples are not mixed in
 
 
+def test_fewer_bits(folder: Path, problems: Path, tmp_path: Path) -> None:
+    given = ("--kv-dtype", "int8", "--limit", "1", "--arms", "rkv", "--budgets", "24")
+    out = [tmp_path / "hf", tmp_path / "vllm"]
+    assert evaluate(folder, problems, out[0], *given) == 0
+    assert evaluate(folder, problems, out[1], *given, "--engine", "vllm") == 0
+    (_, expected), (_, found) = map(read, out)
+    assert set(found) == set(expected) and len(found) == 1
+    for name, row in expected.items():
+        assert row["compressions"] > 0
+        assert row["compressed_kv_bytes"] < 0.5 * row["full_16bit_kv_bytes"]
+        # Of single tokens a code may differ, see test_bits.py.
+        for field in ("prompt_tokens", "compressed_kv_bytes", "budget_tokens", "seed"):
+            assert found[name][field] == row[field], (name, field)
+
+
 @pytest.mark.long
 def test_an_engine_per_worker(
     folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

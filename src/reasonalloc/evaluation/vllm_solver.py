@@ -223,7 +223,7 @@ class VllmSolver:
         interval, new = plan.config.interval, len(completion) - 1
         return sum(
             len(compression_points(total, plan.kv_heads, interval, len(prompt), new))
-            for total in plan.totals
+            for total in self._memory(plan).triggers
         )
 
     def _full(self, block: int, tokens: int) -> int:
