@@ -129,7 +129,7 @@ def test_an_engine_per_worker(
     [
         (["--device-map", "auto"], "--device-map cannot be used with --engine vllm"),
         (["--protect-prompt"], "--protect-prompt cannot be used"),
-        (["--arms", "value_aware(metric=output)/uniform/uniform"], "output projections"),
+        (["--arms", "rkv", "--prompt", "pin"], "--prompt cannot be used with --engine vllm"),
     ],
 )
 def test_refused(
