@@ -197,9 +197,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         Raises:
             UnsupportedError: an output projection cannot be read.
         """
-        outputs, before = self._plan.outputs, self._plan.stage(self._stage).start or 0
-        if not outputs.asked or before in outputs:
+        outputs = self._plan.outputs
+        if not outputs.asked or outputs:
             return
+        before = self._plan.stage(self._stage).start or 0
         impl, dtype = self._modules[0].impl, self.vllm_config.model_config.dtype
         # Applied to single numbers it shows its matrix, however its weights are stored.
         single = torch.eye(impl.num_heads * impl.head_size, dtype=dtype, device=self.device)

@@ -57,10 +57,8 @@ class Coding:
             block_size: plain tokens of a page.
             channels: numbers that the policy keeps of every token.
         """
-        page, names = (
-            block_size * sum(dims) * dtype.itemsize,
-            sorted({k for ks in kinds for k in ks}),
-        )
+        page = block_size * sum(dims) * dtype.itemsize
+        names = sorted({kind for layer in kinds for kind in layer})
         return cls(
             window,
             tuple(PageRows(row_format(name, *dims, dtype), channels, page) for name in names),
@@ -94,13 +92,6 @@ class Coding:
         """Most coded pages of one head of a layer."""
         most = self.most(layer, total)
         return max(own.pages(n) for own, n in zip(self.rows_of(layer), most, strict=True))
-
-    def kept(self, layer: int, total: int, tokens: int) -> int:
-        """Tokens that a layer keeps at a boundary at ``tokens`` tokens, its heads together."""
-        heads = len(self.of[layer])
-        if self.planned is None:
-            return min(total, heads * tokens)
-        return sum(min(own, tokens) for own in self.planned[layer])
 
     def fewest(self, layer: int, total: int) -> int:
         """Most tokens of a sequence of which a layer keeps all in every head."""

@@ -5,7 +5,6 @@ All layers of all requests that are due are one batch: a *row* is one layer of o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ from reasonalloc.cache.host import DeferredMax
 from reasonalloc.core.boundary import decide
 from reasonalloc.core.pinned import Pinned
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.moves import Kept, move
+from reasonalloc.integrations.vllm.moves import Kept, Rows, move
 from reasonalloc.integrations.vllm.runs import QueryRows, Runs, Tracked, send
-from reasonalloc.integrations.vllm.views import CodedPool, View, view_runs
+from reasonalloc.integrations.vllm.views import CodedPool, view_runs
 from reasonalloc.ops import choose_operations
 from reasonalloc.ops.native.paged import Layout
 from reasonalloc.policies import Candidates
@@ -49,6 +48,8 @@ class _Row:
         total: tokens that may stay besides pinned ones, all heads together.
         moved: tokens that stay and change their place.
         room: tokens that each head will grow by.
+
+    Where older tokens are coded both follow from what each head keeps, and are 0 here.
     """
 
     due: Due
@@ -57,36 +58,6 @@ class _Row:
     total: int
     moved: int
     room: int
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows that are dealt with together, as tensors. ``n`` rows, ``H`` KV heads.
-
-    Attributes:
-        layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
-        blocks: [n, blocks] int32.
-        view: where their tokens lie.
-    """
-
-    layers: Tensor
-    slots: Tensor
-    tokens: Tensor
-    starts: Tensor
-    totals: Tensor
-    moved: Tensor
-    rooms: Tensor
-    leading: Tensor
-    before: Tensor
-    queries: Tensor
-    blocks: Tensor
-    view: View
-
-    def part(self, rows: slice) -> _Rows:
-        """Some of them."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "view"]
-        own = {name: getattr(self, name)[rows] for name in names}
-        return dataclasses.replace(self, **own, view=self.view.part(rows))
 
 
 class PoolCompressor:
@@ -172,8 +143,7 @@ class PoolCompressor:
             full = layout.is_due(layer, start, tokens)
             if layout.coding is not None:
                 if tokens >= event:  # at every boundary, since plain tokens are coded
-                    moved = layout.kept(layer, tokens)
-                    rows.append(_Row(item, layer, full, total, moved, reserve.interval))
+                    rows.append(_Row(item, layer, full, total, 0, 0))
             elif tokens >= event and full:
                 moved = total + heads * (reserve.pinned(start) - stays)
                 rows.append(_Row(item, layer, True, total, moved, reserve.interval))
@@ -188,22 +158,10 @@ class PoolCompressor:
         chunk = sorted(chunk, key=lambda row: not row.full)  # those that are decided on come first
         rows = self._gather(chunk, blocks)
         keep, budgets = self._decide(rows, chunk)
-        kept = Kept(
-            keep,
-            budgets,
-            rows.slots,
-            rows.tokens,
-            rows.before,
-            rows.leading,
-            rows.rooms,
-            rows.moved,
-            max(row.moved for row in chunk),
-            self._most_kept,
-            rows.blocks,
-            self._offsets[rows.layers],
-            all(row.due.request.longest is not None for row in chunk),
-        )
-        move(rows.view, kept, self._layout)
+        most_moved = max(row.moved for row in chunk)
+        again = all(row.due.request.longest is not None for row in chunk)
+        kept = Kept(keep, budgets, self._offsets[rows.layers], most_moved, again)
+        move(rows, kept, self._layout)
         longest, layout = DeferredMax(budgets), self._runs.layout
         for item in {row.due.request.slot: row.due for row in chunk}.values():
             start = item.request.start
@@ -211,16 +169,7 @@ class PoolCompressor:
             if layout.coding is not None or all(every):
                 item.request.longest, item.request.compressed = longest, item.tokens
 
-    @property
-    def _most_kept(self) -> int:
-        """Most tokens that a head keeps where older ones are coded."""
-        layout, coding = self._runs.layout, self._runs.layout.coding
-        if coding is None:
-            return 0
-        most = (max(coding.most(n, total)) for n, total in enumerate(layout.totals))
-        return max(most) + coding.window
-
-    def _gather(self, chunk: Sequence[_Row], blocks: Tensor) -> _Rows:
+    def _gather(self, chunk: Sequence[_Row], blocks: Tensor) -> Rows:
         runs = self._runs
         dues = [row.due for row in chunk]
         reserve = runs.layout.reserve
@@ -249,7 +198,7 @@ class PoolCompressor:
         numbered = [row.layer for row in chunk]
         view = view_runs(runs, self._coded, numbered, tables, own, longest, moved)
         starts, totals, kept, rooms, stays, before, queries = others
-        return _Rows(
+        return Rows(
             layers,
             slots,
             tokens,
@@ -264,7 +213,7 @@ class PoolCompressor:
             view,
         )
 
-    def _decide(self, rows: _Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+    def _decide(self, rows: Rows, chunk: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """What stays of each row, [n, H, tokens] bool, and how many, [n, H] int64."""
         full, parts = sum(row.full for row in chunk), list[tuple[Tensor, Tensor]]()
         for part in self._parts(chunk[:full], rows):
@@ -292,7 +241,7 @@ class PoolCompressor:
         keep, budgets = (torch.cat(each) for each in zip(*parts, strict=True))
         return keep, budgets
 
-    def _pinned(self, rows: _Rows, chunk: Sequence[_Row]) -> Pinned | None:
+    def _pinned(self, rows: Rows, chunk: Sequence[_Row]) -> Pinned | None:
         """The prompts of rows, if these stay."""
         if not self._runs.layout.reserve.pin:
             return None
@@ -300,7 +249,7 @@ class PoolCompressor:
         pinned.add(0, max(starts) if len(starts) == 1 else rows.starts, max(starts))
         return pinned
 
-    def _parts(self, chunk: Sequence[_Row], rows: _Rows) -> Iterator[slice]:
+    def _parts(self, chunk: Sequence[_Row], rows: Rows) -> Iterator[slice]:
         """Rows that are decided on at a time: as memory allows, or one by one."""
         n = rows.view.positions.shape[-1]
         one = self._runs.heads * n * self._runs.pages.keys.shape[-1] * 4 * _COPIES
@@ -309,7 +258,7 @@ class PoolCompressor:
         for start in range(0, len(chunk), size):
             yield slice(start, min(start + size, len(chunk)))
 
-    def _candidates(self, rows: _Rows, layer: int | Tensor) -> Candidates:
+    def _candidates(self, rows: Rows, layer: int | Tensor) -> Candidates:
         policy, window, runs = self._policy, self._plan.config.window, self._runs
         recent = rows.tokens[:, None] + torch.arange(-window, 0, device=runs.device)
         queries = None

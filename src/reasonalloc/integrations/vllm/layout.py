@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from reasonalloc.core.cadence import Cadence, most_held
@@ -175,7 +176,7 @@ class Layout:
         besides = heads * (size - 1) * (2 if reserve.pin else 1)
         return (most_held(total, heads, interval) + besides) // size
 
-    @property
+    @cached_property
     def longest_run(self) -> int:
         """Most pages of a run that is coded."""
         if self.coding is None:
@@ -183,11 +184,12 @@ class Layout:
         coded = [self.coding.longest(layer, total) for layer, total in enumerate(self.totals)]
         return max(coded) + self.coding.tail_pages(self.reserve.interval, self.reserve.block_size)
 
-    def kept(self, layer: int, tokens: int) -> int:
-        """Tokens that a layer keeps at a boundary at ``tokens`` tokens, besides pinned ones."""
-        if self.coding is not None:
-            return self.coding.kept(layer, self.totals[layer], tokens)
-        return min(self.totals[layer], self.kv_heads * tokens)
+    @cached_property
+    def most_coded(self) -> int:
+        """Most coded tokens of a run."""
+        if self.coding is None:
+            return 0
+        return max(max(self.coding.most(n, total)) for n, total in enumerate(self.totals))
 
     @property
     def offsets(self) -> tuple[int, ...]:

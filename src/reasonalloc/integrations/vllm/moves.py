@@ -5,6 +5,7 @@ All rows are moved together, and places of kept tokens follow from how many each
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,56 +18,72 @@ from reasonalloc.ops.page_rows import PageRows
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows that are dealt with together, as tensors. ``n`` rows, ``H`` KV heads.
+
+    Attributes:
+        layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
+        blocks: [n, blocks] int32.
+        view: where their tokens lie.
+    """
+
+    layers: Tensor
+    slots: Tensor
+    tokens: Tensor
+    starts: Tensor
+    totals: Tensor
+    moved: Tensor
+    rooms: Tensor
+    leading: Tensor
+    before: Tensor
+    queries: Tensor
+    blocks: Tensor
+    view: View
+
+    def part(self, rows: slice) -> Rows:
+        """Some of them."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "view"]
+        own = {name: getattr(self, name)[rows] for name in names}
+        return dataclasses.replace(self, **own, view=self.view.part(rows))
+
+
+@dataclass(frozen=True)
 class Kept:
     """What stays of ``n`` rows of ``H`` KV heads with at most ``N`` tokens, and where it goes.
 
     Attributes:
         keep: [n, H, N] bool.
         budgets: [n, H] int64, how many that are.
-        slots, tokens: [n] int64, of the rows' requests.
-        before, leading: [n] int64, blocks before those that are written, and those that stay.
-        rooms: [n] int64, tokens that each head will grow by.
-        moved: [n] int64, tokens that change their place; ``most_moved``: the most of them.
-        most_kept: upper bound of ``budgets``.
-        blocks: [n, blocks] int32.
         offsets: [n] int64, first page of each row's layer.
-        compressed: whether all of them were compressed before.
+        most_moved: most tokens of a row that change their place.
+        compressed: whether all rows were compressed before.
     """
 
     keep: Tensor
     budgets: Tensor
-    slots: Tensor
-    tokens: Tensor
-    before: Tensor
-    leading: Tensor
-    rooms: Tensor
-    moved: Tensor
-    most_moved: int
-    most_kept: int
-    blocks: Tensor
     offsets: Tensor
+    most_moved: int
     compressed: bool
 
 
-def move(view: View, kept: Kept, layout: Layout | None) -> None:
+def move(rows: Rows, kept: Kept, layout: Layout | None) -> None:
     """Move what stays, and note where it is.
 
     Args:
-        view: the rows.
-        kept: what stays of them.
+        rows, kept: what stays of which.
         layout: of the pool, where our own loops move tokens, or None.
     """
-    if isinstance(view, CodedView):
-        _move_coded(view, kept)
+    if isinstance(rows.view, CodedView):
+        _move_coded(rows, rows.view, kept)
     else:
-        _move_plain(view, kept, layout)
+        _move_plain(rows, rows.view, kept, layout)
 
 
-def _move_plain(view: View, kept: Kept, layout: Layout | None) -> None:
+def _move_plain(rows: Rows, view: View, kept: Kept, layout: Layout | None) -> None:
     runs, keep, budgets = view.runs, kept.keep, kept.budgets
     size = runs.layout.reserve.block_size
-    stays = kept.leading * size
-    pages = (budgets - stays[:, None] + kept.rooms[:, None] + size - 1) // size
+    stays = rows.leading * size
+    pages = (budgets - stays[:, None] + rows.rooms[:, None] + size - 1) // size
     first = (kept.offsets[:, None] + pages.cumsum(dim=1) - pages).int()
     # What moves, one head after the other: as many tokens for every request.
     width = kept.most_moved
@@ -75,13 +92,13 @@ def _move_plain(view: View, kept: Kept, layout: Layout | None) -> None:
         moves = keep & (torch.arange(keep.shape[-1], device=keep.device) >= stays[:, None, None])
     chosen = moves.flatten(1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
     chosen = chosen[:, :width]
-    real = torch.arange(chosen.shape[1], device=chosen.device) < kept.moved[:, None]
+    real = torch.arange(chosen.shape[1], device=chosen.device) < rows.moved[:, None]
     rank = (moves.cumsum(dim=-1) - 1).flatten(1).gather(1, chosen).clamp_min(0)
     head = chosen // keep.shape[-1]
-    first += ((kept.before - kept.leading) * runs.per_block)[:, None].int()
-    behind = first + (kept.leading * runs.per_block)[:, None].int()
-    none = torch.zeros_like(kept.slots)
-    target = runs.numbered(behind, none, view.layers, kept.blocks, -(-width // size))
+    first += ((rows.before - rows.leading) * runs.per_block)[:, None].int()
+    behind = first + (rows.leading * runs.per_block)[:, None].int()
+    none = torch.zeros_like(rows.slots)
+    target = runs.numbered(behind, none, view.layers, rows.blocks, -(-width // size))
     # What is too much goes to the null block, which nobody reads.
     to = _places(target, head, rank, size).where(real, 0)
     source = _places(view.pages, head, chosen % keep.shape[-1], size)
@@ -92,20 +109,20 @@ def _move_plain(view: View, kept: Kept, layout: Layout | None) -> None:
     runs.positions[to] = view.positions.flatten(1).gather(1, chosen)
     if runs.state is not None:
         runs.state[to] = runs.state[source]
-    _note(view, kept, first, budgets - kept.tokens[:, None], budgets)
+    _note(rows, first, budgets - rows.tokens[:, None], budgets)
 
 
-def _note(view: View, kept: Kept, first: Tensor, shift: Tensor, ends: Tensor) -> None:
+def _note(rows: Rows, first: Tensor, shift: Tensor, ends: Tensor) -> None:
     """Write the tables: [n, H] each, see ``Runs``; ``ends``: of the tokens that are there now."""
-    runs, at = view.runs, (view.layers, kept.slots)
+    runs, at = rows.view.runs, (rows.layers, rows.slots)
     runs.first[at] = first.int()
     runs.shift[at] = shift.int()
     runs.kept[at] = ends.int()
-    runs.plain[kept.slots] = kept.leading.int()
+    runs.plain[rows.slots] = rows.leading.int()
     runs.version += 1
 
 
-def _move_coded(view: CodedView, kept: Kept) -> None:
+def _move_coded(rows: Rows, view: CodedView, kept: Kept) -> None:
     runs, pool, budgets = view.runs, view.pool, kept.budgets
     coding, reserve = pool.coding, runs.layout.reserve
     size = reserve.block_size
@@ -116,27 +133,27 @@ def _move_coded(view: CodedView, kept: Kept) -> None:
     begin = pages * size
     pages = pages + coding.tail_pages(reserve.interval, size)
     first = kept.offsets[:, None] + pages.cumsum(dim=1) - pages
-    first += (kept.before * runs.per_block)[:, None]
-    none = torch.zeros_like(kept.slots)
+    first += (rows.before * runs.per_block)[:, None]
+    none = torch.zeros_like(rows.slots)
     columns = runs.layout.longest_run
-    target = runs.numbered(first.int(), none, view.layers, kept.blocks, columns).long()
+    target = runs.numbered(first.int(), none, view.layers, rows.blocks, columns).long()
     order = kept.keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    order = order[..., : min(kept.most_kept, order.shape[-1])]
+    order = order[..., : runs.layout.most_coded + coding.window]
     tail = _Tail.of(view, order, coded, tails)
     slot = begin[..., None] + torch.arange(coding.window, device=begin.device)
     # What is too much goes to the null block, which nobody reads.
     to = (target.gather(2, slot // size) * size + slot % size).where(tail.real, 0)
     written = list(_coded_rows(view, kept, order, coded, target))
-    for form, page, row, rows in written:
-        form.view(pool.bytes)[page, row] = rows
+    for form, page, row, coded_rows in written:
+        form.view(pool.bytes)[page, row] = coded_rows
     runs.pages.write(to, tail.keys, tail.values)
     pool.bytes[:1].zero_()  # numbers, for kernels that multiply what they hide by zero
     runs.positions[to] = tail.positions
     if runs.state is not None and tail.state is not None:
         runs.state[to] = tail.state
-    at, ends = (view.layers, kept.slots), begin + tails
+    at, ends = (rows.layers, rows.slots), begin + tails
     runs.coded[at], runs.begin[at] = coded.int(), begin.int()
-    _note(view, kept, first, ends - kept.tokens[:, None], ends)
+    _note(rows, first, ends - rows.tokens[:, None], ends)
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ class _Tail:
         index = torch.arange(view.pool.coding.window, device=order.device)
         behind = (coded[..., None] + index).clamp_max(order.shape[-1] - 1)
         chosen = order.gather(2, behind)
-        place = view.plain.gather(2, chosen)
+        place = view.places.plain.gather(2, chosen)
         state = view.runs.state
         return cls(
             index < tails[..., None],
@@ -175,12 +192,11 @@ def _coded_rows(
         coded: [n, H] int64, how many of them are to be coded, the first ones.
         target: [n, H, pages] int64, of the new runs.
     """
-    flat = [t.flatten(0, 1) for t in (order, coded, view.coded, target, view.page, view.row)]
-    most = max(
-        max(view.pool.coding.most(layer, total))
-        for layer, total in enumerate(view.runs.layout.totals)
-    )
-    count = min(most, order.shape[-1])
+    flat = [
+        t.flatten(0, 1)
+        for t in (order, coded, view.coded, target, view.places.page, view.places.row)
+    ]
+    count = min(view.runs.layout.most_coded, order.shape[-1])
     index = torch.arange(count, device=order.device)
     for form, own in view.pool.by_format(view.numbered):
         ranks, coded_now, coded_before, pages, page, row = (t[own] for t in flat)
@@ -213,7 +229,7 @@ def _encoded(
     if few:  # every plain token once, and then those that stay
         index = torch.arange(tail, device=ranks.device)
         wanted = (coded[:, None] + index).clamp_max(last)
-    place = view.plain.flatten(0, 1)[own].gather(1, wanted)
+    place = view.places.plain.flatten(0, 1)[own].gather(1, wanted)
     positions = view.positions.flatten(0, 1)[own].gather(1, wanted)
     keys, values = runs.pages.read(place)
     state = keys.new_zeros(0) if runs.state is None else runs.state[place]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class View:
         """Some of the pairs."""
         return self._part(rows, "layers", "pages", "lengths", "positions", "shift")
 
-    def _part(self, rows: slice, *names: str) -> View:
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
+    def _part(self, rows: slice, *names: str, **more: Any) -> View:
+        own = {name: getattr(self, name)[rows] for name in names}
+        return dataclasses.replace(self, **own, **more)
 
     def numbers(self, part: int) -> Tensor:
         """[n, H, N, head_dim]: keys (``part`` 0) or values (1)."""
@@ -133,6 +135,7 @@ class CodedView(View):
         pool: their pages.
         numbered: [n] host's numbers of ``layers``.
         coded, begin: [n, H] int64, see ``Runs``.
+        places: where the tokens lie.
         most_coded: most coded tokens of a run.
     """
 
@@ -140,34 +143,14 @@ class CodedView(View):
     numbered: tuple[int, ...]
     coded: Tensor
     begin: Tensor
+    places: CodedPlaces
     most_coded: int
 
     def part(self, rows: slice) -> View:
         """Some of the pairs."""
         names = ("layers", "pages", "lengths", "positions", "shift", "numbered", "coded", "begin")
-        return self._part(rows, *names)
-
-    @cached_property
-    def _places(self) -> CodedPlaces:
-        tokens = self.positions.shape[-1]
-        return places_of(
-            self.runs, self.pool, self.layers, self.pages, self.coded, self.begin, tokens
-        )
-
-    @property
-    def plain(self) -> Tensor:
-        """[n, H, N] int64, place of each plain token in the pool; 0 of coded ones."""
-        return self._places.plain
-
-    @property
-    def page(self) -> Tensor:
-        """[n, H, N] int64, page of each coded token; 0 of plain ones."""
-        return self._places.page
-
-    @property
-    def row(self) -> Tensor:
-        """[n, H, N] int64, which of its page a coded token is."""
-        return self._places.row
+        places = CodedPlaces(*(place[rows] for place in self.places))
+        return self._part(rows, *names, places=places)
 
     def in_loops(self) -> CodedRuns:
         """What our loops on processors must know of ``n * H`` runs."""
@@ -175,29 +158,38 @@ class CodedView(View):
         coded, begin = (t.flatten().int() for t in (self.coded, self.begin))
         return CodedRuns(self.pool.coding.rows, of, coded, begin, self.positions.shape[-1])
 
+    def _first(self, counts: Tensor) -> Tensor:
+        """[n, H, N, 1] bool: among the first ``counts`` [n, H] tokens of its run."""
+        index = torch.arange(self.positions.shape[-1], device=counts.device)
+        return (index < counts[..., None])[..., None]
+
     @cached_property
     def _there(self) -> Tensor:
-        """[n, H, N] bool: a token, not what lies behind a run's end."""
-        index = torch.arange(self.positions.shape[-1], device=self.lengths.device)
-        return index < self.lengths[..., None]
+        """[n, H, N, 1] bool: a token, not what lies behind a run's end."""
+        return self._first(self.lengths)
+
+    @cached_property
+    def _is_coded(self) -> Tensor:
+        """[n, H, N, 1] bool."""
+        return self._first(self.coded)
 
     @cached_property
     def _keys_values(self) -> tuple[Tensor, ...]:
         # Behind a run's end lie bits of others, which may be no numbers.
-        there = self._there[..., None]
-        found = tuple(x.masked_fill(~there, 0) for x in self.runs.pages.read(self.plain))
+        plain = self.runs.pages.read(self.places.plain)
+        found = tuple(numbers.masked_fill(~self._there, 0) for numbers in plain)
         count = min(self.most_coded, self.positions.shape[-1])
         if not count:
             return found
-        is_coded = torch.arange(count, device=self.coded.device) < self.coded[..., None]
-        place = [t.flatten(0, 1)[:, :count] for t in (self.page, self.row, is_coded)]
+        coded = (self.places.page, self.places.row, self._is_coded)
+        place = [t.flatten(0, 1)[:, :count] for t in coded]
         for form, own in self.pool.by_format(self.numbered):
             page, row, mask = (t[own] for t in place)
             for numbers, decoded in zip(
                 found, form.decode(form.view(self.pool.bytes)[page, row]), strict=True
             ):
                 flat = numbers.flatten(0, 1)
-                flat[own, :count] = decoded.to(flat.dtype).where(mask[..., None], flat[own, :count])
+                flat[own, :count] = decoded.to(flat.dtype).where(mask, flat[own, :count])
         return found
 
     def numbers(self, part: int) -> Tensor:
@@ -210,13 +202,12 @@ class CodedView(View):
         if known is None:
             return None
         coded = self.pool.floats.flatten()[self._beside(known.shape[-1])]
-        is_coded = torch.arange(coded.shape[2], device=coded.device) < self.coded[..., None]
-        state = coded.where(is_coded[..., None], known[self.plain])
-        return state.masked_fill(~self._there[..., None], 0)
+        state = coded.where(self._is_coded, known[self.places.plain])
+        return state.masked_fill(~self._there, 0)
 
     def _beside(self, channels: int) -> Tensor:
         """[n, H, N, channels] int64: words of what the policy knows of coded tokens."""
-        first = self._places.word[..., None] + 1
+        first = self.places.word[..., None] + 1
         return first + torch.arange(channels, device=first.device)
 
     def write_state(self, state: Tensor) -> None:
@@ -224,18 +215,22 @@ class CodedView(View):
         known = self.runs.state
         if known is None:
             raise RuntimeError("runs without state")
-        index = torch.arange(state.shape[2], device=state.device)
-        is_coded = index < self.coded[..., None]
         # What is elsewhere goes to the null block, which nobody reads.
-        known[self.plain.where(~is_coded & self._there, 0)] = state
-        words = self._beside(state.shape[-1]).where(is_coded[..., None], 0)
+        plain = (self._there & ~self._is_coded)[..., 0]
+        known[self.places.plain.where(plain, 0)] = state
+        words = self._beside(state.shape[-1]).where(self._is_coded, 0)
         self.pool.floats.view(-1)[words] = state
         self.pool.bytes[:1].zero_()
 
 
-@dataclass(frozen=True)
-class CodedPlaces:
-    """Where tokens by rank lie; see ``CodedView``. ``word``: of a coded token's position."""
+class CodedPlaces(NamedTuple):
+    """Where tokens lie by their rank; [n, H, N] int64 each.
+
+    Attributes:
+        plain: place of a plain token in the pool; 0 of coded ones.
+        page, row: page of a coded token, and which of it it is; 0 of plain ones.
+        word: of a coded token's position.
+    """
 
     plain: Tensor
     page: Tensor
@@ -315,7 +310,6 @@ def view_runs(
     behind = (kept - begin + coded)[..., None]
     positions = torch.where(index < behind, runs.positions[own.plain], index - rank[..., None])
     positions = pool.words.flatten()[own.word].where(index < coded[..., None], positions)
-    most = max(max(pool.coding.most(n, total)) for n, total in enumerate(runs.layout.totals))
     return CodedView(
         runs,
         layers,
@@ -327,5 +321,6 @@ def view_runs(
         tuple(numbered),
         coded,
         begin,
-        most if compressed else 0,
+        own,
+        runs.layout.most_coded if compressed else 0,
     )
