@@ -24,7 +24,6 @@ from reasonalloc.attention.kernels.paged import (
     Pool,
     RunTables,
     coded,
-    coded_scratch_floats,
     paged_decode,
     paged_decode_coded,
     scratch_floats,
@@ -230,7 +229,7 @@ class World:
         self.data.copy_(self.host)
         dim, query_heads = self.case.dim, len(self.case.kinds) * self.case.group
         shape = (self.count, query_heads)
-        floats = coded_scratch_floats(*shape, dim, *splits)
+        floats = scratch_floats(*shape, dim, sum(splits))
         sinks = None if sink is None else (sink + self.randn(query_heads)).to(DEVICE)
         return {
             "query": self.random_like(*shape, dim, dtype=self.case.dtype),

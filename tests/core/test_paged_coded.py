@@ -22,9 +22,9 @@ from reasonalloc.attention.kernels.paged import (
     Pool,
     RunTables,
     coded,
-    coded_scratch_floats,
     coded_splits,
     paged_decode_coded,
+    scratch_floats,
 )
 from reasonalloc.ops.codes import row_format
 from reasonalloc.ops.page_rows import PageRows
@@ -54,7 +54,7 @@ def decoding() -> dict[str, Any]:
     pool = Pool.of(torch.zeros(BLOCKS, LAYERS, HEADS, SIZE, 2 * DIM, dtype=torch.float16))
     table = (LAYERS, SLOTS, HEADS)
     splits, tail_splits = coded_splits(ROWS, 900, 200, query, pool)
-    floats = coded_scratch_floats(ROWS, QUERY_HEADS, DIM, splits, tail_splits)
+    floats = scratch_floats(ROWS, QUERY_HEADS, DIM, splits + tail_splits)
     return {
         "query": query,
         "pool": pool,

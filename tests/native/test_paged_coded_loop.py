@@ -20,7 +20,6 @@ from reasonalloc.ops.native.paged import (
     CodedRuns,
     Layout,
     PagedLoop,
-    decode_rows,
     received,
 )
 from reasonalloc.ops.page_rows import PageRows
@@ -332,33 +331,6 @@ def test_what_tokens_received_is_the_reference(
                 )
 
 
-@pytest.mark.usefixtures("threads")
-@given(
-    st.integers(0, 10**6),
-    st.lists(st.tuples(CODED, st.just(0)), min_size=2, max_size=2),
-    PAIRS,
-    SIZES,
-    DIMS,
-    st.sampled_from(list(TOLERANCE)),
-)
-@examples(25)
-def test_rows_are_decoded(
-    seed: int,
-    tokens: list[tuple[int, int]],
-    pair: tuple[str, str],
-    size: int,
-    dim: int,
-    dtype: torch.dtype,
-) -> None:
-    pool = made(seed, [tokens], [pair], size, dim, dtype, False)
-    most = max(count for count, _ in tokens) + seed % 3
-    found = decode_rows(pool.layout, pool.coded.rows[0], pool.table[0], pool.held[0], most)
-    for run, (count, _) in enumerate(tokens):
-        for got, expected in zip(found, pool.decoded(0, run), strict=True):
-            assert got.shape == (2, most, dim) and not bool(got[run, count:].any())
-            torch.testing.assert_close(got[run, :count], expected, rtol=1e-5, atol=1e-5)
-
-
 def small(size: int = 32) -> Made:
     """One request of a layer."""
     pairs = [("int8", "int4"), ("int4h", "fp8")]
@@ -376,11 +348,6 @@ def ask(pool: Made) -> None:
     visible = torch.tensor([[150], [43]], dtype=torch.int32)
     runs = pool.runs(0, 150)
     received(pool.layout, torch.zeros(2, 1, 1, 16), pool.table[0], visible, None, None, runs)
-
-
-def decode(pool: Made) -> None:
-    rows = pool.coded.rows[int(pool.coded.of[0, 0])]
-    decode_rows(pool.layout, rows, pool.table[0, :1], pool.held[0, :1], 200)
 
 
 Fault = tuple[str, Callable[[Made], None]]
@@ -445,16 +412,6 @@ def test_more_places_than_a_run_has_are_refused() -> None:
             attend(pool)
 
 
-def test_what_is_decoded_lies_in_the_pool() -> None:
-    for name, change in (page(0, -1), page(1, 10**6), put("held", 0, -1), put("held", 0, 201)):
-        pool = small()
-        decode(pool)
-        change(pool)
-        with pytest.raises(RuntimeError, match="outside of the storage"):
-            decode(pool)
-        assert name
-
-
 @pytest.mark.parametrize("visible", [-1, 151, 129 + 32 * 40])
 def test_queries_that_see_more_than_there_is(visible: int) -> None:
     pool = small()
@@ -502,8 +459,6 @@ def test_rows_of_other_pages_are_refused(rows: PageRows) -> None:
         PagedLoop(pool.layout, 1, HEADS, 1.0, 0.0, wrong)
     with pytest.raises(RuntimeError, match=r"rows\[1\] cannot lie in pages"):
         received(pool.layout, torch.zeros(2, 1, 1, 16), pool.table[0], sees, None, None, runs)
-    with pytest.raises(RuntimeError, match=r"rows\[0\] cannot lie in pages"):
-        decode_rows(pool.layout, rows, pool.table[0], pool.held[0], 200)
 
 
 def test_int4_in_odd_vectors_is_refused() -> None:
@@ -550,4 +505,4 @@ def test_arguments_that_are_not_so() -> None:
 
 def test_structures_are_compared_where_the_loops_are_loaded() -> None:
     with pytest.raises(RuntimeError, match=r"PagePool has \d+ bytes in C"):
-        structs.check_size(build.library(), "coded_rows", structs.PagePool)
+        structs.check_size(build.library(), "received", structs.PagePool)

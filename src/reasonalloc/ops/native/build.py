@@ -17,7 +17,6 @@ from reasonalloc.ops.native.structs import (
     Attend,
     AttendCoded,
     AttendPaged,
-    CodedRows,
     Format,
     Received,
     check_size,
@@ -39,11 +38,9 @@ _FUNCTIONS: dict[str, Signature] = {
     "attend_coded": ([_P, _N], _N),
     "attend_paged": ([_P, _N], _N),
     "received": ([_P, _N], _N),
-    "decode_rows": ([_P, _N], _N),
     "move_tokens": ([_P] * 3 + [_I, _N], _N),
     "bytes_of_attend_paged": ([], _I),
     "bytes_of_received": ([], _I),
-    "bytes_of_coded_rows": ([], _I),
     "rkv_scores": ([_P] * 5 + [_I] * 8 + [_F] * 3 + [_P] + [_N] * 2, _N),
     "move_rows": ([_P] * 5 + [_I] * 6 + [_N], _N),
     "robustify": ([_P] * 4 + [_D] + [_I] * 2 + [_P], _N),
@@ -116,7 +113,6 @@ def library() -> Any:
     check_attention(functions)
     check_size(functions, "attend_paged", AttendPaged)
     check_size(functions, "received", Received)
-    check_size(functions, "coded_rows", CodedRows)
     return functions
 
 

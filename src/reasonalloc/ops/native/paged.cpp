@@ -430,44 +430,6 @@ extern "C" int reasonalloc_received(const Received* arguments, int threads) {
   return known ? failed : kOutside;
 }
 
-// The coded tokens of runs, laid out as floats.
-struct CodedRows {
-  PagePool pool;
-  Format format;
-  const int32_t* table;    // [runs, columns]
-  const int32_t* lengths;  // [runs], coded tokens
-  float *keys, *values;    // [runs, tokens, width], zeros behind the last one
-  int64_t runs, columns, tokens;
-
-  void lay_out_run(int64_t run) const;
-};
-
-extern "C" int64_t reasonalloc_bytes_of_coded_rows() { return sizeof(CodedRows); }
-
-inline void CodedRows::lay_out_run(int64_t run) const {
-  const int32_t* pages = table + run * columns;
-  const int64_t length = lengths[run], width = pool.width, first = run * tokens;
-  if (length < 0 || length > tokens) throw Outside();
-  pool.check(pages, columns, CodedRuns::pages(pool, format, length) * pool.size);
-  std::vector<float> numbers(size_t(kTile * 2 * ((width + kGroup - 1) / kGroup)));
-  for (int64_t done = 0; done < length; done += kTile) {
-    const char* at[kTile + kRowsAhead];
-    const int count = int(std::min<int64_t>(kTile, length - done));
-    CodedRuns::find(pool, format, pages, length, done, count, at);
-    float *own = keys + (first + done) * width, *others = values + (first + done) * width;
-    lay_out(format.keys(at, count, pool.kind, width), numbers.data(), own);
-    if (format.key_code == kInt4Rotated)
-      for (int64_t j = 0; j < count; ++j) rotate(own + j * width, width);
-    lay_out(format.values(at, count, pool.kind, width), numbers.data(), others);
-  }
-  for (float* end : {keys, values})
-    std::fill_n(end + (first + length) * width, (tokens - length) * width, 0.0f);
-}
-
-extern "C" int reasonalloc_decode_rows(const CodedRows* arguments, int threads) {
-  return for_rows(arguments->runs, threads, [&](int64_t run) { arguments->lay_out_run(run); });
-}
-
 // Copies tokens of a pool from places to others: keys and values, as they are stored. All are read
 // before any is written, since places may be both. What goes to place 0, of the page that nobody
 // reads, goes nowhere.

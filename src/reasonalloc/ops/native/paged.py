@@ -372,45 +372,6 @@ def received(
     return out
 
 
-def decode_rows(
-    layout: Layout, rows: PageRows, table: Tensor, lengths: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """The coded tokens that runs begin with, decoded.
-
-    Args:
-        layout: of the pool.
-        rows: how they lie in pages.
-        table: [runs, columns] int32, pages of each run.
-        lengths: [runs] int32, coded tokens of each.
-        tokens: of the results: at least the most of a run.
-
-    Returns:
-        Keys and values, [runs, tokens, head_dim] float32 each; zeros behind the last of a run.
-
-    Raises:
-        RuntimeError: an argument is not so, or a run lies outside of the pool.
-    """
-    pool = layout.pool()
-    table, lengths = table.contiguous(), lengths.contiguous()
-    runs, columns = table.shape
-    keys, values = torch.empty(2, runs, tokens, pool.width, dtype=torch.float32, device="cpu")
-    arguments = structs.CodedRows(
-        pool=pool,
-        format=_formats_of(layout, [rows])[0],
-        table=address("table", table, torch.int32, (runs, columns)),
-        lengths=address("lengths", lengths, torch.int32, (runs,)),
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        runs=runs,
-        columns=columns,
-        tokens=tokens,
-    )
-    code = library().reasonalloc_decode_rows(ctypes.byref(arguments), torch.get_num_threads())
-    if code:
-        raise failure(code)
-    return keys, values
-
-
 def move_tokens(layout: Layout, source: Tensor, target: Tensor) -> None:
     """Copy tokens of a pool, keys and values, all read before any is written.
 

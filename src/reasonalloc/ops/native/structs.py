@@ -141,17 +141,6 @@ class Received(ctypes.Structure):
     )
 
 
-class CodedRows(ctypes.Structure):
-    """Coded tokens of runs in pages, to be laid out as floats."""
-
-    _fields_ = (
-        ("pool", PagePool),
-        ("format", Format),
-        *((name, _P) for name in ("table", "lengths", "keys", "values")),
-        *((name, _I) for name in ("runs", "columns", "tokens")),
-    )
-
-
 def check_size(library: Any, name: str, structure: type[ctypes.Structure]) -> None:
     """Make sure that C++ reads a structure of the same size.
 

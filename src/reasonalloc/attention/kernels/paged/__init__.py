@@ -2,7 +2,6 @@
 
 from reasonalloc.attention.kernels.paged.coded import (
     CodedTables,
-    coded_scratch_floats,
     coded_splits,
     paged_decode_coded,
     prepare_coded,
@@ -16,7 +15,6 @@ __all__ = [
     "CodedTables",
     "Pool",
     "RunTables",
-    "coded_scratch_floats",
     "coded_splits",
     "decode_splits",
     "paged_decode",

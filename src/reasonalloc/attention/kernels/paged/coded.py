@@ -47,7 +47,6 @@ from reasonalloc.attention.kernels.paged.decode import (
     _join_kernel,
     _queries,
     _tile,
-    scratch_floats,
 )
 from reasonalloc.attention.kernels.paged.pages import (
     _FLOATS,
@@ -187,13 +186,6 @@ def coded_splits(
     return 1 << (splits.bit_length() - 1), 1 << (tail_splits.bit_length() - 1)
 
 
-def coded_scratch_floats(
-    rows: int, query_heads: int, head_dim: int, splits: int, tail_splits: int
-) -> int:
-    """Numbers that ``paged_decode_coded`` needs room for."""
-    return scratch_floats(rows, query_heads, head_dim, splits + tail_splits)
-
-
 def paged_decode_coded(
     query: Tensor,
     pool: Pool,
@@ -233,7 +225,8 @@ def paged_decode_coded(
         slots: [rows] int32, rows of the tables.
         out: as query; is written.
         lse: [rows, query_heads] float32, is written; see ``paged_decode``.
-        scratch: [at least ``coded_scratch_floats(..)``] float32, contiguous; is overwritten.
+        scratch: [at least ``scratch_floats(..)``, of all parts] float32, contiguous; is
+            overwritten.
         splits, tail_splits: parts of the coded tokens and of the tail, each at least 1, at most 64
             together; see ``coded_splits``.
         scaling, softcap: of the logits; softcap 0 for none.
