@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import builder, decided, greedy, pool, prefilled, random_prompts
+from engines import builder, decided, greedy, pool, prefilled, random_prompts, worker
 
 CADENCE = {"budget": 64, "interval": 32}
 LENGTHS = (40, 150, 7, 300, 64, 1, 33, 90)
@@ -105,6 +105,18 @@ def test_blocks_that_held_codes_are_used_again(
         assert mostly(greedy(small, prompts, 100), expected)
     assert pool(small).get_num_free_blocks() == pool(small).num_gpu_blocks - 1
     assert not bool(builder(small).runs.pages.raw[0].isnan().any())  # nobody's page
+
+
+def test_what_was_in_a_block_does_not_matter(engine: Callable[..., Any]) -> None:
+    """Prompts come in pieces, whose last blocks vLLM's own kernels read to their ends."""
+    settings = {**CADENCE, "arm": "rkv/uniform/uniform", "kv_dtype": "int8"}
+    given = {"max_num_batched_tokens": 37, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20}
+    prompts = random_prompts(LENGTHS)
+    expected = greedy(engine(settings, **given), prompts, 60)
+    llm = engine(settings, **given)
+    for module in worker(llm).vllm_config.compilation_config.static_forward_context.values():
+        module.kv_cache[1:] = torch.nan  # all but nobody's block
+    assert greedy(llm, prompts, 60) == expected
 
 
 def test_a_prompt_is_computed_once(engine: Callable[..., Any]) -> None:

@@ -337,8 +337,6 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             for request, before in zip(batch.requests, batch.before, strict=True)
         ):
             raise RuntimeError("a request that was compressed came with several tokens")
-        if not alone:
-            self._clear_ends(batch, new, blocks)
         return BudgetMetadata(
             builder=self,
             tokens=tokens,
@@ -395,27 +393,6 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         run = run * heads + torch.arange(heads, device=self.device)
         page = table.reshape(-1).take(run * pages + place // size)
         return (page.long() * size + place % size).flatten(1)
-
-    def _clear_ends(self, batch: Batch, new: list[int], blocks: Tensor) -> None:
-        """Make numbers of what is behind the tokens of prompts, in their last blocks.
-
-        Pages may have held fewer bits before, which as numbers may be none, and vLLM's own kernels
-        multiply what is hidden by zero.
-        """
-        if self._bits is None:
-            return
-        size = self.kv_cache_spec.block_size
-        ends = [
-            (request.slot, row, position)
-            for row, (request, after) in enumerate(zip(batch.requests, batch.after, strict=True))
-            if request.slot != NO_REQUEST and new[row] > 1
-            for position in range(after, -(-after // size) * size)
-        ]
-        if ends:
-            slots, rows, positions = send(self.device, *map(list, zip(*ends, strict=True)))
-            places = self.runs.places(slots, positions.int(), blocks, rows)
-            nothing = self.runs.pages.raw.new_zeros(())
-            self.runs.pages.write(places, nothing, nothing)
 
     def _noted(self, batch: Batch, starts: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
         """``_wanted`` on the device; None of none."""

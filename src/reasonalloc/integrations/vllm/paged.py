@@ -152,8 +152,6 @@ class PagedBuilder(BudgetBuilder):
         stock = None
         if step.decodes < rows:
             self._check_prompts(batch, step.decodes)
-            new = [b - a for a, b in itertools.pairwise(starts)]
-            self._clear_ends(batch, new, self._blocks)
             some = _behind(common, step.decodes, starts)
             stock = self._stock_builder.build(0, some, fast_build)
         else:

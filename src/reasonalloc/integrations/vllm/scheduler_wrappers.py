@@ -25,7 +25,7 @@ def checked_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def clean_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Layers with windows get blocks whose numbers are numbers.
+    """Whoever gets a block finds numbers in it.
 
     In a block that was given back may be tokens in fewer bits, which as numbers may be none, and
     vLLM's kernels multiply what is hidden by zero.
@@ -33,7 +33,7 @@ def clean_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(self: Any) -> bool:
         reserves = (getattr(g.kv_cache_spec, "reserve", None) for g in self.kv_cache_groups)
-        dirty = any(r is not None and r.coded and r.windows.widths for r in reserves)
+        dirty = any(reserve is not None and reserve.coded for reserve in reserves)
         return dirty or bool(original(self))
 
     return wrapper

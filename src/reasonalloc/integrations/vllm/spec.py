@@ -101,6 +101,8 @@ class BudgetManager(FullAttentionManager):
             return []
         new = self.block_pool.get_new_blocks(missing)
         blocks.extend(new)
+        if self.records_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in new)
         return new
 
     def _first_event(self, request_id: str, start: int, num_tokens: int) -> int:
