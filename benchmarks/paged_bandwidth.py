@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--rotate", default=1 << 28, type=int, help="bytes of the copy")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    for name in ("splits", "fp8"):
+        if options.kv_dtype is not None and getattr(options, name):
+            parser.error(f"--kv-dtype {options.kv_dtype} does not go with --{name}: leave one out")
     if not torch.cuda.is_available():
         raise SystemExit("paged_bandwidth.py measures a GPU, and there is none here")
     options.device = torch.device("cuda")
@@ -71,8 +74,6 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, requests: int, copy: float) -> dict[str, Any]:
-    if options.kv_dtype is not None:
-        return measure_coded(options, requests, copy)
     device, dtype = options.device, getattr(torch, options.dtype)
     heads, dim, layers = options.kv_heads, options.head_dim, options.layers
     tables, blocks, lengths = made(options, requests)
@@ -82,102 +83,66 @@ def measure(options: argparse.Namespace, requests: int, copy: float) -> dict[str
     query = torch.randn(requests, heads * options.group, dim, dtype=dtype, device=device)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     longest = int(lengths.max())
-    splits = options.splits or decode_splits(requests, longest, query, pool)
-    floats = scratch_floats(requests, heads * options.group, dim, splits)
-    scratch = torch.empty(floats, dtype=torch.float32, device=device)
     seen = torch.full((requests,), longest, dtype=torch.int32, device=device)
     slots = torch.arange(requests, dtype=torch.int32, device=device)
     token, last = query[:, :heads], seen - 1
-
-    def decode(layer: int) -> None:
-        paged_decode(
-            query, pool, tables, layer, blocks, seen, slots, out, lse, scratch, splits, dim**-0.5
-        )
-
-    def store(layer: int) -> None:
-        paged_store(token, token, query, pool, tables, layer, blocks, slots, slots, last)
-
-    error = error_of(options, pool, tables, blocks, lengths, query, out, decode)
-    calls = [lambda layer=layer: decode(layer) for layer in range(layers)]
-    seconds = timed(calls, options)
-    stores = timed([lambda layer=layer: store(layer) for layer in range(layers)], options)
-    read = int(lengths.sum()) / layers * 2 * dim * pool.data.element_size()
-    return {
-        "requests": requests,
-        "splits": splits,
-        "relative_error": error,
-        "decode": seconds,
-        "store": stores,
-        "share_of_copy": read / statistics.median(seconds) / copy,
-    }
-
-
-def measure_coded(options: argparse.Namespace, requests: int, copy: float) -> dict[str, Any]:
-    """Of runs that begin with coded tokens."""
-    device, dtype = options.device, getattr(torch, options.dtype)
-    heads, dim, layers, size = (
-        options.kv_heads,
-        options.head_dim,
-        options.layers,
-        options.block_size,
-    )
-    form = PageRows(
-        row_format(options.kv_dtype, dim, dim, dtype), 1, 2 * size * dim * dtype.itemsize
-    )
-    tables, blocks, lengths = made(options, requests)
-    coded = (lengths - TAIL).clamp_min(0)
-    begin = -(-coded // form.per_page) * size
-    ends = begin + lengths - coded
-    shift = ends - int(lengths.max())
-    # Fewer pages than plain tokens take: each run has the first of its own.
-    three = [x.to(device, torch.int32).contiguous() for x in (shift, coded, begin)]
-    tables = RunTables(tables.first, three[0], tables.plain)
-    shape = (int(blocks.max()) + 1, layers, heads, size, 2 * dim)
-    pages = torch.zeros(shape, dtype=dtype, device=device)
-    pool = Pool.of(pages)
-    filled(pages, form)
-    query = torch.randn(requests, heads * options.group, dim, dtype=dtype, device=device)
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
-    splits = coded_splits(requests, int(coded.max()), TAIL, query, pool)
+    coded = None
+    if options.kv_dtype is None:
+        splits: tuple[int, ...] = (options.splits or decode_splits(requests, longest, query, pool),)
+        read = int(lengths.sum()) * 2 * dim * pool.data.element_size()
+    else:
+        coded, tables, read = begin_coded(options, tables, lengths, pages)
+        splits = coded_splits(requests, longest, TAIL, query, pool)
     floats = scratch_floats(requests, heads * options.group, dim, sum(splits))
     scratch = torch.empty(floats, dtype=torch.float32, device=device)
-    seen = torch.full((requests,), int(lengths.max()), dtype=torch.int32, device=device)
-    slots = torch.arange(requests, dtype=torch.int32, device=device)
 
     def decode(layer: int) -> None:
-        paged_decode_coded(
-            query,
-            pool,
-            tables,
-            CodedTables(three[1], three[2]),
-            [form] * heads,
-            layer,
-            blocks,
-            seen,
-            slots,
-            out,
-            lse,
-            scratch,
-            *splits,
-            dim**-0.5,
-        )
-
-    token, last = query[:, :heads], seen - 1
+        where, into = (layer, blocks, seen, slots), (out, lse, scratch, *splits, dim**-0.5)
+        if coded is None:
+            paged_decode(query, pool, tables, *where, *into)
+        else:
+            paged_decode_coded(query, pool, tables, *coded, *where, *into)
 
     def store(layer: int) -> None:
         paged_store(token, token, query, pool, tables, layer, blocks, slots, slots, last)
 
+    error = None
+    if coded is None:
+        error = error_of(options, pool, tables, blocks, lengths, query, out, decode)
     seconds = timed([lambda layer=layer: decode(layer) for layer in range(layers)], options)
     stores = timed([lambda layer=layer: store(layer) for layer in range(layers)], options)
-    plain = int((lengths - coded).sum()) * 2 * dim * dtype.itemsize
-    read = (int(coded.sum()) * form.form.width + plain) / layers
     return {
         "requests": requests,
         "splits": "+".join(map(str, splits)),
+        "relative_error": error,
         "decode": seconds,
         "store": stores,
-        "share_of_copy": read / statistics.median(seconds) / copy,
+        "share_of_copy": read / layers / statistics.median(seconds) / copy,
     }
+
+
+def begin_coded(
+    options: argparse.Namespace, tables: RunTables, lengths: Tensor, pages: Tensor
+) -> tuple[tuple[CodedTables, list[PageRows]], RunTables, int]:
+    """Let runs begin with coded tokens; ``pages`` are written.
+
+    Returns:
+        What the kernel must know of them, where the runs lie now, and the bytes of all tokens.
+    """
+    size, dim, dtype = options.block_size, options.head_dim, pages.dtype
+    form = PageRows(
+        row_format(options.kv_dtype, dim, dim, dtype), 1, 2 * size * dim * dtype.itemsize
+    )
+    coded = (lengths - TAIL).clamp_min(0)
+    begin = -(-coded // form.per_page) * size
+    shift = begin + lengths - coded - int(lengths.max())
+    # Fewer pages than plain tokens take: each run has the first of its own.
+    three = [x.to(options.device, torch.int32).contiguous() for x in (shift, coded, begin)]
+    filled(pages, form)
+    read = int(coded.sum()) * form.form.width
+    read += int((lengths - coded).sum()) * 2 * dim * dtype.itemsize
+    known = CodedTables(three[1], three[2]), [form] * options.kv_heads
+    return known, RunTables(tables.first, three[0], tables.plain), read
 
 
 def filled(pages: Tensor, form: PageRows) -> None:

@@ -45,6 +45,7 @@ from reasonalloc.attention.kernels.paged.decode import (
     _attended,
     _buffers,
     _join_kernel,
+    _power,
     _queries,
     _tile,
 )
@@ -183,7 +184,7 @@ def coded_splits(
         min(_splits(query.device, runs, max(1, most), block), _MOST_PARTS // 2)
         for most, block in zip((coded_most, tail_most), blocks, strict=True)
     )
-    return 1 << (splits.bit_length() - 1), 1 << (tail_splits.bit_length() - 1)
+    return _power(splits), _power(tail_splits)
 
 
 def paged_decode_coded(

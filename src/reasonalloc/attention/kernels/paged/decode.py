@@ -161,7 +161,12 @@ def decode_splits(rows: int, longest: int, query: Tensor, pool: Pool) -> int:
     """
     block = _block(pool.head_dim, query.element_size())
     wanted = _splits(query.device, max(1, rows * pool.heads), max(1, longest), block)
-    return 1 << (wanted.bit_length() - 1)
+    return _power(wanted)
+
+
+def _power(number: int) -> int:
+    """The largest power of two that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
 
 
 def scratch_floats(rows: int, query_heads: int, head_dim: int, splits: int) -> int:
