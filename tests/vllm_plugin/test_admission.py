@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonalloc.integrations.vllm.admission import Admission, Answers
+from reasonalloc.integrations.vllm.admission import Admission
+from reasonalloc.integrations.vllm.answers import Answers
 from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
 from reasonalloc.integrations.vllm.windows import Windows
 
