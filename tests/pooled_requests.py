@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from reasonalloc.allocators.head import HEAD_ALLOCATORS
@@ -27,6 +28,12 @@ MODEL = LlamaConfig(
     num_hidden_layers=LAYERS,
     num_attention_heads=HEADS * GROUP,
     num_key_value_heads=HEADS,
+)
+
+
+# Of requests: tokens of their prompts, when they arrive, steps.
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(0, 10), st.integers(0, 50)), min_size=1, max_size=3
 )
 
 

@@ -40,24 +40,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clear(folder: Path) -> Callable[..., tuple[list[list[int]], list[list[int]]]]:
+def model(folder: Path) -> Any:
+    """The same on transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def clear(model: Any) -> Callable[..., tuple[list[list[int]], list[list[int]]]]:
     """Prompts of given lengths that leave no doubt, and the greedy tokens of transformers.
 
     ``clear(lengths, new, budget=...)``; see ``undoubted``.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
     return partial(undoubted, model)
 
 
 @pytest.fixture(scope="session")
-def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """What calibration would have written for an interval, by the arm that reads it."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def make(interval: int) -> dict[str, str]:
         where = tmp_path_factory.mktemp("calibrated")
@@ -79,9 +80,10 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 @dataclass(frozen=True)
 class Windowed:
-    """A model of ``windowed.py``: where it lies, and the same as ``clear`` for it."""
+    """A model of ``windowed.py``: where it lies, itself, and the same as ``clear`` for it."""
 
     folder: Path
+    model: Any
     clear: Callable[..., tuple[list[list[int]], list[list[int]]]]
 
 
@@ -99,7 +101,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Windowed
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             if name == "gemma2":  # older transformers' sdpa ignores soft-capping
                 model.set_attn_implementation("eager")
-            made[key] = Windowed(folder, partial(undoubted, model))
+            made[key] = Windowed(folder, model, partial(undoubted, model))
         return made[key]
 
     return make

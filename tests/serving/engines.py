@@ -108,25 +108,19 @@ def decided(
 
 
 def undoubted(
-    model: Any,
-    lengths: Sequence[int],
-    new: int,
-    tries: int = 4,
-    doubt: float = 1,
-    **settings: Any,
+    model: Any, lengths: Sequence[int], new: int, tries: int = 4, **settings: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of given lengths that leave no doubt, and the greedy tokens of transformers.
 
     Engines round differently, and so do processors: where two tokens or two candidates for eviction
     lie as close as that, any of them is right. Of several random prompts of each length the one is
-    taken whose closest decision is the least close, and at least ``doubt`` times as far from a tie
-    as rounding reaches.
+    taken whose closest decision is the least close.
     """
     candidates = [p for seed in range(tries) for p in random_prompts(lengths, seed)]
     tokens, room = decided(model, candidates, new, settings)
     best = room.view(tries, len(lengths)).argmax(dim=0)
     chosen = [int(turn) * len(lengths) + i for i, turn in enumerate(best)]
-    assert min(room[chosen]) > doubt, "no prompt leaves no doubt: give more tries"
+    assert min(room[chosen]) > 1, "no prompt leaves no doubt: give more tries"
     return [candidates[i] for i in chosen], [tokens[i] for i in chosen]
 
 

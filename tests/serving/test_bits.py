@@ -9,7 +9,6 @@ another way, late, on any processor; that bits are moved as they are is shown to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,23 +32,10 @@ def mostly(found: Sequence[list[int]], expected: Sequence[list[int]]) -> bool:
     return same >= 0.75 * len(expected)
 
 
-@pytest.fixture(scope="session")
-def expected(folder: Path) -> Callable[..., list[list[int]]]:
-    """Greedy tokens of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def generate(prompts: Sequence[list[int]], new: int, **settings: Any) -> list[list[int]]:
-        return decided(model, prompts, new, settings)[0]
-
-    return generate
-
-
 @pytest.mark.parametrize("settings", ARMS, ids=lambda settings: "-".join(settings.values()))
 def test_as_on_transformers(
     engine: Callable[..., Any],
-    expected: Callable[..., list[list[int]]],
+    model: Any,
     files: Callable[..., Any],
     settings: dict[str, Any],
 ) -> None:
@@ -59,7 +45,7 @@ def test_as_on_transformers(
     prompts = random_prompts(LENGTHS * 2)
     # Prompts come in pieces, some of one token, beside requests that decode.
     llm = engine(settings, max_num_batched_tokens=101, max_num_seqs=8)
-    assert mostly(greedy(llm, prompts, 150), expected(prompts, 150, **settings))
+    assert mostly(greedy(llm, prompts, 150), decided(model, prompts, 150, settings)[0])
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
@@ -84,10 +70,10 @@ def test_beside_layers_with_windows(
     settings: dict[str, Any],
 ) -> None:
     """And with soft-capping, or learned sinks."""
-    settings, model = {**CADENCE, **settings}, windowed(name)
+    settings, made = {**CADENCE, **settings}, windowed(name)
     prompts = random_prompts(LENGTHS)
-    found = greedy(engine(settings, model=model.folder, max_num_seqs=8), prompts, 150)
-    assert mostly(found, decided(model.clear.args[0], prompts, 150, settings)[0])
+    found = greedy(engine(settings, model=made.folder, max_num_seqs=8), prompts, 150)
+    assert mostly(found, decided(made.model, prompts, 150, settings)[0])
 
 
 @pytest.mark.parametrize("name", ["gemma2", pytest.param("gpt_oss", marks=pytest.mark.long)])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import made_costs
 from examples import examples
-from pooled_requests import HEADS, LAYERS, MODEL, WIDTH, Request, drive, make_plan
+from pooled_requests import HEADS, LAYERS, MODEL, SHAPES, WIDTH, Request, drive, make_plan
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import CompressionConfig
 from reasonalloc.errors import UnsupportedError
@@ -34,11 +34,7 @@ KINDS = ["int8", "int4", "int4h", "fp8", "int8:int4", "auto:int8", "int8:auto"]
     st.integers(12, 24),
     st.integers(4, 12),
     st.sampled_from([1, 4, 8]),
-    st.lists(
-        st.tuples(st.integers(1, 60), st.integers(0, 10), st.integers(0, 50)),
-        min_size=1,
-        max_size=3,
-    ),
+    SHAPES,
     st.integers(0, 3),
     st.integers(0, 100),
 )

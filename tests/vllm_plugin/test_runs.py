@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import made_costs
 from examples import examples
-from pooled_requests import HEADS, LAYERS, MODEL, Request, drive, make_plan
+from pooled_requests import HEADS, LAYERS, MODEL, SHAPES, Request, drive, make_plan
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.integrations.vllm.pages import Coded
 
@@ -30,11 +30,7 @@ ARMS = [
     st.integers(12, 24),
     st.integers(4, 12),
     st.sampled_from([1, 4, 8]),
-    st.lists(
-        st.tuples(st.integers(1, 60), st.integers(0, 10), st.integers(0, 50)),
-        min_size=1,
-        max_size=3,
-    ),
+    SHAPES,
     st.integers(0, 3),
     st.sampled_from(["evict", "pin"]),
     st.integers(0, 100),
