@@ -59,7 +59,7 @@ class EngineBudget(BudgetPlan):
     @property
     def coded(self) -> bool:
         """Whether older tokens are kept in fewer bits."""
-        return self.formats is not None or self.config.coded
+        return self.memory(1).coded
 
     @property
     def bits(self) -> str:

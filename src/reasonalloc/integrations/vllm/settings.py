@@ -67,8 +67,12 @@ def as_json(config: CompressionConfig) -> dict[str, Any]:
     """What ``find_settings`` reads back as these settings, from any folder."""
     arm = config.arm
     values = {name: getattr(config, name) for name in _PLAIN if name != "profile"}
-    values |= {"budget": config.given_budget}
-    values |= {"policy": arm.policy, "layers": arm.layers, "heads": arm.heads}
+    values |= {
+        "budget": config.given_budget,
+        "policy": arm.policy,
+        "layers": arm.layers,
+        "heads": arm.heads,
+    }
     for name, default in (("prompt", "evict"), ("kv_dtype", "auto")):
         if values[name] == default:
             del values[name]
