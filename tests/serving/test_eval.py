@@ -43,9 +43,8 @@ def problems(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = TASKS.create("gsm8k").load(str(path), None).chosen
     prompts = [encode(tokenizer, problem.prompt) for problem in loaded]
     settings = {"budget": 32, "interval": 16, "arm": "rkv/uniform/reasonalloc"}
-    room = torch.minimum(
-        decided(model, prompts, 120, settings)[1], decided(model, prompts, 120, {})[1]
-    )
+    every = ({}, settings, {**settings, "prompt": "pin"})
+    room = torch.stack([decided(model, prompts, 120, own)[1] for own in every]).amin(dim=0)
     best = room.argsort(descending=True)[:3].tolist()
     assert min(room[best]) > 1
     write(sorted(best))
@@ -107,6 +106,19 @@ def test_fewer_bits(folder: Path, problems: Path, tmp_path: Path) -> None:
             assert found[name][field] == row[field], (name, field)
 
 
+def test_pinned_prompts(folder: Path, problems: Path, tmp_path: Path) -> None:
+    given = ("--prompt", "pin", "--arms", "rkv/uniform/reasonalloc", "--limit", "2")
+    out = [tmp_path / "hf", tmp_path / "vllm"]
+    assert evaluate(folder, problems, out[0], *given) == 0
+    assert evaluate(folder, problems, out[1], *given, "--engine", "vllm") == 0
+    (_, expected), (_, found) = map(read, out)
+    assert set(found) == set(expected) and len(found) == 2
+    same = ("completion", "prompt_tokens", "compressions", "compressed_kv_bytes", "budget_tokens")
+    for name, row in expected.items():
+        assert row["compressions"] > 0
+        assert {k: found[name][k] for k in same} == {k: row[k] for k in same}, name
+
+
 @pytest.mark.long
 def test_an_engine_per_worker(
     folder: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +141,14 @@ def test_an_engine_per_worker(
     [
         (["--device-map", "auto"], "--device-map cannot be used with --engine vllm"),
         (["--protect-prompt"], "--protect-prompt cannot be used"),
-        (["--arms", "rkv", "--prompt", "pin"], "--prompt cannot be used with --engine vllm"),
+        (
+            ["--arms", "rkv", "--prompt", "protect"],
+            "--prompt protect cannot be used with --engine vllm",
+        ),
+        (
+            ["--arms", "rkv", "--prompt", "pin", "--pin-limit", "9"],
+            "--pin-limit cannot be used with --engine vllm",
+        ),
     ],
 )
 def test_refused(

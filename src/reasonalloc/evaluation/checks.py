@@ -34,7 +34,8 @@ def check_engine(spec: ModelSpec, settings: Settings) -> None:
         "--device-map": spec.device_map is not None,
         "--tp-plan": spec.tp_plan is not None,
         "--protect-prompt": settings.protect_prompt,
-        "--prompt": settings.prompt != "evict",
+        "--prompt protect": settings.prompt == "protect",
+        "--pin-limit": settings.pin_limit is not None,
     }
     for name, there in given.items():
         if there:

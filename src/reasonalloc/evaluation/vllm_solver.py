@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from reasonalloc.config import CompressionConfig
@@ -179,6 +180,7 @@ class VllmSolver:
     ) -> dict[str, Any]:
         item, job = chunk.items[index], chunk.job
         plan = self._plans.get(job)
+        memory = self._memory(plan, len(prompt))
         tokens = len(prompt) + len(completion) - 1  # the last token is never fed
         block = self._llm.llm_engine.vllm_config.cache_config.block_size
         full = self._full(block, tokens)
@@ -193,10 +195,10 @@ class VllmSolver:
             "prompt_tokens": len(prompt),
             "completion_tokens": len(completion),
             "finish": "stop" if completion[-1] in self._ends else "length",
-            "compressions": 0 if plan is None else self._compressions(plan, prompt, completion),
+            "compressions": 0 if plan is None else _compressions(plan, memory, prompt, completion),
             "kv_bytes": full if plan is None else self._peak(plan, block, len(prompt), tokens),
             "full_kv_bytes": full,
-            **kv_sizes(self._memory(plan), tokens, full=plan is None),
+            **kv_sizes(memory, tokens, full=plan is None),
             "batch": len(chunk.items),
             "seconds": round(seconds, 3),
             "peak_bytes": None,
@@ -208,23 +210,18 @@ class VllmSolver:
         cache = self._llm.llm_engine.vllm_config.cache_config
         return stored_bytes(cache.cache_dtype, self._dtype)
 
-    def _memory(self, plan: EngineBudget | None) -> MemoryPlan:
+    def _memory(self, plan: EngineBudget | None, prompt: int) -> MemoryPlan:
         """Memory of one sequence, in tokens instead of blocks."""
         size = self._itemsize
-        return MemoryPlan(self._shapes, (), 1, 1, 1, size) if plan is None else plan.memory(1, size)
+        if plan is None:
+            return MemoryPlan(self._shapes, (), 1, 1, 1, size)
+        return replace(plan.memory(1, size), pinned=plan.config.pinned(prompt))
 
     @property
     def _shapes(self) -> Any:
         from reasonalloc.planning.shapes import layer_shapes
 
         return layer_shapes(self._config, self._spec.name)
-
-    def _compressions(self, plan: EngineBudget, prompt: list[int], completion: list[int]) -> int:
-        interval, new = plan.config.interval, len(completion) - 1
-        return sum(
-            len(compression_points(total, plan.kv_heads, interval, len(prompt), new))
-            for total in self._memory(plan).triggers
-        )
 
     def _full(self, block: int, tokens: int) -> int:
         """Bytes of the blocks that a request holds at its end without a budget."""
@@ -239,6 +236,16 @@ class VllmSolver:
         """Bytes of the most blocks that a request held."""
         sizes = Accounting(plan, block, self._itemsize)
         return sizes.peak(prompt, tokens) * sizes.block_bytes
+
+
+def _compressions(
+    plan: EngineBudget, memory: MemoryPlan, prompt: list[int], completion: list[int]
+) -> int:
+    interval, new = plan.config.interval, len(completion) - 1
+    return sum(
+        len(compression_points(total, plan.kv_heads, interval, len(prompt), new, memory.pinned))
+        for total in memory.triggers
+    )
 
 
 def _arguments(settings: CompressionConfig | None) -> dict[str, Any]:
