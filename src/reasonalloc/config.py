@@ -210,12 +210,12 @@ class CompressionConfig:
         },
     )
     pin_turns: bool = field(
-        default=False, metadata={"help": "With --prompt pin: pin later turns as well."}
+        default=False, metadata={"help": "With --prompt-mode pin: pin later turns as well."}
     )
     pin_limit: int | None = field(
         default=None,
         metadata={
-            "help": "With --prompt pin: longest prompt that is pinned, in tokens.",
+            "help": "With --prompt-mode pin: longest prompt that is pinned, in tokens.",
             "option": {"min": 1},
         },
     )
@@ -223,7 +223,9 @@ class CompressionConfig:
         default="refuse",
         metadata={"help": "With --pin-limit: refuse longer prompts, or evict from them."},
     )
-    protect_prompt: bool = field(default=False, metadata={"help": "The same as --prompt protect."})
+    protect_prompt: bool = field(
+        default=False, metadata={"help": "The same as --prompt-mode protect."}
+    )
     kv_dtype: str = field(
         default="auto",
         metadata={

@@ -405,8 +405,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("serve", "MODEL", "--prompt", "protect"), "prompt='protect' cannot run in vLLM yet"),
     (
         ("serve", "MODEL", "--prompt", "pin", "--pin-limit", "9"),
-        "pin_limit=9 cannot run in vLLM yet",
+        "--pin-limit cannot be used in vLLM yet",
     ),
+    (("serve", "MODEL", "--pin-overflow=evict"), "--pin-overflow cannot be used in vLLM yet"),
     (("serve", "MODEL", "--prompt-mode", "protect"), "prompt='protect' cannot run in vLLM yet"),
     (("serve", "MODEL", "--protect-prompt"), "--protect-prompt has no effect on vLLM"),
     (("plan", "MODEL", "--prompt", "pin"), "--prompt-tokens 0 with --prompt pin"),

@@ -48,7 +48,7 @@ BlockSize = Annotated[
 ]
 
 
-_NOT_HERE = ("pin_turns", "protect_prompt", "attention", "step")
+_NOT_HERE = ("pin_turns", "pin_limit", "pin_overflow", "protect_prompt", "attention", "step")
 _FILE = "reasonalloc.serve.file"  # what vLLM's own file of options has for vLLM alone
 #: Options that both have: whatever vLLM's file says of them is said here.
 _BOTH = (
@@ -218,6 +218,11 @@ def _check_foreign(name: str, arguments: list[str]) -> None:
             raise UsageError(
                 f"{option} has no effect on vLLM, which has steps and kernels of its own and no "
                 "protected prompts: leave it out"
+            )
+        if option in ("--pin-limit", "--pin-overflow"):
+            raise UsageError(
+                f"{option} cannot be used in vLLM yet: leave it out (a prompt that the pool cannot "
+                "hold is refused)"
             )
 
 
