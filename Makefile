@@ -1,4 +1,4 @@
-# Everything sets itself up: a machine with Python (3.10 or newer) and make is enough.
+# Everything sets itself up: a machine with Python (3.10 or newer), make and a C++ compiler is enough.
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
