@@ -206,11 +206,11 @@ TOUCHES_BOTH := 'tests/serving/test_prefixes.py::test_as_on_transformers[rkv/pyr
 TEST_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest
 
 test-vllm: $(VLLM)/.ready $(VLLM_V2)/.ready
-	$(BESIDE_EACH_OTHER) vllm-v2 vllm-arms vllm-rest
+	$(BESIDE_EACH_OTHER) vllm-rest vllm-v2 vllm-arms
 
-# What both test, two parts at a time all the way.
+# What both test, two parts at a time all the way, the longest first.
 test-vllm-all: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
-	$(BESIDE_EACH_OTHER) vllm-v2 vllm-arms vllm-rest vllm-next vllm-next-v2
+	$(BESIDE_EACH_OTHER) vllm-rest vllm-v2 vllm-arms vllm-next vllm-next-v2
 
 test-vllm-next: $(VLLM_V2)/.ready $(VLLM_NEXT)/.ready
 	$(BESIDE_EACH_OTHER) vllm-next vllm-next-v2
