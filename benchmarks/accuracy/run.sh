@@ -33,4 +33,5 @@ ask gsm8k gsm8k gsm8k_200 best 64,96 "${profile[@]}"
 ask gsm8k gsm8k gsm8k_200 best-bytes 64 "${profile[@]}"
 ask gsm8k gsm8k gsm8k_200 reasonalloc 64 --profile "$wave"
 ask gsm8k gsm8k gsm8k_200 rkv 96
+ask pinned math500 math500_even best 64 --prompt pin "${profile[@]}"
 ask pinned math500 math500_even rkv,random 64 --prompt pin
