@@ -87,20 +87,28 @@ def test_budgets_are_those_of_the_whole_file(arm: str, budget: int) -> None:
     assert sum(found.totals) == sum(whole.totals) or arm == "best-bytes"
 
 
-def test_costs_of_the_coder_are_found() -> None:
-    """By its configuration on the hub, which a GGUF file does not have word by word."""
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", (1536, 8960, 28, 12)),
+        ("Qwen/Qwen2.5-0.5B-Instruct", (896, 4864, 24, 14)),
+    ],
+)
+def test_costs_of_qwens_are_found(name: str, sizes: tuple[int, int, int, int]) -> None:
+    """By their configurations on the hub, which a GGUF file does not have word by word."""
+    width, inner, layers, heads = sizes
     config = Qwen2Config(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         vocab_size=151936,
         tie_word_embeddings=True,
     )
     found = reasonalloc.plan(config, arm="best", budget=64, interval=64)
-    assert found.shipped == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
-    assert sum(found.totals) == 64 * 2 * 28 and len(set(found.totals)) > 10
+    assert found.shipped == name
+    assert sum(found.totals) == 64 * 2 * layers and len(set(found.totals)) > 10
     half: dict[str, Any] = {"budget": 64, "interval": 64, "dtype": torch.bfloat16}
     coded, plain = (reasonalloc.plan(config, arm=arm, **half) for arm in ("best-bytes", "rkv"))
     assert coded.shipped == found.shipped and sum(coded.totals) > 1.5 * sum(found.totals)
