@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.kinds import is_coded, parse_kinds
 from reasonalloc.sizes import ByteBudget
-from reasonalloc.whole import whole_number
+from reasonalloc.whole import LARGEST, whole_number
+
+_MOST_TOKENS = 2**31 - 1  # positions are counted in 32 bits
 
 RecordLevel = Literal["off", "budgets", "tokens"]
 Step = Literal["eager", "static", "graph", "compile"]
@@ -257,9 +259,9 @@ class CompressionConfig:
                 whole_number(name, getattr(self, name), 0, "tokens")
             object.__setattr__(self, "budget", self.window + self.n_sink)
         for name, least in (("budget", 1), ("interval", 1), ("window", 1), ("n_sink", 0)):
-            number = whole_number(name, getattr(self, name), least, "tokens")
+            number = whole_number(name, getattr(self, name), least, "tokens", _MOST_TOKENS)
             object.__setattr__(self, name, number)  # numpy's numbers cannot be written as JSON
-        object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, -LARGEST))
         self._check_prompt()
         parse_kinds(self.kv_dtype)
         if self.budget < self.window + self.n_sink:

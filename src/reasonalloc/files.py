@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,57 @@ def as_path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
         raise UsageError(f"{name}={value!r} must be a path: give a text or a pathlib.Path")
     return Path(value).expanduser()
+
+
+def check_not_read(
+    name: str, target: str | os.PathLike[str], read: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Refuse to write over a file that the same call reads.
+
+    Args:
+        name: of the argument, for the message.
+        target: file to write.
+        read: files that are read; those that are not there do not matter.
+
+    Raises:
+        UsageError: it is one of them.
+    """
+    wanted = Path(target).expanduser()
+    for path in read:
+        own = Path(path).expanduser()
+        if wanted.resolve() == own.resolve() or (
+            wanted.exists() and own.exists() and wanted.samefile(own)
+        ):
+            raise UsageError(
+                f"{name}={os.fspath(target)!r} would write over {os.fspath(path)!r}, which is "
+                "read: name another file"
+            )
+
+
+def lock(path: Path, taken: str) -> int:
+    """Open a file, made if it is not there, that no other process locks; closing it unlocks it.
+
+    Args:
+        path: the file.
+        taken: says that another process uses it.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        OSError: it cannot be opened.
+        UsageError: ``taken``.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(ModuleNotFoundError):  # not on this system: no lock
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise UsageError(taken) from None
+    return file
 
 
 @contextmanager

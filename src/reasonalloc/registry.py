@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.fingerprint import fingerprint
+from reasonalloc.whole import LARGEST
 
 T = TypeVar("T")
 _NONE = (dataclasses.MISSING, inspect.Parameter.empty)  # a parameter without a default
@@ -331,7 +332,9 @@ def _convert(owner: str, key: str, raw: str, kind: type[Any]) -> Any:
         value = kind(raw)
         if kind is float and not math.isfinite(value):
             raise ValueError
-        return value
     except ValueError:
         wanted = "a whole number" if kind is int else f"a finite {kind.__name__}"
         raise UsageError(f"{owner}: {key}={raw!r} must be {wanted}") from None
+    if kind is int and abs(value) > LARGEST:
+        raise UsageError(f"{owner}: {key}={raw} is too large: give at most {LARGEST}")
+    return value

@@ -113,7 +113,7 @@ def _read(path: str, parse: Callable[[Any], T], name: str) -> list[T]:
     for number, line in enumerate(_lines(path, name), 1):
         if line.strip():
             try:
-                texts.append(parse(json.loads(line)))
+                texts.append(parse(_object(line)))
             except ValueError as error:  # UsageError and JSON's own error are both
                 raise UsageError(f"{name}={path!r}, line {number}: {error}") from None
     if not texts:
@@ -121,9 +121,19 @@ def _read(path: str, parse: Callable[[Any], T], name: str) -> list[T]:
     return texts
 
 
+def _object(line: str) -> Any:
+    data = json.loads(line)
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UsageError(f"it holds {half!r}, half of a character: write it whole") from None
+    return data
+
+
 def _lines(path: str, name: str) -> list[str]:
     try:
-        return Path(path).expanduser().read_text("utf-8").splitlines()
+        return Path(path).expanduser().read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UsageError(f"{name}={path!r} cannot be read: {reason}") from None
@@ -184,8 +194,10 @@ def _ids(data: dict[str, Any], name: str) -> tuple[int, ...] | None:
 
 def _text(data: dict[str, Any], name: str) -> str | None:
     text = data.get(name)
-    if text is not None and (not isinstance(text, str) or not text):
+    if text is not None and not isinstance(text, str):
         raise UsageError(f"{name} must be text")
+    if text == "":
+        raise UsageError(f"{name} is empty")
     return text
 
 

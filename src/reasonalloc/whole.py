@@ -8,8 +8,13 @@ from typing import Any
 
 from reasonalloc.errors import UsageError
 
+#: What a tensor of whole numbers holds.
+LARGEST = 2**63 - 1
 
-def whole_number(name: str, value: Any, least: int | None = None, unit: str = "") -> int:
+
+def whole_number(
+    name: str, value: Any, least: int | None = None, unit: str = "", most: int = LARGEST
+) -> int:
     """Return a value as a plain ``int``: Python's, numpy's, or a tensor of one number; no bool.
 
     Args:
@@ -17,9 +22,10 @@ def whole_number(name: str, value: Any, least: int | None = None, unit: str = ""
         value: what was given.
         least: the smallest that is allowed, or None.
         unit: what is counted, for messages, such as ``tokens``.
+        most: the largest that is allowed.
 
     Raises:
-        UsageError: no whole number, or one that is too small.
+        UsageError: no whole number, or one that is too small or too large.
     """
     kind = str(getattr(value, "dtype", type(value).__name__))
     try:
@@ -31,6 +37,8 @@ def whole_number(name: str, value: Any, least: int | None = None, unit: str = ""
         raise UsageError(f"{name}={value!r} must be {counted}") from None
     if least is not None and number < least:
         raise UsageError(f"{name}={number} is too small: give at least {least}")
+    if number > most:
+        raise UsageError(f"{name}={number} is too large: give at most {most}")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("typer")
 
+import torch
 from transformers import AutoConfig
 
 from reasonalloc.calibrated.demand import DemandProfile, config_hash
@@ -31,6 +33,42 @@ def texts(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def test_other_weights_and_other_runs(
+    call: Call, folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reasonalloc.files import lock
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    own, out = tmp_path / "model", tmp_path / "results.jsonl"
+
+    def save() -> None:
+        model.save_pretrained(own)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(own)
+
+    arguments = ["fidelity", own, "--trajectories", texts, "--interval", "8", "--budgets", "12"]
+    arguments += ["--arms", "rkv", "--out", out]
+    save()
+    assert call(*arguments)[0] == 0
+    whole = out.read_text()
+    held = lock(out, "taken")  # by another process, as it were
+    code, _, err = call(*arguments)
+    assert code == 2 and "is being written by another run" in err
+    os.close(held)
+    assert call(*arguments)[0] == 0 and out.read_text() == whole
+    first, *rest = whole.splitlines(keepends=True)
+    old = json.loads(first)
+    del old["manifest"]["weights_hash"]  # as older versions wrote it
+    out.write_text(json.dumps(old) + "\n" + "".join(rest))
+    assert call(*arguments)[0] == 0 and len(out.read_text().splitlines()) == 1 + len(rest)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    save()
+    code, _, err = call(*arguments)
+    assert code == 2 and "was made with weights_hash=" in err
 
 
 def test_results_and_resuming(call: Call, folder: Path, texts: Path, tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def test_from_texts_to_the_best_arm(call: Call, folder: Path, texts: Path, tmp_p
     assert code == 0 and "All heads at once" in text and profile.policy in text
 
 
+def test_what_is_read_is_not_written_over(call: Call, tmp_path: Path) -> None:
+    for objective, name in (("fisher", "--texts"), ("attention-mass", "--prompts")):
+        given = tmp_path / f"{objective}.json"
+        given.write_text('{"prompt": "w1 w2", "completion": "w3 w4"}\n')
+        out = tmp_path / "." / given.name
+        code, _, err = call(
+            "calibrate", "no/model", "--objective", objective, name, given, "-o", out
+        )
+        assert code == 2 and "would write over" in err
+        assert given.read_text().startswith('{"prompt"')
+
+
 def test_tables_and_defaults(call: Call, folder: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     base = ["calibrate", folder, "--objective", "fisher", "--texts", texts, "-o", out, *SMALL]

@@ -236,6 +236,7 @@ def test_compare(call: Call, tmp_path: Path) -> None:
         (["show", "TEXT"], "is no JSON file"),
         (["show", "LIST"], "must be an object"),
         (["show", "COST", "--plot", "no/folder/x.html"], "--plot 'no/folder/x.html': there is no"),
+        (["show", "COST", "--plot", "COST"], "would write over"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, call: Call, tmp_path: Path) -> None:

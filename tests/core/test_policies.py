@@ -186,6 +186,17 @@ def test_random_is_uniform_and_new_at_every_boundary() -> None:
     assert abs(float(correlation)) < 0.1
 
 
+def test_equal_tokens_score_alike_wherever_they_lie() -> None:
+    """Scores of LazyEviction tie all the time: a digit between them would be taken for a reason."""
+    policy, many = POLICIES.create("lazy_eviction"), 8003
+    for age, last, longest in ((40, 3.0, 7.0), (900, 31.0, 15.0), (17, 0.0, 0.0), (55, 50.0, 9.0)):
+        first = ragged(3, [[many]], 1, 4)
+        state = torch.tensor([last, longest]).expand(1, 1, many, 2).contiguous()
+        seen, positions = torch.tensor([many + age]), torch.full((1, 1, many), many - 1)
+        own = Candidates(**{**vars(first), "seen": seen, "positions": positions, "state": state})
+        assert policy.score(own).unique().numel() == 1
+
+
 @pytest.mark.parametrize(
     "spec",
     [

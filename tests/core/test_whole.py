@@ -68,6 +68,11 @@ def test_the_least_is_named() -> None:
         whole_number("budget", np.int32(0), 1)
 
 
+def test_the_most_is_named() -> None:
+    with pytest.raises(UsageError, match=r"^budget=9 is too large: give at most 8$"):
+        whole_number("budget", 9, 1, most=8)
+
+
 def test_calibrations_write_what_they_measured(tmp_path: Path) -> None:
     model, number = tiny("llama"), np.int64
     prompts = [torch.arange(5, 25)[None]]

@@ -221,6 +221,17 @@ def test_reading(tmp_path: Path) -> None:
     assert len({t.key for t in found}) == 3
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_lines_end_where_json_lines_do(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "t.jsonl"
+    row = {"prompt": f"a{end}", "completion": "bc"}
+    text = json.dumps(row, ensure_ascii=False)
+    path.write_text(f"{text}\r\n{text}\n", "utf-8")
+    assert [t.prompt_ids[1:] for t in load_trajectories(str(path), Letters())] == [
+        tuple(map(ord, row["prompt"]))
+    ] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -229,6 +240,8 @@ def test_reading(tmp_path: Path) -> None:
         ('{"completion": "ab"}', "needs prompt_ids, prompt or messages"),
         ('{"prompt_ids": [1.5]}', "list of token ids"),
         ('{"prompt": 3}', "prompt must be text"),
+        ('{"prompt": "a", "completion": ""}', "completion is empty"),
+        (r'{"prompt": "a\ud800b", "completion": "bc"}', r"line 1: it holds '\\ud800', half of"),
         ('{"prompt": "a", "completion": "b"}', "at least two tokens"),
         ("", "holds none"),
     ],

@@ -191,6 +191,30 @@ def test_text_cannot_break_the_page(call: Call, tmp_path: Path) -> None:
     assert payload(folder / "report.html")["groups"][0]["model"] == nasty
 
 
+def test_one_problem_that_differs(call: Call, tmp_path: Path) -> None:
+    """Of several samples each: one gap between two arms, which proves nothing."""
+    made = [
+        row(arm, budget, f"p{problem}", sample, correct=(arm, problem, sample) != ("rkv", 0, 0))
+        for arm, budget in (("full", None), ("rkv", 128))
+        for problem in range(30)
+        for sample in range(2)
+    ]
+    folder = write(tmp_path / "run", made)
+    code, _, err = call("report", folder)
+    assert code == 0, err
+    (group,) = payload(folder / "report.html")["groups"]
+    assert [pair["p"] for pair in group["paired"]] == [1.0]
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "events.jsonl"])
+def test_results_are_not_written_over(call: Call, tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "run", rows(), heads=events())
+    before = (folder / name).read_bytes()
+    code, _, err = call("report", folder, "--out", folder / "." / name)
+    assert code == 2 and "would write over" in err and name in err
+    assert (folder / name).read_bytes() == before and not (folder / "report.html").exists()
+
+
 def test_long_runs_say_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     for i in range(12):

@@ -12,6 +12,7 @@ import torch
 import reasonalloc
 from models import tiny
 from reasonalloc import UsageError
+from reasonalloc.allocators.head.reasonalloc import ReasonAllocHeads
 from reasonalloc.texts import Trajectory
 
 TEXT = Trajectory(tuple(range(5, 15)), tuple(range(20, 30)))
@@ -73,6 +74,30 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dtype=torch.int8": lambda: plan(dtype=torch.int8),
     "model=4": lambda: reasonalloc.detach(4),
     "tokens": lambda: plan().memory(1).kv_bytes(-1),
+    "budget=99999999999999": lambda: plan(budget=99999999999999),
+    "interval=1000": lambda: attach(interval=10**30),
+    "seed=1000": lambda: attach(seed=10**30),
+    "kernel=1000": lambda: attach(arm="rkv(kernel=1000000000000000000000)/uniform/uniform"),
+    "beta=120": lambda: attach(arm="rkv/uniform/reasonalloc(beta=120)"),
+    "beta=nan": lambda: ReasonAllocHeads(beta=float("nan")),
+    "gamma=300": lambda: attach(arm="rkv/profile(gamma=300)/uniform"),
+    "attention=['sdpa']": lambda: attach(attention=["sdpa"]),
+    "profile=3": lambda: fidelity(profile=3),
+    "profile=[None]": lambda: fidelity(profile=[None]),
+    "check=16": lambda: calibrate(check=16),
+    "check='16'": lambda: calibrate(check="16"),
+    "policy=3": lambda: calibrate(policy=3),
+    "kv_dtypes=None": lambda: calibrate(kv_dtypes=None),
+    "budgets=8": lambda: calibrate(budgets=8),
+    "count=-1": lambda: calibrate(count=-1),
+    "count=True": lambda: calibrate(count=True),
+    "count=1.5": lambda: calibrate(count=1.5),
+    "generate=1": lambda: calibrate(generate=1),
+    "tell=3": lambda: calibrate(tell=3),
+    "temperature=1e-310": lambda: evaluate(temperature=1e-310),
+    "temperature=inf": lambda: evaluate(temperature=float("inf")),
+    "top_p=0.3": lambda: evaluate(protocol="greedy", top_p=0.3),
+    "top_k=5": lambda: evaluate(protocol="paper", samples=1, temperature=0, top_k=5),
 }
 
 

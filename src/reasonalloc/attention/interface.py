@@ -118,7 +118,7 @@ def choose_backend(
     Raises:
         UsageError: unknown name, with the nearest suggestion; a device that it cannot run on.
     """
-    if name != "auto" and name not in BACKENDS.entries():
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS.entries()):
         known = ", ".join(["auto", *BACKENDS.entries()])
         raise UsageError(f"attention={name!r} is unknown: choose one of {known}")
     if name == "auto":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from reasonalloc.calibrated.demand import KEYS
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.files import as_path
+from reasonalloc.whole import whole_number
+
+_LISTS = {"budgets": "[64, 128]", "check": "[64]", "kv_dtypes": "['auto', 'int8']"}
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,16 @@ class CalibrationConfig:
             raise unknown_name("objective", self.objective, OBJECTIVES)
         if self.keys not in KEYS:
             raise unknown_name("keys", self.keys, KEYS)
+        object.__setattr__(self, "count", whole_number("count", self.count, 1))
+        if self.generate is not None:
+            object.__setattr__(self, "generate", whole_number("generate", self.generate, 2))
+        if self.policy is not None and not isinstance(self.policy, str):
+            raise UsageError(f"policy={self.policy!r} must be text, as 'predicted_loss,rkv'")
+        for name, example in _LISTS.items():
+            value = getattr(self, name)
+            none = value is None and name != "kv_dtypes"
+            if not none and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise UsageError(f"{name}={value!r} must be a list, as {example}")
 
     @property
     def chosen(self) -> Objective:

@@ -15,6 +15,7 @@ from reasonalloc.calibrated.objectives import (
 )
 from reasonalloc.calibration.jobs import Calibrated, OnProgress, prepare
 from reasonalloc.errors import UsageError
+from reasonalloc.files import check_not_read
 from reasonalloc.texts import (
     check_several,
     check_tokenizer,
@@ -66,9 +67,13 @@ def calibrate(
     if progress not in (None, True, False) and not callable(progress):
         raise UsageError(f"progress={progress!r} must be True, False, None or a function")
     watch: OnProgress = progress if callable(progress) else lambda done, total: None
+    if tell is not None and not callable(tell):
+        raise UsageError(f"tell={tell!r} must be a function of a text, or None")
     check_tokenizer(tokenizer)
     check_several(texts)
     target = None if out is None else check_target(out, objective)
+    if target is not None and isinstance(texts, str | os.PathLike):
+        check_not_read("out", target, [texts])
     tell = _print if tell is None else tell
     job = prepare(model, tokenizer, texts, CalibrationConfig(objective, **options), tell=tell)
     if announced := job.announce():

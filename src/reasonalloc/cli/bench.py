@@ -89,8 +89,11 @@ def command(
         raise UsageError(f"batch={batches!r} must be numbers of at least 1")
     if not 1 <= points[0] <= points[-1] <= new_tokens:
         raise UsageError(f"at={at!r} is not within new_tokens={new_tokens}")
-    if out is not None and not Path(out).expanduser().parent.is_dir():
-        raise UsageError(f"out={out!r}: there is no such folder")
+    if out is not None:
+        from reasonalloc.files import check_not_read
+        from reasonalloc.report.page import check_writable
+
+        check_not_read("--out", check_writable(out), [*(options["profile"] or [])])
     from reasonalloc.benchmark.machine import machine
     from reasonalloc.benchmark.run import Bench
 

@@ -10,6 +10,7 @@ from reasonalloc.calibrated.objectives import CalibrationConfig, check_target, w
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
+from reasonalloc.files import check_not_read
 
 _PROMPTS, _TEXTS = "attention-mass, statistics", "kl, fisher"
 _BOTH = "attention-mass, kl, fisher"
@@ -101,6 +102,7 @@ def command(
 
     check_texts(path, config, name)
     target = check_target(out, config.objective, "--out")
+    check_not_read("--out", target, [path])
     loaded, tokenizer = model.load()
     job = prepare(loaded, tokenizer, path, config, name, output.note)
     with output.stderr().status("Timing the model"):

@@ -54,7 +54,7 @@ def show(
     from reasonalloc.calibrated import open_calibrated
 
     made: Any = open_calibrated(file)
-    target = None if plot is None else _check_plot(plot, made.kind)
+    target = None if plot is None else _check_plot(plot, made.kind, file)
     if made.kind == "cost":
         tables, notes, data = _costs(made, budget, heads)
     elif heads:
@@ -81,12 +81,14 @@ def show(
         output.stdout().print(f"Plots written to {target}")
 
 
-def _check_plot(plot: str, kind: str) -> Path:
+def _check_plot(plot: str, kind: str, file: str) -> Path:
+    from reasonalloc.files import check_not_read
     from reasonalloc.report.page import check_writable, require_report
 
     if kind == "statistics":
         raise UsageError("--plot: statistics have no page: leave it out")
     require_report()
+    check_not_read("--plot", plot, [file])
     return check_writable(plot, "--plot")
 
 

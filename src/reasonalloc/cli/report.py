@@ -50,7 +50,9 @@ def command(
 def _report(
     folders: list[str], out: str | None, base: str | None, paper: bool, as_json: bool
 ) -> None:
+    from reasonalloc.evaluation.folder import EVENTS, LOCK, SAMPLES
     from reasonalloc.evaluation.samples import load_groups
+    from reasonalloc.files import check_not_read
     from reasonalloc.report.files import TABLES, write_all
     from reasonalloc.report.page import check_writable, require_report
 
@@ -59,6 +61,9 @@ def _report(
         groups = load_groups(folders)
     page = check_writable(out if out is not None else Path(folders[0]).expanduser() / "report.html")
     tables = [check_writable(page.with_name(page.stem + end)) for end in TABLES]
+    kept = [Path(folder) / name for folder in folders for name in (SAMPLES, EVENTS, LOCK)]
+    for path in (page, *tables):
+        check_not_read("--out", path, kept)
     from reasonalloc.report.results import results
 
     with output.stderr().status("Computing intervals"):

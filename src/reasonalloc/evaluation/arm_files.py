@@ -27,11 +27,20 @@ _CALIBRATE = {
 
 
 def list_files(profile: File | Sequence[File] | None) -> list[str]:
-    """Paths of calibrated files, given as one, several or none."""
+    """Paths of calibrated files, given as one, several or none.
+
+    Raises:
+        UsageError: something else.
+    """
     if profile is None:
         return []
-    given = [profile] if isinstance(profile, str | os.PathLike) else profile
-    return [os.fspath(path) for path in given]
+    try:
+        given = [profile] if isinstance(profile, str | os.PathLike) else [*profile]
+        return [os.fspath(path) for path in given]
+    except TypeError:
+        raise UsageError(
+            f"profile={profile!r} must be the path of a calibrated file, or several"
+        ) from None
 
 
 def choose_files(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from reasonalloc.config import Arm, CompressionConfig, PinOverflow, Prompt
@@ -22,13 +24,14 @@ from reasonalloc.evaluation.arms import check_decoding, list_budgets, read_arms
 from reasonalloc.evaluation.batch import FULL, Job, Settings
 from reasonalloc.evaluation.chunks import ModelSpec
 from reasonalloc.evaluation.completions import complete_missing, tell_no_end, turn_ends
+from reasonalloc.evaluation.facts import weights_hash
 from reasonalloc.evaluation.fidelity_result import FidelityResult
 from reasonalloc.evaluation.kv_share import kv_sizes
 from reasonalloc.evaluation.loaded import architecture, find_model
 from reasonalloc.evaluation.progress import Observer, make_observer
 from reasonalloc.evaluation.records import ResultFile
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
-from reasonalloc.files import as_path
+from reasonalloc.files import as_path, lock
 from reasonalloc.integrations.hf import attach_config
 from reasonalloc.integrations.hf.replay import check_text
 from reasonalloc.loading import load_model
@@ -137,12 +140,13 @@ def fidelity(
         "model": source.name,
         "config_hash": architecture(source, (network, words)),
         "dtype": str(network.dtype),
+        "weights_hash": weights_hash(network),
         **shared,
         **settings.in_manifest,
     }
     held = _sizes(configs, plans, trajectories)
     results = _Results(out, manifest, configs, held)
-    with observer.counted("Replaying") as tell:
+    with closing(results), observer.counted("Replaying") as tell:
         _replay(network, trajectories, configs, results, tell)
     jobs = tuple((str(config.arm), config.given_budget) for config in configs)
     return FidelityResult(
@@ -223,10 +227,21 @@ class _Results:
         sizes: dict[_Key, dict[str, Any]],
     ) -> None:
         self._file, self._sizes = None, sizes
+        self._lock: int | None = None
         if out is not None:
             path = as_path("out", out)
             free = ("attention",)  # results depend on it by rounding alone
-            self._file = ResultFile(path, manifest, free=free)
+            # Files of older versions do not say which weights.
+            old_files = {"weights_hash": manifest["weights_hash"]}
+            self._lock = _locked(path)
+            try:
+                self._file = ResultFile(path, manifest, free=free, absent=old_files)
+                if not os.path.samestat(os.fstat(self._lock), path.stat()):  # written anew
+                    before, self._lock = self._lock, _locked(path)
+                    os.close(before)
+            except BaseException:
+                self.close()
+                raise
         # Another content of a file under the same name is another arm.
         self._digests = {str(c.arm): arm_digest(c) for c in configs}
         old = [] if self._file is None else self._file.rows
@@ -234,6 +249,12 @@ class _Results:
         own = [r for r in old if r["files"] == self._digests.get(r["arm"], r["files"])]
         self._done = {_key(row) for row in own}
         self.rows = [row | sizes.get(_key(row), {}) for row in own]
+
+    def close(self) -> None:
+        """Let other runs use the file."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def has(self, trajectory: Trajectory, config: CompressionConfig) -> bool:
         """Whether a measurement is there."""
@@ -251,6 +272,16 @@ class _Results:
         self._done.add(_key(row))
         if self._file is not None:
             self._file.add(row)
+
+
+def _locked(path: Path) -> int:
+    try:
+        return lock(
+            path,
+            f"out={str(path)!r} is being written by another run: wait for it, or give another file",
+        )
+    except OSError as error:
+        raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
 
 
 def _key(row: dict[str, Any]) -> _Key:

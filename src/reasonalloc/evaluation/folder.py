@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from reasonalloc.evaluation.endings import went_on
 from reasonalloc.evaluation.kv_share import SIZES
 from reasonalloc.evaluation.records import ResultFile, append_lines
 from reasonalloc.evaluation.samples import OLD_DECODING
-from reasonalloc.files import replacing
+from reasonalloc.files import lock, replacing
 
 SAMPLES, EVENTS, LOCK = "samples.jsonl", "events.jsonl", ".lock"
 #: A sample: arm, budget, problem, number.
@@ -51,20 +50,13 @@ class RunFolder:
             raise UsageError(f"out={str(path)!r} is no folder: name one, old or new")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = lock(
+                path / LOCK,
+                f"out={str(path)!r} is being written by another run: wait for it, or give another "
+                "folder",
+            )
         except OSError as error:
             raise UsageError(f"out={str(path)!r} cannot be used: {error.strerror}") from None
-        with contextlib.suppress(ModuleNotFoundError):  # not on this system: no lock
-            import fcntl
-
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(self._lock)
-                raise UsageError(
-                    f"out={str(path)!r} is being written by another run: wait for it, or give "
-                    "another folder"
-                ) from None
 
     def __enter__(self) -> RunFolder:
         return self

@@ -142,7 +142,7 @@ def _sign_flips(gaps: Sequence[float]) -> float:
     from scipy.stats import permutation_test
 
     moved = [gap for gap in gaps if gap != 0]  # flipping a 0 changes nothing
-    if not moved:
+    if len(moved) < 2:  # one gap is as likely with the other sign
         return 1.0
     permuted = permutation_test(
         (numpy.array(moved),),

@@ -15,6 +15,22 @@ from transformers import LogitsProcessor
 from reasonalloc.errors import UsageError
 from reasonalloc.whole import whole_number
 
+#: Logits divided by less than this leave the numbers of float32.
+LEAST_TEMPERATURE = 1e-6
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse what logits cannot be divided by.
+
+    Raises:
+        UsageError: says what to give.
+    """
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise UsageError(
+            f"temperature={temperature} must be 0 (greedy), or a number from "
+            f"{LEAST_TEMPERATURE:g} on"
+        )
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,8 +51,7 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise UsageError(f"{name}={value!r} must be a number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        check_temperature(self.temperature)
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} must be above 0 and at most 1 (1: all tokens)")
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))

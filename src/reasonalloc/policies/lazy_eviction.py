@@ -43,5 +43,13 @@ class LazyEviction(Policy):
         last, longest = kept_state(candidates).unbind(dim=-1)
         age = candidates.seen[:, None, None] - 1 - candidates.positions
         interval = longest.clamp_min(1e-6)  # a token without a hit has the limits of the formulas
-        survival = torch.sigmoid(-(age - last) / interval)
-        return 2 * survival + 2 * torch.sigmoid(-1 / interval)
+        return 2 * _sigmoid(-(age - last) / interval) + 2 * _sigmoid(-1 / interval)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """In float32, the same for equal numbers wherever they lie: many tokens have equal scores.
+
+    PyTorch's own differs in the last digit between its vectors and what is left over.
+    """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return torch.sigmoid(x.to(wide)).float()

@@ -10,6 +10,7 @@ from reasonalloc.allocators.head.base import (
     HeadQuery,
     check_score_norm,
 )
+from reasonalloc.allocators.power import check_power
 from reasonalloc.errors import UsageError
 
 
@@ -27,10 +28,9 @@ class ReasonAllocHeads(HeadAllocator):
         check_score_norm("reasonalloc", self.score_norm)
         if not 0 <= self.mu <= 1:
             raise UsageError(f"reasonalloc: mu={self.mu} must lie between 0 and 1")
-        if self.beta < 0 or self.margin < 0:
-            raise UsageError(
-                f"reasonalloc: beta={self.beta} and margin={self.margin} must not be negative"
-            )
+        if self.margin < 0:
+            raise UsageError(f"reasonalloc: margin={self.margin} must not be negative")
+        check_power("reasonalloc", "beta", self.beta)
 
     def allocate(self, query: HeadQuery) -> Tensor:
         demand = query.pooled_counts(self.score_norm) + query.window

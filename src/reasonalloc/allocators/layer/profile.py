@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from reasonalloc.allocators.layer.base import LAYER_ALLOCATORS, LayerAllocator, LayerQuery
+from reasonalloc.allocators.power import check_power
 from reasonalloc.allocators.rounding import shares_of
 from reasonalloc.calibrated.demand import load_profile
 from reasonalloc.calibrated.reader import ReadsCalibrated
@@ -30,6 +31,7 @@ class FromProfile(ReadsCalibrated, LayerAllocator):
     def __post_init__(self) -> None:
         if self.demand not in ("mean", "max"):
             raise UsageError(f"{self.called}: demand={self.demand!r} must be 'mean' or 'max'")
+        check_power(self.called, "gamma", self.gamma, negative=True)
         if not 0 <= self.least <= 1 <= self.most:
             raise UsageError(
                 f"{self.called}: least={self.least} and most={self.most} are multiples of the "
