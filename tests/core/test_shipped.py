@@ -109,6 +109,9 @@ def test_costs_of_qwens_are_found(name: str, sizes: tuple[int, int, int, int]) -
     found = reasonalloc.plan(config, arm="best", budget=64, interval=64)
     assert found.shipped == name
     assert sum(found.totals) == 64 * 2 * layers and len(set(found.totals)) > 10
+    wave = reasonalloc.plan(config, arm="reasonalloc", budget=64)
+    assert wave.shipped == name and sum(wave.totals) == sum(found.totals)
+    assert len(set(wave.totals)) > 10
     half: dict[str, Any] = {"budget": 64, "interval": 64, "dtype": torch.bfloat16}
     coded, plain = (reasonalloc.plan(config, arm=arm, **half) for arm in ("best-bytes", "rkv"))
     assert coded.shipped == found.shipped and sum(coded.totals) > 1.5 * sum(found.totals)

@@ -133,6 +133,8 @@ def _layer_curves(profile: CostProfile, kind: str) -> list[list[float]]:
 
 def _demand(profile: DemandProfile) -> DemandProfile:
     count = len(profile.curves)
+    if count == 1:
+        return profile
     means = [sum(layer) / count for layer in zip(*profile.curves, strict=True)]
     return replace(
         profile,
