@@ -106,9 +106,18 @@ def parse_arm(text: str) -> Arm | None:
         else:
             current += char
     parts.append(current)
+    if len(parts) == 1 and "(" in text:
+        raise UsageError(
+            f"arm {text!r} is no preset's name: a policy alone is written {text}/uniform/uniform"
+        )
     if len(parts) == 1:
         raise unknown_name("arm", text, PRESETS)
-    if len(parts) != 3 or not all(p.strip() for p in parts):
+    if len(parts) == 3 and not all(p.strip() for p in parts):
+        raise UsageError(
+            f"arm {text!r} has an empty part: write policy/layers/heads, for example "
+            "rkv/uniform/uniform"
+        )
+    if len(parts) != 3:
         raise UsageError(
             f"arm {text!r} has {len(parts)} parts: write policy/layers/heads, "
             "for example rkv/uniform/uniform, or a preset's name"

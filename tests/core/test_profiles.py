@@ -146,7 +146,8 @@ def test_broken_profiles(tmp_path: Path, change: dict[str, Any], message: str) -
 
 def test_files_that_are_no_profiles(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    for text, message in (("{", "not valid JSON"), ("[]", "must be an object")):
+    texts = {"{": "not valid JSON", "[]": "must be an object", '{"kind": "cost"}': "a cost profile"}
+    for text, message in texts.items():
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             load_profile(path)

@@ -190,6 +190,11 @@ def load_profile(path: str | os.PathLike[str]) -> DemandProfile:
         UsageError: the file is missing, is no JSON or breaks the schema; says what and where.
     """
     data = read_json(path, "profile")
+    if isinstance(data, dict) and data.get("kind") == "cost":
+        raise UsageError(
+            f"profile {str(path)!r} is a cost profile, and one of attention mass is read here: "
+            "make one with 'reasonalloc calibrate'"
+        )
     try:
         return _validated(data)
     except UsageError as error:

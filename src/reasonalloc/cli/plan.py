@@ -61,6 +61,11 @@ def command(
             f"--prompt-tokens {prompt_tokens} with --prompt {config.prompt}: give the tokens of "
             "the prompt with --prompt pin, and only then"
         )
+    if prompt_tokens > tokens:
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens} is more than --tokens {tokens}, which count the "
+            "prompt too: give more tokens"
+        )
     plan = plan_config(
         model.load_config(), config, batch, tokens, model.dtype, model.name, prompt_tokens
     )

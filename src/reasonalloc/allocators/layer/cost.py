@@ -67,7 +67,7 @@ class LeastCost(ReadsCalibrated, LayerAllocator):
         if not texts:
             raise UsageError(
                 f"cost: kind={self.kind!r} is no kind of text in {self.path!r}, which has "
-                f"{', '.join(sorted(set(costs.kinds)))}"
+                f"{', '.join(sorted(filter(None, set(costs.kinds)))) or 'texts without kinds'}"
             )
         return costs, texts
 
