@@ -240,6 +240,16 @@ sys.exit(main.main(["ls"]))
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+def test_no_memory(call: Call, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory:\n9 bytes")
+
+    monkeypatch.setattr("reasonalloc.core.compressor.Slab", zeros)
+    code, _, err = call("run", folder, "--prompt", PROMPT, *SMALL)
+    assert code == 1 and "error: memory does not suffice ([enforce fail]" in err
+    assert "Traceback" not in err and "give a smaller budget" in err
+
+
 def test_broken_pipe(folder: str) -> None:
     process = shell("run", folder, "--prompt", PROMPT, *SMALL[:4], "--max-new-tokens", "400")
     assert process.stdout is not None and process.stderr is not None

@@ -13,11 +13,11 @@ from typing import Any
 
 from reasonalloc.errors import OtherCadence, UnsupportedError, UsageError
 
-USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (2: wrong use, 130: Ctrl-C)."""
+    """Run the command line; returns the exit code (1: no memory, 2: wrong use, 130: Ctrl-C)."""
     try:
         import rich  # noqa: F401
         import typer
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Click's errors: typer brings its own copy of click or uses the installed one.
         if not any(c.__name__ == "ClickException" for c in type(error).__mro__):
-            raise
+            if (message := _no_memory(error)) is None:
+                raise
+            return _fail(message, FAILED)
         failure: Any = error
         if not failure.format_message():  # no command: the help was printed
             return USAGE
@@ -81,6 +83,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         os.write(2, b"error: interrupted\n")
         os._exit(INTERRUPTED)
     signal.default_int_handler(number, frame)
+
+
+def _no_memory(error: Exception) -> str | None:
+    """What to say if memory did not suffice; None: it was something else."""
+    if "torch" not in sys.modules:
+        return None
+    from reasonalloc.evaluation.batch import is_memory
+
+    if not is_memory(error):
+        return None
+    said = " ".join(str(error).split()).partition(" If reserved")[0]
+    return f"memory does not suffice ({said[:200]}): give a smaller budget, batch, text or model"
 
 
 def _explain(error: Any, arguments: Sequence[str]) -> str:

@@ -186,15 +186,7 @@ class LayerCompressor:
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> AnySlab:
         self._backend.check(key.device, key.dtype)  # the model may have moved since
-        try:
-            self.slab = self._make_slab(key, value)
-        except RuntimeError as error:  # OutOfMemoryError is one; on a CPU it is not raised
-            if not any(word in str(error).lower() for word in ("memory", "overflow")):
-                raise
-            raise UsageError(
-                f"there is no memory for a cache of {self._slots(key.shape[1])} slots per layer "
-                f"and {key.shape[0]} sequences: give a smaller budget, interval or batch"
-            ) from error
+        self.slab = self._make_slab(key, value)
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
         if self._planned is not None:
