@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, requests: int, copy: float) -> dict[str
         read = int(lengths.sum()) * 2 * dim * pool.data.element_size()
     else:
         coded, tables, read = begin_coded(options, tables, lengths, pages)
-        splits = coded_splits(requests, longest, TAIL, query, pool)
+        splits = coded_splits(requests, max(0, longest - TAIL), TAIL, query, pool)
     floats = scratch_floats(requests, heads * options.group, dim, sum(splits))
     scratch = torch.empty(floats, dtype=torch.float32, device=device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,27 @@ def as_path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
         raise UsageError(f"{name}={value!r} must be a path: give a text or a pathlib.Path")
     return Path(value).expanduser()
+
+
+def check_writable(path: str | os.PathLike[str], option: str = "--out") -> Path:
+    """The absolute path of a file that can be written, found out without touching it.
+
+    Raises:
+        UsageError: it is a folder, its folder is missing, or it may not be written.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.is_dir():
+        raise UsageError(f"{option} {str(path)!r} is a folder: name a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"{option} {str(path)!r}: there is no folder {str(target.parent)!r}")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise UsageError(f"{option} {str(path)!r} may not be written: name another file")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
+    return target
 
 
 def check_not_read(

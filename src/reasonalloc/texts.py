@@ -123,6 +123,8 @@ def _read(path: str, parse: Callable[[Any], T], name: str) -> list[T]:
 
 def _object(line: str) -> Any:
     data = json.loads(line)
+    if "\\u" not in line:  # half a character is an escape
+        return data
     try:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -241,7 +243,9 @@ def load_prompts(path: str, count: int, name: str = "prompts") -> list[Messages]
         if line.strip() and len(prompts) < count:
             where = f"{name}={path!r}, line {number}"
             try:
-                data = json.loads(line)
+                data = _object(line)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
             except ValueError as error:
                 raise UsageError(f"{where} is not valid JSON: {error}") from None
             prompts.append(as_messages(data, where))

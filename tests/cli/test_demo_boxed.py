@@ -18,9 +18,10 @@ from reasonalloc.cli import demo_boxed
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import demo
 from reasonalloc.evaluation.batch import Job, Settings, Stopped
+from reasonalloc.files import check_writable
 from reasonalloc.loading import load_model
 from reasonalloc.report.demo import rank_arms
-from reasonalloc.report.page import check_writable, render, require_report, script_json
+from reasonalloc.report.page import render, require_report, script_json
 from reasonalloc.report.trace import STAYS, telling_problem, trace
 from tiny_boxed import BUDGET, INTERVAL, PROBLEMS, VARIABLES, WINDOW, made_up, run_job, save_tiny
 

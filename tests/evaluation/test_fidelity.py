@@ -18,7 +18,7 @@ from reasonalloc.evaluation.completions import complete, complete_all
 from reasonalloc.evaluation.fidelity import fidelity
 from reasonalloc.evaluation.progress import Observer
 from reasonalloc.evaluation.replay import full_logits, measure_fidelity
-from reasonalloc.texts import Trajectory, load_trajectories
+from reasonalloc.texts import Trajectory, load_prompts, load_trajectories
 
 
 def trajectory(prompt_tokens: int, completion: int) -> Trajectory:
@@ -219,6 +219,13 @@ def test_reading(tmp_path: Path) -> None:
         ((120,), ()),
     ]
     assert len({t.key for t in found}) == 3
+
+
+def test_half_a_character_in_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(r'{"prompt": "a\ud800b"}')
+    with pytest.raises(UsageError, match=r"line 1: it holds '\\ud800', half of"):
+        load_prompts(str(path), 1)
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from reasonalloc.calibrated.demand import KEYS
 from reasonalloc.config import CompressionConfig, Prompt
 from reasonalloc.errors import UsageError, unknown_name
-from reasonalloc.files import as_path
+from reasonalloc.files import as_path, check_not_read
 from reasonalloc.whole import whole_number
 
 _LISTS = {"budgets": "[64, 128]", "check": "[64]", "kv_dtypes": "['auto', 'int8']"}
@@ -188,12 +189,15 @@ def without_effect(objective: str) -> list[str]:
     return sorted({name for each in OBJECTIVES.values() for name in each.options} - set(own))
 
 
-def check_target(out: str | os.PathLike[str], objective: str, name: str = "out") -> Path:
+def check_target(
+    out: str | os.PathLike[str], objective: str, texts: Any, name: str = "out"
+) -> Path:
     """Return the file to write.
 
     Args:
         out: its path.
         objective: what is measured.
+        texts: what it is measured on; a file of them is not written over.
         name: what messages call it.
 
     Raises:
@@ -205,4 +209,6 @@ def check_target(out: str | os.PathLike[str], objective: str, name: str = "out")
         raise UsageError(f"{given} cannot be written: give a file in an existing folder")
     if not target.name.endswith(suffix):
         raise UsageError(f"{given}: give a name that ends in {suffix}")
+    if isinstance(texts, str | os.PathLike):
+        check_not_read(name, target, [texts])
     return target

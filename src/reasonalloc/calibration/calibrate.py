@@ -15,7 +15,6 @@ from reasonalloc.calibrated.objectives import (
 )
 from reasonalloc.calibration.jobs import Calibrated, OnProgress, prepare
 from reasonalloc.errors import UsageError
-from reasonalloc.files import check_not_read
 from reasonalloc.texts import (
     check_several,
     check_tokenizer,
@@ -71,9 +70,7 @@ def calibrate(
         raise UsageError(f"tell={tell!r} must be a function of a text, or None")
     check_tokenizer(tokenizer)
     check_several(texts)
-    target = None if out is None else check_target(out, objective)
-    if target is not None and isinstance(texts, str | os.PathLike):
-        check_not_read("out", target, [texts])
+    target = None if out is None else check_target(out, objective, texts)
     tell = _print if tell is None else tell
     job = prepare(model, tokenizer, texts, CalibrationConfig(objective, **options), tell=tell)
     if announced := job.announce():

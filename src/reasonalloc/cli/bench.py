@@ -90,8 +90,7 @@ def command(
     if not 1 <= points[0] <= points[-1] <= new_tokens:
         raise UsageError(f"at={at!r} is not within new_tokens={new_tokens}")
     if out is not None:
-        from reasonalloc.files import check_not_read
-        from reasonalloc.report.page import check_writable
+        from reasonalloc.files import check_not_read, check_writable
 
         check_not_read("--out", check_writable(out), [*(options["profile"] or [])])
     from reasonalloc.benchmark.machine import machine

@@ -10,7 +10,6 @@ from reasonalloc.calibrated.objectives import CalibrationConfig, check_target, w
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.errors import UsageError
-from reasonalloc.files import check_not_read
 
 _PROMPTS, _TEXTS = "attention-mass, statistics", "kl, fisher"
 _BOTH = "attention-mass, kl, fisher"
@@ -101,8 +100,7 @@ def command(
     from reasonalloc.calibration.jobs import prepare
 
     check_texts(path, config, name)
-    target = check_target(out, config.objective, "--out")
-    check_not_read("--out", target, [path])
+    target = check_target(out, config.objective, path, "--out")
     loaded, tokenizer = model.load()
     job = prepare(loaded, tokenizer, path, config, name, output.note)
     with output.stderr().status("Timing the model"):

@@ -13,6 +13,7 @@ from reasonalloc.cli.watch import Watcher
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation import demo as boxed
 from reasonalloc.evaluation.threads import idle_cores
+from reasonalloc.files import check_writable
 from reasonalloc.report.demo import (
     COLUMNS,
     Row,
@@ -22,7 +23,7 @@ from reasonalloc.report.demo import (
     table_cells,
     verdict,
 )
-from reasonalloc.report.page import check_writable, render, require_report, write
+from reasonalloc.report.page import render, require_report, write
 
 DEFAULT_PAGE = "reasonalloc-demo.html"
 

@@ -82,8 +82,8 @@ def show(
 
 
 def _check_plot(plot: str, kind: str, file: str) -> Path:
-    from reasonalloc.files import check_not_read
-    from reasonalloc.report.page import check_writable, require_report
+    from reasonalloc.files import check_not_read, check_writable
+    from reasonalloc.report.page import require_report
 
     if kind == "statistics":
         raise UsageError("--plot: statistics have no page: leave it out")

@@ -52,9 +52,9 @@ def _report(
 ) -> None:
     from reasonalloc.evaluation.folder import EVENTS, LOCK, SAMPLES
     from reasonalloc.evaluation.samples import load_groups
-    from reasonalloc.files import check_not_read
+    from reasonalloc.files import check_not_read, check_writable
     from reasonalloc.report.files import TABLES, write_all
-    from reasonalloc.report.page import check_writable, require_report
+    from reasonalloc.report.page import require_report
 
     require_report(("plotly", "jinja2", "scipy"))
     with output.stderr().status("Reading samples"):

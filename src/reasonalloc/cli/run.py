@@ -81,7 +81,7 @@ def command(
             f"--top-p={top_p} needs a value above 0 and a --temperature above 0 to have an effect"
         )
     from reasonalloc.cli.prompts import encode, fit_length, read_messages
-    from reasonalloc.evaluation.sampling import check_temperature
+    from reasonalloc.temperature import check_temperature
 
     check_temperature(temperature)
     messages = read_messages(prompt, prompt_file, chat)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from reasonalloc.errors import UsageError
+from reasonalloc.temperature import check_temperature
 from reasonalloc.whole import whole_number
-
-#: Logits divided by less than this leave the numbers of float32.
-LEAST_TEMPERATURE = 1e-6
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse what logits cannot be divided by.
-
-    Raises:
-        UsageError: says what to give.
-    """
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
-        raise UsageError(
-            f"temperature={temperature} must be 0 (greedy), or a number from "
-            f"{LEAST_TEMPERATURE:g} on"
-        )
 
 
 @dataclass(frozen=True)

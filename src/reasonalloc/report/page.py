@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,27 +29,6 @@ def require_report(libraries: Sequence[str] = _LIBRARIES) -> None:
         raise UsageError(
             f"the page needs {' and '.join(missing)}: pip install 'reasonalloc[report]'"
         )
-
-
-def check_writable(path: str | os.PathLike[str], option: str = "--out") -> Path:
-    """The absolute path of a file that can be written, found out without touching it.
-
-    Raises:
-        UsageError: it is a folder, its folder is missing, or it may not be written.
-    """
-    target = Path(path).expanduser().resolve()
-    if target.is_dir():
-        raise UsageError(f"{option} {str(path)!r} is a folder: name a file")
-    if not target.parent.is_dir():
-        raise UsageError(f"{option} {str(path)!r}: there is no folder {str(target.parent)!r}")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise UsageError(f"{option} {str(path)!r} may not be written: name another file")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
-    return target
 
 
 def render(data: dict[str, Any], template: str = TEMPLATE) -> str:
