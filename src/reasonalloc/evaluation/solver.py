@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from reasonalloc.config import RecordLevel
-from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import CompressionNeverHappened
 from reasonalloc.evaluation.batch import (
     BatchResult,
@@ -153,7 +152,7 @@ class Solver:
     ) -> dict[str, Any]:
         item, job = chunk.items[index], chunk.job
         prompt, completion = prompts[index], result.completions[index]
-        plan = replace(self._plan(job), pinned=self._pinned(job, len(prompt)))
+        plan = self._plan_with(job, len(prompt))
         # The last token is never fed. What mates in the batch need beyond it is not this one's.
         tokens = len(prompt) + len(completion) - 1
         return {
@@ -168,7 +167,7 @@ class Solver:
             "completion_tokens": len(completion),
             "finish": "stop" if result.ended[index] else "length",
             "compressions": sum(
-                len(points) for points in self._points(job, len(prompt), len(completion))
+                len(points) for points in plan.compressions(len(prompt), len(completion) - 1)
             ),
             "kv_bytes": plan.full_bytes(tokens) if job.budget is None else plan.kv_bytes(tokens),
             "full_kv_bytes": plan.full_bytes(tokens),
@@ -178,20 +177,10 @@ class Solver:
             "peak_bytes": result.peak_bytes,
         }
 
-    def _points(self, job: Job, prompt: int, completion: int) -> list[list[int]]:
-        """Per layer under a budget, tokens of a sequence at its compressions."""
-        plan = self._plan(job)
-        heads = [shape.kv_heads for shape in self._shapes if shape.compressible]
-        pinned = self._pinned(job, prompt)
-        steps = self._settings.interval, prompt, completion - 1, pinned
-        return [
-            compression_points(total, own, *steps)
-            for total, own in zip(plan.triggers, heads, strict=False)  # the full cache has none
-        ]
-
-    def _pinned(self, job: Job, prompt: int) -> int:
-        """Tokens of a prompt that are kept on top of the budget."""
-        return 0 if job.budget is None else self._settings.config(job).pinned(prompt)
+    def _plan_with(self, job: Job, prompt: int) -> MemoryPlan:
+        """The same with what is pinned of a prompt."""
+        pinned = 0 if job.budget is None else self._settings.config(job).pinned(prompt)
+        return replace(self._plan(job), pinned=pinned)
 
     def _events(
         self, chunk: Chunk, prompts: list[list[int]], result: BatchResult
@@ -200,7 +189,8 @@ class Solver:
         item, job = chunk.items[0], chunk.job
         padding = max(len(prompt) for prompt in prompts) - len(prompts[0])
         layers = [i for i, shape in enumerate(self._shapes) if shape.compressible]
-        points = self._points(job, len(prompts[0]), len(result.completions[0]))
+        prompt, steps = len(prompts[0]), len(result.completions[0]) - 1
+        points = self._plan_with(job, prompt).compressions(prompt, steps)
         own = dict(zip(layers, points, strict=True))
         return [
             {

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from reasonalloc.config import CompressionConfig
-from reasonalloc.core.cadence import compression_points
 from reasonalloc.errors import UsageError
 from reasonalloc.evaluation.batch import Job, Settings, Stopped, Watch
 from reasonalloc.evaluation.chunks import Chunk, Facts, ModelSpec, Outcome
@@ -195,7 +194,9 @@ class VllmSolver:
             "prompt_tokens": len(prompt),
             "completion_tokens": len(completion),
             "finish": "stop" if completion[-1] in self._ends else "length",
-            "compressions": 0 if plan is None else _compressions(plan, memory, prompt, completion),
+            "compressions": sum(
+                len(points) for points in memory.compressions(len(prompt), len(completion) - 1)
+            ),
             "kv_bytes": full if plan is None else self._peak(plan, block, len(prompt), tokens),
             "full_kv_bytes": full,
             **kv_sizes(memory, tokens, full=plan is None),
@@ -236,16 +237,6 @@ class VllmSolver:
         """Bytes of the most blocks that a request held."""
         sizes = Accounting(plan, block, self._itemsize)
         return sizes.peak(prompt, tokens) * sizes.block_bytes
-
-
-def _compressions(
-    plan: EngineBudget, memory: MemoryPlan, prompt: list[int], completion: list[int]
-) -> int:
-    interval, new = plan.config.interval, len(completion) - 1
-    return sum(
-        len(compression_points(total, plan.kv_heads, interval, len(prompt), new, memory.pinned))
-        for total in memory.triggers
-    )
 
 
 def _arguments(settings: CompressionConfig | None) -> dict[str, Any]:

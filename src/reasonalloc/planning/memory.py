@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reasonalloc.core.cadence import most_coded, most_held, slots
+from reasonalloc.core.cadence import compression_points, most_coded, most_held, slots
 from reasonalloc.kinds import is_coded
 from reasonalloc.ops.codes import row_format
 from reasonalloc.planning.latents import LatentShape
@@ -135,6 +135,22 @@ class MemoryPlan:
         if self.formats is None:
             return self.totals
         return tuple(len(layer) * min(tokens for tokens, _ in layer) for layer in self.formats)
+
+    def compressions(self, prompt: int, steps: int) -> list[list[int]]:
+        """When each layer under a budget is compressed while a sequence is decoded alone.
+
+        Args:
+            prompt: tokens of the prompt, pinned ones among them.
+            steps: decode steps after it; the last generated token is not among them.
+
+        Returns:
+            Per layer the tokens of the sequence at each compression; none of a full cache.
+        """
+        heads = [shape.kv_heads for shape in self.shapes if shape.compressible]
+        return [
+            compression_points(total, own, self.interval, prompt, steps, self.pinned)
+            for total, own in zip(self.triggers, heads, strict=False)  # a full cache has none
+        ]
 
     @property
     def slab_bytes(self) -> int:
