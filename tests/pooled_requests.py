@@ -145,9 +145,9 @@ class Pool:
             need = reserve.needed(request.prompt, after)
             if after == first:
                 # Any number of blocks may be shared, besides those that are not full.
-                most = 0 if reserve.pin else request.prompt // reserve.block_size
+                most = 0 if reserve.stays else request.prompt // reserve.block_size
                 need = reserve.needed(request.prompt, after, self.chance.randint(0, most))
-                request.before = need - reserve.blocks
+                request.before = need - reserve.own(request.prompt)
             while len(request.blocks) < need:
                 request.blocks.append(self.free.pop())
             if after == first:

@@ -8,12 +8,22 @@ another way, late, on any processor; that bits are moved as they are is shown to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from engines import builder, decided, greedy, pool, prefilled, random_prompts, worker
+from engines import (
+    builder,
+    decided,
+    greedy,
+    manager,
+    mostly,
+    pool,
+    prefilled,
+    random_prompts,
+    worker,
+)
 
 CADENCE = {"budget": 64, "interval": 32}
 LENGTHS = (40, 150, 7, 300, 64, 1, 33, 90)
@@ -23,13 +33,9 @@ ARMS = [
     {"arm": "value_aware/uniform/uniform", "kv_dtype": "int8:int4"},
     {"arm": "streaming_llm/uniform/uniform", "kv_dtype": "int4h"},
     {"arm": "h2o/uniform/adakv", "kv_dtype": "fp8"},
+    {"arm": "best-bytes", "prompt": "pin"},
+    {"arm": "rkv/pyramid/reasonalloc", "kv_dtype": "int8:int4", "prompt": "pin"},
 ]
-
-
-def mostly(found: Sequence[list[int]], expected: Sequence[list[int]]) -> bool:
-    """Whether three quarters of the requests have the same tokens to their end."""
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
-    return same >= 0.75 * len(expected)
 
 
 @pytest.mark.parametrize("settings", ARMS, ids=lambda settings: "-".join(settings.values()))
@@ -105,9 +111,16 @@ def test_what_was_in_a_block_does_not_matter(engine: Callable[..., Any]) -> None
     assert greedy(llm, prompts, 60) == expected
 
 
-def test_a_prompt_is_computed_once(engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"arm": "rkv/uniform/adakv"},
+        {"arm": "value_aware/uniform/adakv", "prompt": "pin"},
+    ],
+)
+def test_a_prompt_is_computed_once(engine: Callable[..., Any], more: dict[str, Any]) -> None:
     """Its blocks are shared until a request's tokens are coded, to blocks of its own."""
-    settings = {**CADENCE, "arm": "rkv/uniform/adakv", "kv_dtype": "int8"}
+    settings = {**CADENCE, **more, "kv_dtype": "int8"}
     shared, *own = random_prompts([128, *range(9, 15)])
     prompts = [shared + more for more in own]
     alone = engine(settings, enable_prefix_caching=False)
@@ -119,6 +132,25 @@ def test_a_prompt_is_computed_once(engine: Callable[..., Any]) -> None:
     assert found == one_by_one
     assert computed == sum(map(len, own))
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+def test_pinned_prompts_that_requests_share_in_a_small_pool(engine: Callable[..., Any]) -> None:
+    """Each request has its own, coded; blocks suffice, and what was shared is given back."""
+    settings = {**CADENCE, "arm": "rkv/uniform/adakv", "kv_dtype": "int8", "prompt": "pin"}
+    shared, *own = random_prompts([128, *range(5, 21)])
+    prompts = [shared + more for more in own]
+    given = {"max_num_seqs": 8, "max_model_len": 512}
+    alone = engine(settings, enable_prefix_caching=False, **given)
+    expected, spec = greedy(alone, prompts, 100), manager(alone).kv_cache_spec
+    blocks = 128 // 32 + 4 * spec.reserve.own(149)  # of eight that may run at once
+    small = engine(settings, **given, kv_cache_memory_bytes=4 * spec.page_size_bytes * blocks)
+    assert pool(small).num_gpu_blocks == blocks
+    greedy(small, prompts[:1], 1)
+    found: list[list[int]] = []
+    computed = prefilled(small, lambda: found.extend(greedy(small, prompts, 100)))
+    assert mostly(found, expected)
+    assert computed < sum(map(len, prompts))
+    assert pool(small).get_num_free_blocks() == pool(small).num_gpu_blocks - 1
 
 
 def test_memory_is_really_freed(engine: Callable[..., Any], files: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import builder, greedy, pool, random_prompts, scheduler
+from engines import builder, decided, greedy, mostly, pool, random_prompts, scheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -78,6 +78,17 @@ def test_as_on_transformers(
     assert greedy(llm, prompts, 60) == expected
     if scheduler(llm).kv_cache_manager.enable_caching:
         assert greedy(llm, prompts[1:2], 20) == [expected[1][:20]]  # from cached blocks
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("prompt", ["evict", "pin"])
+def test_in_fewer_bits(engine: Callable[..., Any], model: Any, paged: None, prompt: str) -> None:
+    settings = {**SETTINGS, "arm": "rkv/uniform/adakv", "kv_dtype": "int8", "prompt": prompt}
+    prompts = random_prompts((*LENGTHS, 33))
+    llm = engine(settings, max_num_batched_tokens=50, max_num_seqs=4)
+    assert type(builder(llm)).__name__ == "PagedBuilder"
+    assert mostly(greedy(llm, prompts, 60), decided(model, prompts, 60, settings)[0])
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 

@@ -37,7 +37,6 @@ from reasonalloc.planning.memory import LayerShape
         ),
         ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
         ({"prompt": "protect"}, {}, "prompt='protect'"),
-        ({"kv_dtype": "int8", "prompt": "pin"}, {}, "prompt='pin' and kv_dtype='int8'"),
         ({"budget": "1MiB"}, {"kv_cache_dtype": "fp8"}, "budget='1MiB' counts .*-dtype fp8"),
         ({"kv_dtype": "int8"}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.*kv_dtype='int8'"),
         ({"arm": "reasonalloc"}, {}, "needs a profile"),

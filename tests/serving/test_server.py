@@ -174,7 +174,7 @@ def test_ctrl_c_stops_it(server: Server) -> None:
     ("more", "says"),
     [
         (["--prompt", "protect"], "prompt='protect'"),
-        (["--kv-dtype", "int8", "--prompt", "pin"], "prompt='pin' and kv_dtype='int8'"),
+        (["--kv-dtype", "int8", "--prompt", "protect"], "prompt='protect'"),
         (["--arm", "tri_attention/uniform/uniform"], "tri_attention"),
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),

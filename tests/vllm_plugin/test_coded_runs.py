@@ -13,7 +13,6 @@ from examples import examples
 from pooled_requests import HEADS, LAYERS, MODEL, SHAPES, WIDTH, Request, drive, make_plan
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import CompressionConfig
-from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.budget import make_budget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.budget import BudgetPlan
@@ -36,6 +35,7 @@ KINDS = ["int8", "int4", "int4h", "fp8", "int8:int4", "auto:int8", "int8:auto"]
     st.sampled_from([1, 4, 8]),
     SHAPES,
     st.integers(0, 3),
+    st.sampled_from(["evict", "pin"]),
     st.integers(0, 100),
 )
 @examples(25, suppress_health_check=[HealthCheck.too_slow])
@@ -47,9 +47,11 @@ def test_the_pool_keeps_what_slabs_keep(
     block_size: int,
     shapes: list[tuple[int, int, int]],
     n_sink: int,
+    prompt: str,
     seed: int,
 ) -> None:
-    plan = make_plan(arm, budget, interval, n_sink=n_sink, kv_dtype=kind, seed=seed)
+    more = {"n_sink": n_sink, "kv_dtype": kind, "prompt": prompt, "seed": seed}
+    plan = make_plan(arm, budget, interval, **more)
     requests = [Request(str(i), *shape) for i, shape in enumerate(shapes)]
     drive(plan, block_size, requests, seed)
 
@@ -65,9 +67,10 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("policy", ["rkv", "value_aware"])
 @pytest.mark.parametrize("block_size", [2, 8])
-def test_bits_planned_per_head(costs: Path, policy: str, block_size: int) -> None:
+@pytest.mark.parametrize("prompt", ["evict", "pin"])
+def test_bits_planned_per_head(costs: Path, policy: str, block_size: int, prompt: str) -> None:
     arm = f"{policy}/cost(bits=planned)/planned"
-    plan = make_plan(arm, 16, 8, profile=str(costs), n_sink=1)
+    plan = make_plan(arm, 16, 8, profile=str(costs), n_sink=1, prompt=prompt)
     assert plan.formats is not None
     assert len({kind for layer in plan.formats for _, kind in layer}) > 1
     requests = [Request("a", 90, 0, 90), Request("b", 9, 3, 140), Request("c", 1, 5, 30)]
@@ -86,10 +89,5 @@ def test_budgets_in_bytes(text: str, kind: str) -> None:
     assert plan.config.budget == alike.config.budget > 12
     allowed = 24 << 10 if text == "24KiB" else plan.full_bytes(1, 100, 4)
     assert plan.memory(1).slab_bytes <= allowed
-    pages = sum(plan.layouts(4)[0].pages)
+    pages = sum(plan.layouts(4)[0].pages())
     assert pages * 4 * 2 * WIDTH * 4 < 1.6 * allowed  # ends of pages, and what lies beside tokens
-
-
-def test_pinned_prompts_stay_as_they_are() -> None:
-    with pytest.raises(UnsupportedError, match="prompt='pin' and kv_dtype='int8' cannot run"):
-        make_plan("rkv/uniform/uniform", 20, 8, kv_dtype="int8", prompt="pin")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.checks import check_prompt, check_version
+from reasonalloc.integrations.vllm.coding import Coding
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.settings import VARIABLE, find_settings
 from reference import compression_points
@@ -71,9 +73,9 @@ def test_pages_hold_any_division_among_heads(
             shares = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
             rest = data.draw(st.integers(0, size - 1)) if reserve.pin else 0  # of a prompt
             need = sum(-(-(share + rest + reserve.interval) // size) for share in shares)
-            assert need <= layout.pages[layer]
-            assert layout.offsets[layer] == used
-            used += layout.pages[layer]
+            assert need <= layout.pages()[layer]
+            assert layout.offsets(0)[layer] == used
+            used += layout.pages()[layer]
         assert used <= reserve.blocks * len(layout.totals) * layout.kv_heads
 
 
@@ -86,7 +88,7 @@ def test_a_layer_that_still_fills_up_fits_its_pages(ranks: tuple[Layout, ...], p
             if not layout.is_due(layer, prompt, first):
                 until = layout.first_due(layer, prompt)
                 until -= layout.reserve.leading(prompt) * size
-                assert layout.kv_heads * -(-until // size) <= layout.pages[layer]
+                assert layout.kv_heads * -(-until // size) <= layout.pages()[layer]
 
 
 @given(layouts(), st.integers(1, 300), st.integers(0, 500))
@@ -162,5 +164,64 @@ def test_a_pinned_prompt_beyond_the_pool_is_named() -> None:
     assert check_prompt(63, reserve, 10, 1000) is None
     problem = check_prompt(64, reserve, 10, 1000)
     assert problem is not None
-    assert "shorten it to 48 tokens" in problem
+    assert "shorten it to 63 tokens" in problem
     assert check_prompt(64, reserve, 10, 66) is None  # it never gets there
+
+
+@given(layouts(), st.integers(1, 300), st.integers(1, 40), st.integers(0, 300))
+def test_a_refusal_names_the_longest_prompt(
+    ranks: tuple[Layout, ...], prompt: int, pool: int, answer: int
+) -> None:
+    reserve, last = ranks[0].reserve, 300 + answer
+    problem = check_prompt(prompt, reserve, pool, last)
+    if problem is None:
+        assert reserve.needed(prompt, prompt) <= pool
+        return
+    assert "give the engine more KV cache memory" in problem
+    longest = 0
+    if "shorten it to" in problem:
+        longest = int(problem.split("shorten it to ")[1].split()[0])
+        assert check_prompt(longest, reserve, pool, last) is None
+    assert check_prompt(longest + 1, reserve, pool, last) is not None
+
+
+@given(
+    st.lists(st.integers(20, 200), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 300),
+    st.sampled_from(["int8", "int4h", "int8:int4"]),
+    st.booleans(),
+    st.data(),
+)
+def test_coded_pages_hold_a_pinned_prompt_besides(
+    totals: list[int], heads: int, start: int, kind: str, planned: bool, data: st.DataObject
+) -> None:
+    window, interval, size = 4, 16, 8
+    cuts = [[max(total // heads, window)] * heads for total in totals]
+    totals = [sum(own) for own in cuts]
+    coding = Coding.of_kinds(
+        [[kind] * heads] * len(totals),
+        cuts if planned else None,
+        window,
+        (8, 8),
+        torch.float32,
+        size,
+        1,
+    )
+    layout = make_layouts([totals], heads, interval, size, True, codings=[coding])[0]
+    reserve, pages = layout.reserve, layout.pages(start)
+    for layer, total in enumerate(totals):
+        free = total - heads * window
+        first = None if planned or heads == 1 else data.draw(st.integers(0, free))
+        shares = [n - window for n in cuts[layer]]
+        if first is not None:  # all that one head does not have goes to the last one
+            shares = [first, *[0] * (heads - 2), free - first]
+        row = coding.rows_of(layer)[0]
+        tail = -(-(window + interval) // size)
+        assert sum(row.pages(n + start) + tail for n in shares) <= pages[layer]
+        assert max(row.pages(n + start) for n in shares) + tail <= layout.longest_run(start)
+        assert max(shares) + start <= layout.most_coded(start)
+        assert layout.offsets(start)[layer] == sum(pages[:layer])
+    assert reserve.own(0) == reserve.blocks
+    assert reserve.own(start) == -(-sum(pages) // (len(totals) * heads))
+    assert (reserve.leading(start), reserve.first_event(max(start, 1))) == (0, max(start, 1))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_admission import SMALL, Asked, Engine, Sanguine, drops, engines, peak
 
 from reasonalloc.integrations.vllm.admission import Admission
-from reasonalloc.integrations.vllm.layout import Reserve, make_layouts
+from reasonalloc.integrations.vllm.coding import Share
+from reasonalloc.integrations.vllm.layout import Coded, Reserve, make_layouts
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Sharing(Engine):
             needed = reserve.needed(start, tokens, self.shared(name))
             if (wanted := reserve.needed(start, tokens, most)) > needed:
                 needed = max(needed, self.admission.extend(name, wanted))
-            before = self.before[name] = needed - reserve.blocks
+            before = self.before[name] = needed - reserve.own(start)
             assert all(self.refs[block] == 1 for block in row[before:])
             self.lost += max(start // reserve.block_size - before, 0)
             for block in row[before:]:
@@ -139,9 +140,23 @@ class Sharing(Engine):
         assert sorted(self.free) == list(range(1, self.pool + 1))
 
 
-def sharing(engine: Engine, alike: int, observed: int, pin: bool = False) -> Sharing:
+def in_bits(reserve: Reserve, per_page: int | None) -> Reserve:
+    """With older tokens coded, ``per_page`` pinned ones to a block; None: as it is."""
+    if per_page is None:
+        return reserve
+    coded = Coded(1, reserve.blocks, ((Share(0, 1, per_page), 1),))
+    return dataclasses.replace(reserve, coded=(coded,))
+
+
+PER_PAGE = st.none() | st.sampled_from([1, 3, 20])
+
+
+def sharing(
+    engine: Engine, alike: int, observed: int, pin: bool = False, per_page: int | None = None
+) -> Sharing:
     given = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.init}
     reserve = dataclasses.replace(engine.reserve, observed=observed, pin=pin)
+    reserve = in_bits(reserve, per_page)
     names = ("pool", "chunk", "ahead", "seqs", "answers")
     return Sharing(reserve, alike=alike, **{name: given[name] for name in names})
 
@@ -154,12 +169,17 @@ def test_every_request_finishes_without_preemption(
     sharing(engine, alike, observed).serve(requests, data.draw(drops(requests)))
 
 
-@given(engines(), st.integers(0, 80), st.integers(0, 50), st.data())
-def test_every_request_with_a_pinned_prompt_finishes(
-    made: tuple[Engine, dict[str, Asked]], alike: int, more: int, data: st.DataObject
+@given(engines(), st.integers(0, 80), st.integers(0, 50), st.booleans(), PER_PAGE, st.data())
+def test_every_request_finishes_pinned_or_in_fewer_bits(
+    made: tuple[Engine, dict[str, Asked]],
+    alike: int,
+    more: int,
+    pin: bool,
+    per_page: int | None,
+    data: st.DataObject,
 ) -> None:
     engine, requests = made
-    shared = sharing(engine, alike, 0, pin=True)
+    shared = sharing(engine, alike, 0, pin, per_page)
     pool = more + max(peak(shared.reserve, request) for request in requests.values())
     dataclasses.replace(shared, pool=pool).serve(requests, data.draw(drops(requests)))
 
@@ -225,9 +245,8 @@ def reserves(draw: st.DrawFn) -> Reserve:
     heads = draw(st.integers(1, 3))
     total, size = draw(st.integers(heads * 4, heads * 60)), draw(st.sampled_from([1, 4, 16]))
     interval, observed = draw(st.integers(1, 40)), draw(st.none() | st.integers(0, 4))
-    return make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed=observed)[
-        0
-    ].reserve
+    layout = make_layouts([[total]], heads, interval, size, draw(st.booleans()), observed=observed)
+    return in_bits(layout[0].reserve, draw(PER_PAGE))
 
 
 @given(reserves(), st.integers(1, 300), st.integers(1, 200))
@@ -237,21 +256,22 @@ def test_what_is_shared_and_what_is_needed_then(reserve: Reserve, start: int, po
     cached = reserve.most_cached(start, pool)
     assert shared <= start // size
     assert cached < start
-    if reserve.pin:
+    if reserve.stays:
         assert (shared, cached) == (start // size, start - 1)
         assert reserve.needed(start, first, shared) == reserve.needed(start, first)
         return
-    if reserve.observed is None:
-        assert shared == cached == 0
-        return
-    assert cached <= max(first - reserve.observed, 0)
+    if not reserve.pin:
+        if reserve.observed is None:
+            assert shared == cached == 0
+            return
+        assert cached <= max(first - reserve.observed, 0)
     assert cached // size <= shared
     # Whatever the pool holds that shares nothing, it holds sharing.
     alone = reserve.peak(start, start + 1000)
     if alone <= pool:
         assert alone <= reserve.peak(start, start + 1000, shared) <= pool
     # The last blocks are free to be written: those before them hold all that is shared.
-    assert reserve.needed(start, first, shared) - reserve.blocks >= shared
+    assert reserve.needed(start, first, shared) - reserve.own(start) >= shared
 
 
 @dataclass
@@ -305,6 +325,7 @@ def trees(draw: st.DrawFn) -> tuple[Texts, dict[str, Asked]]:
     reserve = dataclasses.replace(
         engine.reserve, observed=draw(st.integers(0, 4)), pin=draw(st.booleans())
     )
+    reserve = in_bits(reserve, draw(PER_PAGE))
     least = max(peak(reserve, request) for request in requests.values())
     pool = least + draw(st.sampled_from([0, 1]) | st.integers(0, 2 * least))
     blind = draw(st.frozensets(st.sampled_from(sorted(requests)), max_size=3))

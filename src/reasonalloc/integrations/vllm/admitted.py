@@ -108,9 +108,10 @@ class Admitted:
             blocks: of it alone, now or later.
             doubled: its first blocks that a younger one holds too.
         """
-        if self.reserve.pin:  # it holds them to its end
+        if self.reserve.stays:  # it holds them to its end
             return blocks - doubled
-        return max(blocks - doubled, min(blocks, self.reserve.blocks + self._beside_peak))
+        own = self.reserve.own(self.start)
+        return max(blocks - doubled, min(blocks, own + self._beside_peak))
 
     def settle(self) -> None:
         """It was compressed for the first time: a constant number of blocks, besides windows."""

@@ -49,11 +49,6 @@ class EngineBudget(BudgetPlan):
                 f"pipeline_parallel_size={len(self.stages)} cannot be used with a KV budget and "
                 f"{self.name} yet, whose layers have sliding windows: use tensor_parallel_size"
             )
-        if self.coded and self.config.prompt == "pin":
-            raise UnsupportedError(
-                f"prompt='pin' and {self.bits} cannot run in vLLM together yet, where a pinned "
-                "prompt stays as it is: use prompt='evict', or transformers"
-            )
         self.policy_of(self.shard(0))
 
     @property

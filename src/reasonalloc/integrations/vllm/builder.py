@@ -246,7 +246,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             if due:
                 self._due.append(Due(request, row, tokens))
                 if tokens == reserve.first_event(request.start):
-                    request.before = held[row] - reserve.blocks
+                    request.before = held[row] - reserve.own(request.start)
             if seen < request.start:
                 request.observed = tokens  # a piece of the prompt: by the attention itself
             elif self._observes and (due or tokens - request.observed >= FLUSH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.errors import UnsupportedError, UsageError
@@ -235,21 +236,17 @@ def check_prompt(tokens: int, reserve: Any, blocks: int, last: int) -> str | Non
         last: most tokens of a sequence.
     """
     last = max(last, tokens)
-    beside = reserve.windows.peak(tokens, last)
-    needed = reserve.needed(tokens, tokens) + beside
-    if needed > blocks:
-        room = max(blocks - beside, 0) * reserve.block_size
-        return (
-            f"the prompt has {tokens} tokens and takes {needed} blocks until it is compressed, but "
-            f"the whole KV cache has {blocks}: shorten it to {room} tokens, or give the engine "
-            "more KV cache memory"
-        )
-    peak = reserve.peak(tokens, last) + beside
-    if reserve.pin and peak > blocks:
-        room = max(blocks - beside - reserve.blocks, 0) * reserve.block_size
-        return (
-            f"the prompt has {tokens} tokens, is pinned, and takes {peak} blocks with its answer, "
-            f"but the whole KV cache has {blocks}: shorten it to {room} tokens, or give the engine "
-            "more KV cache memory"
-        )
-    return None
+
+    def most(prompt: int) -> int:
+        needed: int = reserve.peak(prompt, last) + reserve.windows.peak(prompt, last)
+        return needed
+
+    if (needed := most(tokens)) <= blocks:
+        return None
+    pinned = " is pinned," if reserve.pin else ""
+    fits = bisect_right(range(1, tokens), blocks, key=most)
+    shorten = f"shorten it to {fits} tokens, or " if fits else ""
+    return (
+        f"the prompt has {tokens} tokens,{pinned} and takes {needed} blocks with its answer, but "
+        f"the whole KV cache has {blocks}: {shorten}give the engine more KV cache memory"
+    )

@@ -20,6 +20,26 @@ from reasonalloc.ops.page_rows import PageRows
 
 
 @dataclass(frozen=True)
+class Share:
+    """Heads that share coded tokens, in every way that they might be divided.
+
+    Attributes:
+        tokens: coded tokens of all of them, at most, besides pinned ones.
+        heads: how many there are.
+        per_page: tokens of a page.
+    """
+
+    tokens: int
+    heads: int
+    per_page: int
+
+    def pages(self, pinned: int) -> int:
+        """Most pages, if every head has so many pinned tokens besides."""
+        most = self.tokens + self.heads * pinned
+        return (most + self.heads * (self.per_page - 1)) // self.per_page
+
+
+@dataclass(frozen=True)
 class Coding:
     """The formats of the heads of a process.
 
@@ -75,23 +95,27 @@ class Coding:
         return -(-(self.window + interval) // block_size)
 
     def most(self, layer: int, total: int) -> tuple[int, ...]:
-        """Most coded tokens of each head of a layer that keeps ``total`` tokens."""
+        """Most coded tokens of each head of a layer that keeps ``total``, besides pinned ones."""
         heads = len(self.of[layer])
         if self.planned is None:
             return (most_coded(total, heads, self.window),) * heads
         return tuple(most_coded(tokens, 1, self.window) for tokens in self.planned[layer])
 
-    def pages(self, layer: int, total: int) -> int:
-        """Most coded pages of a layer, its heads together."""
+    def shares(self, layer: int, total: int) -> tuple[Share, ...]:
+        """Heads of a layer that share coded tokens, or have some each."""
         most, rows = self.most(layer, total), self.rows_of(layer)
-        if self.planned is None:  # for any division among the heads
-            return (most[0] + len(rows) * (rows[0].per_page - 1)) // rows[0].per_page
-        return sum(own.pages(tokens) for own, tokens in zip(rows, most, strict=True))
+        if self.planned is None:
+            return (Share(most[0], len(rows), rows[0].per_page),)
+        return tuple(Share(tokens, 1, own.per_page) for own, tokens in zip(rows, most, strict=True))
 
-    def longest(self, layer: int, total: int) -> int:
-        """Most coded pages of one head of a layer."""
+    def pages(self, layer: int, total: int, pinned: int) -> int:
+        """Most coded pages of a layer, its heads together, each with ``pinned`` tokens besides."""
+        return sum(share.pages(pinned) for share in self.shares(layer, total))
+
+    def longest(self, layer: int, total: int, pinned: int) -> int:
+        """Most coded pages of one head of a layer, with ``pinned`` tokens besides."""
         most = self.most(layer, total)
-        return max(own.pages(n) for own, n in zip(self.rows_of(layer), most, strict=True))
+        return max(own.pages(n + pinned) for own, n in zip(self.rows_of(layer), most, strict=True))
 
     def fewest(self, layer: int, total: int) -> int:
         """Most tokens of a sequence of which a layer keeps all in every head."""

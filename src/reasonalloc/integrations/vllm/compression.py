@@ -100,7 +100,6 @@ class PoolCompressor:
         if plan.planned is not None:
             own = [list(shard.heads(heads)) for heads in plan.planned[plan.stage(stage)]]
             self._planned = torch.tensor(own, dtype=torch.int64, device=device)
-        self._offsets = torch.tensor(runs.layout.offsets, dtype=torch.int64, device=device)
         # What is not ours may take the index of a layer for a number.
         self._together = is_builtin(type(self._policy)) and is_builtin(type(self._heads))
 
@@ -119,15 +118,20 @@ class PoolCompressor:
 
     def _chunks(self, due: Sequence[Due]) -> Iterator[list[_Row]]:
         """The rows of as many requests as may be held outside the pool at a time."""
-        pages = self._runs.pages
-        one = sum(self._runs.layout.totals) * pages.raw[0, :, 0].numel() * pages.raw.element_size()
-        most, chunk, requests = max(1, _KEPT_BYTES // one), list[_Row](), 0
+        pages, layout = self._runs.pages, self._runs.layout
+        one = pages.raw[0, :, 0].numel() * pages.raw.element_size()
+        chunk, held = list[_Row](), 0
         for item in due:
             rows = self._rows(item)
-            if requests == most:
+            if not rows:
+                continue
+            # Pinned tokens that are not coded stay where they are.
+            pinned = 0 if layout.coding is None else layout.reserve.pinned(item.request.start)
+            own = (sum(layout.totals) + self._runs.per_block * pinned) * one
+            if chunk and held + own > _KEPT_BYTES:
                 yield chunk
-                chunk, requests = [], 0
-            chunk, requests = chunk + rows, requests + bool(rows)
+                chunk, held = [], 0
+            chunk, held = chunk + rows, held + own
         if chunk:
             yield chunk
 
@@ -160,7 +164,7 @@ class PoolCompressor:
         keep, budgets = self._decide(rows, chunk)
         most_moved = max(row.moved for row in chunk)
         again = all(row.due.request.longest is not None for row in chunk)
-        kept = Kept(keep, budgets, self._offsets[rows.layers], most_moved, again)
+        kept = Kept(keep, budgets, most_moved, again)
         move(rows, kept, self._layout)
         longest, layout = DeferredMax(budgets), self._runs.layout
         for item in {row.due.request.slot: row.due for row in chunk}.values():
@@ -174,6 +178,7 @@ class PoolCompressor:
         dues = [row.due for row in chunk]
         reserve = runs.layout.reserve
         leading = {due.request.slot: reserve.leading(due.request.start) for due in dues}
+        offsets = {due.request.slot: runs.layout.offsets(due.request.start) for due in dues}
         batch, layers, slots, tokens, *others = send(
             runs.device,
             [due.row for due in dues],
@@ -190,14 +195,15 @@ class PoolCompressor:
                 for due in dues
             ],
             [due.request.queries or 0 for due in dues],
+            [offsets[row.due.request.slot][row.layer] for row in chunk],
         )
         requests = {due.request.slot: due for due in dues}.values()
         longest = max(due.request.most(due.tokens) for due in requests)
         moved = any(due.request.longest is not None for due in requests)
         own, tables = blocks[batch], (layers, slots, tokens)
-        numbered = [row.layer for row in chunk]
-        view = view_runs(runs, self._coded, numbered, tables, own, longest, moved)
-        starts, totals, kept, rooms, stays, before, queries = others
+        numbered, start = [row.layer for row in chunk], max(due.request.start for due in dues)
+        view = view_runs(runs, self._coded, numbered, tables, own, longest, start, moved)
+        starts, totals, kept, rooms, stays, before, queries, first = others
         return Rows(
             layers,
             slots,
@@ -209,6 +215,7 @@ class PoolCompressor:
             stays,
             before,
             queries,
+            first,
             own,
             view,
         )

@@ -23,6 +23,7 @@ class Rows:
 
     Attributes:
         layers, slots, tokens, starts, totals, moved, rooms, leading, before, queries: [n] int64.
+        offsets: [n] int64, first page of each row's layer.
         blocks: [n, blocks] int32.
         view: where their tokens lie.
     """
@@ -37,6 +38,7 @@ class Rows:
     leading: Tensor
     before: Tensor
     queries: Tensor
+    offsets: Tensor
     blocks: Tensor
     view: View
 
@@ -54,14 +56,12 @@ class Kept:
     Attributes:
         keep: [n, H, N] bool.
         budgets: [n, H] int64, how many that are.
-        offsets: [n] int64, first page of each row's layer.
         most_moved: most tokens of a row that change their place.
         compressed: whether all rows were compressed before.
     """
 
     keep: Tensor
     budgets: Tensor
-    offsets: Tensor
     most_moved: int
     compressed: bool
 
@@ -84,7 +84,7 @@ def _move_plain(rows: Rows, view: View, kept: Kept, layout: Layout | None) -> No
     size = runs.layout.reserve.block_size
     stays = rows.leading * size
     pages = (budgets - stays[:, None] + rows.rooms[:, None] + size - 1) // size
-    first = (kept.offsets[:, None] + pages.cumsum(dim=1) - pages).int()
+    first = (rows.offsets[:, None] + pages.cumsum(dim=1) - pages).int()
     # What moves, one head after the other: as many tokens for every request.
     width = kept.most_moved
     moves = keep
@@ -132,13 +132,13 @@ def _move_coded(rows: Rows, view: CodedView, kept: Kept) -> None:
     pages = (coded + per_page - 1) // per_page
     begin = pages * size
     pages = pages + coding.tail_pages(reserve.interval, size)
-    first = kept.offsets[:, None] + pages.cumsum(dim=1) - pages
+    first = rows.offsets[:, None] + pages.cumsum(dim=1) - pages
     first += (rows.before * runs.per_block)[:, None]
     none = torch.zeros_like(rows.slots)
-    columns = runs.layout.longest_run
+    columns = runs.layout.longest_run(view.start)
     target = runs.numbered(first.int(), none, view.layers, rows.blocks, columns).long()
     order = kept.keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    order = order[..., : runs.layout.most_coded + coding.window]
+    order = order[..., : runs.layout.most_coded(view.start) + coding.window]
     tail = _Tail.of(view, order, coded, tails)
     slot = begin[..., None] + torch.arange(coding.window, device=begin.device)
     # What is too much goes to the null block, which nobody reads.
@@ -196,7 +196,7 @@ def _coded_rows(
         t.flatten(0, 1)
         for t in (order, coded, view.coded, target, view.places.page, view.places.row)
     ]
-    count = min(view.runs.layout.most_coded, order.shape[-1])
+    count = min(view.runs.layout.most_coded(view.start), order.shape[-1])
     index = torch.arange(count, device=order.device)
     for form, own in view.pool.by_format(view.numbered):
         ranks, coded_now, coded_before, pages, page, row = (t[own] for t in flat)

@@ -96,7 +96,9 @@ class PoolObserver:
         runs, after = self._runs, before + len(query)
         slot, index, tokens = send(runs.device, [request.slot], [layer], [after])
         tables = (index, slot, tokens)
-        view = view_runs(runs, self._coded, [layer], tables, blocks[None], after, False)
+        view = view_runs(
+            runs, self._coded, [layer], tables, blocks[None], after, request.start, False
+        )
         asked = query.transpose(0, 1).unflatten(0, (1, runs.heads, -1))
         positions = torch.arange(before, after, device=runs.device)[None]
         real = torch.ones_like(positions, dtype=torch.bool)
@@ -125,7 +127,8 @@ class PoolObserver:
         )
         numbers, tables = [layer for _, layer in pairs], (layers, slots, tokens)
         moved = any(item.request.longest is not None for item in items)
-        view = view_runs(runs, self._coded, numbers, tables, blocks[batch], longest, moved)
+        start = max(item.request.start for item in items)
+        view = view_runs(runs, self._coded, numbers, tables, blocks[batch], longest, start, moved)
         positions = tokens[:, None] + torch.arange(-FLUSH, 0, device=runs.device)
         asked = self._queries.read(layers, rows, positions, runs.heads)
         self._take_in(view, asked, positions, positions >= first[:, None])

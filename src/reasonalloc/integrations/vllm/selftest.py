@@ -254,7 +254,8 @@ class _Side:
         layers = torch.tensor(numbered, dtype=torch.int64, device="cpu")
         longest = max(request.most(int(n)) for request, n in zip(tracked, after, strict=True))
         tables = (layers, slots, after)
-        view = view_runs(runs, self._bits, numbered, tables, self._blocks, longest, True)
+        start = max(request.start for request in tracked)
+        view = view_runs(runs, self._bits, numbered, tables, self._blocks, longest, start, True)
         keys, values = (view.numbers(part).float() for part in (0, 1))  # [rows, heads, tokens, dim]
         index = torch.arange(keys.shape[2], device="cpu")
         asked = query.float().unflatten(1, (_HEADS, -1)) * self._scaling

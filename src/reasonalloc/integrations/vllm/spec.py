@@ -24,7 +24,7 @@ class BudgetManager(FullAttentionManager):
     could continue differently. ``admission`` says who is admitted and who pauses.
 
     With prefix caching, blocks of prompts may be shared until the first compression of a request.
-    Its runs then go to the last ``Reserve.blocks`` blocks of its row, which are made to be its own:
+    Its runs then go to the last ``Reserve.own`` blocks of its row, which are made to be its own:
     as many new ones as it takes to leave alone what others hold, and those that the cache could
     give to others, if there is room. The blocks before them are given back and null blocks stand
     in their places, as for sliding windows.
@@ -117,7 +117,7 @@ class BudgetManager(FullAttentionManager):
             cached = reserve.most_shared(start, self._pool)
             if (wanted := reserve.needed(start, num_tokens, cached)) > needed:
                 needed = max(needed, self.admission.extend(request_id, wanted))
-        before = self._before[request_id] = needed - reserve.blocks
+        before = self._before[request_id] = needed - reserve.own(start)
         written = {block.block_id for block in blocks[before:] if block.block_hash is not None}
         self.block_pool.evict_blocks(written)
         return needed
@@ -198,7 +198,7 @@ class BudgetSpec(FullAttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """Blocks in a row of the block table: of all tokens, and of what they are compressed to."""
-        return -(-max_len // self.block_size) + self.reserve.blocks
+        return -(-max_len // self.block_size) + self.reserve.own(max_len)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest generation; a long prompt may need more for a moment."""

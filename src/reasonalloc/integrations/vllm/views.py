@@ -136,6 +136,7 @@ class CodedView(View):
         numbered: [n] host's numbers of ``layers``.
         coded, begin: [n, H] int64, see ``Runs``.
         places: where the tokens lie.
+        start: most tokens of a prefill of the requests.
         most_coded: most coded tokens of a run.
     """
 
@@ -144,6 +145,7 @@ class CodedView(View):
     coded: Tensor
     begin: Tensor
     places: CodedPlaces
+    start: int
     most_coded: int
 
     def part(self, rows: slice) -> View:
@@ -274,6 +276,7 @@ def view_runs(
     tables: tuple[Tensor, Tensor, Tensor],
     blocks: Tensor,
     longest: int,
+    start: int,
     compressed: bool,
 ) -> View:
     """Where the tokens of (layer, request) pairs lie.
@@ -286,6 +289,7 @@ def view_runs(
             seen.
         blocks: [n, m] int32, the requests' blocks.
         longest: upper bound of the tokens in a run.
+        start: most tokens of a prefill of the requests.
         compressed: whether any of the requests was compressed before.
     """
     layers, slots, tokens = tables
@@ -293,7 +297,7 @@ def view_runs(
     shift, kept = runs.shift[layers, slots], runs.kept[layers, slots]
     columns = -(-longest // size)
     if pool is not None and compressed:
-        columns = max(columns, runs.layout.longest_run)
+        columns = max(columns, runs.layout.longest_run(start))
     pages = runs.numbered(runs.first[layers, slots], runs.plain[slots], layers, blocks, columns)
     if pool is None:
         index = torch.arange(columns * size, dtype=torch.int32, device=runs.device)
@@ -322,5 +326,6 @@ def view_runs(
         coded,
         begin,
         own,
-        runs.layout.most_coded if compressed else 0,
+        start,
+        runs.layout.most_coded(start) if compressed else 0,
     )
