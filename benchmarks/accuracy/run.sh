@@ -33,5 +33,9 @@ ask gsm8k gsm8k gsm8k_200 best 64,96 "${profile[@]}"
 ask gsm8k gsm8k gsm8k_200 best-bytes 64 "${profile[@]}"
 ask gsm8k gsm8k gsm8k_200 reasonalloc 64 --profile "$wave"
 ask gsm8k gsm8k gsm8k_200 rkv 96
-ask pinned math500 math500_even best 64 --prompt pin "${profile[@]}"
-ask pinned math500 math500_even rkv,random 64 --prompt pin
+ask pinned math500 math500_even best 48,64 --prompt pin "${profile[@]}"
+ask pinned math500 math500_even rkv,random 48,64 --prompt pin
+# The published layers against the same budgets on random layers.
+arms=rkv/profile/uniform
+for seed in 0 1 2 3 4; do arms+=",rkv/shuffled(seed=$seed)/uniform"; done
+ask gsm8k gsm8k gsm8k_200 "$arms" 96 --profile "$wave"

@@ -193,7 +193,7 @@ def read_formats(kv_dtypes: Sequence[str]) -> list[str]:
     Raises:
         UsageError: an unknown format, or text instead of several.
     """
-    if isinstance(kv_dtypes, str):
+    if isinstance(kv_dtypes, str) or not isinstance(kv_dtypes, Sequence):
         raise UsageError(f"kv_dtypes={kv_dtypes!r} must be a list of formats")
     kinds = list(dict.fromkeys(kv_dtypes))
     return [kind for kind in kinds if is_coded(kind)]

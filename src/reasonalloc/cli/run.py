@@ -10,7 +10,6 @@ import typer
 from reasonalloc.cli import options as o
 from reasonalloc.cli import output
 from reasonalloc.config import CompressionConfig
-from reasonalloc.errors import UsageError
 
 
 def _prompt(*names: str, **keywords: Any) -> Any:
@@ -76,14 +75,12 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Generate under a KV budget; the text goes to stdout, progress and summary to stderr."""
-    if top_p == 0 or (top_p < 1 and temperature == 0):
-        raise UsageError(
-            f"--top-p={top_p} needs a value above 0 and a --temperature above 0 to have an effect"
-        )
     from reasonalloc.cli.prompts import encode, fit_length, read_messages
-    from reasonalloc.temperature import check_temperature
+    from reasonalloc.temperature import check_effect, check_temperature, check_top_p
 
     check_temperature(temperature)
+    check_top_p(top_p)
+    check_effect(temperature, top_p)
     messages = read_messages(prompt, prompt_file, chat)
     from reasonalloc.integrations.hf.watch import Sampling, watched
 

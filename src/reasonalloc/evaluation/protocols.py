@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from reasonalloc.errors import UsageError, unknown_name
 from reasonalloc.evaluation.sampling import Sampling
+from reasonalloc.temperature import check_effect
 from reasonalloc.whole import whole_number
 
 
@@ -63,12 +64,7 @@ def find_rules(
         top_p=old.top_p if top_p is None else top_p,
         top_k=old.top_k if top_k is None else top_k,
     )
-    for name, value, neutral in (("top_p", top_p, 1), ("top_k", top_k, 0)):
-        if sampling.greedy and value is not None and value != neutral:
-            raise UsageError(
-                f"{name}={value} has no effect with temperature 0: leave it out, or give a "
-                "temperature"
-            )
+    check_effect(sampling.temperature, top_p, top_k)
     return replace(
         rules,
         sampling=sampling,

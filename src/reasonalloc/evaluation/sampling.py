@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from reasonalloc.errors import UsageError
-from reasonalloc.temperature import check_temperature
+from reasonalloc.temperature import check_temperature, check_top_p
 from reasonalloc.whole import whole_number
 
 
@@ -36,8 +36,7 @@ class Sampling:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise UsageError(f"{name}={value!r} must be a number")
         check_temperature(self.temperature)
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} must be above 0 and at most 1 (1: all tokens)")
+        check_top_p(self.top_p)
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must be 0 (all tokens) or more")
