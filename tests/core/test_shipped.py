@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 import reasonalloc
 from made_costs import of_model
@@ -116,6 +116,25 @@ def test_costs_of_qwens_are_found(name: str, sizes: tuple[int, int, int, int]) -
     coded, plain = (reasonalloc.plan(config, arm=arm, **half) for arm in ("best-bytes", "rkv"))
     assert coded.shipped == found.shipped and sum(coded.totals) > 1.5 * sum(found.totals)
     assert coded.memory().compressed_bytes(700) <= plain.memory().compressed_bytes(700)
+
+
+def test_costs_of_gemma_are_found() -> None:
+    """Three layers without a window, one KV head each."""
+    config = Gemma3TextConfig(
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        vocab_size=262144,
+    )
+    found = reasonalloc.plan(config, arm="best", budget=64, interval=64)
+    assert found.shipped == "google/gemma-3-270m"
+    assert sum(found.totals) == 64 * 3 and len(set(found.totals)) == 3
+    bits = reasonalloc.plan(config, arm="best-bytes", budget=64, interval=64)
+    assert bits.shipped == found.shipped and sum(bits.totals) > 1.5 * sum(found.totals)
 
 
 def test_attach_reads_it(own: Path) -> None:
