@@ -29,6 +29,8 @@ from reasonalloc.core.cadence import Cadence, most_held
 from reasonalloc.integrations.vllm.coding import Coding, Share
 from reasonalloc.integrations.vllm.windows import NO_WINDOWS, Windows
 
+_KEPT_OFFSETS = 1024  # of prompts of so many lengths
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -235,6 +237,8 @@ class Layout:
         """First page of each layer, of a prefill of ``start`` tokens."""
         pinned = 0 if self.coding is None else self.reserve.pinned(start)
         if pinned not in self._offsets:
+            if len(self._offsets) >= _KEPT_OFFSETS:
+                self._offsets.clear()
             self._offsets[pinned] = (0, *accumulate(self.pages(pinned)))[:-1]
         return self._offsets[pinned]
 

@@ -54,7 +54,7 @@ class BudgetMetrics(AggregateStatLoggerBase):
         )
         per_sequence = Gauge(
             f"{_PREFIX}kv_bytes_per_sequence",
-            "Bytes of the blocks of a sequence from its first compression on.",
+            "Bytes of a sequence's blocks from its first compression on, without a pinned prompt.",
             _LABELS,
             multiprocess_mode="mostrecent",
         )
