@@ -60,6 +60,11 @@ def test_as_on_transformers(
     [
         ("gemma2", {"arm": "value_aware/uniform/uniform", "kv_dtype": "int4h"}),
         pytest.param(
+            "gemma2",
+            {"arm": "rkv/uniform/adakv", "kv_dtype": "int8", "prompt": "pin"},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             "gpt_oss", {"arm": "rkv/uniform/adakv", "kv_dtype": "int8"}, marks=pytest.mark.long
         ),
         pytest.param(

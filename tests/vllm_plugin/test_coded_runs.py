@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -13,6 +14,7 @@ from examples import examples
 from pooled_requests import HEADS, LAYERS, MODEL, SHAPES, WIDTH, Request, drive, make_plan
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.config import CompressionConfig
+from reasonalloc.integrations.vllm import compression, moves
 from reasonalloc.integrations.vllm.budget import make_budget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
 from reasonalloc.planning.budget import BudgetPlan
@@ -91,3 +93,30 @@ def test_budgets_in_bytes(text: str, kind: str) -> None:
     assert plan.memory(1).slab_bytes <= allowed
     pages = sum(plan.layouts(4)[0].pages())
     assert pages * 4 * 2 * WIDTH * 4 < 1.6 * allowed  # ends of pages, and what lies beside tokens
+
+
+def test_long_pinned_prompts_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short requests are not padded to long ones, and few heads are coded at a time."""
+    plan = make_plan("value_aware/uniform/adakv", 16, 8, kv_dtype="int8:int4", prompt="pin")
+    shapes = [(150, 0, 20), (4, 0, 20), (7, 0, 20), (1, 0, 20), (160, 0, 20)]
+    requests = [Request(str(i), *shape) for i, shape in enumerate(shapes)]
+    number = 2 * WIDTH * 4  # bytes of a token of a head
+    monkeypatch.setattr(compression, "_KEPT_BYTES", 2 * LAYERS * HEADS * 180 * number)
+    monkeypatch.setattr(moves, "_ENCODED_BYTES", 2 * 160 * number)
+    chunks, sizes = list[list[int]](), list[int]()
+    compress, encoded = compression.PoolCompressor._compress, moves._encoded
+
+    def watched(self: Any, chunk: Any, blocks: Any) -> None:
+        chunks.append(sorted({row.due.request.start for row in chunk}))
+        compress(self, chunk, blocks)
+
+    def counted(view: Any, kept: Any, form: Any, own: Any, ranks: Any, coded: Any) -> Any:
+        sizes.append(ranks.numel())
+        return encoded(view, kept, form, own, ranks, coded)
+
+    monkeypatch.setattr(compression.PoolCompressor, "_compress", watched)
+    monkeypatch.setattr(moves, "_encoded", counted)
+    drive(plan, 8, requests, 0)
+    assert [1, 4, 7] in chunks and all(len(chunk) < 4 for chunk in chunks)
+    assert all(max(chunk) < 10 or min(chunk) > 100 for chunk in chunks)
+    assert max(sizes) <= 2 * 160

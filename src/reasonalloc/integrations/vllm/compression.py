@@ -118,22 +118,25 @@ class PoolCompressor:
 
     def _chunks(self, due: Sequence[Due]) -> Iterator[list[_Row]]:
         """The rows of as many requests as may be held outside the pool at a time."""
-        pages, layout = self._runs.pages, self._runs.layout
+        pages = self._runs.pages
         one = pages.raw[0, :, 0].numel() * pages.raw.element_size()
-        chunk, held = list[_Row](), 0
-        for item in due:
+        chunk, requests = list[_Row](), 0
+        # Rows are as long as the longest, so that short requests are not put with long ones.
+        for item in sorted(due, key=self._moving):
             rows = self._rows(item)
-            if not rows:
-                continue
-            # Pinned tokens that are not coded stay where they are.
-            pinned = 0 if layout.coding is None else layout.reserve.pinned(item.request.start)
-            own = (sum(layout.totals) + self._runs.per_block * pinned) * one
-            if chunk and held + own > _KEPT_BYTES:
+            if chunk and (requests + 1) * self._moving(item) * one > _KEPT_BYTES:
                 yield chunk
-                chunk, held = [], 0
-            chunk, held = chunk + rows, held + own
+                chunk, requests = [], 0
+            chunk, requests = chunk + rows, requests + bool(rows)
         if chunk:
             yield chunk
+
+    def _moving(self, item: Due) -> int:
+        """Most tokens of a request, all runs together, that change their place."""
+        layout = self._runs.layout
+        # Pinned tokens that are not coded stay where they are.
+        pinned = 0 if layout.coding is None else layout.reserve.pinned(item.request.start)
+        return sum(layout.totals) + self._runs.per_block * pinned
 
     def _rows(self, item: Due) -> list[_Row]:
         """The layers of a request that are compressed, or change their place for the first time."""

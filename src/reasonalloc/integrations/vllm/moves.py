@@ -16,6 +16,8 @@ from reasonalloc.integrations.vllm.views import CodedView, View
 from reasonalloc.ops.native.paged import Layout, move_tokens
 from reasonalloc.ops.page_rows import PageRows
 
+_ENCODED_BYTES = 128 << 20  # of numbers that are coded at a time, in float32
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -198,7 +200,7 @@ def _coded_rows(
     ]
     count = min(view.runs.layout.most_coded(view.start), order.shape[-1])
     index = torch.arange(count, device=order.device)
-    for form, own in view.pool.by_format(view.numbered):
+    for form, own in _slices(view, count):
         ranks, coded_now, coded_before, pages, page, row = (t[own] for t in flat)
         ranks = ranks[:, :count]
         was = ranks < coded_before[:, None]
@@ -209,6 +211,20 @@ def _coded_rows(
         real = index < coded_now[:, None]
         rows = there.where(was[..., None], fresh)
         yield form, place.where(real, 0), (index % form.per_page).where(real, 0), rows
+
+
+def _slices(view: CodedView, count: int) -> Iterator[tuple[PageRows, Tensor]]:
+    """Formats and rows of heads, as ``CodedPool.by_format``, few enough to be coded at a time.
+
+    Args:
+        view: of them.
+        count: tokens of each that are coded.
+    """
+    one = count * view.runs.pages.memory[0].numel() * 4 // view.runs.layout.reserve.block_size
+    most = max(1, _ENCODED_BYTES // max(one, 1))
+    for form, own in view.pool.by_format(view.numbered):
+        for some in own.split(most):
+            yield form, some
 
 
 def _encoded(

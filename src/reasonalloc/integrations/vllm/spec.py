@@ -201,7 +201,7 @@ class BudgetSpec(FullAttentionSpec):
         return -(-max_len // self.block_size) + self.reserve.own(max_len)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Bytes of the longest generation; a long prompt may need more for a moment."""
+        """Bytes of the longest generation, its prompt left out, which may need more."""
         last = vllm_config.model_config.max_model_len
         return self.reserve.peak(1, last) * self.page_size_bytes
 
