@@ -17,6 +17,7 @@ from reasonalloc.config import CompressionConfig
 from reasonalloc.integrations.vllm import compression, moves
 from reasonalloc.integrations.vllm.budget import make_budget
 from reasonalloc.integrations.vllm.settings import as_json, find_settings
+from reasonalloc.ops.page_rows import PageRows
 from reasonalloc.planning.budget import BudgetPlan
 
 ARMS = [
@@ -104,18 +105,18 @@ def test_long_pinned_prompts_take_bounded_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compression, "_KEPT_BYTES", 2 * LAYERS * HEADS * 180 * number)
     monkeypatch.setattr(moves, "_ENCODED_BYTES", 2 * 160 * number)
     chunks, sizes = list[list[int]](), list[int]()
-    compress, encoded = compression.PoolCompressor._compress, moves._encoded
+    compress, encode = compression.PoolCompressor._compress, PageRows.encode
 
     def watched(self: Any, chunk: Any, blocks: Any) -> None:
         chunks.append(sorted({row.due.request.start for row in chunk}))
         compress(self, chunk, blocks)
 
-    def counted(view: Any, kept: Any, form: Any, own: Any, ranks: Any, coded: Any) -> Any:
-        sizes.append(ranks.numel())
-        return encoded(view, kept, form, own, ranks, coded)
+    def counted(self: PageRows, keys: Any, *more: Any) -> Any:
+        sizes.append(keys[..., 0].numel())
+        return encode(self, keys, *more)
 
     monkeypatch.setattr(compression.PoolCompressor, "_compress", watched)
-    monkeypatch.setattr(moves, "_encoded", counted)
+    monkeypatch.setattr(PageRows, "encode", counted)
     drive(plan, 8, requests, 0)
     assert [1, 4, 7] in chunks and all(len(chunk) < 4 for chunk in chunks)
     assert all(max(chunk) < 10 or min(chunk) > 100 for chunk in chunks)

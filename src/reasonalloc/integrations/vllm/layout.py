@@ -87,7 +87,7 @@ class Reserve:
 
     def leading(self, start: int) -> int:
         """Blocks that stay as they are, of a prefill of ``start`` tokens."""
-        return 0 if self.coded else self.pinned(start) // self.block_size
+        return start // self.block_size if self.stays else 0
 
     def own(self, start: int) -> int:
         """Blocks of a request's compressed runs, of a prefill of ``start`` tokens."""

@@ -200,7 +200,7 @@ def _coded_rows(
     ]
     count = min(view.runs.layout.most_coded(view.start), order.shape[-1])
     index = torch.arange(count, device=order.device)
-    for form, own in _slices(view, count):
+    for form, own in _slices(view, _most_encoded(view, kept, count)):
         ranks, coded_now, coded_before, pages, page, row = (t[own] for t in flat)
         ranks = ranks[:, :count]
         was = ranks < coded_before[:, None]
@@ -213,12 +213,19 @@ def _coded_rows(
         yield form, place.where(real, 0), (index % form.per_page).where(real, 0), rows
 
 
+def _most_encoded(view: CodedView, kept: Kept, count: int) -> int:
+    """Most tokens of a head that are to be encoded, of ``count`` that are coded then."""
+    if not kept.compressed:
+        return count
+    return min(count, view.pool.coding.window + view.runs.layout.reserve.interval)
+
+
 def _slices(view: CodedView, count: int) -> Iterator[tuple[PageRows, Tensor]]:
     """Formats and rows of heads, as ``CodedPool.by_format``, few enough to be coded at a time.
 
     Args:
         view: of them.
-        count: tokens of each that are coded.
+        count: tokens of each that are encoded.
     """
     one = count * view.runs.pages.memory[0].numel() * 4 // view.runs.layout.reserve.block_size
     most = max(1, _ENCODED_BYTES // max(one, 1))
@@ -239,8 +246,8 @@ def _encoded(
         coded: [m] int64, how many are coded already, the first ones.
     """
     runs, last = view.runs, view.positions.shape[-1] - 1
-    tail = view.pool.coding.window + runs.layout.reserve.interval
-    few = kept.compressed and tail < ranks.shape[1]
+    tail = _most_encoded(view, kept, ranks.shape[1])
+    few = tail < ranks.shape[1]
     wanted = ranks
     if few:  # every plain token once, and then those that stay
         index = torch.arange(tail, device=ranks.device)
