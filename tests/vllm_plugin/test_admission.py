@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from reasonalloc.integrations.vllm.admission import Admission
 from reasonalloc.integrations.vllm.answers import Answers
@@ -28,8 +31,8 @@ class Asked:
 class Sanguine(Answers):
     """Expects every answer to end now."""
 
-    def expected(self, tokens: int) -> int | None:
-        return tokens
+    def going_on(self, tokens: NDArray[np.int64], ahead: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.broadcast_to(ahead == 0, (len(tokens), len(ahead))).astype(np.float64)
 
 
 @dataclass
@@ -234,6 +237,24 @@ def test_short_answers_more_than_double_concurrency() -> None:
     assert engine.steps <= 200 / 10 * 400 / 2
 
 
+def test_short_answers_of_many_lengths_fill_the_pool() -> None:
+    """They end one after the other: if room was kept for all ends at once, it took 2,162 steps."""
+    reserve, source = make_layouts([[2 * 96] * 4], 2, 64, 32)[0].reserve, random.Random(0)
+    engine = Engine(reserve, 95, ahead=2)
+    for run in range(4):
+        engine.serve(
+            {
+                f"{run} {i}": Asked(
+                    max(4, round(source.lognormvariate(3.2, 1))),
+                    max(4, min(round(source.lognormvariate(3.9, 1)), 256)),
+                    2000,
+                )
+                for i in range(96)
+            }
+        )
+    assert engine.steps <= 1800
+
+
 def test_long_answers_lose_nothing() -> None:
     pool = 10 * RESERVE.peak(20, 4116)
     engine = Engine(RESERVE, pool)
@@ -263,17 +284,26 @@ def test_nothing_stands_still_where_far_too_many_are_admitted(peaks: float, ahea
     assert engine.pauses > 0
 
 
+def going_on(answers: Answers, tokens: int, *ahead: int) -> list[float]:
+    return [float(x) for x in answers.going_on(np.array([tokens]), np.array(ahead))[0]]
+
+
 def test_what_is_expected_of_answers() -> None:
     answers = Answers()
-    assert answers.expected(0) is None
-    for name, tokens in (("a", 10), ("b", 20), ("c", 61)):
+    assert going_on(answers, 5, 0, 1000) == [1, 1]
+    for name, tokens in (("a", 10), ("b", 20), ("c", 61), ("d", 20)):
         answers.add(name, tokens)
-    assert [answers.expected(n) for n in (0, 11, 21, 61, 62)] == [31, 41, 61, 61, None]
+    shares = [1, 1, 0.75, 0.75, 0.25, 0.25, 0]
+    assert going_on(answers, 1, 0, 9, 10, 19, 20, 60, 61) == pytest.approx(shares)
+    assert going_on(answers, 11, 9, 10, 50, 51) == pytest.approx([1, 1 / 3, 1 / 3, 0])
+    assert going_on(answers, 62, 0, 1000) == [1, 1]
+    both = answers.going_on(np.array([11, 40]), np.array([9, 10, 50]))
+    assert both[0] == pytest.approx([1, 0.5, 0.5])  # the one at 40 did not end at 20
     answers.take_back("c")
-    assert [answers.expected(n) for n in (0, 21)] == [15, None]
+    assert going_on(answers, 11, 9, 10) == pytest.approx([1, 0])
     for index in range(200):
         answers.add(str(index), 7)
-    assert answers.expected(8) is None
+    assert going_on(answers, 8, 100) == [1]
 
 
 def test_a_request_that_the_pool_can_never_hold_waits() -> None:

@@ -31,9 +31,10 @@ from typing import Protocol
 
 from reasonalloc.integrations.vllm.admitted import Admitted
 from reasonalloc.integrations.vllm.answers import Answers
+from reasonalloc.integrations.vllm.forecast import most_expected
 from reasonalloc.integrations.vllm.layout import Reserve
 
-_SURE = 0.5  # of the pool
+_SURE = 0.3  # of the pool
 
 
 class Shared(Protocol):
@@ -52,8 +53,8 @@ class Admission:
     """Promises the blocks of a pool to requests.
 
     A request is admitted if its prefill's blocks can be promised to it, and if the pool holds what
-    all admitted ones are expected to need at their ends: as much as finished requests whose
-    answers were at least as long, or the peak where none was. Expectations that are wrong cost
+    all admitted ones are expected to need together at any time from now on. Answers are expected to
+    end as those of finished requests did that were as long. Expectations that are wrong cost
     pauses, nothing else.
 
     Args:
@@ -125,8 +126,9 @@ class Admission:
         doubled = self._held_twice(hits)
         if new.blocks > min(self._spare(doubled)):
             return False
-        expected = sum(map(self._expected, self._admitted.values(), doubled))
-        return expected + self._expected(new, 0) <= self._pool
+        together = [*self._admitted.values(), new]
+        sure = _SURE * self._pool
+        return most_expected(together, [*doubled, 0], self._answers, sure) <= self._pool
 
     def admit(self, request_id: str) -> None:
         """Promise an announced request the blocks of its prefill; it is the youngest now.
@@ -257,12 +259,3 @@ class Admission:
             spare[end] = min(spare[end], self._pool - peaks - younger[end])
             peaks -= peak[k]
         return spare
-
-    def _expected(self, request: Admitted, doubled: int) -> int:
-        """Blocks that a request is expected to need at its end, and no younger one holds."""
-        answer = self._answers.expected(request.tokens - request.start + 1)
-        if answer is None:
-            most = min(request.peak, request.peak_at(request.last))
-        else:
-            most = request.peak_at(request.start + answer)
-        return request.without(most, doubled)

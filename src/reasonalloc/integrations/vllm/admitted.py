@@ -17,6 +17,7 @@ class Admitted:
         last: most tokens that it will have in the cache.
         most_shared: most of its blocks that others may hold too.
         tokens: in the cache, at the end of the step that is scheduled.
+        first: tokens at its first compression.
         own: blocks promised to it for layers under the budget.
     """
 
@@ -25,13 +26,13 @@ class Admitted:
     last: int
     most_shared: int = 0
     tokens: int = field(init=False)
+    first: int = field(init=False)
     own: int = field(init=False)
     # The most of these, and the same of layers with sliding windows.
     _own_peak: int = field(init=False)
     _beside: int = field(init=False)
     _beside_peak: int = field(init=False)
     _prefilling: bool = True
-    _first: int = field(init=False)  # tokens at its first compression
 
     def __post_init__(self) -> None:
         reserve = self.reserve
@@ -40,7 +41,7 @@ class Admitted:
         self._beside = reserve.windows.prefill(self.start)
         self._beside_peak = max(self._beside, reserve.windows.peak(self.start, self.last))
         self.tokens = self.start
-        self._first = reserve.first_event(self.start)
+        self.first = reserve.first_event(self.start)
 
     @property
     def blocks(self) -> int:
@@ -58,7 +59,7 @@ class Admitted:
 
     def is_first_event(self, tokens: int) -> bool:
         """Whether it is compressed for the first time after ``tokens`` tokens."""
-        return min(tokens, self.last) == self._first
+        return min(tokens, self.last) == self.first
 
     def missing(self, tokens: int, shared: int = 0) -> int:
         """Blocks that it lacks for a step.
@@ -76,7 +77,7 @@ class Admitted:
 
     def _missing_own(self, tokens: int, shared: int) -> int:
         held = self.own * self.reserve.block_size
-        if self.own == self._own_peak or tokens <= held < self._first:
+        if self.own == self._own_peak or tokens <= held < self.first:
             return 0
         needed = self.reserve.needed(self.start, min(tokens, self.last), shared)
         return max(needed - self.own, 0)
@@ -87,12 +88,6 @@ class Admitted:
         windows = self.reserve.windows
         most = windows.prefill if self._prefilling else windows.decode
         return max(most(min(tokens, self.last)) - self._beside, 0)
-
-    def peak_at(self, tokens: int) -> int:
-        """The most that it needs if it ends with ``tokens`` tokens, and shares no block."""
-        last, windows = min(tokens, self.last), self.reserve.windows
-        beside = windows.peak(self.start, last) if self._prefilling else windows.decode(last)
-        return max(self.blocks, self.reserve.peak(self.start, last) + beside)
 
     def prefilled(self) -> None:
         """Its prefill is computed: what lay behind its windows was given back."""

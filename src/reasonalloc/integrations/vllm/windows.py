@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from reasonalloc.planning.memory import LayerShape
 
 
@@ -63,6 +66,13 @@ class Windows:
         """Most blocks up to ``tokens`` tokens, from then on."""
         return self._most(tokens, self.steps)
 
+    def decodes(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``decode`` of each."""
+        blocks = np.zeros_like(tokens)
+        for width in self.widths:
+            blocks += np.minimum(-(-tokens // self.block_size), self._wide(width, self.steps))
+        return blocks
+
     def peak(self, start: int, last: int) -> int:
         """Most blocks of a request with a prefill of ``start`` tokens and ``last`` in all."""
         return max(self.prefill(min(start + self.steps, last)), self.decode(last))
@@ -73,9 +83,12 @@ class Windows:
         return sum(whole - max(tokens - width, 0) // self.block_size for width in self.widths)
 
     def _most(self, tokens: int, new: int) -> int:
+        whole = -(-tokens // self.block_size)
+        return sum(min(whole, self._wide(width, new)) for width in self.widths)
+
+    def _wide(self, width: int, new: int) -> int:
         """Windows before the first of ``new`` tokens begin anywhere in a block."""
-        whole, size = -(-tokens // self.block_size), self.block_size
-        return sum(min(whole, -(-(width - 1 + new) // size) + 1) for width in self.widths)
+        return -(-(width - 1 + new) // self.block_size) + 1
 
 
 NO_WINDOWS = Windows()
