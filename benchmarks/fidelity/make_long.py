@@ -1,6 +1,7 @@
 """Texts of 4,096 and 8,192 tokens for the fidelity benchmark, calibration and test kept apart.
 
-    python benchmarks/fidelity/make_long.py MODEL MATH.jsonl OUT_FOLDER [--dtype bfloat16]
+    python benchmarks/fidelity/make_long.py MODEL MATH.jsonl OUT_FOLDER [--dtype bfloat16] \\
+        [--splits test]
 
 Long code is modules of Python's standard library, long documents pages of its reference, long
 solutions problems of MATH one after the other, and chains are the model's own, sampled with the
@@ -62,15 +63,16 @@ def _texts(
 
 
 def main() -> None:
-    """Write ``long-calibration.jsonl`` and ``long-test.jsonl``."""
+    """Write ``long-calibration.jsonl``, ``long-test.jsonl`` or both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "math", "out"):
         parser.add_argument(name)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--splits", nargs="+", choices=list(ASKED), default=list(ASKED))
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, args.dtype, "cpu")[:2]
     solutions = [json.loads(line) for line in Path(args.math).read_text().splitlines()]
-    for split in ("calibration", "test"):
+    for split in args.splits:
         lines = []
         for kind, ids in _texts(model, tokenizer, solutions, split):
             row = {"kind": kind, "prompt_ids": ids[:PROMPT], "completion_ids": ids[PROMPT:]}
