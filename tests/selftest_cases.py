@@ -13,6 +13,7 @@ import recorded_graph
 from reasonalloc.attention.kernels import paged
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import runs, selftest, steps
+from reasonalloc.integrations.vllm.views import CodedPool
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16 wrongly.
@@ -50,6 +51,29 @@ def test_fewer_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "paged_decode_coded", decode)
     with pytest.raises(UnsupportedError, match=r"attention differs by.*, fewer bits"):
         selftest.check(DEVICE, torch.float32, 64, 2, 16, bits=True)
+
+
+@pytest.mark.parametrize("kinds", ["auto", "int8"])
+def test_a_long_pinned_prompt_is_cut_into_more_parts(kinds: str) -> None:
+    """What a run holds besides the budget counts; a short run has its parts whatever that is."""
+    layout = selftest._plan(64, 2, torch.float32, kinds).layouts(16)[0]
+    own = runs.Runs(layout, DEVICE, 1)
+    memory = torch.zeros(8, selftest._LAYERS, selftest._HEADS, 16, 128, device=DEVICE)
+    pages, pool = steps.cells(list(memory.unbind(1)))
+    own.bind(pages)
+    bits = None if layout.coding is None else CodedPool(layout.coding, pages, DEVICE)
+    queries = runs.QueryRows(selftest._LAYERS, 4)
+    query = torch.zeros(2 * selftest._HEADS, 64, device=DEVICE)
+
+    def parts(pinned: int) -> tuple[int, ...]:
+        made = steps.Steps(own, queries, pool, query, 1, 8, 0.125, 0.0, bits, pinned)
+        blocks = torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
+        lengths = torch.full((1,), 9, dtype=torch.int32, device=DEVICE)
+        slot = own.track("one", 8, 8).slot
+        return made.next([slot], [8], [0, 1], ((), ()), blocks, lengths).splits
+
+    assert parts(0)[0] == 1 < parts(4096)[0]
+    assert parts(0)[1:] == parts(4096)[1:]  # of the tail, which holds nothing of the prompt
 
 
 def recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

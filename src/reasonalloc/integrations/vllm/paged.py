@@ -118,6 +118,7 @@ class PagedBuilder(BudgetBuilder):
             impl.scale,
             impl.logits_soft_cap or 0.0,
             self._bits,
+            self.runs.layout.reserve.pinned(config.max_model_len),
         )
 
     def build(  # type: ignore[override]

@@ -70,6 +70,7 @@ class Steps:
         rows, tokens: most requests and most tokens of a step.
         scaling, softcap: of the logits; softcap 0 for none.
         bits: pages of coded tokens, or None.
+        pinned: most tokens that a run holds besides those of the budget.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Steps:
         scaling: float,
         softcap: float,
         bits: CodedPool | None = None,
+        pinned: int = 0,
     ) -> None:
         self._bits = bits
         self._runs, self._queries, self._pool, self._query = runs, queries, pool, query
@@ -95,8 +97,9 @@ class Steps:
         self._lse = torch.zeros(rows, heads, dtype=torch.float32, device=device)
         layout = runs.layout
         # A head's share of the largest layer; what a head has more is cut into the same parts. The
-        # same in every step, so that a captured one can be replayed.
-        self._share = max(layout.totals) // layout.kv_heads + layout.reserve.interval
+        # same in every step, so that a captured one can be replayed: a short prompt leaves parts
+        # empty, which costs less than a long one in few parts.
+        self._share = max(layout.totals) // layout.kv_heads + layout.reserve.interval + pinned
         floats = max(
             kernels.scratch_floats(n, heads, dim, sum(self._splits(n))) for n in range(1, rows + 1)
         )
