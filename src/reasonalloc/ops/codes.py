@@ -87,7 +87,7 @@ class Field:
         if self.kind in ("int4", "int4h"):
             return _encode_int4(x)
         top = 127.0 if self.kind == "int8" else 448.0
-        scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp_max(_LARGEST).half()
+        scale = _divided(x.abs().amax(dim=-1, keepdim=True), top).clamp_max(_LARGEST).half()
         codes = x / scale.float().masked_fill(scale == 0, torch.inf)
         codes = codes.clamp(-top, top)
         if self.kind == "int8":
@@ -223,11 +223,16 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
         return matrix.div_(size**0.5)
 
 
+def _divided(x: Tensor, number: float) -> Tensor:
+    """``x / number``, on every device alike: a GPU would multiply by the rounded reciprocal."""
+    return x / torch.full_like(x, number)
+
+
 def _encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, numbers = [], []
     for group in x.split(GROUP, dim=-1):
         low, high = group.amin(dim=-1, keepdim=True), group.amax(dim=-1, keepdim=True)
-        scale = ((high - low) / 15).clamp_max(_LARGEST).half()
+        scale = _divided(high - low, 15).clamp_max(_LARGEST).half()
         offset = low.clamp(-_LARGEST, _LARGEST).half()
         code = (group - offset.float()) / scale.float().masked_fill(scale == 0, torch.inf)
         code = code.round().clamp(0, 15).to(torch.uint8)

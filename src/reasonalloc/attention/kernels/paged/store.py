@@ -41,7 +41,7 @@ def _to_e4m3(x):
 @triton.jit
 def _as_stored(x, scale, pool, FP8: tl.constexpr):
     """Numbers as the pool keeps them."""
-    return _to_e4m3(x.to(tl.float32) / scale) if FP8 else x.to(pool.dtype.element_ty)
+    return _to_e4m3(tl.div_rn(x.to(tl.float32), scale)) if FP8 else x.to(pool.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=_VARYING)
