@@ -317,7 +317,7 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
         by_head = loop is None and (not alone or self._sinks is not None)
         new_slots = self._new_slots(table, lengths, new, starts)
         if runs.state is not None:
-            runs.state[new_slots.flatten()] = 0
+            runs.state.index_fill_(0, new_slots.flatten(), 0)
         if by_head:
             table, lengths = table.transpose(1, 2), lengths.transpose(1, 2)
             offset = torch.arange(heads, device=self.device)[:, None] * tokens

@@ -190,7 +190,7 @@ class Runs:
     def _reset(self, slot: int) -> None:
         for table in (self.first, self.shift, self.kept, self.coded, self.begin):
             table[:, slot] = 0
-        self.plain[slot] = _ALL
+        self.plain[slot].fill_(_ALL)  # waits for nothing, as an assignment would
         self.version += 1
 
     def lengths(self, slots: Tensor, tokens: Tensor) -> Tensor:

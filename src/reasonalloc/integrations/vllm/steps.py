@@ -167,7 +167,7 @@ class Steps:
         slots = self._facts[_SLOTS, :rows].long()[row]
         places = self._runs.places(slots, self._facts[_POSITIONS, :tokens], blocks, row)
         if self._runs.state is not None:
-            self._runs.state[places.flatten()] = 0
+            self._runs.state.index_fill_(0, places.flatten(), 0)  # waits for nothing
 
     def store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> None:
         """Write new keys and values [tokens, kv_heads, head_dim] to their runs, note queries."""
