@@ -129,6 +129,28 @@ def build_all_plain() -> None:
             for sinks in (False, True):
                 constants = values | {"SPLITS_PAD": 4, "SINKS": sinks}
                 build(decode._join_kernel, data | BUFFERS, constants, 1)
+    build_latent(128)
+
+
+def build_latent(heads: int, dim: int = 576) -> None:
+    """One KV head that all query heads read, as in DeepSeek-V3."""
+    data = dict.fromkeys(("query", "keys", "values", "out"), "*bf16")
+    values = {"VDIM": dim, "VDIM_PAD": 1024, "SPLITS": 64}
+    pointers = data | BUFFERS | {"offsets": "*i64", "lengths": "*i64"}
+    constants = {
+        "GROUP": heads,
+        "GROUP_PAD": decode._tile(heads, dim),
+        "DIM": dim,
+        "DIM_PAD": 1024,
+        "BLOCK": decode._block(dim, 2),
+        "UNIFORM": False,
+        "SOFTCAP": False,
+    }
+    stages = decode._stages(dim, 2)
+    build(decode._split_kernel, pointers, constants | values, 4, stages)
+    build(decode._received_kernel, pointers, constants, 4)
+    joined = values | {"SPLITS_PAD": 64, "SINKS": False}
+    build(decode._join_kernel, data | BUFFERS, joined, 4)
 
 
 def build_paged(name: str, dim: int, fp8: bool, arch: int) -> None:

@@ -89,6 +89,19 @@ def test_decode_is_the_reference(
         assert nothing is None
 
 
+@pytest.mark.parametrize(("dims", "group"), [((64, 64), 71), ((288, 272), 20), ((32, 16), 17)])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_groups_that_are_cut_into_tiles(dims: tuple[int, int], group: int, uniform: bool) -> None:
+    """All query heads have one KV head: multi-query attention, and latents."""
+    slab = random_slab(3, [[70], [70]] if uniform else [[70], [33]], *dims, torch.float32, uniform)
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(2, group, 1, dims[0], generator=generator).to(DEVICE)
+    expected, weights = BACKENDS.create("eager").decode(query, slab, 0.1, 20.0, True)
+    found, received = BACKENDS.create("triton").decode(query, slab, 0.1, 20.0, True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(received, weights, rtol=1e-4, atol=1e-4)
+
+
 @given(
     st.integers(0, 10**6),
     st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),

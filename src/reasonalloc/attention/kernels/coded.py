@@ -24,6 +24,7 @@ from reasonalloc.attention.kernels.decode import (
     _block,
     _capped,
     _on,
+    _power,
     _query,
     _share,
     _splits,
@@ -167,9 +168,8 @@ def _tail_logits(
 
 
 @triton.jit
-def _row(heads, count, kv_heads):
+def _row(program, heads, count, kv_heads):
     """Sequence of a program, and its place in [batch, kv_heads]."""
-    program = tl.program_id(0)
     sequence = (program // count).to(tl.int64)
     return sequence, sequence * kv_heads + tl.load(heads + program % count)
 
@@ -185,8 +185,8 @@ def _split_kernel(
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
-    sequence, row = _row(heads, count, kv_heads)
-    head = row * GROUP + tl.arange(0, GROUP_PAD)
+    sequence, row = _row(tl.program_id(0), heads, count, kv_heads)
+    head, real = row * GROUP + tl.arange(0, GROUP_PAD), tl.arange(0, GROUP_PAD) < GROUP
     place = head * (SPLITS + TAIL_SPLITS) + split
     peak = tl.full([GROUP_PAD], -1e30, tl.float32)  # finite: a part may be empty
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -194,7 +194,7 @@ def _split_kernel(
     key_type: tl.constexpr = tail_keys.dtype.element_ty
     value_type: tl.constexpr = tail_values.dtype.element_ty
     if split < SPLITS:
-        q = _query(turned, head, _columns(KEY, DIM, DIM_PAD), GROUP, GROUP_PAD, DIM)
+        q = _query(turned, head, _columns(KEY, DIM, DIM_PAD), real, DIM)
         q = q.to(tl.float32)
         base = tl.multiple_of(sequence * pool_bytes + tl.load(starts + row), ALIGN)
         first, last = _share(tl.load(lengths + row).to(tl.int32), split, SPLITS, BLOCK)
@@ -213,9 +213,9 @@ def _split_kernel(
             )  # fmt: skip
             acc = acc * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
         column = _columns(VALUE, VDIM, VDIM_PAD)
-        _store_part(parts, peaks, sums, place, acc, peak, total, column, GROUP, GROUP_PAD, VDIM)
+        _store_part(parts, peaks, sums, place, acc, peak, total, column, real, VDIM)
     else:
-        q = _query(query, head, tl.arange(0, DIM_PAD), GROUP, GROUP_PAD, DIM).to(tl.float32)
+        q = _query(query, head, tl.arange(0, DIM_PAD), real, DIM).to(tl.float32)
         held = tl.load(tail_lengths + row).to(tl.int32)
         first, last = _share(held, split - SPLITS, TAIL_SPLITS, BLOCK)
         for begin in range(first, last, BLOCK):
@@ -228,14 +228,11 @@ def _split_kernel(
             v = _tail_tile(tail_values, slot, inside, VDIM, VDIM_PAD)
             acc = acc * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
         column = tl.arange(0, VDIM_PAD)
-        _store_part(parts, peaks, sums, place, acc, peak, total, column, GROUP, GROUP_PAD, VDIM)
+        _store_part(parts, peaks, sums, place, acc, peak, total, column, real, VDIM)
 
 
 @triton.jit
-def _store_received(
-    received, slot, s, norms, head, inside, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr
-):
-    real = tl.arange(0, GROUP_PAD) < GROUP
+def _store_received(received, slot, s, norms, head, inside, real):
     p = tl.exp(s - tl.load(norms + head, mask=real, other=0.0)[:, None])
     tl.store(received + slot, tl.sum(tl.where(real[:, None], p, 0.0), axis=0), mask=inside)
 
@@ -248,9 +245,10 @@ def _received_kernel(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(1)
-    sequence, row = _row(heads, count, kv_heads)
-    head = row * GROUP + tl.arange(0, GROUP_PAD)
+    # Blocks come first: the other axes of a grid end at 65,535.
+    block = tl.program_id(0)
+    sequence, row = _row(tl.program_id(1), heads, count, kv_heads)
+    head, real = row * GROUP + tl.arange(0, GROUP_PAD), tl.arange(0, GROUP_PAD) < GROUP
     # Slots of this sequence are those of its runs, then those of its tails.
     first_slot = sequence * (coded_slots + kv_heads * room)
     if block < run_blocks:
@@ -259,27 +257,27 @@ def _received_kernel(
             at = block * BLOCK + tl.arange(0, BLOCK)
             inside = at < length
             base = tl.multiple_of(sequence * pool_bytes + tl.load(starts + row), ALIGN)
-            q = _query(turned, head, _columns(KEY, DIM, DIM_PAD), GROUP, GROUP_PAD, DIM)
+            q = _query(turned, head, _columns(KEY, DIM, DIM_PAD), real, DIM)
             s = _run_logits(
                 q.to(tl.float32), pool, halves, base + at.to(tl.int64) * WIDTH, inside, scaling,
                 softcap, KEY_NUMBERS_AT, KEY, tail_keys.dtype.element_ty, DIM, DIM_PAD, BLOCK,
                 SOFTCAP, PRECISION,
             )  # fmt: skip
             slot = first_slot + tl.load(offsets + row) + at
-            _store_received(received, slot, s, norms, head, inside, GROUP, GROUP_PAD)
+            _store_received(received, slot, s, norms, head, inside, real)
     else:
         length = tl.load(tail_lengths + row).to(tl.int32)
         begin = (block - run_blocks) * BLOCK
         if begin < length:
             at = begin + tl.arange(0, BLOCK)
             inside = at < length
-            q = _query(query, head, tl.arange(0, DIM_PAD), GROUP, GROUP_PAD, DIM)
+            q = _query(query, head, tl.arange(0, DIM_PAD), real, DIM)
             s = _tail_logits(
                 q.to(tl.float32), tail_keys, row * room + at, inside, scaling, softcap,
                 DIM, DIM_PAD, SOFTCAP, PRECISION,
             )  # fmt: skip
             slot = first_slot + coded_slots + (row - sequence * kv_heads) * room + at
-            _store_received(received, slot, s, norms, head, inside, GROUP, GROUP_PAD)
+            _store_received(received, slot, s, norms, head, inside, real)
 
 
 def readable(formats: tuple[RowFormat, ...]) -> bool:
@@ -358,7 +356,7 @@ def _receive(
     # No run is longer than all runs; blocks beyond a run end at once.
     room, block = slab.tail_keys.shape[2], constants["BLOCK"]
     run_blocks = triton.cdiv(slab.coded_slots, block)
-    grid = (len(slab.pool) * len(heads), run_blocks + triton.cdiv(room, block))
+    grid = (run_blocks + triton.cdiv(room, block), len(slab.pool) * len(heads))
     _received_kernel[grid](
         *_runs(form, queries, slab), slab.offsets.contiguous(), slab.lengths.contiguous(),
         slab.tail_keys, slab.tail_lengths.contiguous(), heads, *buffers, *_sizes(heads, slab),
@@ -384,7 +382,7 @@ def _parts(slab: CodedView, device: torch.device, block: int) -> tuple[int, int]
     rows, room = slab.tail_lengths.numel(), slab.tail_keys.shape[2]
     tail = min(_splits(device, rows, room, block), _MOST_PARTS // 2)
     run = _splits(device, rows, slab.coded_slots // slab.kv_heads, block)
-    return min(run, _MOST_PARTS - tail), tail
+    return _power(min(run, _MOST_PARTS - tail)), tail
 
 
 def _constants(query: Tensor, slab: CodedView, softcap: float | None) -> dict[str, Any]:

@@ -51,12 +51,11 @@ def _logits(q, k, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _query(query, head, column, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
-    """[group, columns] as stored: number ``column`` of each query; 0 from ``DIM`` on."""
-    group = tl.arange(0, GROUP_PAD)
+def _query(query, head, column, real, DIM: tl.constexpr):
+    """[group, columns] as stored: number ``column`` of each ``real`` query; 0 from ``DIM`` on."""
     return tl.load(
         query + head[:, None] * DIM + column[None, :],
-        mask=(group[:, None] < GROUP) & (column[None, :] < DIM),
+        mask=real[:, None] & (column[None, :] < DIM),
         other=0.0,
     )
 
@@ -73,11 +72,12 @@ def _weigh(s, peak, total, inside):
 
 @triton.jit
 def _store_part(
-    parts, peaks, sums, at, acc, peak, total, column,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, VDIM: tl.constexpr,
+    parts, peaks, sums, at, acc, peak, total, column, real, VDIM: tl.constexpr
 ):  # fmt: skip
-    """Store what a program summed; ``at`` [group] are places, ``column`` those of ``acc``."""
-    real = tl.arange(0, GROUP_PAD) < GROUP
+    """Store what a program summed.
+
+    ``at`` [group] are places, of ``real`` query heads; ``column`` those of ``acc``.
+    """
     tl.store(
         parts + at[:, None] * VDIM + column[None, :],
         acc,
@@ -100,10 +100,11 @@ def _split_kernel(
     first, last = _share(length, split, SPLITS, BLOCK)
     base = (row // kv_heads).to(tl.int64) * slots + start
 
-    group = tl.arange(0, GROUP_PAD)
+    # A tile of the group's query heads: a group may be larger than what a program can hold.
+    group = tl.program_id(2) * GROUP_PAD + tl.arange(0, GROUP_PAD)
     dim, vdim, column = tl.arange(0, DIM_PAD), tl.arange(0, VDIM_PAD), tl.arange(0, BLOCK)
-    head = row.to(tl.int64) * GROUP + group
-    q = _query(query, head, dim, GROUP, GROUP_PAD, DIM)
+    head, real = row.to(tl.int64) * GROUP + group, group < GROUP
+    q = _query(query, head, dim, real, DIM)
     q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
     peak = tl.full([GROUP_PAD], -1e30, tl.float32)  # finite: a part may be empty
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -126,7 +127,7 @@ def _split_kernel(
         )
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     place = head * SPLITS + split
-    _store_part(parts, peaks, sums, place, acc, peak, total, vdim, GROUP, GROUP_PAD, VDIM)
+    _store_part(parts, peaks, sums, place, acc, peak, total, vdim, real, VDIM)
 
 
 @triton.jit
@@ -166,25 +167,28 @@ def _received_kernel(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr, UNIFORM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    row, block = tl.program_id(0), tl.program_id(1)
+    # Blocks come first: the other axes of a grid end at 65,535.
+    block, row = tl.program_id(0), tl.program_id(1)
     start, length = _run(offsets, lengths, row, kv_heads, uniform_run, uniform_length, UNIFORM)
     if block * BLOCK < length:
-        group, dim = tl.arange(0, GROUP_PAD), tl.arange(0, DIM_PAD)
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        inside, real = at < length, group < GROUP
+        dim, at = tl.arange(0, DIM_PAD), block * BLOCK + tl.arange(0, BLOCK)
+        inside = at < length
         slot = (row // kv_heads).to(tl.int64) * slots + start + at
-        head = row.to(tl.int64) * GROUP + group
-        q = _query(query, head, dim, GROUP, GROUP_PAD, DIM)
-        q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
         k = tl.load(
             keys + slot[:, None] * DIM + dim[None, :],
             mask=inside[:, None] & (dim[None, :] < DIM),
             other=0.0,
         )
-        norm = tl.load(norms + head, mask=real, other=0.0)
-        p = tl.exp(_logits(q, k, softcap, SOFTCAP) - norm[:, None])
-        p = tl.where(real[:, None], p, 0.0)
-        tl.store(received + slot, tl.sum(p, axis=0), mask=inside)
+        total = tl.zeros([BLOCK], tl.float32)
+        for tile in range(0, GROUP, GROUP_PAD):
+            group = tile + tl.arange(0, GROUP_PAD)
+            head, real = row.to(tl.int64) * GROUP + group, group < GROUP
+            q = _query(query, head, dim, real, DIM)
+            q = (q.to(tl.float32) * scaling).to(keys.dtype.element_ty)
+            norm = tl.load(norms + head, mask=real, other=0.0)
+            p = tl.exp(_logits(q, k, softcap, SOFTCAP) - norm[:, None])
+            total += tl.sum(tl.where(real[:, None], p, 0.0), axis=0)
+        tl.store(received + slot, total, mask=inside)
 
 
 def decode(
@@ -221,7 +225,7 @@ def _decode(
     run = slab.rows(slab.positions).stride(1) if uniform else 0
     # Unused pointers of the uniform case, which reads no table.
     offsets, lengths = (query, query) if uniform else (slab.offsets, slab.lengths)
-    block = _block(max(dim, vdim), query.element_size())
+    block, tile = _block(max(dim, vdim), query.element_size()), _tile(group, max(dim, vdim))
     splits = _splits(query.device, batch * heads, slots // heads, block)
     fresh: dict[str, Any] = {"device": query.device, "dtype": torch.float32}
     parts = torch.empty(batch * query_heads, splits, vdim, **fresh)
@@ -231,7 +235,7 @@ def _decode(
     out = query.new_empty(batch, query_heads, 1, vdim, dtype=slab.values.dtype)
     shared: dict[str, Any] = {
         "GROUP": group,
-        "GROUP_PAD": max(16, triton.next_power_of_2(group)),  # the least that tl.dot takes
+        "GROUP_PAD": tile,
         "DIM": dim,
         "DIM_PAD": max(16, triton.next_power_of_2(dim)),
         "BLOCK": block,
@@ -240,9 +244,10 @@ def _decode(
     }
     numbers = (heads, run, slab.uniform_length or 0, slots, scaling, softcap or 1.0)
     padded = max(16, triton.next_power_of_2(vdim))
-    _split_kernel[(batch * heads, splits)](
+    _split_kernel[(batch * heads, splits, triton.cdiv(group, tile))](
         query, slab.keys, slab.values, offsets, lengths, parts, peaks, sums, *numbers,
-        VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, num_warps=4, num_stages=2, **shared,
+        VDIM=vdim, VDIM_PAD=padded, SPLITS=splits, num_warps=4,
+        num_stages=_stages(max(dim, vdim), query.element_size()), **shared,
     )  # fmt: skip
     join(parts, peaks, sums, sinks, out, norms)
     if not need_weights:
@@ -250,7 +255,7 @@ def _decode(
     received = torch.zeros(batch, slots, **fresh)
     # No run is longer than the slab; blocks beyond a run end at once.
     longest = run if uniform else slots
-    _received_kernel[(batch * heads, triton.cdiv(longest, block))](
+    _received_kernel[(triton.cdiv(longest, block), batch * heads)](
         query, slab.keys, offsets, lengths, norms, received, *numbers, num_warps=4, **shared,
     )  # fmt: skip
     return out, received
@@ -274,7 +279,8 @@ def join(
     _join_kernel[(rows,)](
         parts, peaks, sums, own, out, norms, out.shape[1],
         VDIM=vdim, VDIM_PAD=max(16, triton.next_power_of_2(vdim)), SPLITS=splits,
-        SPLITS_PAD=triton.next_power_of_2(splits), SINKS=sinks is not None, num_warps=1,
+        SPLITS_PAD=triton.next_power_of_2(splits), SINKS=sinks is not None,
+        num_warps=1 if splits * vdim <= 16384 else 4,
     )  # fmt: skip
 
 
@@ -283,12 +289,31 @@ def _block(dim: int, itemsize: int) -> int:
     return 64 if dim * itemsize <= 256 else 32 if dim * itemsize <= 1024 else 16
 
 
+def _tile(group: int, dim: int) -> int:
+    """Query heads of a program, padding included; at least 16, which ``tl.dot`` takes."""
+    return int(min(max(16, triton.next_power_of_2(group)), 64 if dim <= 256 else 16))
+
+
+def _stages(dim: int, itemsize: int) -> int:
+    """Blocks in shared memory at a time."""
+    return 2 if dim * itemsize <= 1280 else 1
+
+
+def _power(number: int) -> int:
+    """The largest power of two that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
+
+
 def _splits(device: torch.device, rows: int, mean_run: int, block: int) -> int:
-    """Parts of a run: enough programs to fill the device, two blocks of work for each at least."""
+    """Parts of a run: enough programs to fill the device, two blocks of work for each at least.
+
+    A power of two: every number of parts is a kernel of its own, and rows and lengths change all
+    the time.
+    """
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 8
     )
     wanted = triton.cdiv(4 * processors, rows)
-    return int(max(1, min(wanted, triton.cdiv(mean_run, 2 * block), 64)))
+    return _power(max(1, min(wanted, triton.cdiv(mean_run, 2 * block), 64)))

@@ -45,7 +45,6 @@ from reasonalloc.attention.kernels.paged.decode import (
     _attended,
     _buffers,
     _join_kernel,
-    _power,
     _queries,
     _tile,
 )
@@ -91,6 +90,7 @@ def _coded_kernel(
     )  # fmt: skip
     entry = (layer * table_slots + tl.load(slots + row)).to(tl.int64) * HEADS + head
     table += row.to(tl.int64) * table_stride
+    real = tl.arange(0, GROUP_PAD) < GROUP
     place = row.to(tl.int64) * HEADS * GROUP + head * GROUP + tl.arange(0, GROUP_PAD)
     place = place * (splits + tail_splits) + split
     peak = tl.full([GROUP_PAD], -1e30, tl.float32)  # finite: a part may be empty
@@ -123,7 +123,7 @@ def _coded_kernel(
             )  # fmt: skip
             acc = acc * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
         column = _columns(VALUE, DIM, DIM_PAD)
-        _store_part(parts, peaks, sums, place, acc, peak, total, column, GROUP, GROUP_PAD, DIM)
+        _store_part(parts, peaks, sums, place, acc, peak, total, column, real, DIM)
     else:
         dim = tl.arange(0, DIM_PAD)
         asked = _queries(query, row, head, dim, query_row, query_head, GROUP, GROUP_PAD, DIM)
@@ -141,7 +141,7 @@ def _coded_kernel(
             p, shrink, peak, total = _weigh(_capped(s, softcap, SOFTCAP), peak, total, inside)
             v = _tile(pool, where + value_at, inside, dim, DIM, 0, asked.dtype)
             acc = acc * shrink[:, None] + tl.dot(p.to(asked.dtype), v, input_precision="ieee")
-        _store_part(parts, peaks, sums, place, acc, peak, total, dim, GROUP, GROUP_PAD, DIM)
+        _store_part(parts, peaks, sums, place, acc, peak, total, dim, real, DIM)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def coded_splits(
         min(_splits(query.device, runs, max(1, most), block), _MOST_PARTS // 2)
         for most, block in zip((coded_most, tail_most), blocks, strict=True)
     )
-    return _power(splits), _power(tail_splits)
+    return splits, tail_splits
 
 
 def paged_decode_coded(

@@ -103,7 +103,7 @@ def _decode_kernel(
         v = _tile(pool, where + value_at, inside, dim, DIM, FORM, q.dtype)
         acc = acc * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
     place = (row.to(tl.int64) * HEADS * GROUP + head * GROUP + group) * SPLITS + split
-    _store_part(parts, peaks, sums, place, acc, peak, total, dim, GROUP, GROUP_PAD, DIM)
+    _store_part(parts, peaks, sums, place, acc, peak, total, dim, group < GROUP, DIM)
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "splits"])
@@ -160,13 +160,7 @@ def decode_splits(rows: int, longest: int, query: Tensor, pool: Pool) -> int:
         pool: the pages.
     """
     block = _block(pool.head_dim, query.element_size())
-    wanted = _splits(query.device, max(1, rows * pool.heads), max(1, longest), block)
-    return _power(wanted)
-
-
-def _power(number: int) -> int:
-    """The largest power of two that is not above ``number``."""
-    return 1 << (number.bit_length() - 1)
+    return _splits(query.device, max(1, rows * pool.heads), max(1, longest), block)
 
 
 def scratch_floats(rows: int, query_heads: int, head_dim: int, splits: int) -> int:
