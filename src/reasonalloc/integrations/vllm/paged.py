@@ -83,8 +83,12 @@ class PagedBuilder(BudgetBuilder):
         self._stock_builder = make(kv_cache_spec, layer_names, vllm_config, device)
         self._steps: Steps | None = None
         self._captured: dict[int, tuple[int, ...]] = {}
+        impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
+        self._query = torch.empty(impl.num_heads, impl.head_size, dtype=dtype, device=device)
+        if self._plan.policy.needs_queries or self._observes:
+            # Before vLLM measures what graphs take: ``leave_room`` counts these.
+            self.queries.prepare(vllm_config.scheduler_config.max_num_seqs, self._query)
         if device.type != "cpu":
-            impl, dtype = self._modules[0].impl, vllm_config.model_config.dtype
             group = impl.num_heads // impl.num_kv_heads
             size, fp8 = kv_cache_spec.block_size, self._coded is not None
             bits = self.runs.layout.coding is not None
@@ -102,23 +106,19 @@ class PagedBuilder(BudgetBuilder):
             return
         impl = self._modules[0].impl
         pages, pool = cells([module.kv_cache for module in self._modules], self._coded)
-        config, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
-        rows, heads = scheduler.max_num_seqs, impl.num_heads
-        query = torch.empty(heads, impl.head_size, dtype=config.dtype, device=self.device)
+        scheduler = self.vllm_config.scheduler_config
         self._bind_pages(pages)
-        if self._plan.policy.needs_queries or self._observes:
-            self.queries.prepare(rows, query)
         self._steps = Steps(
             self.runs,
             self.queries,
             pool,
-            query,
-            rows,
+            self._query,
+            scheduler.max_num_seqs,
             scheduler.max_num_batched_tokens,
             impl.scale,
             impl.logits_soft_cap or 0.0,
             self._bits,
-            self.runs.layout.reserve.pinned(config.max_model_len),
+            self.runs.layout.reserve.pinned(self.vllm_config.model_config.max_model_len),
         )
 
     def build(  # type: ignore[override]
