@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import greedy, random_prompts
+from engines import builder, greedy, random_prompts
 from transformers import AutoConfig
 
 import made_costs
@@ -113,6 +113,25 @@ def test_best_sees_prompts_in_pieces(
     prompts, expected = clear(LENGTHS, 100, **settings)
     llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=3)
     assert greedy(llm, prompts, 100) == expected
+
+
+def test_a_piece_of_one_token_is_seen_afterwards(
+    engine: Callable[..., Any], clear: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a decoded one: on a GPU a graph may compute it, of which Python sees nothing."""
+    settings = {**CADENCE, "arm": "h2o/uniform/uniform"}
+    prompts, expected = clear((75, 38), 60, **settings)
+    llm = engine(settings, max_num_batched_tokens=37, max_num_seqs=1)
+    made, pieces = builder(llm), list[int]()
+    observe = made.observe
+
+    def observing(piece: Any, *rest: Any) -> None:
+        pieces.append(piece.stop - piece.start)
+        observe(piece, *rest)
+
+    monkeypatch.setattr(made, "observe", observing)
+    assert greedy(llm, prompts, 60) == expected
+    assert set(pieces) == {37}
 
 
 @pytest.mark.skipif(

@@ -216,6 +216,15 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             metric = output_metric([weight], impl.num_heads, impl.num_kv_heads)
             outputs.fill({before + index: metric})
 
+    @property
+    def copied(self) -> str | None:
+        """What was copied from the weights and would not follow new ones; None of nothing."""
+        if self._sinks is not None:
+            return "learned sinks"
+        if self._plan.outputs.asked:
+            return "output projections (metric='output')"
+        return None if self._coded is None else "scales of the fp8 cache"
+
     def begin(
         self,
         alive: Collection[str],
@@ -247,10 +256,19 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
                 self._due.append(Due(request, row, tokens))
                 if tokens == reserve.first_event(request.start):
                     request.before = held[row] - reserve.own(request.start)
-            if seen < request.start:
-                request.observed = tokens  # a piece of the prompt: by the attention itself
-            elif self._observes and (due or tokens - request.observed >= FLUSH):
+            if self._is_piece(request, seen, tokens):
+                request.observed = tokens  # by the attention itself
+            elif self._observes and (
+                due or tokens - request.observed >= FLUSH or seen < request.start
+            ):
                 self._unseen.append(Unseen(request, row, tokens))
+
+    def _is_piece(self, request: Tracked, before: int, after: int) -> bool:
+        """Whether a step computes a piece of a prompt whose attention is seen as it is computed.
+
+        A single token is not: a CUDA graph may do its step, of which Python sees nothing.
+        """
+        return before < request.start and (after - before > 1 or self.runs.layout.reserve.pin)
 
     def _boundary(self, request: Tracked, tokens: int) -> int:
         """The first boundary at or after ``tokens`` tokens."""
@@ -414,7 +432,9 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             first = after
             if policy.needs_queries:
                 first = self._boundary(request, after) - self._plan.config.window
-            if self._observes:
+            if self._observes and not self._is_piece(request, before, after):
+                first = min(first, before)
+            elif self._observes:
                 first = min(first, request.start)
             for position in range(max(before, first), after):
                 tokens.append(at + position - before)
@@ -428,8 +448,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             return []
         return [
             Piece(request, row, starts[row], starts[row + 1], before)
-            for row, (request, before) in enumerate(zip(batch.requests, batch.before, strict=True))
-            if request.slot != NO_REQUEST and before < request.start
+            for row, (request, before, after) in enumerate(
+                zip(batch.requests, batch.before, batch.after, strict=True)
+            )
+            if request.slot != NO_REQUEST and self._is_piece(request, before, after)
         ]
 
     def observe(self, piece: Piece, layer: int, query: Tensor) -> None:
