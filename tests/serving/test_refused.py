@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import greedy, random_prompts
+import torch
+from engines import greedy, random_prompts, worker
 
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm import checks, worker_wrappers
+from reasonalloc.integrations.vllm import checks, patches, worker_wrappers
 from reasonalloc.integrations.vllm.budget import divide_layers
 from reasonalloc.integrations.vllm.patch import Patch
 from reasonalloc.integrations.vllm.patches import PATCHES
@@ -36,6 +37,7 @@ from reasonalloc.planning.memory import LayerShape
             "--pipeline-parallel-size.*V1 model runner has no stages on a CPU",
         ),
         ({}, {"hf_overrides": {"is_mm_prefix_lm": True}}, "--language-model-only"),
+        ({}, {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "--ubatch-size"),
         ({"prompt": "protect"}, {}, "prompt='protect'"),
         ({"budget": "1MiB"}, {"kv_cache_dtype": "fp8"}, "budget='1MiB' counts .*-dtype fp8"),
         ({"kv_dtype": "int8"}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.*kv_dtype='int8'"),
@@ -49,6 +51,48 @@ def test_refused(
 ) -> None:
     with pytest.raises((UsageError, UnsupportedError), match=says):
         engine({"budget": 64, **settings}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engines"),
+    [
+        ({"data_parallel_size": 8}, 8),
+        ({"data_parallel_size": 8, "data_parallel_rank_local": 3}, 1),
+        ({"data_parallel_size": 8, "local_engines_only": True, "data_parallel_size_local": 2}, 2),
+    ],
+)
+def test_engines_whose_blocks_are_summed_up(parallel: dict[str, Any], engines: int) -> None:
+    plain = {"data_parallel_rank_local": None, "local_engines_only": False}
+    assert patches._engines(SimpleNamespace(**plain | parallel)) == engines
+
+
+@pytest.mark.parametrize(("given", "left"), [(None, 900), (1000, 1000)])
+def test_memory_beside_the_cache(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, left: int
+) -> None:
+    """It is left where vLLM sets the size of the cache, too, as a plan of an earlier start does."""
+    plan = SimpleNamespace(
+        cache_bytes=lambda available, requests, *rest: max(available - requests, 0), stages=None
+    )
+    monkeypatch.setattr(worker_wrappers, "find_budget", lambda config: plan)
+
+    def found(self: Any) -> int:
+        self.cache_config.kv_cache_memory_bytes = 1000
+        return 1000
+
+    def asking(requests: int) -> Any:
+        cache = SimpleNamespace(kv_cache_memory_bytes=given, cache_dtype="auto")
+        scheduler = SimpleNamespace(max_num_seqs=requests)
+        return SimpleNamespace(
+            vllm_config=SimpleNamespace(scheduler_config=scheduler),
+            cache_config=cache,
+            model_config=SimpleNamespace(dtype=torch.bfloat16),
+        )
+
+    assert worker_wrappers.leave_room(found)(asking(100)) == left
+    if given is None:
+        with pytest.raises(UnsupportedError, match=r"--max-num-seqs 1000: .* give fewer"):
+            worker_wrappers.leave_room(found)(asking(1000))
 
 
 def test_stages_without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +181,17 @@ def test_a_prompt_that_never_fits(engine: Callable[..., Any]) -> None:
     with pytest.raises(VLLMValidationError, match="shorten it to"):
         greedy(llm, random_prompts([1500]), 4)
     assert len(greedy(llm, random_prompts([100]), 4)[0]) == 4
+
+
+def test_new_weights_where_something_was_copied(engine: Callable[..., Any]) -> None:
+    arm = "value_aware(metric=output)/uniform/uniform"
+    made = engine({"budget": 64, "arm": arm})
+    with pytest.raises(UnsupportedError, match=r"replaced .* output projections"):
+        worker(made).update_weights({})
+    with pytest.raises(UnsupportedError, match=r"replaced .* output projections"):
+        worker(made).reload_weights()
+    with pytest.raises(Exception, match="weight"):  # vLLM's own: no transfer was begun
+        worker(engine({"budget": 64})).update_weights({})
 
 
 def test_a_method_that_is_gone_or_changed() -> None:

@@ -13,7 +13,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.checks import check_prompt, check_version
 from reasonalloc.integrations.vllm.coding import Coding
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
-from reasonalloc.integrations.vllm.settings import VARIABLE, find_settings
+from reasonalloc.integrations.vllm.settings import VARIABLE, find_settings, with_settings
 from reference import compression_points
 
 
@@ -116,6 +116,12 @@ def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.Mo
     found = find_settings({})
     assert found is not None
     assert (found.budget, str(found.arm)) == (32, "rkv/uniform/adakv")
+    # Other machines do not have the variable.
+    carried = with_settings({"other": 1}, found)
+    monkeypatch.delenv(VARIABLE)
+    assert carried["other"] == 1
+    assert find_settings(carried) == found
+    assert with_settings(carried, found) is carried
 
 
 @pytest.mark.parametrize(

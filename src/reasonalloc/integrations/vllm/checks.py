@@ -117,8 +117,9 @@ def check_engine(config: Any) -> None:
         )
     if parallel.decode_context_parallel_size > 1:
         raise refuse("--decode-context-parallel-size", "use --tensor-parallel-size")
-    if getattr(parallel, "enable_dbo", False):
-        raise refuse("--enable-dbo", "leave it out")
+    if getattr(parallel, "use_ubatching", False):
+        flag = "--enable-dbo" if parallel.enable_dbo else "--ubatch-size"
+        raise refuse(flag, "leave it out")
     own = str(config.model_config.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", own, *CODED):
         use = ", ".join(("auto", own, *CODED[:-1]))

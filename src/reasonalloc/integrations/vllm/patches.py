@@ -19,13 +19,14 @@ def _checked_engine(original: Callable[..., Any]) -> Callable[..., Any]:
     """An engine that is asked to keep a budget is refused if it cannot."""
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from reasonalloc.integrations.vllm.settings import find_settings
+        from reasonalloc.integrations.vllm.settings import find_settings, with_settings
 
         settings = find_settings(self.additional_config)
         if settings is None:
             return original(self, *args, **kwargs)
         if _broken is not None:
             raise _broken
+        self.additional_config = with_settings(self.additional_config, settings)
         asked = self.enable_prefix_caching
         checks.prepare(self)
         config = original(self, *args, **kwargs)
@@ -63,8 +64,7 @@ def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
         cache = self.vllm_config.cache_config
         if plan is None or not cache.num_gpu_blocks:
             return
-        engines = self.vllm_config.parallel_config.data_parallel_size
-        blocks = cache.num_gpu_blocks // engines - 1
+        blocks = cache.num_gpu_blocks // _engines(self.vllm_config.parallel_config) - 1
         reserve = plan.layouts(cache.block_size)[0].reserve
         last = self.vllm_config.model_config.max_model_len
         problem = checks.check_prompt(prompt_len, reserve, blocks, last)
@@ -74,6 +74,15 @@ def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
             raise VLLMValidationError(problem)
 
     return wrapper
+
+
+def _engines(parallel: Any) -> int:
+    """Engines whose blocks a front end has summed up: those that it manages."""
+    if parallel.data_parallel_rank_local is not None:
+        return 1
+    if parallel.local_engines_only:
+        return int(parallel.data_parallel_size_local)
+    return int(parallel.data_parallel_size)
 
 
 _ENGINE = Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", (), _checked_engine)
@@ -115,6 +124,10 @@ PATCHES = (
         "vllm.v1.worker.gpu_worker:Worker.determine_available_memory",
         (),
         of_worker.leave_room,
+    ),
+    *(
+        Patch(f"vllm.v1.worker.gpu_worker:Worker.{name}", (), of_worker.keep_weights)
+        for name in ("reload_weights", "start_weight_update", "update_weights")
     ),
     Patch(
         "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",

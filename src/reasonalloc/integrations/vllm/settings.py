@@ -44,6 +44,17 @@ def find_settings(additional_config: Any) -> CompressionConfig | None:
     return _read(owner, dict(given))
 
 
+def with_settings(additional_config: Any, settings: CompressionConfig) -> Any:
+    """``additional_config`` with the settings in it, wherever they were found.
+
+    vLLM carries it to every machine and tells compiled graphs apart by it; the environment
+    variable it does neither.
+    """
+    if not isinstance(additional_config, Mapping) or additional_config.get(KEY) is not None:
+        return additional_config
+    return {**additional_config, KEY: as_json(settings)}
+
+
 def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:
     known = ("arm", *_PARTS, *_PLAIN)
     for name in given:

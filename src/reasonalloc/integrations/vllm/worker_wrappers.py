@@ -136,16 +136,40 @@ def leave_room(original: Callable[..., Any]) -> Callable[..., Any]:
     """What a budget keeps beside the KV cache is no part of the memory that a GPU has for it."""
 
     def wrapper(self: Any) -> int:
+        given = self.cache_config.kv_cache_memory_bytes  # vLLM may set it itself
         available: int = original(self)
         from reasonalloc.integrations.vllm.builder import own_stage
 
         plan = find_budget(self.vllm_config)
-        if plan is None or self.cache_config.kv_cache_memory_bytes:  # as the user has it
+        if plan is None or given:  # as the user has it
             return available
         requests = self.vllm_config.scheduler_config.max_num_seqs
         own = self.model_config.dtype
         stored = stored_bytes(self.cache_config.cache_dtype, own)
-        return plan.cache_bytes(available, requests, own.itemsize, stored, own_stage(plan))
+        left = plan.cache_bytes(available, requests, own.itemsize, stored, own_stage(plan))
+        if available > 0 and left == 0:
+            raise UnsupportedError(
+                f"--max-num-seqs {requests}: the last queries of so many requests, which the "
+                f"policy looks at, take all of the {available / 2**30:.1f} GiB that are left for "
+                "the KV cache: give fewer, such as --max-num-seqs 128, or more memory "
+                "(--gpu-memory-utilization)"
+            )
+        return left
+
+    return wrapper
+
+
+def keep_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    """New weights are refused where something was copied from the old ones."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for _, builder in _builders(self.model_runner):
+            if builder.copied is not None:
+                raise UnsupportedError(
+                    "weights cannot be replaced under a KV budget that has copied from them: "
+                    f"{builder.copied}; start the engine anew"
+                )
+        return original(self, *args, **kwargs)
 
     return wrapper
 
@@ -156,7 +180,7 @@ def _builders(runner: Any) -> list[tuple[int, Any]]:
 
     return [
         (number, group.get_metadata_builder(0))
-        for number, groups in enumerate(runner.attn_groups)
+        for number, groups in enumerate(getattr(runner, "attn_groups", ()))
         for group in groups
         if isinstance(group.get_metadata_builder(0), BudgetBuilder)
     ]
