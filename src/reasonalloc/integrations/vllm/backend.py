@@ -11,8 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.selector import get_attn_backend
 
 from reasonalloc.integrations.vllm.budget import EngineBudget
-from reasonalloc.integrations.vllm.builder import BudgetBuilder
 from reasonalloc.integrations.vllm.metadata import BudgetMetadata, SplitMetadata
+from reasonalloc.integrations.vllm.processors import ProcessorBuilder
 from reasonalloc.integrations.vllm.spec import BudgetSpec, budget_spec
 
 
@@ -132,9 +132,9 @@ class BudgetBackend(CPUAttentionBackend):
         return BudgetImpl
 
     @staticmethod
-    def get_builder_cls() -> type[BudgetBuilder]:
+    def get_builder_cls() -> type[ProcessorBuilder]:
         """The metadata of a step."""
-        return BudgetBuilder
+        return ProcessorBuilder
 
     @classmethod
     def customize_spec(cls, spec: Any) -> BudgetSpec:

@@ -30,7 +30,7 @@ class BudgetMetadata:
     """What a step's attention needs, for all layers. ``L`` layers, ``N`` runs = requests x heads.
 
     Attributes:
-        builder: the ``BudgetBuilder`` that made this; owns the storage.
+        builder: the ``ProcessorBuilder`` that made this; owns the storage.
         tokens: new tokens.
         by_head: runs are ordered by head first (several tokens per request, or learned sinks) or
             by request first (one each, so that queries need not be moved).

@@ -64,7 +64,6 @@ class PagedMetadata:
 class PagedBuilder(BudgetBuilder):
     """Metadata without a table of pages: one copy to the device per step, no answer from it."""
 
-    on_processors: ClassVar[bool] = False
     reorder_batch_threshold: int | None = 1  # requests with one token come first
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -79,6 +78,7 @@ class PagedBuilder(BudgetBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._check_bits(True)
         make = self.stock.get_builder_cls()
         self._stock_builder = make(kv_cache_spec, layer_names, vllm_config, device)
         self._steps: Steps | None = None
@@ -121,7 +121,7 @@ class PagedBuilder(BudgetBuilder):
             self.runs.layout.reserve.pinned(self.vllm_config.model_config.max_model_len),
         )
 
-    def build(  # type: ignore[override]
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
