@@ -2,8 +2,9 @@
 
     make bench-vllm
 
-Random weights. In the small pool 24 requests of 900 tokens compete for 6 MiB; in the large one 8
-requests run at once on a 28-layer model and only the overhead counts. Each run is a process of its
+Random weights. In the small pool 24 requests of 900 tokens compete for 6 MiB, then requests of
+unlike lengths (those of ``serve.py``, all at once); in the large one 8 requests run at once on a
+28-layer model and only the overhead counts. Each run is a process of its
 own, stock and budget take turns, and the medians are compared.
 """
 
@@ -19,7 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# name: layers, KV cache bytes, requests, prompt, new tokens, the budget's settings by arm
+_RKV = {"stock": None, "rkv": {"budget": 96, "interval": 64, "arm": "rkv"}}
+# name: layers, KV cache bytes, requests, prompt, new tokens, the budget's settings by arm; or the
+# kind of traffic instead of lengths
 CASES: dict[str, dict[str, Any]] = {
     "6 MiB, 24 requests of 900 tokens": {
         "layers": 4,
@@ -43,6 +46,20 @@ CASES: dict[str, dict[str, Any]] = {
                 "kv_dtype": "int8:int4",
             },
         },
+    },
+    "6 MiB, ShareGPT-like": {
+        "layers": 4,
+        "memory": 6 << 20,
+        "requests": 96,
+        "mix": "sharegpt",
+        "arms": _RKV,
+    },
+    "6 MiB, long answers": {
+        "layers": 4,
+        "memory": 6 << 20,
+        "requests": 24,
+        "mix": "reasoning",
+        "arms": _RKV,
     },
     "unpressed, 28 layers, 8 requests of 400 tokens": {
         "layers": 28,
@@ -79,13 +96,15 @@ CASES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--run", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print("RESULT", json.dumps(run(CASES[options.run[0]], options.run[1], options.model)))
         return
-    for name, case in CASES.items():
+    for name in options.cases:
+        case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), case["layers"])
             found: dict[str, list[dict[str, float]]] = {arm: [] for arm in case["arms"]}
@@ -134,6 +153,7 @@ def save_model(folder: Path, layers: int) -> None:
 def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
     """Steps, seconds, preemptions and most requests running at once."""
     import torch
+    from serve_traffic import draw_lengths
     from served import serve
     from vllm import LLM
 
@@ -143,7 +163,7 @@ def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
         str(folder),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=1728,
         block_size=32,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
@@ -152,15 +172,17 @@ def run(case: dict[str, Any], arm: str, folder: Path) -> dict[str, float]:
         **more,
     )
     generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(2, 97, (case["prompt"],), generator=generator).tolist()
-        for _ in range(case["requests"])
-    ]
-    done = serve(llm, prompts, [case["new"]] * case["requests"])
+    if "mix" in case:
+        lengths = draw_lengths(case["mix"], case["requests"], 0.25, 0)
+        lengths = [(min(prompt, 1728 - new), new) for prompt, new in lengths]
+    else:
+        lengths = [(case["prompt"], case["new"])] * case["requests"]
+    prompts = [torch.randint(2, 97, (n,), generator=generator).tolist() for n, _ in lengths]
+    done = serve(llm, prompts, [new for _, new in lengths])
     return {
         "steps": done.steps,
         "seconds": done.seconds,
-        "tokens_per_second": case["requests"] * case["new"] / done.seconds,
+        "tokens_per_second": sum(new for _, new in lengths) / done.seconds,
         "preemptions": done.preemptions,
         "running": done.running,
     }
