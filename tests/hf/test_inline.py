@@ -28,7 +28,7 @@ from generations import (
 )
 from models import INLINE, inline, prompt
 from reasonalloc import UnsupportedError, plan
-from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.cache_layers import held_bytes
 from reasonalloc.integrations.hf.inline import stands
 from reasonalloc.integrations.hf.inline.alibi import (
     Bias,
@@ -111,11 +111,17 @@ def test_logits_are_those_of_transformers(name: str, implementation: str) -> Non
             found = logits(model, attached.new_cache(), first, own, rest)
             again = model(first, attention_mask=own, use_cache=False).logits
         real = torch.ones_like(first, dtype=torch.bool) if own is None else own.bool()
-        torch.testing.assert_close(again[real], alone[real], atol=1e-4, rtol=1e-5)
+        close(again[real], alone[real])
         for ours, theirs in zip(found, expected, strict=True):
             shown = real if ours.shape[1] == first.shape[1] else slice(None)
-            torch.testing.assert_close(ours[shown], theirs[shown], atol=1e-4, rtol=1e-5)
+            close(ours[shown], theirs[shown])
     assert model.config._attn_implementation == implementation
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Within what float32 leaves of the largest logit after some layers, on any processor."""
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, atol=2e-5 * largest, rtol=0)
 
 
 @torch.no_grad()

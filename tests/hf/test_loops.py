@@ -15,7 +15,7 @@ from generations import PADDED, SMALL, batch, generated
 from models import prompt, unequal
 from reasonalloc import UnsupportedError, plan
 from reasonalloc.config import CompressionConfig
-from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.cache_layers import held_bytes
 from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.integrations.hf.versions import with_cache
 from reasonalloc.integrations.vllm.budget import make_budget

@@ -26,7 +26,7 @@ from generations import (
 )
 from models import ABLE, LATENTS, latent, prompt
 from reasonalloc import UnsupportedError, plan
-from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.cache_layers import held_bytes
 from reasonalloc.integrations.hf.latent import LatentLayer
 from reasonalloc.planning.shapes import layer_shapes
 

@@ -29,7 +29,7 @@ from generations import (
 from models import ABLE, UNEQUAL, prompt, unequal, unequal_heads
 from reasonalloc import UnsupportedError, UsageError, plan
 from reasonalloc.config import CompressionConfig
-from reasonalloc.integrations.hf.cache import held_bytes
+from reasonalloc.integrations.hf.cache_layers import held_bytes
 from reasonalloc.integrations.hf.replay import replay_logits
 from reasonalloc.integrations.vllm.budget import make_budget
 from reasonalloc.planning.shapes import layer_shapes

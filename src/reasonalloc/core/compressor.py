@@ -16,7 +16,8 @@ from reasonalloc.attention.latent import LatentHeads
 from reasonalloc.cache import AnySlab, CodedSlab, Rows, Slab
 from reasonalloc.config import CompressionConfig
 from reasonalloc.core.boundary import decide
-from reasonalloc.core.cadence import Cadence, most_coded, slots
+from reasonalloc.core.cadence import Cadence
+from reasonalloc.core.candidates import candidates_of
 from reasonalloc.core.observation import observe_prefill
 from reasonalloc.core.prefill import (
     Chunk,
@@ -28,12 +29,12 @@ from reasonalloc.core.prefill import (
 )
 from reasonalloc.core.progress import Progress
 from reasonalloc.core.recorder import Recorder
-from reasonalloc.core.steps import EagerStep, FixedStep, Held, Logits, StepInput
+from reasonalloc.core.steps import EagerStep, FixedStep, Held, Logits, Step, StepInput
+from reasonalloc.core.storage import Storage, check_positions
 from reasonalloc.core.window import QueryWindow
 from reasonalloc.errors import UsageError
 from reasonalloc.ops import choose_operations
-from reasonalloc.ops.codes import RowFormat, row_format
-from reasonalloc.policies import Candidates, Policy
+from reasonalloc.policies import Policy
 
 
 class LayerCompressor:
@@ -82,11 +83,9 @@ class LayerCompressor:
         self._heads = heads
         self._backend = backend
         self._recorder = recorder
-        self._planned, self._formats = planned, formats
-        # Tokens of all heads together beyond which the layer is compressed.
-        self._most = total if formats is None else len(planned or ()) * min(planned or (0,))
-        self._wanted: Tensor | None = None  # the same on the device, [kv_heads] int64
+        self._wanted: Tensor | None = None  # what is planned, on the device, [kv_heads] int64
         self._ops = ops = choose_operations(backend.native)
+        self._storage = Storage(total, config, planned, formats, policy.state_channels, ops)
         self._eager, self._fixed = EagerStep(policy, backend, ops), FixedStep(policy, backend, ops)
         self.slab: AnySlab | None = None
         self._queries: QueryWindow | None = None
@@ -186,62 +185,13 @@ class LayerCompressor:
 
     def _allocate(self, query: Tensor, key: Tensor, value: Tensor) -> AnySlab:
         self._backend.check(key.device, key.dtype)  # the model may have moved since
-        self.slab = self._make_slab(key, value)
+        self.slab = self._storage.empty(key, value, self.progress.pinned.room)
         if self._policy.needs_queries:
             self._queries = QueryWindow(query, self._config.window)
-        if self._planned is not None:
-            self._wanted = torch.tensor(self._planned, dtype=torch.int64, device=key.device)
+        planned = self._storage.planned
+        if planned is not None:
+            self._wanted = torch.tensor(planned, dtype=torch.int64, device=key.device)
         return self.slab
-
-    def _make_slab(self, key: Tensor, value: Tensor) -> AnySlab:
-        """Return empty storage, with room for what is pinned now."""
-        batch, kv_heads, _, head_dim = key.shape
-        config, dims = self._config, (head_dim, value.shape[-1])
-        channels = self._policy.state_channels
-        if self._coded:
-            kinds = self._formats or [config.kv_dtype] * kv_heads
-            formats = [row_format(kind, *dims, key.dtype) for kind in kinds]
-            return CodedSlab(
-                formats,
-                self._coded_tokens(formats),
-                batch,
-                config.window + config.interval,
-                config.window,
-                device=key.device,
-                state_channels=channels,
-                ops=self._ops,
-            )
-        return Slab(
-            batch,
-            kv_heads,
-            self._slots(kv_heads),
-            *dims,
-            dtype=key.dtype,
-            device=key.device,
-            state_channels=channels,
-            ops=self._ops,
-        )
-
-    def _coded_tokens(self, formats: Sequence[RowFormat]) -> dict[RowFormat, int]:
-        """Return the most coded tokens of all heads together that have each format."""
-        window, pinned = self._config.window, self.progress.pinned.room
-        if self._formats is None or self._planned is None:
-            return {formats[0]: most_coded(self.total, len(formats), window, pinned)}
-        room: dict[RowFormat, int] = {}
-        for form, tokens in zip(formats, self._planned, strict=True):
-            room[form] = room.get(form, 0) + most_coded(tokens, 1, window, pinned)
-        return room
-
-    def _slots(self, kv_heads: int) -> int:
-        """Return the slots of a sequence, with room for what is pinned."""
-        config, pinned = self._config, self.progress.pinned.room
-        window = config.window if self._coded else None
-        return slots(self.total, kv_heads, config.interval, pinned, window)
-
-    @property
-    def _coded(self) -> bool:
-        """Whether older tokens are kept in fewer bits."""
-        return self._config.coded or self._formats is not None
 
     def _decode(
         self,
@@ -252,13 +202,18 @@ class LayerCompressor:
         valid: Tensor | None,
         logits: Logits,
     ) -> Tensor:
-        step = self._fixed if self.static else self._eager
-        held = Held(slab, self._queries, self.progress, self.latent, self.bias)
-        out = step.run(held, StepInput(query, key, value, valid, logits))
+        out = self._step.run(self._held(slab), StepInput(query, key, value, valid, logits))
         self._logits = logits
         if not self.static:
             self._settle(slab)
         return out
+
+    @property
+    def _step(self) -> Step:
+        return self._fixed if self.static else self._eager
+
+    def _held(self, slab: AnySlab) -> Held:
+        return Held(slab, self._queries, self.progress, self.latent, self.bias)
 
     @property
     def unsettled(self) -> bool:
@@ -376,11 +331,12 @@ class LayerCompressor:
         self.progress.check(numbers)
         if not tensors:
             return
-        names = ("tail_keys", "tail_values") if self._coded else ("keys", "values")
+        names = ("tail_keys", "tail_values") if self._storage.coded else ("keys", "values")
         keys, values = (tensors[name] for name in names)
         batch, kv_heads = tensors["lengths"].shape
         self.progress.fill_pinned(numbers, batch, keys.device)
-        given, own = tensors["positions"].shape[1], self._slots(kv_heads)
+        room = self.progress.pinned.room
+        given, own = tensors["positions"].shape[1], self._storage.slots(kv_heads, room)
         if given != own:  # before so much is allocated
             raise ValueError(f"{given} slots, not {own}")
         slab = self._allocate(
@@ -388,13 +344,13 @@ class LayerCompressor:
             keys.new_empty(batch, kv_heads, 1, keys.shape[-1]),
             values.new_empty(batch, kv_heads, 1, values.shape[-1]),
         )
-        room = self._config.interval - int(numbers["since"])
-        slab.fill(tensors, bool(numbers["equal"]), room)
+        left = self._config.interval - int(numbers["since"])
+        slab.fill(tensors, bool(numbers["equal"]), left)
         if self._queries is not None:
             self._queries.fill(tensors)
         held = self._competing(slab, int(slab.held.sum(dim=1).max()))
         self.progress.fill(numbers, batch, held, keys.device)
-        _check_positions(slab, self.progress.per_sequence(batch, keys.device))
+        check_positions(slab, self.progress.per_sequence(batch, keys.device))
 
     def advance(self) -> None:
         """The host's part of a static step, after its device part was run or replayed."""
@@ -407,7 +363,7 @@ class LayerCompressor:
         """Count a decode step on the host; at the end of an interval compress, or only code."""
         if not self.progress.step(slab.kv_heads):
             return
-        if self.progress.held > self._most:
+        if self.progress.held > self._storage.most:
             self._compress(slab, slab.as_rows(), self._logits)
         elif isinstance(slab, CodedSlab):
             rows = slab.as_rows()
@@ -468,7 +424,7 @@ class LayerCompressor:
         if self._queries is not None:
             self._queries.push(query, progress.seen, valid)
         due = progress.prefill(columns, valid, chunk.held, chunk.replayed)
-        if due and progress.held > self._most:
+        if due and progress.held > self._storage.most:
             self._compress(slab, rows, logits)
             return
         longest = rows.index.shape[-1]
@@ -514,17 +470,18 @@ class LayerCompressor:
 
     def _make_room(self, slab: AnySlab, key: Tensor, value: Tensor) -> AnySlab:
         """Return storage for what is pinned now; its content is written by whoever calls."""
-        if slab.slots >= self._slots(slab.kv_heads):
+        pinned = self.progress.pinned.room
+        if slab.slots >= self._storage.slots(slab.kv_heads, pinned):
             return slab
-        self.slab = room = self._make_slab(key, value)
+        self.slab = larger = self._storage.empty(key, value, pinned)
         if slab.uniform_length is None:
-            room.make_ragged()
-        return room
+            larger.make_ragged()
+        return larger
 
     def _compress(self, slab: AnySlab, rows: Rows, logits: Logits) -> None:
         seen, pinned = self.progress.seen, self.progress.pinned
         keep, budgets = decide(
-            self._candidates(slab, rows, logits),
+            candidates_of(self.layer, self._held(slab), rows, logits, self._config),
             self._config,
             self._policy,
             self._heads,
@@ -533,7 +490,7 @@ class LayerCompressor:
             self.progress.prompt if self._config.prompt == "protect" else 0,
             self._ops,
             pinned,
-            self._formats is not None,
+            self._storage.formats is not None,
         )
         # One length for all runs: equal shares of a total that divides, no padding.
         equal = (
@@ -548,60 +505,3 @@ class LayerCompressor:
         self.progress.compressed(self.total)
         columns = self.progress.columns
         self._recorder.add(columns, self.layer, budgets, slab.as_rows)
-
-    def _candidates(self, slab: AnySlab, rows: Rows, logits: Logits) -> Candidates:
-        """What the policy may know of the layer."""
-        config, queries, seen = self._config, self._queries, self.progress.seen
-        sinks, latent = logits.sinks, self.latent
-        asked = None if queries is None else queries.read(seen, slab)
-        places = None if queries is None else queries.positions(seen)
-        positions, bias, own_sinks = rows.gather(rows.positions).long(), None, None
-        if self.bias is not None and asked is not None and places is not None:
-            asked, table, own_sinks = self.bias.split(asked)
-            distance = places[:, None, :, None] - positions[:, :, None]
-            bias = self.bias.of(table, distance[:, :, None])
-        if latent is not None and asked is not None:
-            asked = latent.scored_queries(asked)
-        return Candidates(
-            lengths=rows.lengths,
-            positions=positions,
-            load_keys=lambda: _scored_keys(rows, latent),
-            load_values=lambda: _scored_values(rows, latent),
-            queries=asked,
-            query_positions=places,
-            state=None if rows.state is None else rows.gather(rows.state),
-            seen=self.progress.per_sequence(slab.batch, slab.device),
-            window=config.window,
-            scaling=logits.scaling,
-            softcap=logits.softcap,
-            sinks=None if sinks is None else sinks.view(slab.kv_heads, -1),
-            layer=self.layer,
-            seed=config.seed,
-            stored=(rows.keys, rows.index) if latent is None and bias is None else None,
-            bias=bias,
-            query_sinks=own_sinks,
-        )
-
-
-def _scored_keys(rows: Rows, latent: LatentHeads | None) -> Tensor:
-    """[batch, kv_heads, n, dim]: the keys that policies see."""
-    keys = rows.gather(rows.keys)
-    return keys if latent is None else latent.scored_keys(keys)
-
-
-def _scored_values(rows: Rows, latent: LatentHeads | None) -> Tensor:
-    """[batch, kv_heads, n, value_dim]: the values that policies see."""
-    if latent is None:
-        return rows.gather(rows.values)
-    return latent.scored_values(rows.gather(rows.keys))
-
-
-def _check_positions(slab: AnySlab, seen: Tensor) -> None:
-    """Refuse positions that do not rise inside a run, or lie outside of the text."""
-    rows = slab.as_rows()
-    held = torch.arange(rows.index.shape[-1], device=seen.device) < rows.lengths[..., None]
-    places = rows.gather(rows.positions)
-    inside = (places >= 0) & (places < seen[:, None, None])
-    rising = places[..., 1:] > places[..., :-1]
-    if not bool((inside | ~held).all()) or not bool((rising | ~held[..., 1:]).all()):
-        raise ValueError("positions do not rise, or lie outside of the text")

@@ -12,7 +12,7 @@ from torch import Tensor
 from reasonalloc.cache import AnySlab
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.prefill import Chunk, new_tokens
-from reasonalloc.core.steps import Held, Logits, StepInput
+from reasonalloc.core.steps import Logits, StepInput
 from reasonalloc.errors import UnsupportedError
 
 
@@ -125,7 +125,7 @@ class SharedCompressor(ReadLayer[SharedCall]):
         if call.chunk is not None:
             out = call.chunk.attend(query, logits)
         else:
-            out, received = self._step.read(self._held(call), query, logits)
+            out, received = self._step.read(self._held(call.slab), query, logits)
         call.add(query, logits, received)
         if len(call.queries) == self.readers:
             self._end(call)
@@ -151,7 +151,9 @@ class SharedCompressor(ReadLayer[SharedCall]):
             progress.spread(slab.batch, key.device)
         call = SharedCall(slab, key, value, valid)
         if queries == 1 and progress.columns > 0:
-            self._step.store(self._held(call), StepInput(query, key, value, valid, Logits(1.0)))
+            self._step.store(
+                self._held(call.slab), StepInput(query, key, value, valid, Logits(1.0))
+            )
         else:
             call.chunk = self._open(slab, key, value, mask, valid, replayed)
         return call
@@ -162,17 +164,10 @@ class SharedCompressor(ReadLayer[SharedCall]):
             self._close(call.chunk, query, logits)
             return
         new = StepInput(query, call.key, call.value, call.valid, logits)
-        self._step.finish(self._held(call), new, call.received)
+        self._step.finish(self._held(call.slab), new, call.received)
         self._logits = logits
         if not self.static:
             self._settle(call.slab)
-
-    @property
-    def _step(self) -> Any:
-        return self._fixed if self.static else self._eager
-
-    def _held(self, call: SharedCall) -> Held:
-        return Held(call.slab, self._queries, self.progress)
 
 
 def join_heads(queries: Sequence[Tensor], kv_heads: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.allocators.head import HEAD_ALLOCATORS
 from reasonalloc.allocators.layer import LayerQuery
 from reasonalloc.calibrated.demand import config_hash
 from reasonalloc.calibrated.shipped import shipped_name
@@ -22,18 +21,23 @@ from reasonalloc.ops.codes import row_format
 from reasonalloc.planning.files import (
     check_alike,
     check_profile,
-    make_layer_allocator,
-    make_policy,
     other_cadence,
     with_shipped,
 )
 from reasonalloc.planning.memory import LayerShape, MemoryPlan, row_bytes
+from reasonalloc.planning.parts import (
+    Formats,
+    bind_policy,
+    plan_formats,
+    plan_heads,
+    plan_totals,
+)
 from reasonalloc.planning.sharding import HeadShard
 from reasonalloc.planning.tables import latent_sizes, layer_sizes, layer_table, size_table
 from reasonalloc.policies import ModelFacts, Policy
 from reasonalloc.rotary import Rope
 from reasonalloc.tables import Shown, Table, human, show
-from reasonalloc.whole import whole_number, whole_numbers
+from reasonalloc.whole import whole_number
 
 #: Context length at which a plan compares the caches unless another one is given, in tokens.
 TOKENS = 32768
@@ -76,7 +80,7 @@ class BudgetPlan(Shown):
     policy: Policy = field(init=False, repr=False)
     totals: tuple[int, ...] = field(init=False)
     planned: tuple[tuple[int, ...], ...] | None = field(init=False)
-    formats: tuple[tuple[tuple[int, str], ...], ...] | None = field(init=False)
+    formats: Formats | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens"):
@@ -89,10 +93,13 @@ class BudgetPlan(Shown):
         check_profile(self.config)
         for shape in self._budgeted:
             self._check_kv_dtype(shape)
-        object.__setattr__(self, "policy", self._bind_policy())
-        object.__setattr__(self, "formats", self._plan_formats(self.config.budget))
-        object.__setattr__(self, "totals", self.totals_at(self.config.budget))
-        object.__setattr__(self, "planned", self._plan_heads())
+        config, query = self.config, self._query(self.config.budget)
+        object.__setattr__(self, "policy", bind_policy(config, self._facts()))
+        object.__setattr__(self, "formats", plan_formats(config, query))
+        object.__setattr__(self, "totals", plan_totals(config, query, self.formats))
+        heads = [shape.kv_heads for shape in self._budgeted]
+        planned = plan_heads(config, query, self.formats, self.totals, heads)
+        object.__setattr__(self, "planned", planned)
 
     def _check_kv_dtype(self, shape: LayerShape) -> None:
         """Refuse a format that a layer's keys and values cannot be kept in."""
@@ -150,21 +157,9 @@ class BudgetPlan(Shown):
     def totals_at(self, budget: int) -> tuple[int, ...]:
         """Return ``totals`` as they would be under another budget."""
         known = budget == self.config.budget
-        formats = self.formats if known else self._plan_formats(budget)
-        if formats is not None:
-            return tuple(sum(tokens for tokens, _ in layer) for layer in formats)
-        query = self._query(budget)
-        given = make_layer_allocator(self.config).allocate(query)
-        name = f"layers={self.config.arm.layers!r}: what allocate() returned"
-        totals = whole_numbers(name, given)
-        few = any(total < least for total, least in zip(totals, query.leasts, strict=False))
-        if sum(totals) != query.total or len(totals) != query.layers or few:
-            least = query.least if self._alike else list(query.leasts)
-            raise UsageError(
-                f"{name}, {totals}, must be {query.layers} numbers of at least {least} that "
-                f"sum to {query.total}"
-            )
-        return tuple(totals)
+        config, query = self.config, self._query(budget)
+        formats = self.formats if known else plan_formats(config, query)
+        return plan_totals(config, query, formats)
 
     def memory(
         self,
@@ -342,9 +337,10 @@ class BudgetPlan(Shown):
     def _fingerprint(self) -> str:
         return config_hash(self.text_config.to_dict())
 
-    def _bind_policy(self) -> Policy:
+    def _facts(self) -> ModelFacts:
+        """What a policy may know of the model."""
         first = self._budgeted[0]
-        facts = ModelFacts(
+        return ModelFacts(
             model_id=self.name,
             config_hash=self._fingerprint,
             layers=len(self._budgeted),
@@ -355,59 +351,6 @@ class BudgetPlan(Shown):
             kv_heads=tuple(shape.kv_heads for shape in self._budgeted),
             indices=tuple(i for i, shape in enumerate(self.shapes) if shape.compressible),
         )
-        policy: Any = make_policy(self.config).bind(facts)
-        name = f"policy={self.config.arm.policy!r}"
-        if not isinstance(policy, Policy):
-            raise UsageError(f"{name}: bind() returned {policy!r}: return a policy, such as self")
-        channels = whole_number(f"{name}: state_channels", policy.state_channels, 0)
-        if channels and type(policy).observe is Policy.observe:
-            raise UsageError(f"{name} has state_channels, but no observe(): define it")
-        if not 0 <= policy.recent_fraction <= 1:
-            raise UsageError(
-                f"{name}: recent_fraction={policy.recent_fraction!r} must lie between 0 and 1"
-            )
-        return policy
-
-    def _plan_formats(self, budget: int) -> tuple[tuple[tuple[int, str], ...], ...] | None:
-        allocator, arm = make_layer_allocator(self.config), self.config.arm
-        formats = allocator.plan_formats(self._query(budget))
-        if formats is None:
-            return None
-        name = f"layers={arm.layers!r}"
-        if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
-            raise UsageError(
-                f"{name} plans bits per head, which heads={arm.heads!r} does not follow: use "
-                "heads='planned'"
-            )
-        if self.config.kv_dtype != "auto":
-            raise UsageError(
-                f"{name} plans bits, and kv_dtype={self.config.kv_dtype!r} is given: leave it out"
-            )
-        return tuple(tuple((int(n), str(kind)) for n, kind in layer) for layer in formats)
-
-    def _plan_heads(self) -> tuple[tuple[int, ...], ...] | None:
-        arm = self.config.arm
-        if not HEAD_ALLOCATORS.create(arm.heads).needs_plan:
-            return None
-        if self.formats is not None:
-            return tuple(tuple(tokens for tokens, _ in layer) for layer in self.formats)
-        heads = make_layer_allocator(self.config).plan_heads(self._query(self.config.budget))
-        if heads is None:
-            raise UsageError(
-                f"heads={arm.heads!r} needs budgets per head, which layers="
-                f"{arm.layers!r} does not plan: use layers='cost' or another head allocator"
-            )
-        name = f"layers={arm.layers!r}: what plan_heads() returned"
-        rows = tuple(tuple(whole_numbers(name, layer, 0)) for layer in heads)
-        for row, total, shape in zip(rows, self.totals, self._budgeted, strict=False):
-            if len(row) != shape.kv_heads or sum(row) != total:
-                raise UsageError(
-                    f"{name} for a layer, {list(row)}, must be {shape.kv_heads} numbers that sum "
-                    f"to its total of {total}"
-                )
-        if len(rows) != len(self.totals):
-            raise UsageError(f"{name} has {len(rows)} rows for {len(self.totals)} layers")
-        return rows
 
     def _query(self, budget: int) -> LayerQuery:
         config = dataclasses.replace(self.config, budget=budget)

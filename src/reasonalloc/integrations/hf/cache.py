@@ -5,30 +5,22 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache
 
 from reasonalloc.core.compressor import LayerCompressor
 from reasonalloc.core.recorder import Recorder
 from reasonalloc.core.shared import SharedCompressor
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.hf.images import ImageLayer
-from reasonalloc.integrations.hf.latent import LatentLayer
-from reasonalloc.integrations.hf.paired import PairedLayer
-from reasonalloc.integrations.hf.seen import SeenText, following
+from reasonalloc.integrations.hf.cache_layers import CacheLayers, layers_of
+from reasonalloc.integrations.hf.hidden import Hidden
+from reasonalloc.integrations.hf.seen import SeenText
 from reasonalloc.integrations.hf.slab_layer import FOREIGN_ATTENTION, UNREAD, SlabLayer
-from reasonalloc.integrations.hf.sliding import SlidingLayer
-from reasonalloc.integrations.hf.states import (
-    SlabAndStateLayer,
-    SlidingAndStateLayer,
-    StateLayer,
-    empty_layer,
-)
 from reasonalloc.planning.memory import LayerShape
 
 _BROKEN_OFF = (
@@ -37,41 +29,9 @@ _BROKEN_OFF = (
 )
 
 
-def held_bytes(layers: Iterable[Any]) -> int:
-    """Bytes that cache layers of transformers' own hold for keys, values and states."""
-    size = 0
-    for layer in layers:
-        held = [getattr(layer, name, None) for name in ("keys", "values")]
-        for name in ("conv_states", "recurrent_states"):
-            held.extend(getattr(layer, name, {}).values())
-        size += sum(tensor.nbytes for tensor in held if tensor is not None)
-    return size
-
-
-def _layer(compressor: LayerCompressor | None, shape: LayerShape) -> Any:
-    """An empty cache layer of what the model's configuration says."""
-    if compressor is not None:
-        if shape.latent is not None and shape.latent.cached:
-            return LatentLayer(compressor, shape)
-        if shape.paired:
-            return PairedLayer(compressor, shape)
-        if shape.state is None:
-            return SlabLayer(compressor, shape)
-        return SlabAndStateLayer(compressor, shape)
-    if shape.sliding_window is not None:
-        return SlidingLayer(shape) if shape.state is None else SlidingAndStateLayer(shape)
-    if shape.image:
-        return ImageLayer()
-    return empty_layer() if shape.state is None else StateLayer(shape.state)
-
-
 def _detached(state: Tensor | None) -> Tensor | None:
     """A state without the graph of the calls that made it, where gradients are recorded."""
     return state.detach_() if state is not None and state.requires_grad else state
-
-
-#: Layers that can copy what they hold, and give and take it; the others hold nothing.
-_HOLDING = (SlabLayer, SlidingLayer, StateLayer, ImageLayer)
 
 
 class Owner(Protocol):
@@ -105,6 +65,8 @@ class BudgetCache(Cache):
         owner: the attachment that made the cache.
     """
 
+    layers: CacheLayers
+
     def __init__(
         self,
         layers: Sequence[LayerCompressor | None],
@@ -114,14 +76,10 @@ class BudgetCache(Cache):
     ) -> None:
         self.recorder = recorder
         self.owner = owner
-        Cache.__init__(  # not that of a model's own class, see ``OwnBudgetCache``
-            self, layers=[_layer(layer, shape) for layer, shape in zip(layers, shapes, strict=True)]
-        )
-        self._first = next((i for i, shape in enumerate(shapes) if shape.kv_heads), 0)
+        # Not that of a model's own class, see ``OwnBudgetCache``.
+        Cache.__init__(self, layers=layers_of(layers, shapes))
         #: Whether a call has looked at a state, and not ended yet; see ``settle``.
         self._moving = False
-        self._compressed = [s for s in self.layers if isinstance(s, SlabLayer)]
-        self._counted = any(shape.bias for shape in shapes)  # keys hold where they stand
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
         self.seen = SeenText()
         #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
@@ -143,8 +101,8 @@ class BudgetCache(Cache):
             raise UsageError(
                 "this cache belongs to a KV budget that was detached: attach again and start anew"
             )
-        if layer_idx == self._first:
-            if not self._in_step:
+        if layer_idx == self.layers.first:
+            if not self.layers.in_step(self.get_seq_length()):
                 raise UsageError(_BROKEN_OFF)
         elif self._latest is not None and self._latest.pending:
             raise UnsupportedError(FOREIGN_ATTENTION)
@@ -166,11 +124,7 @@ class BudgetCache(Cache):
     @property
     def is_linear(self) -> list[bool]:
         """Per layer whether it has a state and no attention."""
-        return [
-            isinstance(layer, LinearAttentionCacheLayerMixin)
-            and not isinstance(layer, CacheLayerMixin)
-            for layer in self.layers
-        ]
+        return self.layers.linear
 
     def settle(self) -> None:
         """Take note that a forward call has ended: all its states are the new ones.
@@ -179,17 +133,17 @@ class BudgetCache(Cache):
             UnsupportedError: a layer was to be read by others that have not read it.
         """
         self._moving = False
-        if any(layer.waiting for layer in self._compressed):
+        if any(layer.waiting for layer in self.layers.budgeted):
             raise UnsupportedError(UNREAD)
 
     @property
     def single_tokens_are_real(self) -> bool:
         """Whether the masks of single new tokens need not be looked at."""
-        return all(layer.decode_is_real for layer in self._compressed)
+        return all(layer.decode_is_real for layer in self.layers.budgeted)
 
     @single_tokens_are_real.setter
     def single_tokens_are_real(self, value: bool) -> None:
-        for layer in self._compressed:
+        for layer in self.layers.budgeted:
             layer.decode_is_real = value
 
     @contextmanager
@@ -233,7 +187,7 @@ class BudgetCache(Cache):
             return
         self.check_whole()
         self.check_batch(batch)
-        if past and columns > 1 and not all(layer.state.continues for layer in self._states):
+        if past and columns > 1 and not all(layer.state.continues for layer in self.layers.states):
             raise UnsupportedError(
                 "the Mamba layers of this model start anew at every call with several tokens, so a "
                 "text cannot be continued: start with a new cache and the whole conversation"
@@ -242,25 +196,16 @@ class BudgetCache(Cache):
         self.single_tokens_are_real = self._trust_next
         self._trust_next = self._generating
         if not trusted:
-            self._look(mask, batch, columns)
+            Hidden(self.layers, self.seen).compare(mask, batch, columns)
         with torch.inference_mode(False), torch.no_grad():
             self.seen.add(ids, batch, columns)
             if mask is not None and not trusted:
-                self._place(mask, columns)
+                Hidden(self.layers, self.seen).note(mask, columns)
 
     @property
     def whole(self) -> bool:
         """Whether no call broke off in the middle: all layers have seen the same text."""
-        return self._in_step and not self._moving
-
-    @property
-    def _in_step(self) -> bool:
-        """Whether all layers with keys have seen equally many tokens."""
-        length = self.get_seq_length()
-        return all(
-            layer.get_seq_length() == length and not (isinstance(layer, SlabLayer) and layer.midway)
-            for layer in (*self._compressed, *self._sliding)
-        )
+        return not self._moving and self.layers.in_step(self.get_seq_length())
 
     def check_whole(self) -> None:
         """Refuse a cache that a call left in the middle; forget one that broke off before it.
@@ -279,99 +224,17 @@ class BudgetCache(Cache):
         Raises:
             UsageError: names both.
         """
-        slab = self._compressed[0].compressor.slab
-        if slab is not None and slab.batch != batch:
+        held = self.layers.batch
+        if held is not None and held != batch:
             raise UsageError(
-                f"the cache holds {slab.batch} sequences, the new tokens come in {batch}: use a "
+                f"the cache holds {held} sequences, the new tokens come in {batch}: use a "
                 "new cache for another batch size"
             )
 
     @property
     def evicted_at(self) -> int:
         """Columns of the text at the latest compression; 0 if there was none."""
-        return max(layer.compressor.evicted_at for layer in self._compressed)
-
-    def _look(self, mask: Tensor | None, batch: int, columns: int) -> None:
-        """Compare a mask with what was seen; drop what it hides."""
-        past = self.seen.columns
-        if past == 0:
-            return
-        if mask is None:
-            if self.seen.padded:
-                raise UsageError(
-                    f"no attention_mask was given, but of the {past} tokens that the cache has "
-                    "seen some were hidden (padding): pass the mask over the whole conversation"
-                )
-            return
-        if mask.shape != (batch, past + columns):
-            raise UsageError(
-                f"the attention mask covers {mask.shape[-1]} tokens, but the cache has seen "
-                f"{past} and {columns} are new: pass a mask over all of them"
-            )
-        if not self.seen.padded and bool(mask[:, :past].all()):
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            visible = mask[:, :past].bool()
-            places = self.seen.places(batch, mask.device)
-            if bool((visible & (places < 0)).any()):
-                raise UsageError(
-                    "attention_mask shows tokens that an earlier call on this cache hid: they were "
-                    "not stored; hide them again, or start with a new cache"
-                )
-            hidden = ~visible & (places >= 0)
-            if bool(hidden.any()):
-                self._refuse_to_hide()
-                self._refuse_gaps(hidden, visible)
-                self._forget(hidden, past)
-
-    def _refuse_to_hide(self) -> None:
-        if self._states:
-            raise UnsupportedError(
-                "attention_mask hides tokens that layers with a state (linear attention, Mamba, "
-                "convolution) have taken in or would take in: start with a new cache"
-            )
-
-    def _refuse_gaps(self, hidden: Tensor, visible: Tensor) -> None:
-        """Refuse to hide tokens before others, whose bias would change (ALiBi)."""
-        if self._counted and bool((visible & (hidden.cumsum(dim=1) > 0)).any()):
-            raise UnsupportedError(
-                "attention_mask hides tokens before others that stay, whose position would change "
-                "(ALiBi), but keys were stored with it: start with a new cache"
-            )
-
-    def _forget(self, hidden: Tensor, columns: int) -> None:
-        """Drop visible columns, [batch, columns so far] bool, of which ``columns`` are kept."""
-        places = self.seen.places(hidden.shape[0], hidden.device)
-        width = max(1, int(places.max()) + 1)
-        spare = places.masked_fill(~hidden, width)
-        gone = torch.zeros(len(places), width + 1, dtype=torch.bool, device=hidden.device)
-        gone = gone.scatter_(1, spare, True)[:, :width]
-        places = places.masked_fill(hidden, -1)
-        for layer in self._compressed:
-            slab = layer.compressor.slab
-            where = hidden.device if slab is None else slab.device
-            layer.go_back(gone.to(where), following(places).to(where), columns)
-        if columns == self.seen.columns:
-            self.seen.set_places(places)
-
-    def _place(self, mask: Tensor, columns: int) -> None:
-        """Note which of the new columns are hidden."""
-        fresh = mask[:, -columns:].bool()
-        if bool(fresh.all()):
-            return
-        if columns == 1:
-            self._refuse_to_hide()  # the model hides nothing from a state in calls with one token
-        places = self.seen.places(len(mask), mask.device)
-        old = places[:, :-columns]
-        new = following(old)[:, None] + fresh.long().cumsum(dim=1) - 1
-        places = torch.cat([old, new.masked_fill(~fresh, -1)], dim=1)
-        between = (places[:, 1:] < 0) & (places[:, :-1] >= 0)
-        if any(layer.counts_columns for layer in self._compressed) and bool(between.any()):
-            raise UnsupportedError(
-                "attention_mask hides tokens behind others, which this model counts in the "
-                "distances that its attention depends on: pad on the left"
-            )
-        self.seen.set_places(places)
+        return self.layers.evicted_at
 
     def reach(self, columns: int) -> int | None:
         """How far the cache can go back to have seen at most ``columns``.
@@ -380,17 +243,7 @@ class BudgetCache(Cache):
             ``columns`` if nothing that was seen by then has been evicted since; 0 if nothing was
             ever evicted, but a layer cannot go back a part of the way; None if tokens were evicted.
         """
-        if columns < self.evicted_at:
-            return None
-        if any(columns < layer.compressor.protected_columns for layer in self._compressed):
-            return None if self.evicted_at else 0  # the new prompt is to be protected as a whole
-        if any(layer.filled for layer in self._images):
-            return None  # the next call may not bring the image again
-        bounded = any(s.get_seq_length() >= s.sliding_window for s in self._sliding)
-        bounded = bounded or bool(self._states)
-        if bounded or any(layer.compressor.keeps_state for layer in self._compressed):
-            return None if self.evicted_at else 0
-        return columns
+        return self.layers.reach(columns)
 
     def crop(self, tokens_to_remove: int = 0, max_length: int = 0) -> None:
         """Take back the end of the text, where nothing before it was evicted since.
@@ -441,22 +294,11 @@ class BudgetCache(Cache):
         self._announced = 0
         if columns == 0:
             self._moving = False
-            for cleared in self._compressed:
-                cleared.clear()
-            for state in self._states:
-                state.clear_states()
-            for image in self._images:
-                image.forget()
+            self.layers.clear()
         else:
             with torch.inference_mode(False), torch.no_grad():
-                slab = self._compressed[0].compressor.slab
-                if slab is not None:
-                    places = self.seen.places(slab.batch, slab.device)
-                    late = torch.arange(places.shape[1], device=places.device) >= columns
-                    self._forget(late & (places >= 0), columns)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, SlidingLayer):
-                self.layers[index] = layer.shortened(columns)
+                Hidden(self.layers, self.seen).go_back(columns)
+        self.layers.shorten_windows(columns)
         self.seen.go_back(columns)
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -468,13 +310,8 @@ class BudgetCache(Cache):
         self.check_whole()
         if not self.seen.columns:
             raise UsageError("this cache has seen nothing yet: there is nothing to save")
-        tensors = dict(self.seen.content())
-        numbers: dict[str, Any] = {"compressions": self.recorder.compressions}
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, _HOLDING):
-                own, numbers[str(index)] = layer.content()
-                tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
-        return tensors, numbers
+        tensors, numbers = self.layers.content()
+        return self.seen.content() | tensors, {"compressions": self.recorder.compressions} | numbers
 
     def fill(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device
@@ -484,15 +321,7 @@ class BudgetCache(Cache):
         Raises:
             ValueError, KeyError, TypeError: something is missing or does not fit.
         """
-        for index, layer in enumerate(self.layers):
-            start = f"{index}."
-            own = {
-                name.removeprefix(start): tensor.to(device)
-                for name, tensor in tensors.items()
-                if name.startswith(start)
-            }
-            if isinstance(layer, _HOLDING):
-                layer.fill(own, numbers[str(index)])
+        self.layers.fill(tensors, numbers, device)
         self.seen.fill(tensors)
         if not self.whole or self.get_seq_length() != self.seen.columns:
             raise ValueError("the layers have seen texts of different lengths")
@@ -530,15 +359,14 @@ class BudgetCache(Cache):
         raise UnsupportedError("beam search cannot run under a KV budget: use num_beams=1")
 
     def _sequences(self) -> int:
-        slab = self._compressed[0].compressor.slab
-        if slab is None:
+        if self.layers.batch is None:
             raise UsageError("this cache has seen nothing yet: there are no sequences to take")
-        return slab.batch
+        return self.layers.batch
 
     def _take(self, sequences: Tensor) -> None:
         twin = self.copy(sequences)
-        self.layers, self._compressed, self.seen = twin.layers, twin._compressed, twin.seen
-        for layer in self._compressed:
+        self.layers, self.seen = twin.layers, twin.seen
+        for layer in self.layers.budgeted:
             layer.compressor.report_to(self.recorder)
         if self.stepper is not None:
             self.stepper.forget()  # it repeats a step on the old memory
@@ -555,14 +383,7 @@ class BudgetCache(Cache):
         self.check_whole()
         twin = type(self)((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
-            twin.layers = [
-                layer.copy(twin.recorder, sequences)
-                if isinstance(layer, _HOLDING)
-                else empty_layer()
-                for layer in self.layers
-            ]
-        twin._first, twin._counted = self._first, self._counted
-        twin._compressed = [s for s in twin.layers if isinstance(s, SlabLayer)]
+            twin.layers = self.layers.copied(twin.recorder, sequences)
         twin.seen = self.seen.copy(sequences)
         return twin
 
@@ -588,46 +409,32 @@ class BudgetCache(Cache):
     def fix(self) -> None:
         """Prepare static steps, after the prompt; see ``LayerCompressor.fix``."""
         with torch.inference_mode(False), torch.no_grad():
-            for layer in self._compressed:
+            for layer in self.layers.budgeted:
                 layer.compressor.fix()
 
     @property
     def is_static(self) -> bool:
         """Whether a decode step does the device's part alone, see ``static``."""
-        return any(layer.compressor.static for layer in self._compressed)
+        return any(layer.compressor.static for layer in self.layers.budgeted)
 
-    @contextmanager
-    def static(self) -> Iterator[None]:
+    def static(self) -> AbstractContextManager[None]:
         """Inside, a decode step does the device's part alone; ``advance`` does the host's."""
-        for layer in self._compressed:
-            layer.compressor.static = True
-        try:
-            yield
-        finally:
-            for layer in self._compressed:
-                layer.compressor.static = False
+        return self.layers.static()
 
     def spoil(self) -> None:
         """A static step broke off: nobody knows which layers have stored their token."""
-        for layer in self._compressed:
+        for layer in self.layers.budgeted:
             layer.compressor.unsettled = True
 
     def advance(self) -> None:
         """Count a static step in every layer, and compress the layers that are due."""
         with torch.inference_mode(False), torch.no_grad():
-            for layer in self._compressed:
+            for layer in self.layers.budgeted:
                 layer.advance()
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Inside, several new tokens are as many decode steps at once, with the same result."""
-        for layer in self._compressed:
-            layer.replay = True
-        try:
-            yield
-        finally:
-            for layer in self._compressed:
-                layer.replay = False
+        return self.layers.replaying()
 
     @property
     def replayable(self) -> int:
@@ -636,7 +443,7 @@ class BudgetCache(Cache):
         All layers that read a shared cache see the same tokens, so none of them goes over a
         boundary before the others.
         """
-        layers = [layer.compressor for layer in self._compressed]
+        layers = [layer.compressor for layer in self.layers.budgeted]
         return min(
             (one.progress.until_boundary for one in layers if isinstance(one, SharedCompressor)),
             default=sys.maxsize,
@@ -645,49 +452,25 @@ class BudgetCache(Cache):
     @property
     def keeps_padding(self) -> bool:
         """Whether a layer holds padding, which masks have to hide: one with a sliding window."""
-        return bool(self._sliding)
-
-    @property
-    def _sliding(self) -> list[SlidingLayer]:
-        return [s for s in self.layers if isinstance(s, SlidingLayer)]
-
-    @property
-    def _images(self) -> list[ImageLayer]:
-        return [s for s in self.layers if isinstance(s, ImageLayer)]
-
-    @property
-    def _states(self) -> list[StateLayer]:
-        return [s for s in self.layers if isinstance(s, StateLayer)]
-
-    def _other_bytes(self) -> int:
-        """Bytes of the layers with a sliding window, of images and of states."""
-        bounded = [t for s in (*self._sliding, *self._images) for t in (s.keys, s.values)]
-        size = sum(tensor.nbytes for tensor in bounded if tensor is not None)
-        return size + sum(layer.state_bytes for layer in self._states)
+        return bool(self.layers.sliding)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes held now for keys, values and states, over all layers."""
-        slabs = [s.compressor.slab for s in self._compressed]
-        return sum(s.kv_bytes for s in slabs if s is not None) + self._other_bytes()
+        return self.layers.kv_bytes
 
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes held now besides keys, values and states."""
-        return sum(s.compressor.bookkeeping_bytes for s in self._compressed)
+        return sum(s.compressor.bookkeeping_bytes for s in self.layers.budgeted)
 
     @property
     def used_kv_bytes(self) -> int:
         """Bytes of what is retained now, as ``kv_bytes``. Waits for the device."""
-        size = self._other_bytes()
-        for layer in self._compressed:
-            slab = layer.compressor.slab
-            if slab is not None:
-                size += slab.held_bytes
-        return size
+        return self.layers.used_kv_bytes
 
     @property
     def retained_tokens(self) -> list[list[list[int]]]:
         """[layers][batch][kv_heads] tokens held now, of the layers under a budget."""
-        slabs = [s.compressor.slab for s in self._compressed]
+        slabs = [s.compressor.slab for s in self.layers.budgeted]
         return [slab.held.tolist() for slab in slabs if slab is not None]

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from reasonalloc.integrations.hf.cache import BudgetCache, held_bytes
+from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.cache_layers import held_bytes
 from reasonalloc.integrations.hf.model import decoder_of
 
 _READ = "get_linear_cache"
