@@ -148,7 +148,8 @@ def test_parts_of_heads_score_as_all_together(name: str, size: int) -> None:
     for rank in range(size):
         own = slice(rank * 4 // size, (rank + 1) * 4 // size)
         parts.append(policy.shard(rank, size).score(part_of(candidates, own)))
-    assert torch.equal(torch.cat(parts, dim=1), policy.score(candidates))
+    # Products of fewer rows are added up in another order on some processors.
+    torch.testing.assert_close(torch.cat(parts, dim=1), policy.score(candidates))
 
 
 def test_a_file_about_heads_that_nobody_can_divide() -> None:
