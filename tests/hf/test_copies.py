@@ -180,6 +180,29 @@ def test_broken_files_are_refused_in_one_line(change: Any, tmp_path: Path) -> No
         other.save_cache(cache, path)
 
 
+def test_a_number_that_changed_on_the_disk_is_found(tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "cache.safetensors"
+    with reasonalloc.attach(model, budget=24, interval=8) as attached:
+        cache = attached.new_cache()
+        attached.prefill(prompt(30), cache)
+        attached.save_cache(cache, path)
+        before = path.read_bytes()
+        for place in (-1, -1000, -3000):  # in the tensors, which lie behind a header
+            content = bytearray(before)
+            content[place] ^= 1
+            path.write_bytes(content)
+            with pytest.raises(UsageError, match="broken"):
+                attached.load_cache(path)
+        path.write_bytes(before)
+        broken(path, lambda t, m: t["0.keys"].view(torch.int32)[0, 0, 0].bitwise_xor_(1))
+        with pytest.raises(UsageError, match=r"broken: its checksum is [0-9a-f]{8}, not"):
+            attached.load_cache(path)
+        path.write_bytes(before)
+        assert attached.load_cache(path).retained_tokens == cache.retained_tokens
+        broken(path, lambda t, m: m.pop("crc32"))  # as older versions wrote them
+        assert attached.load_cache(path).retained_tokens == cache.retained_tokens
+
+
 def test_pickling_says_what_to_do() -> None:
     model = tiny("llama")
     with reasonalloc.attach(model, budget=24, interval=8) as attached:

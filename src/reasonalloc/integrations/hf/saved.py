@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ def save_cache(cache: BudgetCache, path: Path, fingerprint: Mapping[str, str]) -
         UsageError: the cache is empty or broken off, or the file cannot be written.
     """
     tensors, numbers = cache.content()
+    kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
         "numbers": json.dumps(numbers),
     }
-    kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    metadata["crc32"] = _checksum(kept, metadata["numbers"])
     try:
         with replacing(path) as partial:
             save_file(kept, str(partial), metadata)
@@ -77,6 +79,20 @@ def load_cache(
         cache.fill(tensors, numbers, device)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the cache in {str(path)!r} is broken: {error}") from error
+    sums = (metadata.get("crc32"), _checksum(tensors, metadata["numbers"]))
+    if sums[0] not in (None, sums[1]):  # files of older versions have none
+        raise UsageError(
+            f"the cache in {str(path)!r} is broken: its checksum is {sums[1]}, not {sums[0]}"
+        )
+
+
+def _checksum(tensors: Mapping[str, Tensor], numbers: str) -> str:
+    """CRC-32 of everything that a file holds, as eight hexadecimal digits."""
+    crc = zlib.crc32(numbers.encode("utf-8"))
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode("utf-8"), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
