@@ -183,6 +183,27 @@ def test_sampling_is_seeded(call: Call, folder: str) -> None:
     assert first == again != other
 
 
+@pytest.mark.parametrize(
+    ("options", "noted"),
+    [
+        (("--seed", "3"), True),
+        (("--seed", "3", "--arm", "full"), True),
+        (("--seed", "3", "--arm", "random"), False),
+        (("--seed", "3", "--temperature", "0.5"), False),
+        ((), False),
+    ],
+)
+def test_a_seed_of_nothing_is_noted(
+    call: Call, folder: str, options: tuple[str, ...], noted: bool
+) -> None:
+    small = () if "full" in options else SMALL[:4]
+    code, _, err = call(
+        "run", folder, "--prompt", PROMPT, "--max-new-tokens", "2", *small, *options
+    )
+    assert code == 0
+    assert ("note: --seed 3 changes nothing: --temperature 0 is greedy" in err) == noted
+
+
 def test_length_is_cut_to_the_positions(call: Call, tmp_path: Path) -> None:
     path = str(save_tiny(tmp_path, max_position_embeddings=20))
     code, out, err = call("run", path, "--prompt", PROMPT, *SMALL)

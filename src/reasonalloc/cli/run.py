@@ -82,6 +82,8 @@ def command(
     check_top_p(top_p)
     check_effect(temperature, top_p)
     messages = read_messages(prompt, prompt_file, chat)
+    if seed and not temperature and (config is None or config.arm.policy != "random"):
+        output.note(f"--seed {seed} changes nothing: --temperature 0 is greedy")
     from reasonalloc.integrations.hf.watch import Sampling, watched
 
     loaded, tokenizer = _load(model, config)
