@@ -265,7 +265,7 @@ def test_no_memory(call: Call, folder: str, monkeypatch: pytest.MonkeyPatch) -> 
     def zeros(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory:\n9 bytes")
 
-    monkeypatch.setattr("reasonalloc.core.compressor.Slab", zeros)
+    monkeypatch.setattr("reasonalloc.core.storage.Slab", zeros)
     code, _, err = call("run", folder, "--prompt", PROMPT, *SMALL)
     assert code == 1 and "error: memory does not suffice ([enforce fail]" in err
     assert "Traceback" not in err and "give a smaller budget" in err
