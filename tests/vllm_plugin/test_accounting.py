@@ -84,7 +84,8 @@ def test_bytes_of_a_request() -> None:
     assert (found.held_bytes, found.full_bytes) == (4 * sizes.block_bytes, 8 * sizes.block_bytes)
     short = sizes.account(40, 10)
     assert short.held_bytes == short.full_bytes == 2 * sizes.block_bytes
-    assert sizes.fits(41 * sizes.block_bytes, 4096) == 10
+    for blocks, requests in ((41, 10), (44, 10), (45, 11), (5, 1), (4, 0), (1, 0), (0, 0)):
+        assert sizes.fits(blocks * sizes.block_bytes, 4096) == requests  # one block is vLLM's own
 
 
 @pytest.mark.parametrize(
