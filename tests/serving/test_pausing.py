@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from engines import manager, pool, random_prompts, scheduler
+from engines import greedy, manager, pool, random_prompts, scheduler
 
 SETTINGS = {"budget": 128, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 SMALL = {"kv_cache_memory_bytes": 4 << 20, "max_num_seqs": 64}
@@ -177,3 +177,27 @@ def test_a_forced_reset_begins_requests_anew(watched: Callable[..., Watched]) ->
     found = small.serve(random_prompts([12] * 40), [{"max_tokens": 180}] * 40, between)
     assert resets == 1
     assert {len(tokens) for tokens in found} == {180}
+
+
+def test_after_a_forced_reset_others_may_go_first(engine: Callable[..., Any]) -> None:
+    """A request that was begun anew and waits takes no slot from one of a higher priority."""
+    from vllm import SamplingParams
+
+    settings = {"budget": 64, "interval": 32, "arm": "h2o/uniform/uniform"}
+    prompts = random_prompts([40, 50])
+    alone = greedy(engine(settings), prompts, 60)
+    made = engine(settings, scheduling_policy="priority", max_num_seqs=1).llm_engine
+    parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    made.add_request("first", {"prompt_token_ids": prompts[0]}, parameters, priority=5)
+    for _ in range(10):
+        made.step()
+    made.reset_prefix_cache(reset_running_requests=True)
+    made.add_request("urgent", {"prompt_token_ids": prompts[1]}, parameters, priority=0)
+    ended = {}
+    while made.has_unfinished_requests():
+        ended |= {out.request_id: out for out in made.step() if out.finished}
+    assert [*ended] == ["urgent", "first"]
+    # Begun anew the first one is prefilled with what it had generated; nothing was evicted yet.
+    found = [list(ended[name].outputs[0].token_ids) for name in ("first", "urgent")]
+    assert found[1] == alone[1] and found[0][:24] == alone[0][:24]
+    assert len(found[0]) == 60

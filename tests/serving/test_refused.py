@@ -13,7 +13,7 @@ from engines import greedy, random_prompts, worker
 
 import made_costs
 from reasonalloc.errors import UnsupportedError, UsageError
-from reasonalloc.integrations.vllm import checks, patches, worker_wrappers
+from reasonalloc.integrations.vllm import checks, request_wrappers, worker_wrappers
 from reasonalloc.integrations.vllm.budget import divide_layers
 from reasonalloc.integrations.vllm.patch import Patch
 from reasonalloc.integrations.vllm.patches import PATCHES
@@ -63,7 +63,7 @@ def test_refused(
 )
 def test_engines_whose_blocks_are_summed_up(parallel: dict[str, Any], engines: int) -> None:
     plain = {"data_parallel_rank_local": None, "local_engines_only": False}
-    assert patches._engines(SimpleNamespace(**plain | parallel)) == engines
+    assert request_wrappers._engines(SimpleNamespace(**plain | parallel)) == engines
 
 
 @pytest.mark.parametrize(("given", "left"), [(None, 900), (1000, 1000)])
@@ -181,6 +181,40 @@ def test_a_prompt_that_never_fits(engine: Callable[..., Any]) -> None:
     with pytest.raises(VLLMValidationError, match="shorten it to"):
         greedy(llm, random_prompts([1500]), 4)
     assert len(greedy(llm, random_prompts([100]), 4)[0]) == 4
+
+
+def test_beams_are_refused(engine: Callable[..., Any]) -> None:
+    """Their tokens are requests of their own, and nothing would be evicted."""
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt, beams = {"prompt_token_ids": random_prompts([20])[0]}, BeamSearchParams(1, 4, True)
+    plain, made = engine(), engine({"budget": 64})
+    tokens = plain.beam_search([prompt], beams)[0].sequences[0].tokens
+    assert tokens == [
+        *prompt["prompt_token_ids"],
+        *greedy(plain, [prompt["prompt_token_ids"]], 4)[0],
+    ]
+    with pytest.raises(VLLMValidationError, match="beam search cannot be used with a KV budget"):
+        made.beam_search([prompt], beams)
+    online = SimpleNamespace(engine_client=made.llm_engine)
+    with pytest.raises(VLLMValidationError, match="beam search cannot be used with a KV budget"):
+        BeamSearchOnlineMixin.beam_search(online, prompt, "name", beams)
+
+
+def test_input_in_pieces_is_refused(engine: Callable[..., Any]) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    def piece(made: Any) -> Any:
+        given = ("name", {"prompt_token_ids": [3, 4, 5]}, SamplingParams(max_tokens=4))
+        processor = made.llm_engine.input_processor
+        return processor.process_inputs(*given, supported_tasks=("generate",), resumable=True)
+
+    assert piece(engine()).resumable
+    with pytest.raises(VLLMValidationError, match=r"streaming input .* with a KV budget"):
+        piece(engine({"budget": 64}))
 
 
 def test_new_weights_where_something_was_copied(engine: Callable[..., Any]) -> None:

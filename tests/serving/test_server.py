@@ -178,6 +178,7 @@ def test_ctrl_c_stops_it(server: Server) -> None:
         (["--arm", "tri_attention/uniform/uniform"], "tri_attention"),
         (["--arm", "best"], "needs a cost profile"),
         (["--additional-config", "{}"], "--budget"),
+        (["--additional_config.reasonalloc", "1"], "--additional-config.reasonalloc is made of"),
         (["--tensor-parallel-size", "4"], "divides them"),
     ],
 )

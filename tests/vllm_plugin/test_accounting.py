@@ -13,7 +13,7 @@ from reasonalloc.errors import UsageError
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget
 from reasonalloc.integrations.vllm.pages import stored_bytes
-from reasonalloc.integrations.vllm.settings import as_json, find_settings
+from reasonalloc.integrations.vllm.settings import allow_plugin, as_json, find_settings
 from reasonalloc.planning.memory import LayerShape
 from reasonalloc.policies import POLICIES
 
@@ -110,6 +110,21 @@ def test_stages_as_the_server_is_asked() -> None:
     for wrong in ("two", "0", ""):
         with pytest.raises(UsageError, match=f"--pipeline-parallel-size {wrong!r} must be"):
             _stages(["--pipeline-parallel-size", wrong])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "then"),
+    [
+        (None, None),
+        ("", ",reasonalloc"),
+        ("other", "other,reasonalloc"),
+        ("reasonalloc,other", "reasonalloc,other"),
+    ],
+)
+def test_the_plugin_is_loaded_beside_chosen_ones(chosen: str | None, then: str | None) -> None:
+    environment = {} if chosen is None else {"VLLM_PLUGINS": chosen}
+    allow_plugin(environment)
+    assert environment.get("VLLM_PLUGINS") == then
 
 
 def test_settings_survive_json() -> None:

@@ -176,8 +176,11 @@ def command(
 
 def _become_server(arguments: list[str]) -> None:
     """Run the server in place of this process: signals and the exit code are its own."""
+    from reasonalloc.integrations.vllm.settings import VARIABLE, allow_plugin
+
     environment = dict(os.environ)
-    environment.pop("REASONALLOC_VLLM", None)  # the options say it all
+    environment.pop(VARIABLE, None)  # the options say it all
+    allow_plugin(environment)
     sys.stdout.flush()
     line = [sys.executable, "-m", "reasonalloc.integrations.vllm.server", *arguments]
     os.execve(sys.executable, line, environment)
@@ -211,8 +214,9 @@ def _check_foreign(name: str, arguments: list[str]) -> None:
     if name.startswith("-"):
         raise UsageError(f"MODEL={name!r}: give the model first, options of vLLM after it")
     foreign = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
-    if "--additional-config" in foreign:
-        raise UsageError("--additional-config is made of --budget, --arm and so on: give those")
+    for option in foreign:
+        if option.split(".")[0] == "--additional-config":  # vLLM takes --additional-config.key, too
+            raise UsageError(f"{option} is made of --budget, --arm and so on: give those")
     for option in foreign:
         if option in ("--step", "--attention", "--protect-prompt"):
             raise UsageError(

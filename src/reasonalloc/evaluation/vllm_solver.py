@@ -22,7 +22,7 @@ from reasonalloc.integrations.hf.model import end_tokens
 from reasonalloc.integrations.vllm.accounting import Accounting
 from reasonalloc.integrations.vllm.budget import EngineBudget, make_budget
 from reasonalloc.integrations.vllm.pages import stored_bytes
-from reasonalloc.integrations.vllm.settings import VARIABLE, as_json
+from reasonalloc.integrations.vllm.settings import VARIABLE, allow_plugin, as_json
 from reasonalloc.integrations.vllm.windows import Windows, divide
 from reasonalloc.loading import load_model
 from reasonalloc.planning.memory import LayerShape, MemoryPlan
@@ -131,6 +131,7 @@ class VllmSolver:
         self.close()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.pop(VARIABLE, None)
+        allow_plugin(os.environ)
         from vllm import LLM
 
         settings = self._settings.config(job) if job.budget is not None else None

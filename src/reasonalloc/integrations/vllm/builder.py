@@ -221,6 +221,10 @@ class BudgetBuilder(AttentionMetadataBuilder[BudgetMetadata]):
             ):
                 self._unseen.append(Unseen(request, row, tokens))
 
+    def forget(self, requests: Collection[str]) -> None:
+        """Requests of these names hold nothing any more; those that are not known never did."""
+        self.queries.give_back(self.runs.forget(requests))
+
     def _is_piece(self, request: Tracked, before: int, after: int) -> bool:
         """Whether a step computes a piece of a prompt whose attention is seen as it is computed.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm import checks
+from reasonalloc.integrations.vllm import request_wrappers as of_requests
 from reasonalloc.integrations.vllm import scheduler_wrappers as of_scheduler
 from reasonalloc.integrations.vllm import worker_wrappers as of_worker
 from reasonalloc.integrations.vllm.budget import EngineBudget, find_budget
@@ -55,42 +56,25 @@ def _check_bits(config: Any, plan: EngineBudget) -> None:
         checks.check_blocks(plan, config.cache_config.block_size)
 
 
-def _refuse_long_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A prompt that the pool can never hold is refused, instead of waiting for ever."""
-
-    def wrapper(self: Any, prompt_len: int, prompt_type: str) -> None:
-        original(self, prompt_len, prompt_type)
-        plan = find_budget(self.vllm_config)
-        cache = self.vllm_config.cache_config
-        if plan is None or not cache.num_gpu_blocks:
-            return
-        blocks = cache.num_gpu_blocks // _engines(self.vllm_config.parallel_config) - 1
-        reserve = plan.layouts(cache.block_size)[0].reserve
-        last = self.vllm_config.model_config.max_model_len
-        problem = checks.check_prompt(prompt_len, reserve, blocks, last)
-        if problem is not None:
-            from vllm.exceptions import VLLMValidationError
-
-            raise VLLMValidationError(problem)
-
-    return wrapper
-
-
-def _engines(parallel: Any) -> int:
-    """Engines whose blocks a front end has summed up: those that it manages."""
-    if parallel.data_parallel_rank_local is not None:
-        return 1
-    if parallel.local_engines_only:
-        return int(parallel.data_parallel_size_local)
-    return int(parallel.data_parallel_size)
-
-
 _ENGINE = Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", (), _checked_engine)
 PATCHES = (
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor._validate_prompt_len",
         ("prompt_len", "prompt_type"),
-        _refuse_long_prompts,
+        of_requests.refuse_long_prompts,
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        ("resumable",),
+        of_requests.refuse_sessions,
+    ),
+    *(
+        Patch(
+            f"vllm.entrypoints.generate.beam_search.{kind.lower()}:BeamSearch{kind}Mixin.beam_search",
+            (),
+            of_requests.refuse_beams,
+        )
+        for kind in ("Offline", "Online")
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention.__init__",
@@ -98,6 +82,11 @@ PATCHES = (
         of_worker.budget_backend,
     ),
     # The V1 model runner.
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+        ("scheduler_output",),
+        of_worker.forget_preempted,
+    ),
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
         ("num_scheduled_tokens",),

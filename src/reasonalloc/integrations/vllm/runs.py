@@ -176,8 +176,11 @@ class Runs:
 
     def forget_others(self, alive: Collection[str]) -> list[Tracked]:
         """Drop requests that are not alive; returns them."""
-        gone = [request for request in self._tracked if request not in alive]
-        dropped = [self._tracked.pop(request) for request in gone]
+        return self.forget([request for request in self._tracked if request not in alive])
+
+    def forget(self, requests: Collection[str]) -> list[Tracked]:
+        """Drop requests, as far as they are known; returns them."""
+        dropped = [self._tracked.pop(name) for name in requests if name in self._tracked]
         for request in dropped:
             heapq.heappush(self._free, request.slot)
         return dropped

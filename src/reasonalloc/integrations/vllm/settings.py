@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from reasonalloc.errors import UsageError, unknown_name
 
 KEY = "reasonalloc"
 VARIABLE = "REASONALLOC_VLLM"
+_PLUGINS = "VLLM_PLUGINS"
 _PARTS = ("policy", "layers", "heads")
 _PLAIN = ("budget", "interval", "window", "n_sink", "prompt", "kv_dtype", "seed", "profile")
 
@@ -53,6 +54,16 @@ def with_settings(additional_config: Any, settings: CompressionConfig) -> Any:
     if not isinstance(additional_config, Mapping) or additional_config.get(KEY) is not None:
         return additional_config
     return {**additional_config, KEY: as_json(settings)}
+
+
+def allow_plugin(environment: MutableMapping[str, str]) -> None:
+    """Have vLLM load this plugin, too, where a user names those that it may load.
+
+    Without it a budget would be asked for and nobody would hear.
+    """
+    chosen = environment.get(_PLUGINS)
+    if chosen is not None and KEY not in chosen.split(","):
+        environment[_PLUGINS] = f"{chosen},{KEY}"
 
 
 def _read(owner: str, given: dict[str, Any]) -> CompressionConfig | None:

@@ -80,6 +80,21 @@ def _backend(plan: EngineBudget, given: Mapping[str, Any]) -> Any:
     return backend.backend_of(plan, stock)
 
 
+def forget_preempted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """V1: requests that begin anew later (a forced reset) hold nothing until then.
+
+    V2 drops them itself.
+    """
+
+    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler_output.preempted_req_ids:
+            for _, builder in _builders(self):
+                builder.forget(scheduler_output.preempted_req_ids)
+        return original(self, scheduler_output, *args, **kwargs)
+
+    return wrapper
+
+
 def begin_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     """V1: the metadata builder is told which requests a real step has."""
 
