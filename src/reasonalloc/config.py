@@ -278,6 +278,8 @@ class CompressionConfig:
                 f"budget={self.budget} cannot hold the observation window ({self.window}) and the "
                 f"sinks ({self.n_sink}): give a budget of at least {self.window + self.n_sink}"
             )
+        if not isinstance(self.profile, (str, os.PathLike, type(None))):
+            raise UsageError(f"profile={self.profile!r} must be the path of a file")
         if not isinstance(self.step, str) or self.step not in get_args(Step):
             raise unknown_name("step", str(self.step), get_args(Step))
         if self.record not in ("off", "budgets", "tokens"):

@@ -76,6 +76,8 @@ def test_everything_is_checked_when_it_is_made() -> None:
         of(arm="best", profile="/nowhere.json")
     with pytest.raises(UsageError, match="no effect"):
         of(profile="/nowhere.json")
+    with pytest.raises(UsageError, match="profile=3 must be the path of a file"):
+        of(profile=3)
     config = tiny("llama").config
     config.kv_lora_rank = 4
     with pytest.raises(UnsupportedError, match="latent attention"):

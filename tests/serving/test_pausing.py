@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from engines import greedy, manager, pool, random_prompts, scheduler
 
+from reasonalloc.errors import UnsupportedError
+
 SETTINGS = {"budget": 128, "interval": 32, "arm": "rkv/uniform/reasonalloc"}
 SMALL = {"kv_cache_memory_bytes": 4 << 20, "max_num_seqs": 64}
 
@@ -201,3 +203,22 @@ def test_after_a_forced_reset_others_may_go_first(engine: Callable[..., Any]) ->
     found = [list(ended[name].outputs[0].token_ids) for name in ("first", "urgent")]
     assert found[1] == alone[1] and found[0][:24] == alone[0][:24]
     assert len(found[0]) == 60
+
+
+def test_an_engine_that_cannot_be_emptied_runs_on(engine: Callable[..., Any]) -> None:
+    """``/pause?mode=keep`` would begin requests anew whose tokens the pool does not hold."""
+    from vllm import SamplingParams
+
+    settings = {"budget": 64, "interval": 32, "arm": "rkv/uniform/uniform"}
+    made = engine(settings, kv_cache_memory_bytes=1 << 20).llm_engine
+    parameters = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+    made.add_request("long", {"prompt_token_ids": random_prompts([40])[0]}, parameters)
+    for _ in range(900):
+        made.step()
+    core = made.engine_core.engine_core
+    with pytest.raises(UnsupportedError, match="cannot be begun anew"):
+        core.pause_scheduler("keep")
+    assert not core.is_scheduler_paused()
+    while made.has_unfinished_requests():
+        last = made.step()
+    assert len(last[0].outputs[0].token_ids) == 1000

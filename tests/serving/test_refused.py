@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,7 @@ def test_a_window_that_vllm_does_not_see(monkeypatch: pytest.MonkeyPatch) -> Non
         cache_config: Any = None,
         per_layer_sliding_window: int | None = None,
         attn_backend: Any = None,
+        alibi_slopes: list[float] | None = None,
     ) -> None:
         made.append((prefix, attn_backend))
 
@@ -148,6 +150,8 @@ def test_a_window_that_vllm_does_not_see(monkeypatch: pytest.MonkeyPatch) -> Non
             wrap(make)(None, prefix=f"layers.{layer}.attn", per_layer_sliding_window=window)
     with pytest.raises(UnsupportedError, match="brings its own attention"):
         wrap(make)(None, prefix="layers.0.attn", attn_backend=object())
+    with pytest.raises(UnsupportedError, match=r"bias by position \(ALiBi\); run it on"):
+        wrap(make)(None, prefix="layers.0.attn", alibi_slopes=[0.5])
 
 
 def test_the_v2_runner_without_triton(
@@ -172,6 +176,23 @@ def test_a_foreign_cost_profile(engine: Callable[..., Any], tmp_path: Path) -> N
     made_costs.make(4, 2).save(tmp_path / "costs.json")
     with pytest.raises((UsageError, UnsupportedError)):
         engine({"budget": 64, "arm": "best", "profile": str(tmp_path / "costs.json")})
+
+
+def test_a_profile_that_was_written_anew_is_read_again(
+    engine: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "costs.json"
+    costs = made_costs.of_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    costs = dataclasses.replace(costs, policy="predicted_loss", interval=32, window=8)
+    costs.save(path)
+    settings = {"budget": 64, "interval": 32, "arm": "best", "profile": str(path)}
+    first = engine(settings)
+    path.write_text("{")
+    assert len(greedy(first, random_prompts([100]), 4)[0]) == 4  # it keeps what it read
+    with pytest.raises(UsageError, match=r"costs\.json"):
+        engine(settings)
 
 
 def test_a_prompt_that_never_fits(engine: Callable[..., Any]) -> None:

@@ -209,6 +209,30 @@ speculative-config: {model: small}
 """
 
 
+def test_what_the_server_process_gets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever vLLM makes of further options and of the environment, the budget is this one."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(
+        os, "execve", lambda _, line, environment: started.append((line, environment))
+    )
+    monkeypatch.setenv("REASONALLOC_VLLM", '{"budget": 999}')
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    more = ["--kv-memory", "16MiB", "--block_size", "64", "--additional-conf", "{}"]
+    assert main(command(folder, *more)[3:]) == 0
+    ((line, environment),) = started
+    assert ("--block-size", "64") in [*itertools.pairwise(line)] and "--block_size" not in line
+    settings = json.loads(line[line.index("--additional-config") + 1])["reasonalloc"]
+    assert json.loads(environment["REASONALLOC_VLLM"]) == settings
+    assert environment["VLLM_PLUGINS"] == "other,reasonalloc"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment  # the size is on the command line
+    assert main([*command(folder)[3:], "--arm", "full"]) == 2  # which has no budget
+    assert main(["serve", str(folder), "--arm", "full"]) == 0
+    environment = started[-1][1]
+    assert "REASONALLOC_VLLM" not in environment
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
 def test_a_file_of_options(
     folder: Path,
     tmp_path: Path,

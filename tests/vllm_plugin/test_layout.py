@@ -112,6 +112,11 @@ def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.Mo
     found = find_settings({"reasonalloc": {"budget": 64, "arm": "snapkv", "interval": 16}})
     assert found is not None
     assert (found.budget, str(found.arm), found.interval) == (64, "snapkv/uniform/uniform", 16)
+    with pytest.raises(UsageError, match="did you mean 'reasonalloc'"):
+        find_settings({"reasonaloc": {"budget": 64}})
+    with pytest.raises(UsageError, match="not under 'reasonalloc'"):
+        find_settings({"budget": 64, "arm": "rkv"})
+    assert find_settings({"budget": 64, "of_another_plugin": True}) is None
     monkeypatch.setenv(VARIABLE, json.dumps({"budget": 32, "heads": "adakv"}))
     found = find_settings({})
     assert found is not None
@@ -121,7 +126,7 @@ def test_settings_come_from_the_engine_or_the_environment(monkeypatch: pytest.Mo
     monkeypatch.delenv(VARIABLE)
     assert carried["other"] == 1
     assert find_settings(carried) == found
-    assert with_settings(carried, found) is carried
+    assert with_settings(carried, found) == carried
 
 
 @pytest.mark.parametrize(

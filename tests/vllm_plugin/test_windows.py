@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma3TextConfig, GptOssConfig, Llama4TextConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    MptConfig,
+)
 
 from reasonalloc.config import Arm, CompressionConfig
 from reasonalloc.errors import UnsupportedError
 from reasonalloc.integrations.vllm.accounting import Accounting
-from reasonalloc.integrations.vllm.budget import make_budget
+from reasonalloc.integrations.vllm.budget import make_budget, up_to
 from reasonalloc.integrations.vllm.checks import check_prompt
 from reasonalloc.integrations.vllm.windows import Groups, Windows, divide
 from reasonalloc.planning.memory import LayerShape
@@ -96,3 +103,16 @@ def test_models_that_cannot() -> None:
         make_budget(config, "tiny", few, 1)
     with pytest.raises(UnsupportedError, match="attention in chunks"):
         make_budget(config, "tiny", Llama4TextConfig(**shape), 1)
+    for biased in (
+        BloomConfig(n_head=4, n_layer=2, hidden_size=64),
+        FalconConfig(alibi=True, num_attention_heads=4, hidden_size=64, multi_query=False),
+        MptConfig(d_model=64, n_heads=4, n_layers=2),
+    ):
+        with pytest.raises(UnsupportedError, match=r"layer 0 has .*\(ALiBi\) .*; run it on"):
+            make_budget(config, "tiny", biased, 1)
+
+
+def test_an_interval_that_no_request_reaches_keeps_no_room() -> None:
+    endless = CompressionConfig(budget=64, interval=10**6, arm=Arm("rkv", "uniform", "uniform"))
+    assert up_to(endless, 2048).interval == 2048
+    assert up_to(endless, 10**7) is endless

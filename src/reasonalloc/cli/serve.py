@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -74,6 +75,7 @@ class Command(typer.core.TyperCommand):
         """
         options = read_file(_asked(args, "--config", ""))
         own = {flag for parameter in self.params for flag in parameter.opts}
+        args = [_hyphened(argument, own) for argument in args]
         for flag, _ in options:
             if flag in own and flag not in _BOTH:
                 raise UsageError(f"{flag} is no option of vLLM's: give it on the command line")
@@ -84,6 +86,13 @@ class Command(typer.core.TyperCommand):
         ctx.meta[_FILE] = vllms
         place = 0 if args[:1] and args[0].startswith("-") else 1
         return super().parse_args(ctx, [*args[:place], *both, *args[place:]])
+
+
+def _hyphened(argument: str, own: Collection[str]) -> str:
+    """An option of our ``own`` with hyphens; vLLM's server takes underscores as well."""
+    name, equals, value = argument.partition("=")
+    hyphened = name.replace("_", "-")
+    return hyphened + equals + value if name.startswith("--") and hyphened in own else argument
 
 
 def read_file(path: str) -> list[tuple[str, list[str]]]:
@@ -151,7 +160,7 @@ def command(
         arguments += ["--kv-cache-memory-bytes", str(memory)]
     if config is not None:
         from reasonalloc.integrations.vllm.accounting import Accounting, accounting_table
-        from reasonalloc.integrations.vllm.budget import divide_layers, make_budget
+        from reasonalloc.integrations.vllm.budget import divide_layers, make_budget, up_to
         from reasonalloc.integrations.vllm.checks import default_block_size
         from reasonalloc.integrations.vllm.pages import stored_bytes
         from reasonalloc.integrations.vllm.settings import as_json
@@ -159,11 +168,16 @@ def command(
 
         text = text_config(model_config)
         stages = divide_layers(text, _stages(foreign))
+        last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
         budget = make_budget(
-            config, model.name, text, tensor_parallel_size, stages=stages, dtype=kind
+            up_to(config, last),
+            model.name,
+            text,
+            tensor_parallel_size,
+            stages=stages,
+            dtype=kind,
         )
         block_size = default_block_size() if block_size is None else block_size
-        last = max_model_len or getattr(text, "max_position_embeddings", None) or 1 << 30
         sizes = Accounting(
             budget, block_size, stored_bytes(_asked(foreign, "--kv-cache-dtype", "auto"), kind)
         )
@@ -176,11 +190,18 @@ def command(
 
 def _become_server(arguments: list[str]) -> None:
     """Run the server in place of this process: signals and the exit code are its own."""
-    from reasonalloc.integrations.vllm.settings import VARIABLE, allow_plugin
+    from reasonalloc.integrations.vllm.settings import KEY, VARIABLE, allow_plugin
 
     environment = dict(os.environ)
-    environment.pop(VARIABLE, None)  # the options say it all
     allow_plugin(environment)
+    # What the options say goes before the environment. vLLM merges and abbreviates options, so
+    # that one of a user's may take the place of the settings: the variable has them, too.
+    given = _asked(arguments, "--additional-config", "")
+    environment.pop(VARIABLE, None)
+    if given:
+        environment[VARIABLE] = json.dumps(json.loads(given)[KEY])
+    if _asked(arguments, "--kv-cache-memory-bytes", ""):
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     sys.stdout.flush()
     line = [sys.executable, "-m", "reasonalloc.integrations.vllm.server", *arguments]
     os.execve(sys.executable, line, environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.vllm.coding import Coding
 from reasonalloc.integrations.vllm.layout import Layout, make_layouts
 from reasonalloc.integrations.vllm.observation import FLUSH
-from reasonalloc.integrations.vllm.settings import find_settings
+from reasonalloc.integrations.vllm.settings import find_settings, profile_digest
 from reasonalloc.integrations.vllm.windows import Groups, Windows, divide
 from reasonalloc.outputs import LateMetrics
 from reasonalloc.planning.budget import BudgetPlan
@@ -75,6 +76,8 @@ class EngineBudget(BudgetPlan):
                 what = "latent attention (MLA)"
             elif shape.state is not None or not shape.kv_heads:
                 what = "a state, or no cache at all"
+            elif shape.bias or shape.distances:
+                what = "attention with a bias by position (ALiBi) or distance"
             elif shape.sliding_window is not None and self._chunked:
                 what = "attention in chunks"
             else:
@@ -231,16 +234,26 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     model = vllm_config.model_config
     if config is None or model is None:
         return None
+    config = up_to(config, model.max_model_len)
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     stages = divide_layers(model.hf_text_config, parallel.pipeline_parallel_size)
     in_flight, steps = vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches
     given = (ranks, in_flight, steps, stages)
-    key = (config, model.model, str(model.hf_text_config), model.dtype, *given)
+    read = profile_digest(vllm_config.additional_config)
+    key = (config, read, model.model, str(model.hf_text_config), model.dtype, *given)
     if key not in _budgets:
         text, name = model.hf_text_config, model.model
         _budgets[key] = make_budget(config, name, text, *given, dtype=model.dtype)
     return _budgets[key]
+
+
+def up_to(config: CompressionConfig, last: int) -> CompressionConfig:
+    """The settings of an engine whose sequences have at most ``last`` tokens.
+
+    A longer interval is none: no room is kept for tokens that cannot come.
+    """
+    return dataclasses.replace(config, interval=last) if config.interval > last else config
 
 
 def divide_layers(text_config: Any, stages: int) -> tuple[tuple[int, int], ...] | None:

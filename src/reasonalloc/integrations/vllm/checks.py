@@ -107,6 +107,8 @@ def check_engine(config: Any) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     if config.speculative_config is not None:
         raise refuse("--speculative-config", "rejected tokens cannot be taken back; leave it out")
+    if cache.kv_offloading_size is not None:
+        raise refuse("--kv-offloading-size", "blocks do not hold what others expect; leave it out")
     if config.kv_transfer_config is not None:
         raise refuse("--kv-transfer-config", "blocks do not hold what others expect; leave it out")
     v1_on_cpu = current_platform.is_cpu() and not config.use_v2_model_runner

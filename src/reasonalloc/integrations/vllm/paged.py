@@ -242,8 +242,6 @@ class PagedImpl:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if alibi_slopes is not None:
-            raise UnsupportedError("ALiBi cannot run under a KV budget in vLLM: use transformers")
         if kv_cache_dtype not in ("auto", "float16", "bfloat16", *CODED):
             raise UnsupportedError(
                 f"a KV cache of {kv_cache_dtype} cannot run under a KV budget in vLLM yet: use a "

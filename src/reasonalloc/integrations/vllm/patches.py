@@ -78,7 +78,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention.__init__",
-        ("attn_backend",),
+        ("attn_backend", "alibi_slopes"),
         of_worker.budget_backend,
     ),
     # The V1 model runner.
@@ -147,6 +147,11 @@ PATCHES = (
         of_scheduler.cache_prompts,
     ),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.schedule", (), of_scheduler.pause),
+    Patch(
+        "vllm.v1.engine.core:EngineCore._finish_pause",
+        ("clear_cache",),
+        of_scheduler.resume_if_refused,
+    ),
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache",
         ("reset_running_requests",),

@@ -102,6 +102,19 @@ def check_reset(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def resume_if_refused(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine that was to stand still with an empty cache, and cannot empty it, runs on."""
+
+    def wrapper(self: Any, clear_cache: bool) -> Any:
+        try:
+            return original(self, clear_cache)
+        except UnsupportedError:
+            self.resume_scheduler()
+            raise
+
+    return wrapper
+
+
 def pause(original: Callable[..., Any]) -> Callable[..., Any]:
     """Requests that have to pause are not there while a step is scheduled.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
 from collections.abc import Mapping, MutableMapping
@@ -13,6 +15,7 @@ from reasonalloc.errors import UsageError, unknown_name
 
 KEY = "reasonalloc"
 VARIABLE = "REASONALLOC_VLLM"
+_PROFILE = "reasonalloc_profile"  # beside it
 _PLUGINS = "VLLM_PLUGINS"
 _PARTS = ("policy", "layers", "heads")
 _PLAIN = ("budget", "interval", "window", "n_sink", "prompt", "kv_dtype", "seed", "profile")
@@ -39,21 +42,55 @@ def find_settings(additional_config: Any) -> CompressionConfig | None:
                 f"{VARIABLE} is no JSON: write {VARIABLE}='{{\"budget\": 1024}}'"
             ) from None
     if given is None:
+        _check_place(additional_config)
         return None
     if not isinstance(given, Mapping):
         raise UsageError(f'{owner} must be an object, such as {{"budget": 1024, "arm": "rkv"}}')
     return _read(owner, dict(given))
 
 
+def _check_place(additional_config: Any) -> None:
+    """Refuse settings of ours that are not where they belong, and would be ignored.
+
+    Raises:
+        UsageError: says where to write them.
+    """
+    names = set(additional_config) if isinstance(additional_config, Mapping) else set()
+    meant = difflib.get_close_matches(KEY, [str(name) for name in names - {_PROFILE}], 1, 0.8)
+    if meant:
+        raise UsageError(f"additional_config[{meant[0]!r}]: did you mean {KEY!r}? write that")
+    if "budget" in names and names <= {"arm", *_PARTS, *_PLAIN}:
+        raise UsageError(
+            f"additional_config has the settings of a budget, but not under {KEY!r}: write "
+            f'additional_config={{"{KEY}": {{"budget": ...}}}}'
+        )
+
+
 def with_settings(additional_config: Any, settings: CompressionConfig) -> Any:
     """``additional_config`` with the settings in it, wherever they were found.
 
     vLLM carries it to every machine and tells compiled graphs apart by it; the environment
-    variable it does neither.
+    variable it does neither. Beside them is a digest of the profile: a file that was written anew
+    is another one, while an engine that runs keeps what it read.
     """
-    if not isinstance(additional_config, Mapping) or additional_config.get(KEY) is not None:
+    if not isinstance(additional_config, Mapping):
         return additional_config
-    return {**additional_config, KEY: as_json(settings)}
+    digest = None if settings.profile is None else _digest(settings.profile)
+    kept = {name: value for name, value in additional_config.items() if name != _PROFILE}
+    return {KEY: as_json(settings), **kept, **({_PROFILE: digest} if digest else {})}
+
+
+def profile_digest(additional_config: Any) -> str | None:
+    """What ``with_settings`` noted of the profile; None without one."""
+    return additional_config.get(_PROFILE) if isinstance(additional_config, Mapping) else None
+
+
+def _digest(path: str | os.PathLike[str]) -> str | None:
+    """Of a file's content; None if it cannot be read, which is said where it is used."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def allow_plugin(environment: MutableMapping[str, str]) -> None:

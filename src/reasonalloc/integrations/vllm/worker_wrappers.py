@@ -70,6 +70,11 @@ def _backend(plan: EngineBudget, given: Mapping[str, Any]) -> Any:
         raise UnsupportedError(
             f"{plan.name} cannot run under a KV budget: it brings its own attention"
         )
+    if given["alibi_slopes"] is not None:  # of positions, which pages do not know
+        raise UnsupportedError(
+            f"{plan.name} cannot run under a KV budget in vLLM: its attention has a bias by "
+            "position (ALiBi); run it on transformers"
+        )
     cache = given["cache_config"]
     stock = backend.stock_backend(
         given["head_size"],
