@@ -137,6 +137,54 @@ def test_turns(step: str, policy: str) -> None:
             assert cache.kv_bytes == attached.plan(prompt_tokens=held).kv_bytes(out.shape[1] - 1)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8:int4", "planned"])
+def test_turns_in_fewer_bits(kind: str, tmp_path: Path) -> None:
+    """The storage grows with every turn, and what was coded stays so, bit by bit."""
+    model = tiny("llama", num_key_value_heads=6)
+    settings: dict[str, Any] = {"budget": 16, "window": 4, "interval": 8, "kv_dtype": kind}
+    if kind == "planned":
+        made_costs.in_formats(made_costs.of_model(model, 10)).save(tmp_path / "costs.json")
+        settings |= {"arm": "best-bytes", "profile": tmp_path / "costs.json", "kv_dtype": "auto"}
+
+    def coded(cache: Any, tokens: int) -> list[torch.Tensor]:
+        rows = [layer.compressor.slab.as_rows() for layer in cache.layers]
+        return [r.gather(t)[:, :, :tokens] for r in rows for t in (r.keys, r.values)]
+
+    with (
+        torch.no_grad(),
+        reasonalloc.attach(model, prompt="pin", pin_turns=True, **settings) as own,
+    ):
+        assert kind != "planned" or any(len({k for _, k in layer}) > 1 for layer in own.formats)
+        cache, seen = own.new_cache(), 0
+        for tokens, seed in ((30, 1), (20, 2), (9, 3)):
+            before = coded(cache, seen - 4) if seen else []
+            model(prompt(tokens, 2, seed=seed), past_key_values=cache)
+            after = coded(cache, seen - 4)
+            assert all(torch.equal(old, new) for old, new in zip(before, after, strict=False))
+            seen += tokens
+        assert cache.kv_bytes == own.plan(2, prompt_tokens=seen).kv_bytes(seen)
+        loaded = saved(own, cache, tmp_path / "cache.safetensors")
+        one = {"attention_mask": torch.ones(2, seen + 1, dtype=torch.long)}
+        outs = [
+            model(prompt(1, 2, seed=4), past_key_values=each, **one).logits
+            for each in (copy.deepcopy(cache), loaded, cache)
+        ]
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_with_room_it_makes_no_difference_which_turns_are_pinned(kv_dtype: str) -> None:
+    model, found = tiny("llama"), []
+    settings = {"budget": 200, "window": 4, "interval": 8, "kv_dtype": kv_dtype, "prompt": "pin"}
+    for pins in (True, False):
+        with torch.no_grad(), reasonalloc.attach(model, pin_turns=pins, **settings) as attached:
+            cache = attached.new_cache()
+            for tokens, seed in ((30, 1), (20, 2), (12, 3)):
+                out = model(prompt(tokens, seed=seed), past_key_values=cache).logits
+            found.append(out)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("step", ["eager", "static"])
 def test_copies_saved_caches_and_parts_of_a_batch(step: str, tmp_path: Path) -> None:
     model = tiny("llama")

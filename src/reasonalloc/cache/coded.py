@@ -283,6 +283,28 @@ class CodedSlab(LayerStorage):
             [(pool, torch.cat([there, fresh], dim=1))], index.masked_fill(~keep, 0), keep, place
         )
 
+    def take_over(self, other: CodedSlab) -> None:
+        """Hold what another slab of the same formats, room and batch holds, which is smaller."""
+        for own, theirs in zip(self._groups, other._groups, strict=True):
+            self._rows(own)[:, : theirs.slots] = other._rows(theirs)
+            self._take_slots(own.first_slot, other, theirs.first_slot, theirs.slots)
+            heads = own.heads
+            moved = own.first_slot - theirs.first_slot
+            self.offsets[:, heads] = other.offsets[:, heads] + moved
+            moved = own.first_byte - theirs.first_byte
+            self.starts[:, heads] = other.starts[:, heads] + moved
+        tails = self.kv_heads * self.room
+        self._take_slots(self.coded_slots, other, other.coded_slots, tails)
+        for name in ("tail_keys", "tail_values", "lengths", "tail_lengths"):
+            getattr(self, name).copy_(getattr(other, name))
+        self._longest, self._tail = other._longest, other._tail
+
+    def _take_slots(self, first: int, other: CodedSlab, theirs: int, count: int) -> None:
+        """Copy what is known of slots, but for keys and values."""
+        self.positions[:, first : first + count] = other.positions[:, theirs : theirs + count]
+        if self.state is not None and other.state is not None:
+            self.state[:, first : first + count] = other.state[:, theirs : theirs + count]
+
     def remove(self, gone: Tensor) -> int:
         """Drop tokens by their positions; see ``Slab.remove``."""
         rows = self.as_rows()

@@ -404,7 +404,7 @@ class LayerCompressor:
         held = slab.kv_heads * most_tokens(valid, columns)
         if self._pins(replayed):
             held = slab.kv_heads * self._pin(columns, valid)
-            slab = self._make_room(slab, key, value)
+            slab, past = self._make_room(slab, key, value, past)
         how, places = (self.latent, self.bias), None
         if self.bias is not None:
             places = new_positions(key, progress.seen, valid)
@@ -468,15 +468,20 @@ class LayerCompressor:
         self.progress.pinned.add(start, seen + pinned, int(pinned.max()))
         return int((real - pinned).max())
 
-    def _make_room(self, slab: AnySlab, key: Tensor, value: Tensor) -> AnySlab:
-        """Return storage for what is pinned now; its content is written by whoever calls."""
+    def _make_room(
+        self, slab: AnySlab, key: Tensor, value: Tensor, past: Rows | None
+    ) -> tuple[AnySlab, Rows | None]:
+        """Return storage for what is pinned now, and the rows that are to be written to it."""
         pinned = self.progress.pinned.room
         if slab.slots >= self._storage.slots(slab.kv_heads, pinned):
-            return slab
+            return slab, past
         self.slab = larger = self._storage.empty(key, value, pinned)
         if slab.uniform_length is None:
             larger.make_ragged()
-        return larger
+        if past is not None and isinstance(slab, CodedSlab) and isinstance(larger, CodedSlab):
+            larger.take_over(slab)  # what is coded stays so, bit by bit
+            past = larger.as_rows()
+        return larger, past
 
     def _compress(self, slab: AnySlab, rows: Rows, logits: Logits) -> None:
         seen, pinned = self.progress.seen, self.progress.pinned
