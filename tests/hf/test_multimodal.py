@@ -23,6 +23,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -241,3 +243,88 @@ def test_what_is_refused_of_layers_that_attend_to_an_image() -> None:
         reasonalloc.attach(model, **SMALL, step="compile")
     with pytest.raises(UnsupportedError, match="its first layer attends to an image"):
         plan(unequal("mllama", cross_attention_layers=[0]).config, **SMALL)
+
+
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
+
+def qwen2_5_vl() -> tuple[Any, dict[str, Tensor]]:
+    """A model whose positions behind an image are shifted, and a question with one."""
+    image, start = 96, 94
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "vocab_size": 97,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "rope_parameters": _MROPE,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+        "patch_size": 14,
+        "window_size": 56,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, vision_start_token_id=start
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(2, 90, (1, 14), generator=generator)
+    seen = torch.cat([torch.tensor([[start]]), torch.full((1, 16), image)], dim=1)
+    ids = torch.cat([words[:, :6], seen, words[:, 6:]], dim=1)
+    pixels = torch.randn(64, 3 * 2 * 14 * 14, generator=generator)
+    return model, {
+        "input_ids": ids,
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == image).long(),
+    }
+
+
+def test_a_text_takes_the_shift_of_its_positions_along(tmp_path: Path) -> None:
+    """The model remembers that of the text it read last, which may be another one."""
+    model, inputs = qwen2_5_vl()
+    how = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), reasonalloc.attach(model, budget=200, window=4) as attached:
+        cache = attached.new_cache()
+        mask = torch.ones_like(inputs["input_ids"])
+        first = model.generate(attention_mask=mask, past_key_values=cache, **inputs, **how)
+        more = torch.cat([first, prompt(5, seed=3)], dim=1)
+        new = more[:, cache.get_seq_length() :]
+        path = tmp_path / "cache.safetensors"
+        attached.save_cache(cache, path)
+
+        def go_on(own: Any) -> Tensor:
+            seen = torch.ones_like(more)
+            out: Tensor = model.generate(new, attention_mask=seen, past_key_values=own, **how)
+            return out[:, new.shape[1] :]
+
+        def following(own: Any) -> Tensor:
+            logits: Tensor = model(new, past_key_values=own).logits
+            return logits
+
+        assert cache.shift is not None and int(cache.shift) < 0
+        wanted, logits = go_on(copy.deepcopy(cache)), following(copy.deepcopy(cache))
+        full = model.model.rope_deltas
+        for _ in range(2):
+            model.generate(prompt(20, seed=4), **how)  # another text, without an image
+            assert not torch.equal(model.model.rope_deltas, full)
+            assert torch.equal(go_on(attached.load_cache(path)), wanted)
+            model.generate(prompt(20, seed=4), **how)
+            assert torch.equal(following(copy.deepcopy(cache)), logits)
+        twice = copy.deepcopy(cache)
+        twice.batch_repeat_interleave(2)
+        assert twice.shift is not None and twice.shift.shape == (2, 1)
+        cache.reset()
+        assert cache.shift is None

@@ -12,9 +12,13 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
     DeepseekV32Config,
     DogeConfig,
     DynamicCache,
+    EncoderDecoderModel,
     GenerationConfig,
     GitConfig,
     MambaConfig,
@@ -95,6 +99,10 @@ def test_attach_twice() -> None:
         reasonalloc.attach(model, budget=20)
 
 
+_BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+_BERT |= {"num_attention_heads": 2, "vocab_size": 50}
+
+
 SMALL_TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "image_size": 28}
 SMALL_TOWER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
 MODELS: list[tuple[str, Any, str]] = [
@@ -136,6 +144,14 @@ MODELS: list[tuple[str, Any, str]] = [
         "encoder-decoder",
         lambda: AutoModelForSeq2SeqLM.from_config(
             T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "encoder-decoder",
+    ),
+    (
+        "encoder-decoder of two models",
+        lambda: EncoderDecoderModel(
+            encoder=BertModel(BertConfig(**_BERT)),
+            decoder=BertLMHeadModel(BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)),
         ),
         "encoder-decoder",
     ),

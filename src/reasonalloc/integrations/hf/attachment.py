@@ -53,6 +53,7 @@ from reasonalloc.integrations.hf.projection import output_metrics
 from reasonalloc.integrations.hf.rope import read_rope
 from reasonalloc.integrations.hf.saved import load_cache, save_cache
 from reasonalloc.integrations.hf.sharding import find_shard
+from reasonalloc.integrations.hf.shift import give_shift, shift_holder
 from reasonalloc.integrations.hf.step import StaticStep, check_hooks, check_step
 from reasonalloc.integrations.hf.versions import warn_if_untested, with_cache
 from reasonalloc.planning.budget import BudgetPlan
@@ -113,6 +114,7 @@ class Attachment:
         warn_if_untested(stacklevel=5)
         self._model: Any = model
         self._original = self._implementations(self._text_config._attn_implementation)
+        self._holder = shift_holder(model)
         self._installed: Installed | None = None
         self._last: weakref.ref[BudgetCache] | None = None
         self.recorder: Recorder | None = None
@@ -236,6 +238,7 @@ class Attachment:
         """The model's ``generate`` on a compressed cache; same arguments, same result."""
         model = self._require_model()
         cache = check_generate(model, self, args, kwargs)
+        give_shift(self._holder, cache, kwargs)
         kwargs = with_cache(kwargs, cache)
         own = self._installed.own("generate") if self._installed else None
         own = own or functools.partial(type(model).generate, model)
@@ -274,7 +277,7 @@ class Attachment:
         if self.config.step != "eager":
             stands["forward"] = StepOfCache(model.forward)
         self._installed = Installed(model, stands, self._original)
-        self._installed.check(model, CallCheck(self, inner=False))
+        self._installed.check(model, CallCheck(self, inner=False, holder=self._holder))
         decoder = decoder_of(model)
         if decoder is not model:
             self._installed.check(decoder, CallCheck(self, inner=True))
@@ -285,8 +288,9 @@ class Attachment:
             self._installed.place(module, own)
         for part, attributes in inline:
             self._installed.place(part, attributes)
-        if any(shape.state is not None or shape.readers for shape in self.shapes):
-            self._installed.after(decoder, CallEnd())
+        ends = any(shape.state is not None or shape.readers for shape in self.shapes)
+        if ends or self._holder is not None:
+            self._installed.after(decoder, CallEnd(self._holder))
 
     def chat(self, tokenizer: Any, **settings: Any) -> Chat:
         """A conversation whose earlier thoughts are dropped, see ``Chat``.

@@ -82,6 +82,8 @@ class BudgetCache(Cache):
         self._moving = False
         self._latest: SlabLayer | None = None  # the layer under a budget that was updated last
         self.seen = SeenText()
+        #: How far positions behind images are shifted, [batch, 1]; see ``take_shift``.
+        self.shift: Tensor | None = None
         #: Runs the forward calls of the ``generate`` call that has the cache, see ``StaticStep``.
         self.stepper: Stepper | None = None
         self._announced = 0  # columns of the call that the model is about to do
@@ -293,7 +295,7 @@ class BudgetCache(Cache):
             self.check_whole()
         self._announced = 0
         if columns == 0:
-            self._moving = False
+            self._moving, self.shift = False, None
             self.layers.clear()
         else:
             with torch.inference_mode(False), torch.no_grad():
@@ -311,7 +313,8 @@ class BudgetCache(Cache):
         if not self.seen.columns:
             raise UsageError("this cache has seen nothing yet: there is nothing to save")
         tensors, numbers = self.layers.content()
-        return self.seen.content() | tensors, {"compressions": self.recorder.compressions} | numbers
+        tensors |= self.seen.content() | ({} if self.shift is None else {"shift": self.shift})
+        return tensors, {"compressions": self.recorder.compressions} | numbers
 
     def fill(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device
@@ -325,6 +328,10 @@ class BudgetCache(Cache):
         self.seen.fill(tensors)
         if not self.whole or self.get_seq_length() != self.seen.columns:
             raise ValueError("the layers have seen texts of different lengths")
+        shift = tensors.get("shift")
+        if shift is not None and (shift.dim() != 2 or shift.shape[0] != self.layers.batch):
+            raise ValueError("the shift of positions does not fit")
+        self.shift = None if shift is None else shift.to(device)
         self.recorder.compressions = int(numbers["compressions"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BudgetCache:
@@ -365,7 +372,7 @@ class BudgetCache(Cache):
 
     def _take(self, sequences: Tensor) -> None:
         twin = self.copy(sequences)
-        self.layers, self.seen = twin.layers, twin.seen
+        self.layers, self.seen, self.shift = twin.layers, twin.seen, twin.shift
         for layer in self.layers.budgeted:
             layer.compressor.report_to(self.recorder)
         if self.stepper is not None:
@@ -384,7 +391,9 @@ class BudgetCache(Cache):
         twin = type(self)((), (), self.recorder.copy(), self.owner)
         with torch.inference_mode(False), torch.no_grad():
             twin.layers = self.layers.copied(twin.recorder, sequences)
-        twin.seen = self.seen.copy(sequences)
+        twin.seen, twin.shift = self.seen.copy(sequences), self.shift
+        if self.shift is not None and sequences is not None:
+            twin.shift = self.shift[sequences.to(self.shift.device)]
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -14,6 +14,7 @@ from reasonalloc.errors import UnsupportedError, UsageError
 from reasonalloc.integrations.hf.attention import IMPLEMENTATION, check_gradients
 from reasonalloc.integrations.hf.budgeted import Budgeted
 from reasonalloc.integrations.hf.cache import BudgetCache
+from reasonalloc.integrations.hf.shift import give_shift, take_shift
 from reasonalloc.integrations.hf.versions import cache_name, given_cache, with_cache
 
 
@@ -23,11 +24,12 @@ class CallCheck:
     Args:
         attachment: of the model.
         inner: whether the hook sits on the decoder inside the attached model.
+        holder: see ``shift_holder``.
     """
 
-    def __init__(self, attachment: Budgeted, inner: bool) -> None:
+    def __init__(self, attachment: Budgeted, inner: bool, holder: Any = None) -> None:
         self._attachment = attachment
-        self._inner = inner
+        self._inner, self._holder = inner, holder
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -60,6 +62,7 @@ class CallCheck:
             check_gradients()
             check_checkpointing(module)
         self._announce(cache, kwargs)
+        give_shift(self._holder, cache, kwargs)
         if self._inner and isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 0  # Gemma 4 would leave out queries of a shared cache
         return args, kwargs
@@ -92,7 +95,14 @@ class CallCheck:
 
 
 class CallEnd:
-    """A forward hook: tells the cache that a call has ended, see ``BudgetCache.settle``."""
+    """A forward hook: tells the cache that a call has ended, see ``BudgetCache.settle``.
+
+    Args:
+        holder: see ``shift_holder``.
+    """
+
+    def __init__(self, holder: Any = None) -> None:
+        self._holder = holder
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -101,6 +111,7 @@ class CallEnd:
         cache = given_cache(kwargs)
         if isinstance(cache, BudgetCache):
             cache.settle()
+            take_shift(self._holder, cache)
 
 
 def _two_dimensional(mask: Tensor, cache: BudgetCache, batch: int, columns: int) -> Tensor | None:

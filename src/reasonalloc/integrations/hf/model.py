@@ -70,6 +70,11 @@ def check_model(model: Any) -> tuple[LayerShape, ...]:
             f"{name} is no transformers model: attach to the model inside, before wrapping or "
             "compiling it"
         )
+    if getattr(model.config, "is_encoder_decoder", False):  # its decoder alone does not say so
+        raise NothingToBudget(
+            f"{name} cannot run under a KV budget: it is an encoder-decoder model, only "
+            "decoder-only models work"
+        )
     shapes = layer_shapes(text_config(model), name)
     check_cached(type(model))
     if not hasattr(model, "generate"):
