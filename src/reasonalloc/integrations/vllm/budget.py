@@ -234,8 +234,10 @@ def find_budget(vllm_config: Any) -> EngineBudget | None:
     model = vllm_config.model_config
     if config is None or model is None:
         return None
-    if model.original_max_model_len != -1:  # else vLLM shortens it once it knows the memory
-        config = up_to(config, model.max_model_len)
+    last = model.max_model_len
+    if model.original_max_model_len == -1:  # vLLM shortens it once it knows the memory
+        last = getattr(model.hf_text_config, "max_position_embeddings", None) or 1 << 30
+    config = up_to(config, last)
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     stages = divide_layers(model.hf_text_config, parallel.pipeline_parallel_size)
