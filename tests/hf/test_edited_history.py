@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import reasonalloc
 from models import FACTORIES, prompt, tiny
@@ -171,3 +172,26 @@ def test_a_chat_whose_thoughts_are_dropped(step: Any) -> None:
             attached.chat(object())
         with pytest.raises(UsageError, match="past_key_values is the chat's own"):
             attached.chat(tokenizer, past_key_values=None)
+
+
+def test_the_text_after_a_reset_is_a_prompt() -> None:
+    """HrmText reads prompts both ways, and asks the cache whether it is still empty."""
+    kind = getattr(transformers, "HrmTextForCausalLM", None)
+    if kind is None:
+        pytest.skip("not in this transformers")
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.3}
+    loops = {"num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 2, "eos_token_id": None}
+    torch.manual_seed(0)
+    model = kind(transformers.HrmTextConfig(**sizes, **heads, **loops)).eval()
+    ids = prompt(20)
+    given = {"token_type_ids": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
+    wanted = model.generate(ids, **given)
+    assert not torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), wanted)
+    with reasonalloc.attach(model, budget=200, window=4) as attached:
+        cache = attached.new_cache()
+        assert torch.equal(model.generate(ids, past_key_values=cache, **given), wanted)
+        assert cache.is_initialized
+        cache.reset()
+        assert not cache.is_initialized
+        assert torch.equal(model.generate(ids, past_key_values=cache, **given), wanted)

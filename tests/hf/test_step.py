@@ -195,6 +195,10 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         patch.setitem(model.model.norm.__dict__, "forward", reading)
         model.generate(prompt(20), **GREEDY)
+    by_torch = tiny("llama")
+    by_torch.compile(backend="eager")
+    with pytest.raises(UnsupportedError, match=r"step='compile' .*model\.compile\(\) was called"):
+        reasonalloc.attach(by_torch, budget=16, step="compile")
     with pytest.raises(UnsupportedError, match=r"step='compile' computes in .* torch\.float64"):
         reasonalloc.attach(tiny("llama").double(), budget=16, step="compile")
     with monkeypatch.context() as patch:

@@ -221,6 +221,7 @@ class SlabLayer(CacheLayerMixin):
         """Forget everything."""
         self.compressor.clear()
         self._logical, self._values = 0, None
+        self.is_initialized = False  # HrmText asks: what comes first is the prompt
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that it holds, as tensors by name and as numbers that JSON can hold."""

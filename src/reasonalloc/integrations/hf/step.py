@@ -45,6 +45,8 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
         raise refuse("it does not take position_ids")
     if step == "static":
         return
+    if step == "compile" and getattr(model, "_compiled_call_impl", None) is not None:
+        raise refuse("model.compile() was called, and both would compile its steps")
     if any(shape.sliding_window is not None for shape in shapes):
         raise refuse("the caches of its layers with a sliding window grow from step to step")
     if getattr(text_config(model), "attn_temperature_tuning", False):
