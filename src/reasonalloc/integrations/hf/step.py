@@ -64,8 +64,9 @@ def check_step(step: str, model: Any, shapes: Sequence[LayerShape], parts: int) 
             f"step='graph' needs a GPU, but the model is on {model.device}: use step='compile'"
         )
     if step == "compile" and model.device.type != "cpu":
+        other = "graph" if model.device.type == "cuda" else "eager"
         raise UsageError(
-            f"step='compile' is for CPUs, but the model is on {model.device}: use step='graph'"
+            f"step='compile' is for CPUs, but the model is on {model.device}: use step='{other}'"
         )
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or parts > 1:
         raise refuse("it is divided among several devices or processes")
