@@ -171,9 +171,9 @@ class CompressionConfig:
     Attributes:
         budget: mean number of retained tokens per (layer, KV head) right after a compression,
             the observation window included. Or bytes of keys and values of one sequence in the
-            layers that have a budget, pinned prompts apart: ``"64MiB"``, or ``"25%@8192"``, a quarter of the full cache at 8192
-            tokens; the tokens that fit are known with the model (``BudgetPlan``), until then this
-            is the least.
+            layers that have a budget, pinned prompts apart: ``"64MiB"``, or ``"25%@8192"``, a
+            quarter of the full cache at 8192 tokens; the tokens that fit are known with the model
+            (``BudgetPlan``), until then this is the least.
         size: the budget in bytes, if it was given so.
         arm: policy, layer allocator, head allocator.
         interval: generated tokens between two compressions; a head grows by so many meanwhile.
